@@ -1,0 +1,43 @@
+"""What the command-line programs share: how flags are read and how errors are reported.
+
+A program is a `main(argv)` that may raise UserError; its `__main__.py` ends with `run(main)`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from deepseek_jax.errors import UserError
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `python -m {module}`: flags are spelled out in full, and help shows the defaults."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main` on the command line and exits: 0 (or what it returns), 2 for a UserError, 130 for Ctrl-C.
+
+    A UserError is printed to stderr without its traceback; a reader that closes the pipe (`| head`) ends the program
+    quietly. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        status = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out; that must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

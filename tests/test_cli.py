@@ -1,0 +1,51 @@
+"""Exit codes and messages that every command-line program shares."""
+
+import pytest
+
+from deepseek_jax import cli
+from deepseek_jax.errors import ConfigError
+
+
+def _status(main, argv=()):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, argv)
+    return exit_.value.code
+
+
+def test_success_and_returned_status():
+    assert _status(lambda argv: None) == 0
+    assert _status(lambda argv: 3) == 3
+    assert _status(lambda argv: len(argv), ["a", "b"]) == 2
+
+
+def test_user_error_has_no_traceback(capsys):
+    def main(argv):
+        raise ConfigError("top_k=9: lower it")
+
+    assert _status(main) == 2
+    assert capsys.readouterr().err == "error: top_k=9: lower it\n"
+
+
+def test_interrupt():
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert _status(main) == 130
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(argv):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(main, [])
+
+
+def test_parser_names_the_module_and_refuses_abbreviations(capsys):
+    parser = cli.parser("deepseek_jax.generation", "Streams text.")
+    parser.add_argument("--checkpoint", default="x", help="a folder")
+    assert "python -m deepseek_jax.generation" in parser.format_help()
+    assert "(default: x)" in parser.format_help()
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(["--check=y"])
+    assert exit_.value.code == 2
