@@ -1,0 +1,393 @@
+"""What a network is made of: frozen dataclasses, and the published models as presets.
+
+Every module takes the part it uses and nothing else. Names follow the papers and the released `config.json` files;
+`interop` maps the latter onto these field by field. Nothing here depends on a model's name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deepseek_jax.errors import ConfigError, nearest
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{field}={value!r}: {nearest(str(value), allowed)}")
+
+
+def _positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value >= 1, f"{type(config).__name__}.{field}={value}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (V2 §3.1.4, V3 §4.3): `factor` times `original_max_position_embeddings` tokens."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self):
+        _require(self.factor >= 1, f"YarnConfig.factor={self.factor}: must be at least 1 (1 means no extension)")
+        _positive(self, "original_max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `interleaved` pairs dimensions (0, 1), (2, 3), … as DeepSeek's weights do; otherwise (i, i + d/2)."""
+
+    theta: float = 10_000.0
+    interleaved: bool = True
+    yarn: YarnConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (V2 §2.1). `q_lora_rank=None` projects queries directly, as V2-Lite does."""
+
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    def __post_init__(self):
+        _positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"MLAConfig.qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions come in pairs, use an even number",
+        )
+        _require(
+            self.q_lora_rank is None or self.q_lora_rank >= 1,
+            f"MLAConfig.q_lora_rank={self.q_lora_rank}: at least 1, or None for a direct query projection",
+        )
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_dims(self) -> tuple[int, int]:
+        """Numbers cached per token and layer: the latent c_kv and the shared rotary key."""
+        return self.kv_lora_rank, self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class GQAConfig:
+    """Grouped-query attention, for ablations: `num_kv_heads = num_heads` is MHA, `num_kv_heads = 1` is MQA."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self):
+        _positive(self, "num_heads", "num_kv_heads", "head_dim")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"GQAConfig: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"GQAConfig.head_dim={self.head_dim}: rotary dimensions come in pairs, use an even number")
+
+    @property
+    def cache_dims(self) -> tuple[int, int]:
+        """Numbers cached per token and layer: keys and values of all key-value heads."""
+        return self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """DeepSeekMoE: `num_experts` routed experts of width `intermediate_size`, of which `top_k` see each token, beside
+    `num_shared_experts` that see every token.
+
+    Routing is described by fields alone. `scoring` is "sigmoid" (V3) or "softmax" (V2). With `num_groups > 1` experts
+    are chosen inside the best `topk_groups` groups, ranked by `group_score`: "top2_sum" (V3) or "max" (V2).
+    `norm_topk_prob` normalises the gates over the chosen experts; all gates are then multiplied by
+    `routed_scaling_factor`. `correction_bias` adds V3's auxiliary-loss-free bias to the scores that choose.
+    `implementation` is "grouped" (dropless grouped products) or "dense" (every expert sees every token: the oracle).
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    num_shared_experts: int = 0
+    scoring: str = "sigmoid"
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "top2_sum"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    correction_bias: bool = True
+    implementation: str = "grouped"
+
+    def __post_init__(self):
+        _positive(self, "num_experts", "top_k", "intermediate_size", "num_groups", "topk_groups")
+        _choice("MoEConfig.scoring", self.scoring, ("sigmoid", "softmax"))
+        _choice("MoEConfig.group_score", self.group_score, ("top2_sum", "max"))
+        _choice("MoEConfig.implementation", self.implementation, ("grouped", "dense"))
+        _require(self.num_shared_experts >= 0, f"MoEConfig.num_shared_experts={self.num_shared_experts}: 0 or more")
+        _require(
+            self.top_k <= self.num_experts,
+            f"MoEConfig: top_k={self.top_k} exceeds num_experts={self.num_experts}; a token can't visit more experts than there are",
+        )
+        _require(
+            self.num_experts % self.num_groups == 0,
+            f"MoEConfig: num_groups={self.num_groups} must divide num_experts={self.num_experts}",
+        )
+        _require(
+            self.topk_groups <= self.num_groups,
+            f"MoEConfig: topk_groups={self.topk_groups} exceeds num_groups={self.num_groups}",
+        )
+        reachable = self.num_experts // self.num_groups * self.topk_groups
+        _require(
+            self.top_k <= reachable,
+            f"MoEConfig: top_k={self.top_k} exceeds the {reachable} experts in {self.topk_groups} of {self.num_groups} groups; "
+            "raise topk_groups or lower top_k",
+        )
+        _require(
+            self.num_groups == 1 or self.group_score != "top2_sum" or self.num_experts // self.num_groups >= 2,
+            f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, num_groups={self.num_groups}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek network: `first_k_dense` dense layers, then MoE layers, then `mtp_depth` multi-token-prediction modules.
+
+    `moe=None` makes every layer dense. `latent_norm_eps` is the epsilon of the norms inside MLA, which the released
+    code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none"
+    keeps everything, "full" recomputes the layer from its input, "dots" keeps the results of its matrix products.
+    `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a
+    whole T x S score matrix. `scan_unroll` unrolls the scan over layers, which trades compile time for speed.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    attention: MLAConfig | GQAConfig
+    moe: MoEConfig | None = None
+    first_k_dense: int = 0
+    rope: RopeConfig = RopeConfig()
+    mtp_depth: int = 0
+    rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6
+    init_std: float = 0.006
+    tie_embeddings: bool = False
+    remat: str = "none"
+    attention_chunk: int = 0
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")
+        _choice("ModelConfig.remat", self.remat, ("none", "full", "dots"))
+        _require(
+            0 <= self.first_k_dense <= self.num_layers,
+            f"ModelConfig: first_k_dense={self.first_k_dense} must lie between 0 and num_layers={self.num_layers}",
+        )
+        _require(self.mtp_depth >= 0, f"ModelConfig.mtp_depth={self.mtp_depth}: 0 or more")
+        _require(self.attention_chunk >= 0, f"ModelConfig.attention_chunk={self.attention_chunk}: 0 or more")
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.num_layers if self.moe is None else self.first_k_dense
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    def replace(self, **changes) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is MLA where it has a `kv_lora_rank`.
+
+        Raises ConfigError for an unknown or a missing field, naming the nearest known one, and for sizes that don't fit.
+        """
+        fields = dict(fields)
+        if isinstance(fields.get("attention"), Mapping):
+            kind = MLAConfig if "kv_lora_rank" in fields["attention"] else GQAConfig
+            fields["attention"] = _build(kind, fields["attention"], "model.attention")
+        if isinstance(fields.get("moe"), Mapping):
+            fields["moe"] = _build(MoEConfig, fields["moe"], "model.moe")
+        if isinstance(fields.get("rope"), Mapping):
+            rope = dict(fields["rope"])
+            if isinstance(rope.get("yarn"), Mapping):
+                rope["yarn"] = _build(YarnConfig, rope["yarn"], "model.rope.yarn")
+            fields["rope"] = _build(RopeConfig, rope, "model.rope")
+        return _build(cls, fields, "model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionaries; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+
+def _build(cls: type, fields: Mapping[str, Any], path: str):
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in fields:
+        _require(name in known, f"unknown field {path}.{name}: {nearest(name, known)}")
+    for name, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        _require(name in fields or not required, f"missing field {path}.{name}")
+    return cls(**dict(fields))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published models. Sources: the released config.json files; layer and width figures also in the reports.
+# init_std is the training value the reports give (0.006), not the config.json's initializer_range.
+
+
+def v3_671b() -> ModelConfig:
+    """DeepSeek-V3, V3-0324, R1 and R1-Zero (V3 report §4.2)."""
+    return ModelConfig(
+        vocab_size=129_280,
+        hidden_size=7168,
+        num_layers=61,
+        intermediate_size=18_432,
+        attention=MLAConfig(
+            num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+        moe=MoEConfig(
+            num_experts=256,
+            top_k=8,
+            intermediate_size=2048,
+            num_shared_experts=1,
+            num_groups=8,
+            topk_groups=4,
+            routed_scaling_factor=2.5,
+        ),
+        first_k_dense=3,
+        rope=RopeConfig(yarn=YarnConfig(mscale_all_dim=1.0)),
+        mtp_depth=1,
+        remat="full",
+    )
+
+
+def v2_236b() -> ModelConfig:
+    """DeepSeek-V2 (V2 report §3.1.2)."""
+    return ModelConfig(
+        vocab_size=102_400,
+        hidden_size=5120,
+        num_layers=60,
+        intermediate_size=12_288,
+        attention=MLAConfig(
+            num_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+        moe=MoEConfig(
+            num_experts=160,
+            top_k=6,
+            intermediate_size=1536,
+            num_shared_experts=2,
+            scoring="softmax",
+            num_groups=8,
+            topk_groups=3,
+            group_score="max",
+            norm_topk_prob=False,
+            routed_scaling_factor=16.0,
+            correction_bias=False,
+        ),
+        first_k_dense=1,
+        rope=RopeConfig(yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
+        remat="full",
+    )
+
+
+def v2_lite_16b() -> ModelConfig:
+    """DeepSeek-V2-Lite (V2 report, appendix B)."""
+    return ModelConfig(
+        vocab_size=102_400,
+        hidden_size=2048,
+        num_layers=27,
+        intermediate_size=10_944,
+        attention=MLAConfig(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        moe=MoEConfig(
+            num_experts=64,
+            top_k=6,
+            intermediate_size=1408,
+            num_shared_experts=2,
+            scoring="softmax",
+            norm_topk_prob=False,
+            correction_bias=False,
+        ),
+        first_k_dense=1,
+        rope=RopeConfig(yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
+        remat="full",
+    )
+
+
+def deepseek_moe_16b() -> ModelConfig:
+    """DeepSeekMoE-16B (DeepSeekMoE §5.1): the same experts under plain multi-head attention."""
+    return ModelConfig(
+        vocab_size=102_400,
+        hidden_size=2048,
+        num_layers=28,
+        intermediate_size=10_944,
+        attention=GQAConfig(num_heads=16, num_kv_heads=16, head_dim=128),
+        moe=MoEConfig(
+            num_experts=64,
+            top_k=6,
+            intermediate_size=1408,
+            num_shared_experts=2,
+            scoring="softmax",
+            norm_topk_prob=False,
+            correction_bias=False,
+        ),
+        first_k_dense=1,
+        rope=RopeConfig(interleaved=False),
+        remat="full",
+    )
+
+
+def moonlight_16b() -> ModelConfig:
+    """Moonlight-16B-A3B: V3's layer at V2-Lite's size, without groups or MTP."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_size=2048,
+        num_layers=27,
+        intermediate_size=11_264,
+        attention=MLAConfig(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        moe=MoEConfig(num_experts=64, top_k=6, intermediate_size=1408, num_shared_experts=2, routed_scaling_factor=2.446),
+        first_k_dense=1,
+        rope=RopeConfig(theta=50_000.0),
+        rms_norm_eps=1e-5,
+        remat="full",
+    )
+
+
+def kimi_k2_1t() -> ModelConfig:
+    """Kimi K2 (Instruct, first release): V3's code with more experts and fewer heads."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_size=7168,
+        num_layers=61,
+        intermediate_size=18_432,
+        attention=MLAConfig(
+            num_heads=64, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+        moe=MoEConfig(num_experts=384, top_k=8, intermediate_size=2048, num_shared_experts=1, routed_scaling_factor=2.827),
+        first_k_dense=1,
+        rope=RopeConfig(theta=50_000.0, yarn=YarnConfig(factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale_all_dim=1.0)),
+        remat="full",
+    )
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    f.__name__: f for f in (v3_671b, v2_236b, v2_lite_16b, deepseek_moe_16b, moonlight_16b, kimi_k2_1t)
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The published model called `name`; raises ConfigError with the nearest name."""
+    _choice("preset", name, tuple(PRESETS))
+    return PRESETS[name]()

@@ -1,0 +1,58 @@
+"""RMSNorm, Linear and SwiGLU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.precision import Recipe
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        return rms_norm(x, scale, self.eps)
+
+
+class Linear(nn.Module):
+    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes."""
+
+    features: int
+    axes: tuple[str, str]
+    init_std: float
+    precision: Recipe
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.precision.linear(x, self.weight(x.shape[-1]))
+
+    @nn.compact
+    def weight(self, in_features: int) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
+        return self.param("kernel", init, (in_features, self.features), self.precision.param_dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)): the dense feed-forward and the shared experts."""
+
+    features: int
+    init_std: float
+    precision: Recipe
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def linear(name, features, axes):
+            return Linear(features, axes, self.init_std, self.precision, name=name)
+
+        gate = linear("gate", self.features, ("embed", "ffn"))(x)
+        up = linear("up", self.features, ("embed", "ffn"))(x)
+        return linear("down", x.shape[-1], ("ffn", "embed"))(nn.silu(gate) * up)

@@ -1,0 +1,136 @@
+"""Who goes to which expert: scores, group-limited choice, gates, balance losses and the bias that balances without a loss.
+
+Everything here is float32 whatever the compute dtype. The correction bias chooses experts and never enters a gate.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.config import MoEConfig
+
+
+@flax.struct.dataclass
+class RoutingStats:
+    """What the routers of L layers did with a batch. Padding (segment id 0) counts in none of the sums."""
+
+    expert_ids_LBTK: jax.Array  # int32, best first; feeding them back replays the routing
+    counts_LBE: jax.Array  # float32, how often each sequence chose each expert
+    probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalised over all experts
+    tokens_LB: jax.Array  # float32, tokens in the sequence
+
+
+def scores(logits_E: jax.Array, scoring: str) -> jax.Array:
+    """Affinity of tokens to experts from float32 logits [..., E]: sigmoid (V3 eq. 15) or softmax (V2 eq. 22)."""
+    return jax.nn.sigmoid(logits_E) if scoring == "sigmoid" else jax.nn.softmax(logits_E, axis=-1)
+
+
+def choose_experts(biased_E: jax.Array, config: MoEConfig) -> jax.Array:
+    """The top_k experts by biased score [..., E], within the best groups: int32 [..., K], best first.
+
+    V3 §2.1.2 ranks groups by the sum of their two best scores, V2 §2.2.2 by their best. Experts of other groups are
+    masked with -inf: a mask of 0 would let them win against negative biased scores.
+    """
+    if config.topk_groups < config.num_groups:
+        by_group = biased_E.reshape(*biased_E.shape[:-1], config.num_groups, -1)
+        if config.group_score == "top2_sum":
+            group_score_G = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
+        else:
+            group_score_G = jnp.max(by_group, axis=-1)
+        _, kept = jax.lax.top_k(group_score_G, config.topk_groups)
+        kept_G = jnp.any(kept[..., None] == jnp.arange(config.num_groups), axis=-2)
+        biased_E = jnp.where(kept_G[..., None], by_group, -jnp.inf).reshape(biased_E.shape)
+    return jax.lax.top_k(biased_E, config.top_k)[1].astype(jnp.int32)
+
+
+def gate_values(scores_E: jax.Array, expert_ids_K: jax.Array, config: MoEConfig) -> jax.Array:
+    """Weights of the chosen experts [..., K] from unbiased scores (V3 eqs. 12-16, V2 eq. 21)."""
+    gates_K = jnp.take_along_axis(scores_E, expert_ids_K, axis=-1)
+    if config.norm_topk_prob:
+        gates_K = gates_K / (jnp.sum(gates_K, axis=-1, keepdims=True) + 1e-20)
+    return gates_K * config.routed_scaling_factor
+
+
+class Router(nn.Module):
+    """Scores every token against every expert and chooses.
+
+    Call: x [B, T, D], valid [B, T] (False on padding), expert_ids [B, T, K] to replay or None
+    -> gates [B, T, K] float32, expert_ids [B, T, K] int32, (counts [B, E], probs [B, E], tokens [B]) float32.
+    """
+
+    config: MoEConfig
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None):
+        config = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("embed", "router_experts"))
+        kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], config.num_experts), jnp.float32)
+        logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
+        scores_BTE = scores(logits_BTE, config.scoring)
+        biased_BTE = scores_BTE
+        if config.correction_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("router_experts",))
+            bias_E = self.variable("router_bias", "bias", lambda: zeros(None, (config.num_experts,), jnp.float32)).value
+            biased_BTE = scores_BTE + bias_E
+        if expert_ids_BTK is None:
+            expert_ids_BTK = choose_experts(jax.lax.stop_gradient(biased_BTE), config)
+        gates_BTK = gate_values(scores_BTE, expert_ids_BTK, config)
+        return gates_BTK, expert_ids_BTK, routing_sums(scores_BTE, expert_ids_BTK, valid_BT)
+
+
+def routing_sums(scores_BTE: jax.Array, expert_ids_BTK: jax.Array, valid_BT: jax.Array):
+    """Per-sequence sums the balance losses and the bias update are made of: counts [B, E], probs [B, E], tokens [B]."""
+    valid_BT1 = valid_BT[..., None].astype(jnp.float32)
+    num_experts = scores_BTE.shape[-1]
+    chosen_BTE = jnp.sum(jax.nn.one_hot(expert_ids_BTK, num_experts, dtype=jnp.float32), axis=-2)
+    probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    return jnp.sum(chosen_BTE * valid_BT1, axis=1), jnp.sum(probs_BTE * valid_BT1, axis=1), jnp.sum(valid_BT1, axis=(1, 2))
+
+
+def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: int) -> jax.Array:
+    """Σ_i f_i P_i with f_i = E/(K T) · count_i and P_i = probs_i / T: 1 where load or probability is uniform."""
+    tokens = jnp.maximum(tokens, 1.0)[..., None]
+    num_experts = counts_E.shape[-1]
+    return jnp.sum(counts_E * num_experts / (top_k * tokens) * probs_E / tokens, axis=-1)
+
+
+def sequence_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
+    """V3's complementary sequence-wise loss without α (eqs. 17-20): mean over layers and over sequences that hold tokens."""
+    loss_LB = _balance(stats.counts_LBE, stats.probs_LBE, stats.tokens_LB, top_k)
+    real_LB = stats.tokens_LB > 0
+    return jnp.sum(loss_LB * real_LB) / jnp.maximum(jnp.sum(real_LB), 1)
+
+
+def batch_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
+    """The same loss over the batch as one sequence (V3 §4.5.3's batch-wise auxiliary loss), mean over layers, without α."""
+    counts_LE, probs_LE = jnp.sum(stats.counts_LBE, axis=1), jnp.sum(stats.probs_LBE, axis=1)
+    return jnp.mean(_balance(counts_LE, probs_LE, jnp.sum(stats.tokens_LB, axis=1), top_k))
+
+
+def expert_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
+    """V2's expert-level loss without α1 (V2 eqs. 23-25): f over the T tokens of a sequence, P from softmax scores.
+
+    With `seq_aux`, as V2 was trained, T counts one sequence; softmax scores are already normalised, so that this is
+    V3's loss on V2's scores.
+    """
+    return sequence_balance_loss(stats, top_k)
+
+
+def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array | float, centred: bool = False) -> jax.Array:
+    """Auxiliary-loss-free balancing (V3 §2.1.2, Loss-Free Balancing Alg. 1): b += rate · sign(mean load - load).
+
+    `counts` are selections summed over the whole global batch. `centred` subtracts the mean of the signs, as Moonlight
+    does, so that the biases' sum stays constant. float32 in, float32 out; a layer without tokens keeps its bias.
+    """
+    step_LE = jnp.sign(jnp.mean(counts_LE, axis=-1, keepdims=True) - counts_LE)
+    if centred:
+        step_LE = step_LE - jnp.mean(step_LE, axis=-1, keepdims=True)
+    return bias_LE + rate * step_LE
+
+
+def max_violation(counts_LE: jax.Array) -> jax.Array:
+    """MaxVio of each layer (Loss-Free Balancing eq. 4): (max load - mean load) / mean load; 0 without tokens."""
+    mean_L = jnp.mean(counts_LE, axis=-1)
+    return jnp.where(mean_L > 0, jnp.max(counts_LE, axis=-1) / jnp.maximum(mean_L, 1e-9) - 1.0, 0.0)

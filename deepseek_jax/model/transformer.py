@@ -1,0 +1,187 @@
+"""The network: embedding, dense blocks, MoE blocks, final norm, head, and the multi-token-prediction modules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention, Tokens
+from deepseek_jax.model.cache import Cache
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.mtp import MTPModule, shift_left
+from deepseek_jax.model.router import RoutingStats
+from deepseek_jax.precision import Recipe, recipe
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward call returns. Only what is used is computed."""
+
+    hidden_BTD: jax.Array  # after the final norm; `unembed` makes logits of it
+    mtp_hidden: tuple[jax.Array, ...]  # per MTP module k = 1, 2, …: [B, T, D], position i predicts token i+k+1
+    routing: RoutingStats | None  # stacked over the MoE layers
+    mtp_routing: RoutingStats | None  # stacked over the MTP modules
+    latents: dict[str, tuple[jax.Array, jax.Array]]  # what a cache keeps of these tokens (see model/cache.py)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a MoE where `moe` is given."""
+
+    config: ModelConfig
+    moe: MoEConfig | None
+    precision: Recipe
+
+    @nn.compact
+    def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
+        """-> x [B, T, D], (routing of `MoE` or None, the two cache arrays of the new tokens)."""
+        config = self.config
+        common = dict(rope=config.rope, init_std=config.init_std, chunk=config.attention_chunk, precision=self.precision, name="attn")
+        if isinstance(config.attention, MLAConfig):
+            attention = LatentAttention(config.attention, latent_norm_eps=config.latent_norm_eps, **common)
+        else:
+            attention = GroupedQueryAttention(config.attention, **common)
+        y_BTD, latents = attention(RMSNorm(config.rms_norm_eps, name="attn_norm")(x_BTD), tokens, cache_entry)
+        x_BTD += y_BTD
+
+        normed_BTD = RMSNorm(config.rms_norm_eps, name="ffn_norm")(x_BTD)
+        if self.moe is None:
+            y_BTD, routing = SwiGLU(config.intermediate_size, config.init_std, self.precision, name="ffn")(normed_BTD), None
+        else:
+            moe = MoE(self.moe, config.init_std, self.precision, name="ffn")
+            y_BTD, routing = moe(normed_BTD, tokens.segment_ids_BT > 0, expert_ids_BTK)
+        return x_BTD + y_BTD, (routing, latents)
+
+
+class Transformer(nn.Module):
+    """DeepSeek's network. `precision` is the recipe its products use.
+
+    Call: tokens [B, T] int32;
+      segment_ids [B, T] int32, 0 = padding, attention stays inside a segment (default: one document);
+      positions [B, T] int32 (default: 0 … T-1);
+      cache: attend also to what it holds, in the absorbed form; it is read, never written;
+      expert_ids [L, B, T, K] int32: route every MoE layer as given instead of choosing;
+      mtp: also run the MTP modules.
+    Returns an `Output`.
+    """
+
+    config: ModelConfig
+    precision: Recipe = recipe("float32")
+
+    def setup(self):
+        config = self.config
+        normal = nn.initializers.normal(config.init_std)
+        self.embed = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=self.precision.compute_dtype,
+            param_dtype=self.precision.param_dtype,
+            embedding_init=nn.with_logical_partitioning(normal, ("vocab", "embed")),
+        )
+        if not config.tie_embeddings:
+            self.head = Linear(config.vocab_size, ("embed", "vocab"), config.init_std, self.precision)
+        self.final_norm = RMSNorm(config.rms_norm_eps)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+        def stack(length, moe):
+            return nn.scan(
+                block,
+                variable_axes={"params": 0, "router_bias": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, 0),
+                length=length,
+                unroll=min(config.scan_unroll, length),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config, moe, self.precision)
+
+        if config.num_dense_layers:
+            self.dense_layers = stack(config.num_dense_layers, None)
+        if config.num_moe_layers:
+            self.moe_layers = stack(config.num_moe_layers, config.moe)
+        self.mtp = [MTPModule(config, self.precision, block, name=f"mtp_{k}") for k in range(config.mtp_depth)]
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        expert_ids_LBTK: jax.Array | None = None,
+        mtp: bool = False,
+    ) -> Output:
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        positions_BT = jnp.maximum(positions_BT, 0)  # padding may be marked -1
+        tokens = Tokens(positions_BT, segment_ids_BT, None if cache is None else cache.positions_BS)
+
+        x_BTD = self.embed(tokens_BT)
+        routing, latents = None, {}
+        if self.config.num_dense_layers:
+            entry = None if cache is None else cache.entries["dense_layers"]
+            x_BTD, (_, latents["dense_layers"]) = self.dense_layers(x_BTD, tokens, entry, None)
+        if self.config.num_moe_layers:
+            entry = None if cache is None else cache.entries["moe_layers"]
+            x_BTD, (routing, latents["moe_layers"]) = self.moe_layers(x_BTD, tokens, entry, expert_ids_LBTK)
+            routing = RoutingStats(*routing)
+        hidden_BTD = self.final_norm(x_BTD)
+
+        mtp_hidden, mtp_routing = (), None
+        if (mtp or self.is_initializing()) and self.mtp:
+            mtp_hidden, mtp_routing = self._predict_ahead(hidden_BTD, tokens_BT, tokens)
+        return Output(hidden_BTD, mtp_hidden, routing, mtp_routing, latents)
+
+    def _predict_ahead(self, state_BTD, tokens_BT, tokens: Tokens):
+        """Runs the chain of MTP modules. A position whose token i+k lies in another segment gets the embedding of token 0;
+        its target is masked, and causality keeps it from every position that counts."""
+        heads, routings = [], []
+        for k, module in enumerate(self.mtp, start=1):
+            same_BT = shift_left(tokens.segment_ids_BT, k) == tokens.segment_ids_BT
+            ahead_BT = jnp.where(same_BT, shift_left(tokens_BT, k), 0)
+            state_BTD, head_BTD, routing = module(state_BTD, self.embed(ahead_BT), tokens)
+            heads.append(head_BTD)
+            routings.append(routing)
+        if self.config.moe is None:
+            return tuple(heads), None
+        return tuple(heads), RoutingStats(*jax.tree.map(lambda *x: jnp.stack(x), *routings))
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
+        if self.config.tie_embeddings:
+            return self.precision.einsum("...D,VD->...V", hidden, self.embed.embedding)
+        return self.precision.einsum("...D,DV->...V", hidden, self.head.weight(hidden.shape[-1]))
+
+
+def _boxed_init(model: Transformer, rng: jax.Array):
+    def everything(module: Transformer, tokens_BT):
+        return module.unembed(module(tokens_BT, mtp=True).hidden_BTD)
+
+    return model.init(rng, jnp.zeros((1, 2), jnp.int32), method=everything)
+
+
+def init_variables(model: Transformer, rng: jax.Array) -> dict[str, Any]:
+    """Random weights {"params", "router_bias"}: normal with the config's init_std, norms 1, biases 0 (V3 §4.2)."""
+    return nn.meta.unbox(jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)))(rng))
+
+
+def abstract_variables(model: Transformer) -> dict[str, Any]:
+    """The same tree of jax.ShapeDtypeStruct; nothing is allocated."""
+    return nn.meta.unbox(jax.eval_shape(lambda: _boxed_init(model, jax.random.key(0))))
+
+
+def logical_axes(model: Transformer) -> Mapping[str, Any]:
+    """The same tree of PartitionSpecs of logical axis names, which `parallel` maps to mesh axes."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _boxed_init(model, jax.random.key(0))))
