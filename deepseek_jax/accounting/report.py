@@ -1,0 +1,150 @@
+"""All figures of one network, as plain data and as a table."""
+
+import dataclasses
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from deepseek_jax.accounting import cost, flops, memory
+from deepseek_jax.accounting.counts import COMPONENTS, count_parameters
+from deepseek_jax.model.config import MLAConfig, ModelConfig
+from deepseek_jax.model.rope import softmax_scale, yarn_correction_range, yarn_mscale
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What the figures depend on besides the network."""
+
+    sequence_length: int = 4096
+    tokens: float = 1e12
+    sustained_tflops: float = cost.V3_SUSTAINED_TFLOPS
+    dollars_per_hour: float = cost.DOLLARS_PER_GPU_HOUR
+
+
+def report(config: ModelConfig, assumptions: Assumptions = Assumptions()) -> dict[str, Any]:
+    """Parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for JSON."""
+    counts = count_parameters(config)
+    length = assumptions.sequence_length
+    training = flops.training_flops_per_token(config, length)
+    hours = cost.gpu_hours(training, assumptions.tokens, assumptions.sustained_tflops)
+    return {
+        "parameters": {
+            "main": dict(counts.main),
+            "total": counts.total,
+            "activated_with_embedding_and_head": counts.activated(embedding=True, head=True),
+            "activated_with_head": counts.activated(),
+            "activated_with_neither": counts.activated(embedding=False, head=False),
+            "mtp": dict(counts.mtp),
+            "mtp_total": counts.mtp_total,
+            "mtp_activated": counts.mtp_activated,
+        },
+        "flops_per_token": {
+            "sequence_length": length,
+            "training": training,
+            "training_with_mtp": flops.training_flops_per_token(config, length, mtp=True),
+            "forward": flops.forward_flops_per_token(config, length),
+            "decoding": flops.decode_flops_per_token(config, length),
+        },
+        "memory_bytes": {
+            "cache_elements_per_token": memory.cache_elements_per_token(config.num_layers, config.attention),
+            "cache_per_token": memory.cache_bytes_per_token(config),
+            "weights_bfloat16": 2 * (counts.total + counts.mtp_total),
+            "training_state": memory.training_state_bytes(counts),
+            "training_state_bfloat16_moments": memory.training_state_bytes(counts, "bfloat16"),
+        },
+        "yarn": _yarn(config),
+        "cost": {
+            "tokens": assumptions.tokens,
+            "sustained_tflops": assumptions.sustained_tflops,
+            "gpu_hours": hours,
+            "dollars": cost.dollars(hours, assumptions.dollars_per_hour),
+        },
+    }
+
+
+def _yarn(config: ModelConfig) -> dict[str, Any] | None:
+    yarn, attention = config.rope.yarn, config.attention
+    if yarn is None:
+        return None
+    is_mla = isinstance(attention, MLAConfig)
+    rotary_dim = attention.qk_rope_head_dim if is_mla else attention.head_dim
+    return {
+        "mscale": yarn_mscale(yarn.factor, yarn.mscale),
+        "softmax_scale": softmax_scale(config.rope, attention.qk_head_dim if is_mla else attention.head_dim),
+        "correction_range": list(yarn_correction_range(yarn, rotary_dim, config.rope.theta)),
+    }
+
+
+def table(name: str, figures: dict[str, Any]) -> Table:
+    """A rich table of `report`'s figures."""
+    view = Table(title=name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    view.add_column(no_wrap=True)
+    view.add_column(justify="right", no_wrap=True)
+    view.add_column(justify="right", no_wrap=True)
+    _parameter_rows(view, figures["parameters"])
+    _flop_rows(view, figures["flops_per_token"])
+    _memory_rows(view, figures["memory_bytes"])
+    if figures["yarn"]:
+        _section(view, "YaRN")
+        view.add_row("  √t (mscale)", f"{figures['yarn']['mscale']:.6f}")
+        view.add_row("  softmax scale", f"{figures['yarn']['softmax_scale']:.7f}")
+        view.add_row("  correction range", "{}-{}".format(*figures["yarn"]["correction_range"]))
+    bill = figures["cost"]
+    _section(view, f"Training on {bill['tokens'] / 1e12:g}T tokens")
+    view.add_row(f"  GPU-hours at {bill['sustained_tflops']:g} TFLOP/s", f"{bill['gpu_hours']:,.0f}")
+    view.add_row("  dollars", f"{bill['dollars']:,.0f}")
+    return view
+
+
+def _section(view: Table, title: str, note: str = "") -> None:
+    view.add_section()
+    view.add_row(f"[bold]{title}[/bold]", "", note)
+
+
+def _parameter_rows(view: Table, parameters: dict[str, Any]) -> None:
+    total = parameters["total"]
+    _section(view, "Parameters")
+    for name in COMPONENTS:
+        if name in parameters["main"]:
+            share = parameters["main"][name] / total
+            view.add_row(f"  {name}", f"{parameters['main'][name]:,}", f"{share:.2%}")
+    view.add_row("  total (main model)", f"[bold]{total:,}[/bold]", _billions(total))
+    for label in ("with_embedding_and_head", "with_head", "with_neither"):
+        n = parameters[f"activated_{label}"]
+        view.add_row(f"  activated, {label.replace('_', ' ')}", f"{n:,}", _billions(n))
+    if parameters["mtp_total"]:
+        view.add_row("  MTP modules", f"{parameters['mtp_total']:,}", _billions(parameters["mtp_total"]))
+        view.add_row("  MTP modules, activated", f"{parameters['mtp_activated']:,}", _billions(parameters["mtp_activated"]))
+
+
+def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
+    _section(view, "GFLOPs per token", f"{figures['sequence_length']:,} tokens of context")
+    view.add_row("  training", f"{figures['training'] / 1e9:,.2f}")
+    if figures["training_with_mtp"] != figures["training"]:
+        view.add_row("  training with MTP", f"{figures['training_with_mtp'] / 1e9:,.2f}")
+    view.add_row("  forward", f"{figures['forward'] / 1e9:,.2f}")
+    view.add_row("  decoding from the cache", f"{figures['decoding'] / 1e9:,.2f}")
+
+
+def _memory_rows(view: Table, figures: dict[str, Any]) -> None:
+    _section(view, "Memory")
+    ours = figures["cache_per_token"]
+    view.add_row("  KV elements per token", f"{figures['cache_elements_per_token']:,}")
+    view.add_row("  KV bytes per token, bfloat16", f"{ours:,}")
+    for name, (num_layers, attention) in memory.COMPARED_MODELS.items():
+        theirs = 2 * memory.cache_elements_per_token(num_layers, attention)
+        view.add_row(f"    {name}", f"{theirs:,}", f"{theirs / ours:.2f}x")
+    view.add_row("  weights, bfloat16", _gigabytes(figures["weights_bfloat16"]))
+    state, small = figures["training_state"], figures["training_state_bfloat16_moments"]
+    view.add_row("  weights and gradients, float32", _gigabytes(state["weights"] + state["gradients"]))
+    view.add_row("  AdamW moments, float32", _gigabytes(state["moments"]))
+    view.add_row("  AdamW moments, bfloat16", _gigabytes(small["moments"]))
+
+
+def _billions(n: int) -> str:
+    return f"{n / 1e9:,.2f}B"
+
+
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB"
