@@ -1,0 +1,120 @@
+"""Our variables -> a Hugging Face folder that transformers loads, tensor by tensor."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from deepseek_jax.errors import CheckpointError, nearest
+from deepseek_jax.interop.atomic import new_folder
+from deepseek_jax.interop.fp8_blocks import quantise
+from deepseek_jax.interop.hf_config import CONFIG_NAME, QUANTISATION, config_to_hf
+from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
+from deepseek_jax.interop.tensors import TensorSpec, tensor_table
+from deepseek_jax.model.config import ModelConfig
+
+EXPORT_DTYPES = ("bfloat16", "float32", "fp8")
+_Entries = dict[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
+
+
+def export_folder(
+    config: ModelConfig,
+    variables: Mapping[str, Any],
+    folder: str | Path,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
+    carried: Mapping[str, Any] | None = None,
+    companions: Sequence[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes `variables` (jax or numpy arrays) as config.json and safetensors, split into shards of at most `max_shard_bytes` each.
+
+    `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in float32,
+    and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json whose token ids
+    are kept; `companions` are files (tokenizer.json and the like) to copy along. At most one tensor is held in memory.
+    The folder appears complete or not at all. Raises CheckpointError if it exists, the disk is too small, the variables
+    are not those of `config`, or no config.json can express the network.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, EXPORT_DTYPES)}")
+    hf = config_to_hf(config, carried) | {"torch_dtype": "float32" if dtype == "float32" else "bfloat16"}
+    if dtype == "fp8":
+        hf["quantization_config"] = QUANTISATION
+    table = tensor_table(config)
+    leaves = _checked_leaves(table, variables)
+    shards = _plan(table, dtype, max_shard_bytes)
+    total_bytes = sum(_nbytes(entry) for _, entries in shards for entry in entries.values())
+    with new_folder(Path(folder), total_bytes) as building:
+        done, weight_map = 0, {}
+        for number, (specs, entries) in enumerate(shards, start=1):
+            name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(entries, name)
+            with ShardWriter(building / name, entries) as writer:
+                for spec in specs:
+                    _write_tensor(writer, spec, entries, leaves)
+                    done += 1
+                    if progress:
+                        progress(done, len(table))
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            (building / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (building / CONFIG_NAME).write_text(json.dumps(hf, indent=2) + "\n")
+        for file in companions:
+            shutil.copyfile(file, building / file.name)
+
+
+def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    leaves = traverse_util.flatten_dict(variables)
+    expected = {spec.path: spec.leaf_shape for spec in table}
+    for path in sorted(set(leaves) - set(expected)):
+        raise CheckpointError(f"{'/'.join(path)}: expected no such variable in a model of this config, found shape {list(leaves[path].shape)}")
+    for path, shape in expected.items():
+        found = list(leaves[path].shape) if path in leaves else "no such variable"
+        if found != list(shape):
+            raise CheckpointError(f"{'/'.join(path)}: expected shape {list(shape)} for a model of this config, found {found}")
+    return leaves
+
+
+def _plan(table: Sequence[TensorSpec], dtype: str, max_shard_bytes: int) -> list[tuple[list[TensorSpec], _Entries]]:
+    """Fills shards in the table's order; a tensor larger than `max_shard_bytes` gets a shard of its own."""
+    shards: list[tuple[list[TensorSpec], _Entries]] = []
+    room = 0
+    for spec in table:
+        entries = _entries(spec, dtype)
+        size = sum(_nbytes(entry) for entry in entries.values())
+        if size > room or not shards:
+            shards.append(([], {}))
+            room = max_shard_bytes
+        shards[-1][0].append(spec)
+        shards[-1][1].update(entries)
+        room -= size
+    return shards
+
+
+def _entries(spec: TensorSpec, dtype: str) -> _Entries:
+    if spec.is_router_bias or dtype == "float32":
+        return {spec.name: ("F32", spec.shape)}
+    if dtype == "fp8" and spec.quantised:
+        return {spec.name: ("F8_E4M3", spec.shape), spec.scale_name: ("F32", spec.scale_shape)}
+    return {spec.name: ("BF16", spec.shape)}
+
+
+def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
+    return math.prod(entry[1]) * DTYPES[entry[0]].itemsize
+
+
+def _write_tensor(writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any]) -> None:
+    value = np.asarray(leaves[spec.path][spec.index])
+    value = value.T if spec.transposed else value
+    stored_dtype = DTYPES[entries[spec.name][0]]
+    if spec.scale_name in entries:
+        values, scale_inv = quantise(value)
+        writer.write(spec.name, values)
+        writer.write(spec.scale_name, scale_inv)
+    else:
+        writer.write(spec.name, value.astype(stored_dtype, copy=False))

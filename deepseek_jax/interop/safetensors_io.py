@@ -1,0 +1,170 @@
+"""The safetensors format, one tensor at a time.
+
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the raw little-endian data.
+The `safetensors` package reads FP8 only through torch, and its writer wants a whole shard in memory at once; these
+functions hold one tensor, check the header against the file's size, and name the tensor that doesn't fit. Nothing is
+ever unpickled.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `shape` elements of the safetensors `dtype` at byte `offset` of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """All tensors of one file, by name. Raises CheckpointError if the file is truncated or its header is damaged."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file: its header should take {length} bytes, the file has {size}; download it again"
+            )
+        raw = stream.read(length)
+    data_start = 8 + length
+    try:
+        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged safetensors header ({error}); download the file again") from error
+    for name, tensor in tensors.items():
+        _check_bytes(name, tensor, data_start, size)
+    return tensors
+
+
+def _check_bytes(name: str, tensor: StoredTensor, data_start: int, file_size: int) -> None:
+    end = tensor.offset + tensor.nbytes
+    if tensor.nbytes < 0 or tensor.offset < data_start or end > file_size:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name!r} should end at byte {end}, but the file has {file_size}: it is truncated; download it again"
+        )
+    if tensor.dtype in DTYPES:
+        expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        if tensor.nbytes != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} {tensor.dtype} {list(tensor.shape)} takes {expected} bytes, its header gives {tensor.nbytes}"
+            )
+
+
+def read_tensor(tensor: StoredTensor) -> np.ndarray:
+    """The tensor in its stored dtype and shape, in memory of its own. Raises CheckpointError if the file has become shorter."""
+    dtype = DTYPES[tensor.dtype]
+    flat = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
+    if flat.size != tensor.nbytes:
+        raise CheckpointError(f"{tensor.file}: expected {tensor.nbytes} bytes at {tensor.offset}, found {flat.size}; download the file again")
+    return flat.view(dtype).reshape(tensor.shape)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors of a Hugging Face folder by name, and what is wrong with its files, in sentences.
+
+    Reads headers only. Raises CheckpointError if there is nothing to read: no folder, no safetensors, a damaged index.
+    """
+    if (folder / SINGLE_NAME).exists():
+        return read_header(folder / SINGLE_NAME), []
+    index_file = folder / INDEX_NAME
+    if not index_file.exists():
+        raise CheckpointError(_nothing_to_read(folder))
+    try:
+        weight_map = json.loads(index_file.read_text())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file}: no readable weight_map ({error}); download the file again") from error
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for shard in shards:
+        promised = [name for name, where in weight_map.items() if where == shard]
+        if not (folder / shard).exists():
+            problems.append(f"the index puts {len(promised)} tensors, {promised[0]!r} among them, into {shard}, which is not in {folder}")
+            continue
+        header = read_header(folder / shard)
+        problems += [f"the index puts tensor {name!r} into {shard}, but it is not there" for name in promised if name not in header]
+        tensors.update({name: tensor for name, tensor in header.items() if weight_map.get(name, shard) == shard})
+    return tensors, problems
+
+
+def _nothing_to_read(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is not a folder; give a Hugging Face folder with config.json and *.safetensors"
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder} holds {pickled[0]} but no safetensors. Such files are pickles, which can run any code when opened, "
+            "so they are not read; save the model with safe_serialization=True first"
+        )
+    loose = sorted(p.name for p in folder.glob("*.safetensors"))
+    if loose:
+        return f"{folder} holds {len(loose)} safetensors file(s), such as {loose[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}"
+    return f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}"
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in any order; the header is complete from the start.
+
+    `tensors` maps names to (safetensors dtype, shape). Wide dtypes come first in the file, so that every tensor is
+    aligned to its own item size, which torch's memory mapping requires.
+    """
+
+    def __init__(self, file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in sorted(tensors, key=lambda name: -DTYPES[tensors[name][0]].itemsize):
+            dtype, shape = tensors[name]
+            end = position + math.prod(shape) * DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._header = header
+        self._missing = set(tensors)
+        self._data_start = 8 + len(raw)
+        self._stream = open(file, "wb")
+        self._stream.write(len(raw).to_bytes(8, "little") + raw)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Writes `array`, already of the declared dtype and shape."""
+        entry = self._header[name]
+        if array.dtype != DTYPES[entry["dtype"]] or list(array.shape) != entry["shape"]:
+            raise ValueError(f"{name}: declared {entry['dtype']} {entry['shape']}, got {array.dtype} {list(array.shape)}")
+        self._stream.seek(self._data_start + entry["data_offsets"][0])
+        self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._missing.remove(name)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, exception_type, *_) -> None:
+        self._stream.close()
+        if exception_type is None and self._missing:
+            raise ValueError(f"declared but not written: {sorted(self._missing)[:3]}")
