@@ -1,0 +1,227 @@
+"""Prompts in, completions out, in one program: prefill with expanded MLA, then decoding with absorbed MLA over a latent cache.
+
+Layout. Prompts are right-padded to P slots; completion token n of every row lives in slot P + n, at position
+`prompt_length + n` of its row. Cache, expert ids and reinforcement learning all use these T = P + N slots, so nothing is
+ever moved. Padding slots hold position -1, which no query attends to.
+
+`start` and `advance` are the two halves of `generate`, for callers that want to look at the tokens in between.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.errors import DataError
+from deepseek_jax.generation.sampling import SamplingConfig, sample
+from deepseek_jax.model.cache import Cache, init_cache, write
+from deepseek_jax.model.transformer import Output, Transformer
+
+
+@flax.struct.dataclass
+class Generation:
+    """Completions of B rows, at most N tokens each.
+
+    tokens_BN int32, pad after the end; mask_BN bool, true on the tokens of the completion, eos included; lengths_B int32 their
+    number; finished_B bool, whether eos was reached. logp_BN is the log-probability of each token under the distribution
+    it was drawn from (temperature, top-k and top-p applied; 0 when greedy), model_logp_BN under the model's own softmax;
+    both float32 and 0 on padding. expert_ids_LBTK int32 are the experts chosen for every slot that was fed through
+    the model, in the order the router chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
+    """
+
+    tokens_BN: jax.Array
+    mask_BN: jax.Array
+    lengths_B: jax.Array
+    finished_B: jax.Array
+    logp_BN: jax.Array
+    model_logp_BN: jax.Array
+    expert_ids_LBTK: jax.Array | None
+
+
+@flax.struct.dataclass
+class State:
+    """Decoding between two tokens: `step` tokens were drawn for every row, the last of them is not in the cache yet."""
+
+    cache: Cache
+    step: jax.Array
+    keys_B: jax.Array
+    prompt_lengths_B: jax.Array
+    lengths_B: jax.Array
+    finished_B: jax.Array
+    tokens_BN: jax.Array
+    logp_BN: jax.Array
+    model_logp_BN: jax.Array
+    expert_ids_LBTK: jax.Array | None
+
+    @property
+    def live_B(self) -> jax.Array:
+        """Rows that want more tokens. A row without a prompt is batch padding and never does."""
+        return ~self.finished_B & (self.prompt_lengths_B > 0)
+
+
+def generate(
+    model: Transformer,
+    variables,
+    prompts_BP: jax.Array,
+    prompt_lengths_B: jax.Array,
+    rng: jax.Array,
+    sampling: SamplingConfig,
+    *,
+    row_ids_B: jax.Array | None = None,
+    samples_per_prompt: int = 1,
+    return_experts: bool = False,
+) -> Generation:
+    """Completes every prompt until eos or `sampling.max_new_tokens`; pure, to be jitted with `model`, `sampling`,
+    `samples_per_prompt` and `return_experts` static.
+
+    A row's result depends on its prompt and its random key alone, never on the rows beside it or on how far it is padded.
+    Its key is `fold_in(rng, row id)` and token n uses `fold_in(key, n)`. Row ids default to 0…B-1; pass them to give a row
+    the same samples in another batch.
+
+    Args:
+      prompts_BP: int32 [B, P], right-padded.
+      prompt_lengths_B: int32 [B], 1…P; 0 marks a row that is only there to fill the batch and gets an empty completion.
+      samples_per_prompt: G completions for each prompt, which is prefilled once; the result has B·G rows, those of a prompt
+        side by side.
+      return_experts: also keep the chosen experts of all layers.
+
+    Raises:
+      DataError: prompts and lengths whose shapes don't fit.
+    """
+    state = start(
+        model,
+        variables,
+        prompts_BP,
+        prompt_lengths_B,
+        rng,
+        sampling,
+        row_ids_B=row_ids_B,
+        samples_per_prompt=samples_per_prompt,
+        return_experts=return_experts,
+    )
+    state = advance(model, variables, state, sampling, sampling.max_new_tokens)
+    return finish(state)
+
+
+def start(
+    model: Transformer,
+    variables,
+    prompts_BP: jax.Array,
+    prompt_lengths_B: jax.Array,
+    rng: jax.Array,
+    sampling: SamplingConfig,
+    *,
+    row_ids_B: jax.Array | None = None,
+    samples_per_prompt: int = 1,
+    return_experts: bool = False,
+) -> State:
+    """Prefills the prompts and draws the first token. Arguments and errors as for `generate`."""
+    if prompts_BP.ndim != 2 or prompt_lengths_B.shape != prompts_BP.shape[:1] or prompts_BP.shape[1] == 0:
+        raise DataError(
+            f"prompts {prompts_BP.shape} and prompt_lengths {prompt_lengths_B.shape}: give [batch, slots] with at least one slot, and [batch]"
+        )
+    config, (P, N) = model.config, (prompts_BP.shape[1], sampling.max_new_tokens)
+    slots_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), prompts_BP.shape)
+    real_BP = slots_BP < prompt_lengths_B[:, None]
+    output = model.apply(variables, prompts_BP, segment_ids_BT=real_BP.astype(jnp.int32), positions_BT=slots_BP)
+    last_B1 = jnp.maximum(prompt_lengths_B - 1, 0)[:, None]
+    hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B1[..., None], axis=1)[:, 0]
+    logits_BV = model.apply(variables, hidden_BD, method="unembed")
+
+    def per_sample(x: jax.Array, axis: int = 0) -> jax.Array:
+        return jnp.repeat(x, samples_per_prompt, axis=axis)
+
+    B = prompts_BP.shape[0] * samples_per_prompt
+    latents = jax.tree.map(lambda x: per_sample(x, axis=1), output.latents)
+    cache = init_cache(config, B, P + N, model.precision.compute_dtype)
+    cache = write(cache, latents, per_sample(jnp.where(real_BP, slots_BP, -1)), 0)
+
+    expert_ids_LBTK = None
+    if return_experts and config.num_moe_layers > 0:
+        any_experts_K = jnp.arange(config.moe.top_k, dtype=jnp.int32)
+        expert_ids_LBTK = jnp.broadcast_to(any_experts_K, (config.num_moe_layers, B, P + N, config.moe.top_k))
+        expert_ids_LBTK = expert_ids_LBTK.at[:, :, :P].set(per_sample(output.routing.expert_ids_LBTK, axis=1))
+
+    if row_ids_B is None:
+        row_ids_B = jnp.arange(B)
+    state = State(
+        cache=cache,
+        step=jnp.zeros((), jnp.int32),
+        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(rng, row_ids_B),
+        prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
+        lengths_B=jnp.zeros(B, jnp.int32),
+        finished_B=jnp.zeros(B, bool),
+        tokens_BN=jnp.full((B, N), sampling.pad_id, jnp.int32),
+        logp_BN=jnp.zeros((B, N), jnp.float32),
+        model_logp_BN=jnp.zeros((B, N), jnp.float32),
+        expert_ids_LBTK=expert_ids_LBTK,
+    )
+    return _append(state, per_sample(logits_BV), sampling)
+
+
+def feed(
+    model: Transformer, variables, cache: Cache, tokens_BT: jax.Array, positions_BT: jax.Array, slot: jax.Array
+) -> tuple[Cache, Output]:
+    """Runs T tokens against the cache and stores them in slots `slot`…`slot + T - 1`; position -1 marks padding.
+
+    Returns the longer cache and the model's output for these tokens.
+    """
+    real_BT = (positions_BT >= 0).astype(jnp.int32)
+    output = model.apply(variables, tokens_BT, segment_ids_BT=real_BT, positions_BT=positions_BT, cache=cache)
+    return write(cache, output.latents, positions_BT, slot), output
+
+
+def advance(model: Transformer, variables, state: State, sampling: SamplingConfig, steps: int | jax.Array) -> State:
+    """Draws up to `steps` more tokens per row; stops earlier when all rows are done or their buffers are full."""
+    N = state.tokens_BN.shape[1]
+    P = state.cache.positions_BS.shape[1] - N
+    last_step = jnp.minimum(state.step + steps, N)
+
+    def wanted(state: State) -> jax.Array:
+        return (state.step < last_step) & jnp.any(state.live_B)
+
+    def decode(state: State) -> State:
+        fed = state.step - 1  # the newest completion token
+        tokens_B1 = lax.dynamic_slice_in_dim(state.tokens_BN, fed, 1, axis=1)
+        positions_B1 = jnp.where(state.live_B, state.prompt_lengths_B + fed, -1)[:, None]
+        cache, output = feed(model, variables, state.cache, tokens_B1, positions_B1, P + fed)
+        state = state.replace(cache=cache)
+        if state.expert_ids_LBTK is not None:
+            state = state.replace(expert_ids_LBTK=_set(state.expert_ids_LBTK, output.routing.expert_ids_LBTK, P + fed, axis=2))
+        return _append(state, model.apply(variables, output.hidden_BTD[:, 0], method="unembed"), sampling)
+
+    return lax.while_loop(wanted, decode, state)
+
+
+def finish(state: State) -> Generation:
+    """What was drawn so far."""
+    return Generation(
+        tokens_BN=state.tokens_BN,
+        mask_BN=jnp.arange(state.tokens_BN.shape[1]) < state.lengths_B[:, None],
+        lengths_B=state.lengths_B,
+        finished_B=state.finished_B,
+        logp_BN=state.logp_BN,
+        model_logp_BN=state.model_logp_BN,
+        expert_ids_LBTK=state.expert_ids_LBTK,
+    )
+
+
+def _append(state: State, logits_BV: jax.Array, sampling: SamplingConfig) -> State:
+    """Draws token `state.step` of every live row from `logits_BV` and notes it."""
+    live_B, step = state.live_B, state.step
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, step)
+    tokens_B, logp_B, model_logp_B = sample(keys_B, logits_BV, sampling)
+    tokens_B = jnp.where(live_B, tokens_B, sampling.pad_id)
+    return state.replace(
+        step=step + 1,
+        lengths_B=state.lengths_B + live_B,
+        finished_B=state.finished_B | (live_B & (tokens_B == sampling.eos_id)),
+        tokens_BN=_set(state.tokens_BN, tokens_B[:, None], step, axis=1),
+        logp_BN=_set(state.logp_BN, jnp.where(live_B, logp_B, 0.0)[:, None], step, axis=1),
+        model_logp_BN=_set(state.model_logp_BN, jnp.where(live_B, model_logp_B, 0.0)[:, None], step, axis=1),
+    )
+
+
+def _set(buffer: jax.Array, update: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """`buffer` with `update` at `index` along `axis`; in place where the buffer is a loop carry."""
+    return lax.dynamic_update_slice_in_dim(buffer, update.astype(buffer.dtype), index, axis)

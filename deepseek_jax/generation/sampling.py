@@ -1,0 +1,112 @@
+"""From logits to the next token: the distribution that is sampled, and one draw from it per row.
+
+The order is temperature, then top-k, then top-p over what top-k left. Tokens of equal logit are treated alike: where
+the k-th largest logit or the border of the nucleus falls on a tie, every tied token stays, so the sets never depend on
+the order of the vocabulary and may hold more than k tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How completions are drawn; static, so a change compiles a new program.
+
+    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id` (a negative id never stops) and is
+    filled with `pad_id` from there on.
+    """
+
+    max_new_tokens: int
+    eos_id: int
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        for field, allowed, fits in (
+            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
+            ("temperature", "0 (greedy) or more", 0 <= self.temperature < float("inf")),
+            ("top_k", "0 (off) or more", self.top_k >= 0),
+            ("top_p", "above 0, and at most 1 (off)", 0 < self.top_p <= 1),
+        ):
+            if not fits:
+                raise ConfigError(f"SamplingConfig.{field}={getattr(self, field)}: must be {allowed}")
+
+
+def keep_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
+    """`logits_BV` with everything below the row's `top_k`-th largest logit set to -inf."""
+    kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+    return jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
+
+
+def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """`logits_BV` outside the nucleus set to -inf: the smallest set of most probable tokens that together reach `top_p`."""
+    descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    probs_BV = jax.nn.softmax(descending_BV, axis=-1)
+    mass_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+    # The most probable token has no mass before it, but a tiny top_p must not lose it to rounding.
+    inside_BV = (mass_before_BV < top_p).at[:, 0].set(True)
+    border_B1 = jnp.min(jnp.where(inside_BV, descending_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= border_B1, logits_BV, -jnp.inf)
+
+
+def log_probs(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Log-probabilities [B, V] of the distribution that is sampled: normalised, -inf for tokens it excludes.
+
+    Args:
+      logits_BV: float32 [B, V].
+      sampling: greedy gives the whole mass to the largest logit (the first of equals).
+    """
+    if sampling.temperature == 0:
+        best_B = jnp.argmax(logits_BV, axis=-1)
+        return jnp.where(jax.nn.one_hot(best_B, logits_BV.shape[-1], dtype=bool), 0.0, -jnp.inf)
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k > 0:
+        logits_BV = keep_top_k(logits_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, sampling.top_p)
+    return jax.nn.log_softmax(logits_BV, axis=-1)
+
+
+def draw(keys_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
+    """One token id per row, int32 [B], from normalised log-probabilities by inverting their cumulative sum.
+
+    Row b uses `keys_B[b]` alone, one uniform number of it (23 bits: probabilities below 1e-7 are only approximate), which
+    is several times cheaper than V Gumbel numbers. A token of probability zero is never drawn.
+    """
+    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+    probs_BV = jnp.exp(logp_BV)
+    # Sums taken in parallel need not be monotone to the last bit: masking keeps excluded tokens out even then.
+    cdf_BV = jnp.where(probs_BV > 0, jnp.cumsum(probs_BV, axis=-1), 0.0)
+    threshold_B1 = uniform_B[:, None] * jnp.max(cdf_BV, axis=-1, keepdims=True)
+    return jnp.argmax(cdf_BV > threshold_B1, axis=-1).astype(jnp.int32)
+
+
+def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of each row, its log-probability under the sampled distribution and under the model (temperature 1).
+
+    Args:
+      keys_B: one random key per row; unused when greedy.
+      logits_BV: float32 [B, V].
+
+    Returns:
+      tokens_B int32, logp_B and model_logp_B float32. Greedy log-probabilities under the sampled distribution are 0.
+    """
+    model_logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    if sampling.temperature == 0:
+        tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return tokens_B, jnp.zeros(tokens_B.shape, jnp.float32), _pick(model_logp_BV, tokens_B)
+    logp_BV = log_probs(logits_BV, sampling)
+    tokens_B = draw(keys_B, logp_BV)
+    return tokens_B, _pick(logp_BV, tokens_B), _pick(model_logp_BV, tokens_B)
+
+
+def _pick(values_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values_BV, tokens_B[:, None], axis=-1)[:, 0]

@@ -1,0 +1,244 @@
+"""The sampler against the training forward pass, and the promises about rows, padding, eos and memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import DataError
+from deepseek_jax.generation.generate import advance, feed, finish, generate, start
+from deepseek_jax.generation.sampling import log_probs
+from deepseek_jax.model.cache import init_cache
+from tests.generation.conftest import EOS, LENGTHS, N, P, PAD, SAMPLING, V
+
+B = len(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def rollout(mla):
+    return mla.generate(mla.prompts_BP, LENGTHS, return_experts=True)
+
+
+def layout(prompts, lengths, generation):
+    """Tokens, segment ids and positions of the T = P + N slots that training sees."""
+    tokens = np.concatenate([prompts, generation.tokens_BN], axis=1)
+    real = np.concatenate([np.arange(P) < lengths[:, None], generation.mask_BN], axis=1)
+    positions = np.concatenate([np.broadcast_to(np.arange(P), prompts.shape), lengths[:, None] + np.arange(N)], axis=1)
+    return tokens, real.astype(np.int32), np.where(real, positions, -1).astype(np.int32)
+
+
+def completion_logits(logits_BTV, lengths):
+    """The logits [B, N, V] that completion tokens are drawn from: after the last prompt token, then after each token."""
+    last_prompt = np.take_along_axis(np.asarray(logits_BTV), (lengths - 1)[:, None, None], axis=1)
+    return np.concatenate([last_prompt, logits_BTV[:, P:-1]], axis=1)
+
+
+def pick(values_BNV, tokens_BN):
+    return np.take_along_axis(np.asarray(values_BNV), np.asarray(tokens_BN)[..., None], axis=-1)[..., 0]
+
+
+def assert_same(a, b, atol=1e-5):
+    np.testing.assert_array_equal(a.tokens_BN, b.tokens_BN)
+    np.testing.assert_array_equal(a.mask_BN, b.mask_BN)
+    np.testing.assert_array_equal(a.finished_B, b.finished_B)
+    np.testing.assert_allclose(a.logp_BN, b.logp_BN, atol=atol)
+    np.testing.assert_allclose(a.model_logp_BN, b.model_logp_BN, atol=atol)
+
+
+def test_log_probs_are_those_of_the_full_forward_pass(case):
+    generation = case.generate(case.prompts_BP, LENGTHS, return_experts=True)
+    logits_BTV, _ = case.forward(*layout(case.prompts_BP, LENGTHS, generation))
+    logits_BNV, mask_BN = completion_logits(logits_BTV, LENGTHS), np.asarray(generation.mask_BN)
+    model_logp = pick(jax.nn.log_softmax(logits_BNV), generation.tokens_BN)
+    sampled = log_probs(jnp.asarray(logits_BNV.reshape(-1, V)), SAMPLING).reshape(B, N, V)
+    np.testing.assert_allclose(generation.model_logp_BN, np.where(mask_BN, model_logp, 0), atol=1e-5)
+    np.testing.assert_allclose(generation.logp_BN, np.where(mask_BN, pick(sampled, generation.tokens_BN), 0), atol=1e-5)
+    assert np.all(np.asarray(generation.logp_BN)[mask_BN] > np.asarray(generation.model_logp_BN)[mask_BN] - 2)
+    assert len(set(np.asarray(generation.tokens_BN)[mask_BN].tolist())) > 8  # not a degenerate network
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_feeding_tokens_to_an_empty_cache_equals_the_full_forward_pass(case, width):
+    """Every position through the cached path alone, one or several tokens at a time, one row with padding in between."""
+    T, model = 12, case.model
+    tokens = np.random.default_rng(1).integers(4, V, size=(2, T)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(T), (2, T)).astype(np.int32).copy()
+    positions[1] = np.where(np.arange(T) % 4 == 3, -1, np.cumsum(np.arange(T) % 4 != 3) - 1)
+
+    def body(cache, slot):
+        chunk = [jax.lax.dynamic_slice_in_dim(jnp.asarray(x), slot, width, axis=1) for x in (tokens, positions)]
+        cache, output = feed(model, case.variables, cache, *chunk, slot)
+        return cache, model.apply(case.variables, output.hidden_BTD, method="unembed")
+
+    cache = init_cache(model.config, 2, T, jnp.float32)
+    _, logits = jax.jit(lambda cache: jax.lax.scan(body, cache, jnp.arange(0, T, width)))(cache)
+    logits = np.asarray(logits).transpose(1, 0, 2, 3).reshape(2, T, V)
+    full, _ = case.forward(tokens, (positions >= 0).astype(np.int32), positions)
+    real = positions >= 0
+    np.testing.assert_allclose(logits[real], np.asarray(full)[real], atol=1e-5, rtol=1e-5)
+
+
+def test_experts_are_those_of_the_full_forward_pass_and_replay_changes_nothing(mla, rollout):
+    inputs = layout(mla.prompts_BP, LENGTHS, rollout)
+    logits, expert_ids = mla.forward(*inputs)
+    # The last token of a row is never fed back: nobody needs its experts.
+    fed = inputs[1].astype(bool) & (np.arange(P + N) != (P + rollout.lengths_B - 1)[:, None])
+    assert rollout.expert_ids_LBTK.shape == expert_ids.shape == (2, B, P + N, 3)
+    np.testing.assert_array_equal(rollout.expert_ids_LBTK[:, fed], expert_ids[:, fed])
+    assert len(set(np.asarray(expert_ids[:, fed]).ravel().tolist())) == 8
+
+    replayed, replayed_ids = mla.forward(*inputs, rollout.expert_ids_LBTK)
+    np.testing.assert_array_equal(replayed_ids, rollout.expert_ids_LBTK)
+    before, after = (jax.nn.log_softmax(completion_logits(x, LENGTHS)) for x in (logits, replayed))
+    mask = np.asarray(rollout.mask_BN)
+    np.testing.assert_allclose(np.asarray(after)[mask], np.asarray(before)[mask], atol=1e-5)
+    np.testing.assert_allclose(pick(after, rollout.tokens_BN)[mask], np.asarray(rollout.model_logp_BN)[mask], atol=1e-5)
+
+
+def test_every_expert_slot_holds_a_valid_choice(rollout):
+    ids = np.sort(np.asarray(rollout.expert_ids_LBTK), axis=-1)
+    assert ids.min() >= 0 and ids.max() < 8 and np.all(np.diff(ids, axis=-1) > 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_row_gets_alone_what_it_gets_in_a_batch(case, temperature):
+    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
+    together = case.generate(case.prompts_BP, LENGTHS, sampling=sampling)
+    for b in range(B):
+        rows = slice(b, b + 1)
+        alone = case.generate(case.prompts_BP[rows], LENGTHS[rows], sampling=sampling, row_ids_B=jnp.asarray([b]))
+        assert_same(alone, jax.tree.map(lambda x: x[rows], together))
+    length = LENGTHS[2]  # and without padding at all
+    bare = case.generate(case.prompts_BP[2:3, :length], LENGTHS[2:3], sampling=sampling, row_ids_B=jnp.asarray([2]))
+    assert_same(bare, jax.tree.map(lambda x: x[2:3], together))
+
+
+def test_padding_is_never_seen(mla, rollout):
+    junk = np.random.default_rng(7).integers(0, V, size=mla.prompts_BP.shape)
+    prompts = np.where(np.arange(P) < LENGTHS[:, None], mla.prompts_BP, junk).astype(np.int32)
+    assert np.any(prompts != mla.prompts_BP)
+    assert_same(mla.generate(prompts, LENGTHS, return_experts=True), rollout)
+
+
+def test_rows_have_their_own_randomness(mla):
+    prompts, lengths = np.repeat(mla.prompts_BP[:1], B, axis=0), np.repeat(LENGTHS[:1], B)
+    same_prompt = mla.generate(prompts, lengths, return_experts=True)
+    assert len({tuple(row) for row in np.asarray(same_prompt.tokens_BN).tolist()}) == B
+    other_seed = mla.generate(prompts, lengths, seed=1, return_experts=True)
+    assert np.any(other_seed.tokens_BN != same_prompt.tokens_BN)
+    assert_same(mla.generate(prompts, lengths, return_experts=True), same_prompt, atol=0)
+
+
+def test_samples_per_prompt_share_a_prefill(mla):
+    """The rows of a prompt lie side by side and equal those of a batch that repeats the prompts."""
+    grouped = mla.generate(mla.prompts_BP[:2], LENGTHS[:2], samples_per_prompt=2, return_experts=True)
+    repeated = mla.generate(np.repeat(mla.prompts_BP[:2], 2, axis=0), np.repeat(LENGTHS[:2], 2), return_experts=True)
+    assert_same(grouped, repeated)
+    np.testing.assert_array_equal(grouped.expert_ids_LBTK, repeated.expert_ids_LBTK)
+
+
+def test_eos_ends_a_row_and_the_loop(mla, rollout):
+    """With the third token of row 0 as eos, rows end where it first appears; alone, row 0 takes three steps, not N."""
+    eos = int(rollout.tokens_BN[0, 2])
+    sampling = dataclasses.replace(SAMPLING, eos_id=eos)
+    free = mla.generate(mla.prompts_BP, LENGTHS, sampling=dataclasses.replace(SAMPLING, eos_id=-1))
+    ended = mla.generate(mla.prompts_BP, LENGTHS, sampling=sampling)
+    assert np.all(free.mask_BN) and not np.any(free.finished_B)
+    for b, tokens in enumerate(np.asarray(free.tokens_BN).tolist()):
+        length = tokens.index(eos) + 1 if eos in tokens else N
+        assert ended.lengths_B[b] == length and ended.finished_B[b] == (eos in tokens)
+        assert ended.tokens_BN[b].tolist() == tokens[:length] + [PAD] * (N - length)
+        assert ended.mask_BN[b].tolist() == [True] * length + [False] * (N - length)
+        assert not np.any(ended.logp_BN[b, length:]) and not np.any(ended.model_logp_BN[b, length:])
+        np.testing.assert_allclose(ended.logp_BN[b, :length], free.logp_BN[b, :length], atol=1e-5)
+
+    length = int(ended.lengths_B[0])
+    assert ended.finished_B[0] and length < N
+
+    @jax.jit
+    def alone(variables, prompts, lengths):
+        state = start(mla.model, variables, prompts, lengths, jax.random.key(0), sampling)
+        return advance(mla.model, variables, state, sampling, N)
+
+    assert alone(mla.variables, mla.prompts_BP[:1], LENGTHS[:1]).step == length
+
+
+def test_pieces_make_the_whole(mla, rollout):
+    """Drawing a few tokens at a time, as streaming does, changes nothing."""
+    begin = jax.jit(lambda v, p, n: start(mla.model, v, p, n, jax.random.key(0), SAMPLING, return_experts=True))
+    go_on = jax.jit(lambda v, state: advance(mla.model, v, state, SAMPLING, 4))
+    state, steps = begin(mla.variables, mla.prompts_BP, LENGTHS), []
+    while state.step < N and np.any(state.live_B):
+        state = go_on(mla.variables, state)
+        steps.append(int(state.step))
+    assert steps[0] == 5 and all(b - a <= 4 for a, b in zip(steps, steps[1:]))
+    assert_same(finish(state), rollout)
+    np.testing.assert_array_equal(state.expert_ids_LBTK, rollout.expert_ids_LBTK)
+
+
+def test_a_row_without_a_prompt_only_fills_the_batch(mla, rollout):
+    lengths = LENGTHS * (np.arange(B) != 1)
+    generation = mla.generate(mla.prompts_BP, lengths, return_experts=True)
+    assert generation.lengths_B[1] == 0 and not np.any(generation.mask_BN[1]) and np.all(generation.tokens_BN[1] == PAD)
+    others = np.asarray([0, 2, 3])
+    assert_same(jax.tree.map(lambda x: x[others], dataclasses.replace(generation, expert_ids_LBTK=None)),
+                jax.tree.map(lambda x: x[others], dataclasses.replace(rollout, expert_ids_LBTK=None)))
+
+
+def test_experts_only_where_asked_for(mla, gqa):
+    assert mla.generate(mla.prompts_BP, LENGTHS).expert_ids_LBTK is None
+    assert gqa.generate(gqa.prompts_BP, LENGTHS, return_experts=True).expert_ids_LBTK is None
+
+
+def test_latent_cache_is_small(mla):
+    cache = init_cache(mla.model.config, B, P + N, jnp.float32)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(cache.entries))
+    assert numbers == mla.model.config.num_layers * B * (P + N) * (18 + 6)
+
+
+def shapes(jaxpr):
+    """Shapes of all values in a jaxpr and everything it calls."""
+    for eqn in jaxpr.eqns:
+        for var in eqn.outvars:
+            yield tuple(var.aval.shape)
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes(inner)
+
+
+def expands_heads(shape):
+    """Whether an array holds something per slot (P + N, or one more) *and* per head and head dimension."""
+    slots, heads, head_dims = {P + N, P + N + 1}, 5, {10, 14, 16, 24}
+    flat = {heads * dim for dim in head_dims}
+    return bool(slots & set(shape)) and (heads in shape and bool(head_dims & set(shape)) or bool(flat & set(shape)))
+
+
+def test_decoding_never_expands_the_cache(mla):
+    def decode(variables, state):
+        return advance(mla.model, variables, state, SAMPLING, N)
+
+    state = jax.eval_shape(lambda v: start(mla.model, v, mla.prompts_BP, LENGTHS, jax.random.key(0), SAMPLING), mla.variables)
+    found = set(shapes(jax.make_jaxpr(decode)(mla.variables, state).jaxpr))
+    assert (B, P + N, 18) in found or (3, B, P + N, 18) in found or (2, B, P + N, 18) in found
+    assert not [shape for shape in found if expands_heads(shape)]
+
+    # The same search does find the keys and values that the expanded form makes.
+    expanded = jax.make_jaxpr(lambda v, t: mla.model.apply(v, t).hidden_BTD)(mla.variables, jnp.zeros((B, P + N), jnp.int32))
+    assert [shape for shape in shapes(expanded.jaxpr) if expands_heads(shape)]
+
+
+def test_prefill_unembeds_one_position(mla):
+    def begin(variables):
+        return start(mla.model, variables, mla.prompts_BP, LENGTHS, jax.random.key(0), SAMPLING)
+
+    found = set(shapes(jax.make_jaxpr(begin)(mla.variables).jaxpr))
+    assert (B, V) in found and (B, P, V) not in found
+
+
+def test_shapes_that_do_not_fit(mla):
+    for prompts, lengths in ((np.zeros((2, 0), np.int32), LENGTHS[:2]), (mla.prompts_BP, LENGTHS[:2]), (mla.prompts_BP[0], LENGTHS)):
+        with pytest.raises(DataError, match="prompt_lengths"):
+            generate(mla.model, mla.variables, prompts, lengths, jax.random.key(0), SAMPLING)
