@@ -1,0 +1,122 @@
+"""What a loader reads and how it packs: frozen dataclasses, validated when they are made."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from deepseek_jax.errors import ConfigError, nearest
+
+FORMATS = ("text", "completion", "messages", "tokens")
+PACKINGS = ("split", "whole")
+LONG_DOCUMENTS = ("error", "truncate")
+
+
+def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{field}={value!r}: {nearest(str(value), allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents.
+
+    name: 'stdlib' (the Python standard library's own source), 'tfds:NAME' (any TFDS dataset with a text feature), a path or
+        glob of .jsonl, .parquet or .txt files (a .txt file is one document), or the key of an in-memory source given to
+        `build_loader`.
+    weight: share of the rows, and with packing='split' of the tokens, this source provides (relative to the others).
+    format: 'text': <bos> text <eos>, every token trained on. 'completion': fields `prompt` and `completion` (text or token
+        ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that message.
+        'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
+    text_field: the field that holds the text (format 'text').
+    validation_fraction: local files only: share of documents held out; which ones depends on their content alone.
+    validation_path: local files only: the held-out files, in place of a fraction.
+    train_split, validation_split: TFDS only; slices such as 'train[:95%]' are allowed.
+    max_bytes: stdlib only: at most this much text, training and validation together (None: all, about 10 MB).
+    """
+
+    name: str
+    weight: float = 1.0
+    format: str = "text"
+    text_field: str = "text"
+    validation_fraction: float = 0.05
+    validation_path: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    max_bytes: int | None = None
+
+    def __post_init__(self):
+        where = f"source {self.name!r}"
+        _choice(f"{where}: format", self.format, FORMATS)
+        if not self.weight > 0:
+            raise ConfigError(f"{where}: weight={self.weight}: must be above 0; leave the source out to switch it off")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"{where}: validation_fraction={self.validation_fraction}: at least 0 and below 1")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"{where}: max_bytes={self.max_bytes}: at least 1, or None for everything")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What `build_loader` reads.
+
+    packing: 'split' joins documents and cuts them at row borders, so no position is wasted; 'whole' keeps each document
+        in one row (best fit) and pads.
+    long_documents: with packing='whole', documents longer than a row are an 'error' or lose their tail ('truncate').
+    num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
+        whatever the weights.
+    open_rows: with packing='whole', how many rows are filled at the same time; more rows, less padding.
+    read_threads: threads that read and tokenise for each source; 0 does it inside the prefetch thread. The batches never depend on it.
+    prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked.
+    data_dir: where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or $TFDS_DATA_DIR).
+    """
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig("stdlib"),)
+    packing: str = "split"
+    long_documents: str = "error"
+    shuffle: bool = True
+    num_epochs: int | None = None
+    open_rows: int = 32
+    read_threads: int = 1
+    prefetch_rows: int = 64
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        _choice("data.packing", self.packing, PACKINGS)
+        _choice("data.long_documents", self.long_documents, LONG_DOCUMENTS)
+        if not self.sources:
+            raise ConfigError("data.sources is empty: name at least one source, for example {'name': 'stdlib'}")
+        for field, minimum in (("open_rows", 1), ("read_threads", 0), ("prefetch_rows", 0)):
+            if getattr(self, field) < minimum:
+                raise ConfigError(f"data.{field}={getattr(self, field)}: at least {minimum}")
+        if self.num_epochs is not None:
+            if self.num_epochs < 1:
+                raise ConfigError(f"data.num_epochs={self.num_epochs}: at least 1, or None to repeat for ever")
+            if len({source.weight for source in self.sources}) > 1:
+                raise ConfigError(
+                    f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot differ; "
+                    "set num_epochs=None to mix by weight"
+                )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "DataConfig":
+        """Builds a config from nested mappings (a ConfigDict, JSON). Raises ConfigError for an unknown field, naming the nearest."""
+        fields = dict(fields)
+        if "sources" in fields:
+            sources = fields["sources"]
+            if isinstance(sources, Mapping | str):
+                raise ConfigError(f"data.sources must be a list of sources, not {type(sources).__name__}")
+            fields["sources"] = tuple(
+                source if isinstance(source, SourceConfig) else _build(SourceConfig, source, f"data.sources[{i}]")
+                for i, source in enumerate(sources)
+            )
+        return _build(cls, fields, "data")
+
+
+def _build(cls: type, fields: Mapping[str, Any], path: str) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"unknown field {path}.{name}: {nearest(str(name), known)}")
+    if cls is SourceConfig and "name" not in fields:
+        raise ConfigError(f"{path} has no name: give 'stdlib', 'tfds:NAME', a path, or the key of an in-memory source")
+    return cls(**fields)
