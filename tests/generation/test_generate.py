@@ -7,18 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from generation_cases import EOS, LENGTHS, N, P, PAD, SAMPLING, V
+
 from deepseek_jax.errors import DataError
 from deepseek_jax.generation.generate import advance, feed, finish, generate, start
 from deepseek_jax.generation.sampling import log_probs
 from deepseek_jax.model.cache import init_cache
-from tests.generation.conftest import EOS, LENGTHS, N, P, PAD, SAMPLING, V
 
 B = len(LENGTHS)
 
 
+GREEDY = dataclasses.replace(SAMPLING, temperature=0.0, top_k=0, top_p=1.0)
+
+
 @pytest.fixture(scope="module")
 def rollout(mla):
-    return mla.generate(mla.prompts_BP, LENGTHS, return_experts=True)
+    return mla.rollout(mla.prompts_BP, LENGTHS)
 
 
 def layout(prompts, lengths, generation):
@@ -47,8 +51,12 @@ def assert_same(a, b, atol=1e-5):
     np.testing.assert_allclose(a.model_logp_BN, b.model_logp_BN, atol=atol)
 
 
+def without_experts(generation):
+    return generation.replace(expert_ids_LBTK=None)
+
+
 def test_log_probs_are_those_of_the_full_forward_pass(case):
-    generation = case.generate(case.prompts_BP, LENGTHS, return_experts=True)
+    generation = case.rollout(case.prompts_BP, LENGTHS)
     logits_BTV, _ = case.forward(*layout(case.prompts_BP, LENGTHS, generation))
     logits_BNV, mask_BN = completion_logits(logits_BTV, LENGTHS), np.asarray(generation.mask_BN)
     model_logp = pick(jax.nn.log_softmax(logits_BNV), generation.tokens_BN)
@@ -59,10 +67,9 @@ def test_log_probs_are_those_of_the_full_forward_pass(case):
     assert len(set(np.asarray(generation.tokens_BN)[mask_BN].tolist())) > 8  # not a degenerate network
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_feeding_tokens_to_an_empty_cache_equals_the_full_forward_pass(case, width):
-    """Every position through the cached path alone, one or several tokens at a time, one row with padding in between."""
-    T, model = 12, case.model
+def test_feeding_an_empty_cache_equals_the_full_forward_pass(case):
+    """Every position through the cached path alone, three tokens at a time, one row with padding in between."""
+    T, width, model = 12, 3, case.model
     tokens = np.random.default_rng(1).integers(4, V, size=(2, T)).astype(np.int32)
     positions = np.broadcast_to(np.arange(T), (2, T)).astype(np.int32).copy()
     positions[1] = np.where(np.arange(T) % 4 == 3, -1, np.cumsum(np.arange(T) % 4 != 3) - 1)
@@ -102,100 +109,92 @@ def test_every_expert_slot_holds_a_valid_choice(rollout):
     assert ids.min() >= 0 and ids.max() < 8 and np.all(np.diff(ids, axis=-1) > 0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_a_row_gets_alone_what_it_gets_in_a_batch(case, temperature):
-    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
-    together = case.generate(case.prompts_BP, LENGTHS, sampling=sampling)
+def test_a_sampled_row_gets_alone_what_it_gets_in_a_batch(gqa):
+    together = gqa.rollout(gqa.prompts_BP, LENGTHS)
     for b in range(B):
         rows = slice(b, b + 1)
-        alone = case.generate(case.prompts_BP[rows], LENGTHS[rows], sampling=sampling, row_ids_B=jnp.asarray([b]))
+        alone = gqa.rollout(gqa.prompts_BP[rows], LENGTHS[rows], row_ids_B=jnp.asarray([b]))
         assert_same(alone, jax.tree.map(lambda x: x[rows], together))
-    length = LENGTHS[2]  # and without padding at all
-    bare = case.generate(case.prompts_BP[2:3, :length], LENGTHS[2:3], sampling=sampling, row_ids_B=jnp.asarray([2]))
-    assert_same(bare, jax.tree.map(lambda x: x[2:3], together))
+
+
+def test_a_greedy_row_gets_alone_what_it_gets_in_a_batch(mla):
+    together = mla.generate(mla.prompts_BP, LENGTHS, sampling=GREEDY)
+    for b in range(B):
+        rows = slice(b, b + 1)
+        alone = mla.generate(mla.prompts_BP[rows], LENGTHS[rows], sampling=GREEDY)
+        assert_same(alone, jax.tree.map(lambda x: x[rows], together))
+    logits_BTV, _ = mla.forward(*layout(mla.prompts_BP, LENGTHS, together))
+    mask = np.asarray(together.mask_BN)
+    np.testing.assert_array_equal(np.asarray(together.tokens_BN)[mask], completion_logits(logits_BTV, LENGTHS).argmax(-1)[mask])
+    assert not np.any(together.logp_BN) and np.all(np.asarray(together.model_logp_BN)[mask] < 0)
 
 
 def test_padding_is_never_seen(mla, rollout):
     junk = np.random.default_rng(7).integers(0, V, size=mla.prompts_BP.shape)
     prompts = np.where(np.arange(P) < LENGTHS[:, None], mla.prompts_BP, junk).astype(np.int32)
     assert np.any(prompts != mla.prompts_BP)
-    assert_same(mla.generate(prompts, LENGTHS, return_experts=True), rollout)
+    assert_same(mla.rollout(prompts, LENGTHS), rollout)
 
 
 def test_rows_have_their_own_randomness(mla):
     prompts, lengths = np.repeat(mla.prompts_BP[:1], B, axis=0), np.repeat(LENGTHS[:1], B)
-    same_prompt = mla.generate(prompts, lengths, return_experts=True)
+    same_prompt = mla.rollout(prompts, lengths)
     assert len({tuple(row) for row in np.asarray(same_prompt.tokens_BN).tolist()}) == B
-    other_seed = mla.generate(prompts, lengths, seed=1, return_experts=True)
-    assert np.any(other_seed.tokens_BN != same_prompt.tokens_BN)
-    assert_same(mla.generate(prompts, lengths, return_experts=True), same_prompt, atol=0)
+    assert np.any(mla.rollout(prompts, lengths, seed=1).tokens_BN != same_prompt.tokens_BN)
+    assert_same(mla.rollout(prompts, lengths), same_prompt, atol=0)
 
 
 def test_samples_per_prompt_share_a_prefill(mla):
     """The rows of a prompt lie side by side and equal those of a batch that repeats the prompts."""
-    grouped = mla.generate(mla.prompts_BP[:2], LENGTHS[:2], samples_per_prompt=2, return_experts=True)
-    repeated = mla.generate(np.repeat(mla.prompts_BP[:2], 2, axis=0), np.repeat(LENGTHS[:2], 2), return_experts=True)
+    grouped = mla.rollout(mla.prompts_BP[:2], LENGTHS[:2], samples_per_prompt=2)
+    repeated = mla.rollout(np.repeat(mla.prompts_BP[:2], 2, axis=0), np.repeat(LENGTHS[:2], 2))
     assert_same(grouped, repeated)
     np.testing.assert_array_equal(grouped.expert_ids_LBTK, repeated.expert_ids_LBTK)
 
 
-def test_eos_ends_a_row_and_the_loop(mla, rollout):
-    """With the third token of row 0 as eos, rows end where it first appears; alone, row 0 takes three steps, not N."""
-    eos = int(rollout.tokens_BN[0, 2])
-    sampling = dataclasses.replace(SAMPLING, eos_id=eos)
-    free = mla.generate(mla.prompts_BP, LENGTHS, sampling=dataclasses.replace(SAMPLING, eos_id=-1))
-    ended = mla.generate(mla.prompts_BP, LENGTHS, sampling=sampling)
-    assert np.all(free.mask_BN) and not np.any(free.finished_B)
-    for b, tokens in enumerate(np.asarray(free.tokens_BN).tolist()):
-        length = tokens.index(eos) + 1 if eos in tokens else N
-        assert ended.lengths_B[b] == length and ended.finished_B[b] == (eos in tokens)
-        assert ended.tokens_BN[b].tolist() == tokens[:length] + [PAD] * (N - length)
-        assert ended.mask_BN[b].tolist() == [True] * length + [False] * (N - length)
-        assert not np.any(ended.logp_BN[b, length:]) and not np.any(ended.model_logp_BN[b, length:])
-        np.testing.assert_allclose(ended.logp_BN[b, :length], free.logp_BN[b, :length], atol=1e-5)
-
-    length = int(ended.lengths_B[0])
-    assert ended.finished_B[0] and length < N
-
-    @jax.jit
-    def alone(variables, prompts, lengths):
-        state = start(mla.model, variables, prompts, lengths, jax.random.key(0), sampling)
-        return advance(mla.model, variables, state, sampling, N)
-
-    assert alone(mla.variables, mla.prompts_BP[:1], LENGTHS[:1]).step == length
+def test_eos_ends_a_row(rollout):
+    tokens, lengths = np.asarray(rollout.tokens_BN), np.asarray(rollout.lengths_B)
+    assert 0 < np.sum(rollout.finished_B) < B  # the seed gives both kinds
+    for b in range(B):
+        ended = EOS in tokens[b]
+        assert rollout.finished_B[b] == ended
+        assert lengths[b] == (tokens[b].tolist().index(EOS) + 1 if ended else N)
+        assert rollout.mask_BN[b].tolist() == [True] * lengths[b] + [False] * (N - lengths[b])
+        assert np.all(tokens[b, lengths[b] :] == PAD)
+        assert not np.any(rollout.logp_BN[b, lengths[b] :]) and not np.any(rollout.model_logp_BN[b, lengths[b] :])
 
 
-def test_pieces_make_the_whole(mla, rollout):
-    """Drawing a few tokens at a time, as streaming does, changes nothing."""
-    begin = jax.jit(lambda v, p, n: start(mla.model, v, p, n, jax.random.key(0), SAMPLING, return_experts=True))
-    go_on = jax.jit(lambda v, state: advance(mla.model, v, state, SAMPLING, 4))
-    state, steps = begin(mla.variables, mla.prompts_BP, LENGTHS), []
-    while state.step < N and np.any(state.live_B):
-        state = go_on(mla.variables, state)
+def test_the_loop_ends_with_its_longest_row(mla, rollout):
+    """Rows that finish early leave a shorter loop; a few steps at a time, as in streaming, give the same."""
+    short = np.asarray(rollout.finished_B)
+    lengths = LENGTHS * short  # rows that would fill their buffers are not there
+    state, steps = mla.start(mla.prompts_BP, lengths, return_experts=True), [1]
+    while np.any(state.live_B):
+        state = mla.advance(state, 2)
         steps.append(int(state.step))
-    assert steps[0] == 5 and all(b - a <= 4 for a, b in zip(steps, steps[1:]))
-    assert_same(finish(state), rollout)
-    np.testing.assert_array_equal(state.expert_ids_LBTK, rollout.expert_ids_LBTK)
+    longest = int(rollout.lengths_B[short].max())
+    assert steps == [*range(1, longest, 2), longest] and longest < N
+    assert_same(*(jax.tree.map(lambda x: x[short], without_experts(g)) for g in (finish(state), rollout)))
+    assert mla.advance(mla.start(mla.prompts_BP, lengths, return_experts=True), N).step == longest
 
 
 def test_a_row_without_a_prompt_only_fills_the_batch(mla, rollout):
     lengths = LENGTHS * (np.arange(B) != 1)
-    generation = mla.generate(mla.prompts_BP, lengths, return_experts=True)
+    generation = mla.rollout(mla.prompts_BP, lengths)
     assert generation.lengths_B[1] == 0 and not np.any(generation.mask_BN[1]) and np.all(generation.tokens_BN[1] == PAD)
     others = np.asarray([0, 2, 3])
-    assert_same(jax.tree.map(lambda x: x[others], dataclasses.replace(generation, expert_ids_LBTK=None)),
-                jax.tree.map(lambda x: x[others], dataclasses.replace(rollout, expert_ids_LBTK=None)))
+    assert_same(*(jax.tree.map(lambda x: x[others], without_experts(g)) for g in (generation, rollout)))
 
 
 def test_experts_only_where_asked_for(mla, gqa):
-    assert mla.generate(mla.prompts_BP, LENGTHS).expert_ids_LBTK is None
-    assert gqa.generate(gqa.prompts_BP, LENGTHS, return_experts=True).expert_ids_LBTK is None
+    assert mla.generate(mla.prompts_BP, LENGTHS, sampling=GREEDY).expert_ids_LBTK is None
+    assert gqa.rollout(gqa.prompts_BP, LENGTHS).expert_ids_LBTK is None
 
 
 def test_latent_cache_is_small(mla):
     cache = init_cache(mla.model.config, B, P + N, jnp.float32)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(cache.entries))
-    assert numbers == mla.model.config.num_layers * B * (P + N) * (18 + 6)
+    assert numbers == mla.model.config.num_layers * B * (P + N) * (26 + 6)
 
 
 def shapes(jaxpr):
@@ -222,7 +221,7 @@ def test_decoding_never_expands_the_cache(mla):
 
     state = jax.eval_shape(lambda v: start(mla.model, v, mla.prompts_BP, LENGTHS, jax.random.key(0), SAMPLING), mla.variables)
     found = set(shapes(jax.make_jaxpr(decode)(mla.variables, state).jaxpr))
-    assert (B, P + N, 18) in found or (3, B, P + N, 18) in found or (2, B, P + N, 18) in found
+    assert (B, P + N, 26) in found or (3, B, P + N, 26) in found or (2, B, P + N, 26) in found
     assert not [shape for shape in found if expands_heads(shape)]
 
     # The same search does find the keys and values that the expanded form makes.
