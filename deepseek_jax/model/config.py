@@ -5,6 +5,7 @@ Every module takes the part it uses and nothing else. Names follow the papers an
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 def _positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
-        _require(value >= 1, f"{type(config).__name__}.{field}={value}: must be at least 1")
+        _require(
+            isinstance(value, numbers.Integral) and value >= 1, f"{type(config).__name__}.{field}={value!r}: must be an integer, at least 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +193,9 @@ class ModelConfig:
 
     def __post_init__(self):
         _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")
+        for field, kinds in (("attention", (MLAConfig, GQAConfig)), ("moe", (MoEConfig, type(None))), ("rope", (RopeConfig,))):
+            allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            _require(isinstance(getattr(self, field), kinds), f"ModelConfig.{field}={getattr(self, field)!r}: must be {allowed}")
         _choice("ModelConfig.remat", self.remat, ("none", "full", "dots"))
         _require(
             0 <= self.first_k_dense <= self.num_layers,
@@ -211,19 +217,19 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is MLA where it has a `kv_lora_rank`.
+        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is MLA unless it has a field of GQA alone.
 
         Raises ConfigError for an unknown or a missing field, naming the nearest known one, and for sizes that don't fit.
         """
         fields = dict(fields)
-        if isinstance(fields.get("attention"), Mapping):
-            kind = MLAConfig if "kv_lora_rank" in fields["attention"] else GQAConfig
+        if _is_mapping(fields.get("attention")):
+            kind = GQAConfig if {"num_kv_heads", "head_dim"} & set(fields["attention"]) else MLAConfig
             fields["attention"] = _build(kind, fields["attention"], "model.attention")
-        if isinstance(fields.get("moe"), Mapping):
+        if _is_mapping(fields.get("moe")):
             fields["moe"] = _build(MoEConfig, fields["moe"], "model.moe")
-        if isinstance(fields.get("rope"), Mapping):
+        if _is_mapping(fields.get("rope")):
             rope = dict(fields["rope"])
-            if isinstance(rope.get("yarn"), Mapping):
+            if _is_mapping(rope.get("yarn")):
                 rope["yarn"] = _build(YarnConfig, rope["yarn"], "model.rope.yarn")
             fields["rope"] = _build(RopeConfig, rope, "model.rope")
         return _build(cls, fields, "model")
@@ -231,6 +237,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
+
+
+def _is_mapping(value: Any) -> bool:
+    """True of dictionaries and of ml_collections' ConfigDict, which is no Mapping."""
+    return hasattr(value, "keys")
 
 
 def _build(cls: type, fields: Mapping[str, Any], path: str):

@@ -10,8 +10,9 @@ from deepseek_jax.precision import Recipe
 
 
 def shift_left(x_BT: jax.Array, k: int) -> jax.Array:
-    """x[:, i+k] at i; zeros past the end."""
-    return jnp.pad(x_BT[:, k:], ((0, 0), (0, k)) + ((0, 0),) * (x_BT.ndim - 2))
+    """x[:, i+k] at i of an array [B, T]; zeros past the end."""
+    k = min(k, x_BT.shape[1])
+    return jnp.pad(x_BT[:, k:], ((0, 0), (0, k)))
 
 
 class MTPModule(nn.Module):
@@ -19,7 +20,7 @@ class MTPModule(nn.Module):
 
     The embedding comes first, as in the released weights; the report's eq. 21 prints the other order. The hidden state
     of the first module is the main model's after its final norm, as the released weights expect; later modules take
-    the state of the one before. Returns (state for the next module, state for the shared head, routing, …).
+    the state of the one before. Returns (state for the next module, state for the shared head, routing of its block).
     """
 
     config: ModelConfig

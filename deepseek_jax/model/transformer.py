@@ -90,13 +90,16 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.vocab_size, ("embed", "vocab"), config.init_std, self.precision)
         self.final_norm = RMSNorm(config.rms_norm_eps)
-        block = Block
-        if config.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+
+        def block(looped: bool):
+            """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the forward pass."""
+            if config.remat == "none":
+                return Block
+            return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not looped)
 
         def stack(length, moe):
             return nn.scan(
-                block,
+                block(looped=config.scan_unroll < length),
                 variable_axes={"params": 0, "router_bias": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
@@ -109,7 +112,7 @@ class Transformer(nn.Module):
             self.dense_layers = stack(config.num_dense_layers, None)
         if config.num_moe_layers:
             self.moe_layers = stack(config.num_moe_layers, config.moe)
-        self.mtp = [MTPModule(config, self.precision, block, name=f"mtp_{k}") for k in range(config.mtp_depth)]
+        self.mtp = [MTPModule(config, self.precision, block(looped=False), name=f"mtp_{k}") for k in range(config.mtp_depth)]
 
     def __call__(
         self,
@@ -121,6 +124,8 @@ class Transformer(nn.Module):
         expert_ids_LBTK: jax.Array | None = None,
         mtp: bool = False,
     ) -> Output:
+        if mtp and cache is not None:
+            raise ValueError("mtp=True with a cache: the MTP modules keep no cache; run them over whole sequences")
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
@@ -174,7 +179,9 @@ def _boxed_init(model: Transformer, rng: jax.Array):
 
 def init_variables(model: Transformer, rng: jax.Array) -> dict[str, Any]:
     """Random weights {"params", "router_bias"}: normal with the config's init_std, norms 1, biases 0 (V3 §4.2)."""
-    return nn.meta.unbox(jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)))(rng))
+    # Dozens of small samplers: on CPU, optimising their code takes far longer than running it once.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options)(rng)
 
 
 def abstract_variables(model: Transformer) -> dict[str, Any]:
