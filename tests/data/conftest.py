@@ -1,0 +1,28 @@
+"""Documents and readers that the data tests share."""
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    return load_tokenizer("byte")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the TFDS datasets of the whole test session are prepared."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """Sixty documents of 1 to 40 ids; no id occurs twice, so that every token can be traced. Every third id is not trained on."""
+    lengths = np.random.default_rng(0).integers(1, 41, size=60)
+    starts = np.concatenate([[1000], 1000 + np.cumsum(lengths)])
+    return [
+        {"tokens": np.arange(start, start + length, dtype=np.int32), "loss_mask": (np.arange(start, start + length) % 3 > 0).astype(np.int32)}
+        for start, length in zip(starts, lengths)
+    ]

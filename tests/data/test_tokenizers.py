@@ -1,0 +1,187 @@
+"""Both tokenizers: round trips, special tokens, chats, and decoding a stream."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+
+from deepseek_jax.data import StreamDecoder, check_vocabulary, load_tokenizer
+from deepseek_jax.errors import ConfigError, DataError
+
+BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+TEXT = "Größe 日本 🦙 def f(x):\n    return x + 1\t<think>ok</think>"
+# In the manner of the released templates: a system prompt, roles, tools as JSON, and reasoning dropped from earlier answers.
+TEMPLATE = """{%- if not messages -%}{{ raise_exception('no messages') }}{%- endif -%}
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'tool' %}{% continue %}{% endif %}
+    {%- if message['role'] == 'system' %}{{ message['content'] | tojson }}{% endif %}
+    {%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{% endif %}
+    {%- if message['role'] == 'assistant' %}{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"""
+CHAT = [
+    {"role": "system", "content": "Be <brief> & kind"},
+    {"role": "user", "content": "hé?"},
+    {"role": "tool", "content": "left out"},
+    {"role": "assistant", "content": "<think>hm</think>yes"},
+    {"role": "user", "content": "why?"},
+]
+RENDERED = f'{BOS}"Be <brief> & kind"{USER}hé?{ASSISTANT}yes{EOS}{USER}why?{ASSISTANT}'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small byte-level BPE with added tokens as DeepSeek ships them: some marked special, roles and reasoning tags not."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=[BOS, EOS, "<｜▁pad▁｜>"], show_progress=False
+    )
+    model.train_from_iterator([TEXT * 5, "return the function value again and again " * 9], trainer)
+    model.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>", "    ")])
+    model.save(str(path / "tokenizer.json"))
+    settings = {"bos_token": {"content": BOS, "__type": "AddedToken"}, "eos_token": EOS, "pad_token": "<｜▁pad▁｜>", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module", params=["byte", "json"])
+def tokenizer(request, folder):
+    return load_tokenizer("byte" if request.param == "byte" else str(folder))
+
+
+def test_round_trip_with_bos_and_eos(tokenizer):
+    ids = tokenizer.encode(TEXT, bos=True, eos=True)
+    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id and max(ids) < tokenizer.vocab_size
+    assert tokenizer.decode(ids[1:-1]) == TEXT and tokenizer.decode(np.array(ids, np.int32), skip_special=True) == TEXT
+    assert tokenizer.encode("lone \ud800 surrogate") == tokenizer.encode("lone ? surrogate")
+
+
+def test_special_strings_are_text_unless_allowed(tokenizer):
+    """A user who writes <think> or an end marker must not be able to steer the model with it."""
+    for name, token_id in tokenizer.specials.items():
+        assert token_id not in tokenizer.encode(f"a{name}b")
+        assert tokenizer.decode(tokenizer.encode(f"a{name}b")) == f"a{name}b"
+        assert tokenizer.encode(name, allow_special=True) == [token_id]
+    think = tokenizer.specials["<think>"]
+    assert tokenizer.decode([think, tokenizer.eos_id, tokenizer.pad_id], skip_special=True) == "<think>"
+
+
+def test_byte_ids_are_fixed(byte_tokenizer):
+    names = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "<user>", "<assistant>"]
+    assert byte_tokenizer.specials == {name: 256 + i for i, name in enumerate(names)} and byte_tokenizer.vocab_size == 272
+    assert (byte_tokenizer.pad_id, byte_tokenizer.bos_id, byte_tokenizer.eos_id) == (256, 257, 258)
+    assert byte_tokenizer.encode("é", bos=True) == [257, 0xC3, 0xA9]
+    assert byte_tokenizer.decode([0xC3, 258, 0xA9, 270, 999]) == "\ufffd<eos>\ufffd", "ids without a meaning decode to nothing"
+
+
+def test_byte_chat(byte_tokenizer):
+    chat = [{"role": "user", "content": "a<eos>"}, {"role": "assistant", "content": "<think>b</think>"}]
+    expected = [257, 263, *b"a<eos>", 264]
+    assert byte_tokenizer.chat(chat[:1]) == expected
+    assert byte_tokenizer.chat(chat, add_generation_prompt=False) == expected + [259, ord("b"), 260, 258]
+    with pytest.raises(DataError, match="no role 'system': .*allowed: assistant, user"):
+        byte_tokenizer.chat([{"role": "system", "content": "x"}])
+
+
+def test_ordinary_added_tokens_stay_in_use(folder):
+    """Added tokens that are not written <…>, such as runs of spaces, are vocabulary and not control."""
+    tokenizer = load_tokenizer(str(folder))
+    assert "    " not in tokenizer.specials and {USER, BOS, "<think>"} <= set(tokenizer.specials)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    assert next(token["id"] for token in added if token["content"] == "    ") in tokenizer.encode(TEXT)
+
+
+def test_chat_template_as_stored(folder):
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.chat(CHAT)) == RENDERED
+    assert tokenizer.decode(tokenizer.chat(CHAT[:-1], add_generation_prompt=False)) == RENDERED.removesuffix(f"{USER}why?{ASSISTANT}")
+    with pytest.raises(DataError, match="refuses these messages: no messages"):
+        tokenizer.chat([])
+
+
+def test_chat_template_as_transformers_renders_it(folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = load_tokenizer(str(folder))
+    for messages, prompt in ((CHAT, True), (CHAT[1:4], False), (CHAT[1:2], True)):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        assert ours.chat(messages, add_generation_prompt=prompt) == expected
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.vocab_size == len(theirs)
+
+
+def write_settings(folder, tmp_path, **changes):
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    return str(tmp_path)
+
+
+def test_template_in_its_own_file_or_by_name(folder, tmp_path):
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    for changes in ({"chat_template": named}, {"chat_template": None}):
+        path = write_settings(folder, tmp_path, **changes)
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.decode(tokenizer.chat(CHAT)) == RENDERED
+
+
+def test_no_template_is_guessed(folder, tmp_path):
+    tokenizer = load_tokenizer(write_settings(folder, tmp_path, chat_template=None, pad_token=None))
+    assert tokenizer.pad_id == tokenizer.eos_id
+    with pytest.raises(ConfigError, match="has no chat template .* none is guessed"):
+        tokenizer.chat(CHAT)
+
+
+def test_template_runs_in_a_sandbox(folder, tmp_path):
+    tokenizer = load_tokenizer(write_settings(folder, tmp_path, chat_template="{{ messages.append(1) }}"))
+    with pytest.raises(DataError, match="refuses these messages.*unsafe"):
+        tokenizer.chat(CHAT)
+    with pytest.raises(DataError, match="does not compile"):
+        load_tokenizer(write_settings(folder, tmp_path, chat_template="{% if %}"))
+
+
+def test_unusable_tokenizers(folder, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer at 'bytes': give 'byte'"):
+        load_tokenizer("bytes")
+    with pytest.raises(DataError, match="no tokenizer at"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="names no eos_token: add \"eos_token\""):
+        load_tokenizer(write_settings(folder, tmp_path, eos_token=None))
+    with pytest.raises(DataError, match="bos_token '<nope>' is not in the vocabulary"):
+        load_tokenizer(write_settings(folder, tmp_path, bos_token="<nope>"))
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(DataError, match="not a tokenizer.json that the tokenizers library"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(DataError, match="tokenizer.json is not valid JSON"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_vocabulary_must_fit_the_model(tokenizer):
+    check_vocabulary(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} ids but the model's vocab_size is {tokenizer.vocab_size - 1}: set"):
+        check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
+
+
+def test_streamed_text_is_the_decoded_whole(tokenizer):
+    rng = np.random.default_rng(0)
+    noise = [int(i) for i in rng.integers(0, min(tokenizer.vocab_size, 300), size=400)]  # mostly invalid UTF-8, and specials
+    for ids in (tokenizer.encode(TEXT * 9, bos=True, eos=True), tokenizer.encode("\ufffd" * 30), noise):
+        for step in (1, 2, 7):
+            stream = StreamDecoder(tokenizer, skip_special=False)
+            pieces = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+            assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_stream_holds_back_unfinished_characters_only(byte_tokenizer):
+    stream = StreamDecoder(byte_tokenizer)
+    assert [stream.push([byte]) for byte in "a🦙b".encode()] == ["a", "", "", "", "🦙", "b"]
+    assert [stream.push([byte]) for byte in (0xFF, 0xFF, 0xFF, 0xFF)] == ["", "", "", "\ufffd"], "no more than three wait"
+    assert stream.flush() == "\ufffd" * 3
+    assert stream.push(byte_tokenizer.encode("<think>x<eos>", allow_special=True)) == "<think>x"
