@@ -1,0 +1,296 @@
+"""Checkpoints on disk: written in the background, complete or absent, checked when read back.
+
+A checkpoint is a folder named by its step with three parts: `variables` (weights and router biases, all that inference
+needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, metrics, and the shape,
+dtype and checksum of every array). Orbax writes to a temporary folder and renames it, so that a killed process leaves
+the earlier checkpoints as they were.
+"""
+
+import base64
+import dataclasses
+import errno
+import logging
+import pathlib
+import shutil
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from deepseek_jax.errors import CheckpointError
+from deepseek_jax.model.config import ModelConfig
+
+# Fields that say how the network is computed, not which network it is: they may differ between runs on one checkpoint.
+COMPUTED_AS = ("remat", "attention_chunk", "scan_unroll", "moe.implementation")
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    state: Any
+    loader_state: Any
+    metrics: dict[str, float]
+
+
+class Checkpoints:
+    """The checkpoints of one run of one model: the newest `keep_last`, and the `keep_best` with the lowest `metric`.
+
+    Only a checkpoint saved with that metric can be best.
+    """
+
+    def __init__(self, directory, config: ModelConfig, *, keep_last: int = 2, keep_best: int = 1, metric: str = "bits_per_byte"):
+        if keep_last < 1:
+            raise CheckpointError(f"keep_last={keep_last}: at least the newest checkpoint has to be kept")
+        self.directory = pathlib.Path(directory).absolute()
+        self.config = config
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep_last)]
+        if keep_best:
+            best = policies.BestN(get_metric_fn=lambda m: -m["rank"], n=keep_best, keep_checkpoints_without_metrics=False)
+            kept.append(best)
+        self.metric = metric
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state, loader_state: Any = None, metrics: Mapping[str, float] | None = None) -> None:
+        """Copies a `TrainState` (or a dataclass that extends it) and returns; a thread writes it.
+
+        `loader_state` is JSON or bytes. Raises CheckpointError if this or the save before it could not be written,
+        for one because the disk is full; earlier checkpoints are then as they were.
+        """
+        step = int(state.step)
+        variables, training = _split(state)
+        self.require_space(state)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        meta = {
+            "model": self.config.to_dict(),
+            "loader": _encode(loader_state),
+            "metrics": metrics,
+            "rank": metrics.get(self.metric),
+            "variables": _describe(variables),
+            "training": _describe(training),
+        }
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(variables),
+            training=ocp.args.StandardSave(training),
+            meta=ocp.args.JsonSave(meta),
+        )
+        rank = {"rank": meta["rank"]} if self.metric in metrics else None
+        self._guard(lambda: self._manager.save(step, args=items, metrics=rank))
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises CheckpointError as `save` does."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def require_space(self, state) -> None:
+        """Raises CheckpointError if the disk has no room for a checkpoint of this state."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_split(state)))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"a checkpoint takes {needed / 1e9:.3g} GB and the disk of {self.directory} has {free / 1e9:.3g} GB left; "
+                f"free some space or choose another workdir. {self._safe()}"
+            )
+
+    def restore(self, like) -> Restored | None:
+        """The newest readable checkpoint, placed as `like` is; None if there is none.
+
+        A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it is used. Raises
+        CheckpointError for a checkpoint of another model or optimiser, naming the first difference, and if every
+        checkpoint is damaged: training anew over them is the caller's decision.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._read(step, like)
+            except CheckpointError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+                log.warning("checkpoint %s is damaged and will not be used: %s", self.directory / str(step), _first_line(error))
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return restored
+        if damaged:
+            raise CheckpointError(
+                f"every checkpoint in {self.directory} is damaged (steps {damaged}); move the folder away to start anew"
+            )
+        return None
+
+    def _read(self, step: int, like) -> Restored:
+        meta = _read_meta(self._manager, step)
+        where = self.directory / str(step)
+        differs = _first_difference(_identity(meta["model"]), _identity(self.config.to_dict()), "model")
+        if differs:
+            raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
+        variables, training = _split(like)
+        for part, tree in (("variables", variables), ("training", training)):
+            _refuse_other_leaves(meta[part], tree, where)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, variables)),
+                training=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, training)),
+            ),
+        )
+        for part in ("variables", "training"):
+            _verify(meta[part], restored[part])
+        fields = {"router_bias": {}} | restored["variables"] | restored["training"]
+        return Restored(like.replace(**fields), _decode(meta["loader"]), meta["metrics"])
+
+    def _set_aside(self, step: int) -> None:
+        (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        self._manager.reload()
+
+    def _guard(self, write) -> None:
+        try:
+            write()
+        except Exception as error:  # whatever the background thread met
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            cause = "the disk is full" if full else _first_line(error)
+            raise CheckpointError(
+                f"could not write a checkpoint to {self.directory}: {cause}; free some space or choose another workdir. {self._safe()}"
+            ) from error
+
+    def _safe(self) -> str:
+        steps = self.steps()
+        return f"Checkpoints of steps {steps} are untouched; start again to go on from there." if steps else "Nothing was saved yet."
+
+
+def load_variables(path, best: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, {"params", "router_bias"}) of a checkpoint, without its optimiser state: for inference and later stages.
+
+    `path` is a stage's folder, its `checkpoints` folder, or one checkpoint in it. Of several, the newest is read, or
+    with `best` the one with the lowest metric if any was saved with one. Raises CheckpointError if there is none or it is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    single = path.name.isdigit() and (path / "meta").is_dir()
+    directory = path.parent if single else path
+    if not directory.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such folder")
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"no checkpoint at {path}: give a stage's folder, its 'checkpoints' folder, or one checkpoint in it")
+        step = int(path.name) if single else steps[-1]
+        try:
+            if best and not single:
+                ranks = {step: _read_meta(manager, step)["rank"] for step in steps}
+                step = min((s for s in steps if ranks[s] is not None), key=ranks.get, default=step)
+            meta = _read_meta(manager, step)
+            abstract = _nested({name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in meta["variables"].items()})
+            variables = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(abstract)))["variables"]
+            _verify(meta["variables"], variables)
+        except Exception as error:  # as in `Checkpoints.restore`
+            raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {_first_line(error)}; use an earlier one") from error
+    return ModelConfig.from_dict(meta["model"]), {"router_bias": {}} | variables
+
+
+def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two array parts of a checkpoint. An empty router bias is left out: it has nothing to store."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    variables = {name: fields.pop(name) for name in ("params", "router_bias")}
+    return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}, fields
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _leaves(tree) -> dict[str, Any]:
+    """Leaves by path, "params/embed/embedding"."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _describe(tree) -> dict[str, dict[str, Any]]:
+    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": _checksum(leaf)} for name, leaf in _leaves(tree).items()}
+
+
+def _checksum(leaf) -> int | None:
+    """CRC-32 of an array's bytes; None if part of it lives on another host. TensorStore does not notice a flipped bit."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not leaf.is_fully_addressable:
+        return None
+    return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8))
+
+
+def _verify(described: Mapping[str, Mapping[str, Any]], tree) -> None:
+    for name, leaf in _leaves(tree).items():
+        if described[name]["crc32"] not in (None, _checksum(leaf)):
+            raise ValueError(f"the bytes of {name} are not those that were saved")
+
+
+def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where: pathlib.Path) -> None:
+    """Raises CheckpointError naming the first array that is missing, unexpected, or of another shape or dtype."""
+    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _leaves(tree).items()}
+    found = {name: f"{leaf['dtype']}{list(leaf['shape'])}" for name, leaf in described.items()}
+    differs = _first_difference(found, wanted, "state")
+    if differs:
+        raise CheckpointError(f"{where} does not fit this model and optimiser: {differs}; use another workdir or the settings it was made with")
+
+
+def _identity(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's fields by dotted path, without those of `COMPUTED_AS`."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _identity(value, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in COMPUTED_AS:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> str | None:
+    for name in (*wanted, *(name for name in saved if name not in wanted)):
+        if name not in saved:
+            return f"{path}.{name} is {wanted[name]!r} here and absent from the checkpoint"
+        if name not in wanted:
+            return f"{path}.{name} is {saved[name]!r} in the checkpoint and absent here"
+        if saved[name] != wanted[name]:
+            return f"{path}.{name} is {saved[name]!r} in the checkpoint and {wanted[name]!r} here"
+    return None
+
+
+def _encode(loader_state: Any) -> Any:
+    """JSON as it is; bytes, which some loaders give, as base64."""
+    return {"base64": base64.b64encode(loader_state).decode()} if isinstance(loader_state, bytes) else loader_state
+
+
+def _decode(stored: Any) -> Any:
+    return base64.b64decode(stored["base64"]) if isinstance(stored, dict) and set(stored) == {"base64"} else stored
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

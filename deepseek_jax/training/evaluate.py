@@ -1,0 +1,40 @@
+"""Held-out loss in a unit that does not depend on the tokenizer: bits per byte of text."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.errors import DataError
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.objective import targets, token_log_probs
+
+Evaluate = Callable[[Mapping[str, Any], Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
+
+
+def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None = None) -> Evaluate:
+    """-> evaluate(variables, batches) -> {"bits_per_byte", "held_out_loss" (nats per target)}.
+
+    Sums over all targets of all batches, or of the first `max_batches`. A batch has, beside what training takes,
+    `num_bytes` [B]: the bytes of text behind a row's targets. Raises DataError if there is nothing to predict.
+    """
+
+    @jax.jit
+    def sums(variables, batch):
+        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])
+        targets_BT, mask_BT = targets(batch, 1)
+        logp_BT, _ = token_log_probs(model, variables, output.hidden_BTD, targets_BT, chunk)
+        return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT), jnp.sum(batch["num_bytes"])
+
+    def evaluate(variables, batches):
+        parts = [sums(variables, batch) for batch in itertools.islice(batches, max_batches)]
+        nats, count, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
+        if not num_bytes:
+            raise DataError("the held-out batches hold no text to predict: give longer documents or more of them")
+        return {"bits_per_byte": nats / math.log(2) / num_bytes, "held_out_loss": nats / count}
+
+    return evaluate

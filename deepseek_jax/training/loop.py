@@ -1,0 +1,250 @@
+"""Runs a stage, pre-training or SFT: steps, log lines, held-out evaluation, checkpoints, and going on where it stopped."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.checkpoints import Checkpoints
+from deepseek_jax.training.config import TrainConfig
+from deepseek_jax.training.evaluate import make_evaluate
+from deepseek_jax.training.metrics import MetricsWriter, Progress
+from deepseek_jax.training.optimizer import build_optimizer
+from deepseek_jax.training.state import TrainState, create_state, state_of
+from deepseek_jax.training.step import make_train_step
+
+Batch = Mapping[str, np.ndarray]
+FIELDS = ("tokens", "segment_ids", "positions", "loss_mask")
+
+
+class Loader(Protocol):
+    """Batches for ever, with a position that can be saved; `take` only where the batch size is scheduled."""
+
+    def __next__(self) -> Batch: ...
+    def take(self, num_rows: int) -> Batch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class Terminated(SystemExit):
+    """A signal asked the run to stop and everything is saved; left alone it ends the process with 128 + the signal's number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    state: TrainState
+    metrics: dict[str, float]  # the last evaluation; {} without held-out data
+
+
+def train(
+    model: Transformer,
+    config: TrainConfig,
+    loader: Loader,
+    workdir,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    held_out: Callable[[], Iterable[Batch]] | None = None,
+    seed: int = 0,
+    flops_per_token: float | None = None,
+    peak_flops: float | None = None,
+    name: str = "train",
+) -> TrainResult:
+    """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest checkpoint.
+
+    Leaves `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `workdir`. A run that was killed and is started again
+    with the same arguments gives bit-identical weights and log lines. `held_out()` starts a pass over held-out
+    batches. `flops_per_token` (forward and backward) adds FLOP/s to the log, `peak_flops` the utilisation.
+
+    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way; a second one ends at once. Raises
+    DataError for data that cannot be trained on, CheckpointError for a checkpoint that cannot be used or written.
+    """
+    workdir = pathlib.Path(workdir)
+    optimizer = build_optimizer(config.optimizer)
+    rng = jax.random.key(seed)
+    state = create_state(model, optimizer, rng) if variables is None else state_of(variables, optimizer, rng)
+    store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
+    with contextlib.closing(store):
+        store.require_space(state)
+        restored, evaluation = store.restore(state), {}
+        if restored is not None:
+            state, evaluation = restored.state, restored.metrics
+            loader.set_state(restored.loader_state)
+        step = int(state.step)
+        if step >= config.steps:
+            return TrainResult(state, evaluation)
+
+        train_step = make_train_step(
+            model,
+            config.objective,
+            optimizer,
+            config.optimizer.learning_rate,
+            config.router_bias_rate,
+            microbatch=config.microbatch,
+            centred=config.router_bias_centred,
+        )
+        evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
+        batches = _batches(loader, config, model.config.vocab_size, step)
+        writer = MetricsWriter(workdir, last_step=step)
+        log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
+        with contextlib.closing(writer), log.progress, stop_signals() as received:
+            if restored is not None:
+                log.progress.say(f"going on from step {step} of {config.steps}")
+            while step < config.steps:
+                state, metrics = train_step(state, next(batches))
+                step += 1
+                stop = received[0] if received else None
+                last = step == config.steps or stop is not None
+                log.add(step, metrics, line=last or _due(step, config.log_every))
+                evaluate_now = held_out is not None and (step == config.steps or _due(step, config.eval_every))
+                save_now = last or _due(step, config.checkpoint_every)
+                if evaluate_now or save_now:
+                    log.flush()
+                if evaluate_now:
+                    evaluation = evaluate(state.variables, held_out())
+                    log.evaluation(step, evaluation)
+                if save_now:
+                    store.save(state, loader.get_state(), evaluation if evaluate_now else None)
+                if stop is not None:
+                    store.wait()
+                    log.progress.say(f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on")
+                    raise Terminated(128 + stop)
+    return TrainResult(state, evaluation)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int) -> Iterator[Batch]:
+    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says."""
+    for step in itertools.count(first_step):
+        try:
+            if config.batch_size is None:
+                batch = next(loader)
+            else:
+                unit = max(config.microbatch, 1)
+                batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
+        except StopIteration:
+            raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it for more epochs or lower train.steps") from None
+        yield check_batch(batch, config.microbatch, vocab_size)
+
+
+def check_batch(batch: Batch, microbatch: int, vocab_size: int) -> Batch:
+    """The fields a step takes. Raises DataError or ConfigError for a batch that does not fit the model or the microbatch."""
+    missing = [field for field in FIELDS if field not in batch]
+    if missing:
+        raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
+    largest = int(np.max(batch["tokens"]))
+    if largest >= vocab_size:
+        raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change the tokenizer")
+    if microbatch and len(batch["tokens"]) % microbatch:
+        raise ConfigError(f"train.microbatch={microbatch} does not divide a batch of {len(batch['tokens'])} sequences")
+    return {field: batch[field] for field in FIELDS}
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Gives a list that receives SIGTERM or SIGINT; a second signal acts as if nobody listened. Main thread only."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def receive(number, _):
+        received.append(signal.Signals(number))
+        restore()
+
+    for number in handlers:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class Log:
+    """Turns the metrics of steps into log lines without stalling the device.
+
+    The host waits for the step before the one just started, so the device always has work and clocks mean something;
+    a line is fetched and written one step late, or by `flush`.
+    """
+
+    def __init__(self, writer: MetricsWriter, progress: Progress, flops_per_token: float | None, peak_flops: float | None):
+        self.writer, self.progress = writer, progress
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._pending: tuple[int, dict[str, jax.Array], bool] | None = None
+        self._clock: float | None = None  # set when the first step is done: compilation is not throughput
+        self._tokens: list[jax.Array] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array], line: bool) -> None:
+        self.flush()
+        self._pending = (step, metrics, line)
+
+    def flush(self) -> None:
+        """Waits for the pending step and writes its line, if it has one."""
+        if self._pending is None:
+            return
+        (step, metrics, line), self._pending = self._pending, None
+        jax.block_until_ready(metrics)
+        self.progress.advance(step)
+        if self._clock is None:
+            self._clock = time.monotonic()
+        else:
+            self._tokens.append(metrics["tokens"])
+        if line:
+            values = jax.device_get(metrics)
+            speed = self._speed()
+            self.writer.write(step, values | speed)
+            self.progress.report(headline(values | speed))
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Writes a held-out evaluation; the time it took is not counted as training."""
+        self.writer.write(step, values)
+        self.progress.say(f"step {step}: held-out bits per byte {values['bits_per_byte']:.4f}")
+        self._clock, self._tokens = None, []
+
+    def _speed(self) -> dict[str, float]:
+        now = time.monotonic()
+        tokens = math.fsum(float(count) for count in self._tokens)
+        if not tokens or now == self._clock:
+            return {}
+        per_second = tokens / (now - self._clock)
+        self._clock, self._tokens = now, []
+        speed = {"tokens_per_second": per_second}
+        if self._flops_per_token is not None:
+            speed["flops_per_second"] = per_second * self._flops_per_token
+            if self._peak_flops is not None:
+                speed["mfu"] = speed["flops_per_second"] / self._peak_flops
+        return speed
+
+
+def headline(values: Mapping[str, Any]) -> str:
+    """The few numbers a person watches."""
+    parts = [f"loss {values['loss']:.4f}", f"grad {values['grad_norm']:.3g}", f"lr {values['learning_rate']:.3g}"]
+    if "max_violation_max" in values:
+        parts.append(f"MaxVio {values['max_violation_max']:.2f}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    if "flops_per_second" in values:
+        parts.append(f"{values['flops_per_second'] / 1e9:,.1f} GFLOP/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join(parts)

@@ -1,0 +1,162 @@
+"""What is minimised: next-token cross-entropy + λ/D · Σ multi-token prediction + α · balance (V3 §2.1.2, §2.2).
+
+Every term is a sum over a microbatch divided by a number that belongs to the whole global batch, so that losses and
+gradients of microbatches add up to those of one big batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.model.mtp import shift_left
+from deepseek_jax.model.router import batch_balance_loss, expert_balance_loss, sequence_balance_loss
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.schedules import Schedule
+
+BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_loss, "batch": batch_balance_loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the terms. `balance` is "sequence" (V3), "expert" (V2), "batch" or "none", times `balance_alpha`.
+
+    `mtp_weight` is λ over steps; a schedule that is 0 throughout does not run the MTP modules at all. `loss_chunk` is
+    how many tokens' logits exist at once. The "batch" loss is not linear in sequences: under gradient accumulation it
+    balances each microbatch.
+    """
+
+    mtp_weight: Schedule = Schedule(0.3)
+    balance: str = "sequence"
+    balance_alpha: float = 1e-4
+    loss_chunk: int = 4096
+
+    def __post_init__(self):
+        allowed = ("none", *BALANCE_LOSSES)
+        if self.balance not in allowed:
+            raise ConfigError(f"objective.balance={self.balance!r}: {nearest(self.balance, allowed)}")
+        if self.balance_alpha < 0:
+            raise ConfigError(f"objective.balance_alpha={self.balance_alpha}: 0 or more")
+        if self.loss_chunk < 1:
+            raise ConfigError(f"objective.loss_chunk={self.loss_chunk}: at least 1 token at a time")
+
+
+@flax.struct.dataclass
+class Denominators:
+    """What the sums of a global batch are divided by."""
+
+    targets_K: jax.Array  # float32 [1 + D]: targets one place ahead, two places ahead, …
+    sequences: jax.Array  # float32: sequences that hold any token
+
+
+@flax.struct.dataclass
+class LossAux:
+    """A microbatch's share of the global batch's numbers; shares of all microbatches add up (see module docstring)."""
+
+    parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance": before λ and α
+    loads: dict[str, jax.Array]  # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
+    tokens: jax.Array  # float32, tokens that are not padding
+
+
+def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
+    """The token `ahead` places on, int32 [B, T], and float32 [B, T]: 1 where it is in the same document and trained on.
+
+    Documents are contiguous, so equal segment ids at both ends mean that everything between is the same document.
+    """
+    segments_BT = batch["segment_ids"]
+    same_BT = (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
+    mask_BT = same_BT & (shift_left(batch["loss_mask"], ahead) > 0)
+    return shift_left(batch["tokens"], ahead), mask_BT.astype(jnp.float32)
+
+
+def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
+    """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
+    counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
+    sequences = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=1).astype(jnp.float32))
+    return Denominators(jnp.maximum(jnp.stack(counts), 1.0), jnp.maximum(sequences, 1.0))
+
+
+def uses_mtp(model: Transformer, objective: ObjectiveConfig) -> bool:
+    return model.config.mtp_depth > 0 and not objective.mtp_weight.always(0.0)
+
+
+def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
+    """log p(target) and entropy of the next-token distribution, float32 [B, T] each, at temperature 1.
+
+    Works on about `chunk` tokens at a time and recomputes their logits in the backward pass: no array of
+    tokens x vocabulary exists, forward or backward. Chunks are cut along T, so that a sharded batch axis stays whole.
+    """
+    batch, length, _ = hidden_BTD.shape
+    num_chunks = min(length, -(-batch * length // chunk))
+    width = -(-length // num_chunks)
+
+    @jax.checkpoint
+    def one(chunk_inputs):
+        hidden_BCD, targets_BC = chunk_inputs
+        logits_BCV = model.apply(variables, hidden_BCD, method="unembed")
+        normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        logp_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0] - normaliser_BC
+        probs_BCV = jnp.exp(logits_BCV - normaliser_BC[..., None])
+        return logp_BC, normaliser_BC - jnp.sum(probs_BCV * logits_BCV, axis=-1)
+
+    def split(x_BT):
+        padding = ((0, 0), (0, num_chunks * width - length)) + ((0, 0),) * (x_BT.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(batch, num_chunks, width, *x_BT.shape[2:]), 1, 0)
+
+    def join(x_NBC):
+        return jnp.moveaxis(x_NBC, 0, 1).reshape(batch, num_chunks * width)[:, :length]
+
+    if num_chunks == 1:
+        return one((hidden_BTD, targets_BT))
+    logp_NBC, entropy_NBC = jax.lax.map(one, (split(hidden_BTD), split(targets_BT)))
+    return join(logp_NBC), join(entropy_NBC)
+
+
+def loss_fn(
+    model: Transformer,
+    objective: ObjectiveConfig,
+    params,
+    router_bias,
+    batch: Mapping[str, jax.Array],
+    step: jax.Array,
+    denominator: Denominators | None = None,
+) -> tuple[jax.Array, LossAux]:
+    """The loss of a batch (int32 [B, T]: tokens, segment_ids, positions, loss_mask), float32, differentiable in `params`.
+
+    `denominator` belongs to the global batch this batch is a part of; by default the batch is the whole.
+    MTP: λ/D · Σ_k CE_k (V3 eqs. 24-25), each CE_k over its own targets.
+    """
+    mtp = uses_mtp(model, objective)
+    if denominator is None:
+        denominator = denominators(batch, model.config.mtp_depth if mtp else 0)
+    variables = {"params": params, "router_bias": router_bias}
+    output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=mtp)
+
+    def cross_entropy(hidden_BTD, ahead):
+        targets_BT, mask_BT = targets(batch, ahead)
+        logp_BT, _ = token_log_probs(model, variables, hidden_BTD, targets_BT, objective.loss_chunk)
+        return -jnp.sum(logp_BT * mask_BT) / denominator.targets_K[ahead - 1]
+
+    parts = {"cross_entropy": cross_entropy(output.hidden_BTD, 1)}
+    loss = parts["cross_entropy"]
+    if mtp:
+        ahead = [cross_entropy(hidden_BTD, k + 1) for k, hidden_BTD in enumerate(output.mtp_hidden, start=1)]
+        parts |= {f"mtp_{k}": value for k, value in enumerate(ahead, start=1)}
+        loss += objective.mtp_weight(step) * sum(ahead) / len(ahead)
+
+    routings = [routing for routing in (output.routing, output.mtp_routing) if routing is not None]
+    loads = {}
+    if output.routing is not None:
+        loads["moe_layers"] = jnp.sum(output.routing.counts_LBE, axis=1)
+    if output.mtp_routing is not None:
+        loads |= {f"mtp_{k}": jnp.sum(counts_BE, axis=0) for k, counts_BE in enumerate(output.mtp_routing.counts_LBE)}
+    if routings and objective.balance != "none" and objective.balance_alpha > 0:
+        all_layers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
+        share = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=1)) / denominator.sequences
+        parts["balance"] = share * BALANCE_LOSSES[objective.balance](all_layers, model.config.moe.top_k)
+        loss += objective.balance_alpha * parts["balance"]
+    tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    return loss, LossAux(parts, jax.lax.stop_gradient(loads), tokens)

@@ -1,0 +1,240 @@
+"""Values that change over a run: learning rate, bias speed γ, MTP weight λ, batch size. Published ones and plain ones.
+
+A `Schedule` is optax-style: a function of the step, traceable, and here also hashable. Reports give boundaries in
+tokens; a `BatchSchedule` says at which step a token count is reached while the batch still grows.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from deepseek_jax.errors import ConfigError, nearest
+
+SHAPES = ("linear", "cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`steps` steps that end at `end`: from the value before by a line or half a cosine, or at `end` throughout."""
+
+    shape: str
+    steps: int
+    end: float
+
+    def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ConfigError(f"schedule segment {self.shape!r}: {nearest(self.shape, SHAPES)}")
+        if self.steps < 0:
+            raise ConfigError(f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise steps or warm up less")
+
+    def over(self, start: float) -> optax.Schedule:
+        if self.shape == "constant":
+            return optax.constant_schedule(self.end)
+        if self.shape == "linear":
+            return optax.linear_schedule(start, self.end, self.steps)
+        return optax.cosine_decay_schedule(start, self.steps, alpha=self.end / start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Piecewise schedule: `start`, then the segments one after another; the last value stays. Call: step -> float32."""
+
+    start: float
+    segments: tuple[Segment, ...] = ()
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        pieces, boundaries, value, begin = [], [], self.start, 0
+        for segment in self.segments:
+            if segment.steps:
+                pieces.append(segment.over(value))
+                begin += segment.steps
+                boundaries.append(begin)
+            value = segment.end
+        pieces.append(optax.constant_schedule(value))
+        return jax.numpy.asarray(optax.join_schedules(pieces, boundaries)(step), jax.numpy.float32)
+
+    def always(self, value: float) -> bool:
+        """Whether the schedule never leaves `value`."""
+        return self.start == value and all(segment.end == value for segment in self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSchedule:
+    """Sequences per step: from `start` to `end` while the first `ramp_tokens` are read, linear in steps or as one jump."""
+
+    sequence_length: int
+    start: int
+    end: int
+    ramp_tokens: float = 0.0
+    jump: bool = False
+
+    @property
+    def _mean(self) -> float:
+        return self.start if self.jump else (self.start + self.end) / 2
+
+    @property
+    def ramp_steps(self) -> float:
+        return self.ramp_tokens / (self.sequence_length * self._mean)
+
+    def size(self, step: int) -> int:
+        """Sequences in step `step` (from 0)."""
+        if step >= self.ramp_steps:
+            return self.end
+        return self.start if self.jump else round(self.start + (self.end - self.start) * step / self.ramp_steps)
+
+    def step_at(self, tokens: float) -> int:
+        """The step after which `tokens` have been read; in the ramp, the root of its quadratic token count."""
+        sequences = tokens / self.sequence_length
+        if tokens >= self.ramp_tokens:
+            return round(self.ramp_steps + (tokens - self.ramp_tokens) / (self.sequence_length * self.end))
+        growth = 0.0 if self.jump else (self.end - self.start) / (2 * self.ramp_steps)
+        return round(2 * sequences / (self.start + math.sqrt(self.start**2 + 4 * growth * sequences)))
+
+
+# Sources: V3 §4.2, V2 §3.1.2 and appendix B, Moonlight §3.2. The shape of the ramps is not published; linear in steps here.
+V3_BATCH = BatchSchedule(4096, 3072, 15_360, 469e9)
+V2_BATCH = BatchSchedule(4096, 2304, 9216, 225e9)
+V2_LITE_BATCH = BatchSchedule(4096, 4608, 4608)
+MOONLIGHT_BATCH = BatchSchedule(8192, 2048, 4096, 200e9, jump=True)
+V3_TOKENS, V2_TOKENS, V2_LITE_TOKENS, MOONLIGHT_TOKENS = 14.8e12, 8.1e12, 5.7e12, 5.7e12
+
+
+def _boundaries(tokens: tuple[float, ...], batch: BatchSchedule, steps: int | None) -> list[int]:
+    """Token counts, the last being the whole run's, as steps: published ones, or in proportion in a run of `steps`."""
+    return [batch.step_at(t) if steps is None else round(steps * t / tokens[-1]) for t in tokens]
+
+
+def constant(value: float) -> Schedule:
+    return Schedule(value)
+
+
+def ramp(start: float, end: float, steps: int) -> Schedule:
+    """A line from `start` to `end` over `steps`."""
+    return Schedule(start, (Segment("linear", steps, end),))
+
+
+def switch(first: float, second: float, at: float, steps: int) -> Schedule:
+    """`first` for the fraction `at` of `steps`, then `second`."""
+    return Schedule(first, (Segment("constant", round(at * steps), first), Segment("constant", 0, second)))
+
+
+def cosine(peak: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1) -> Schedule:
+    """Linear warm-up to `peak`, cosine to `final_fraction · peak` at `steps`."""
+    return Schedule(
+        0.0 if warmup_steps else peak,
+        (Segment("linear", warmup_steps, peak), Segment("cosine", steps - warmup_steps, final_fraction * peak)),
+    )
+
+
+def step_decay(
+    peak: float, steps: int, warmup_steps: int = 0, at: tuple[float, ...] = (0.6, 0.9), factor: float = 0.316
+) -> Schedule:
+    """Linear warm-up to `peak`, then `factor` times less at each of the fractions `at` of `steps`."""
+    return _decay_at(peak, warmup_steps, [round(fraction * steps) for fraction in at], factor)
+
+
+def _decay_at(peak: float, warmup_steps: int, boundaries: list[int], factor: float) -> Schedule:
+    segments, begin, value = [Segment("linear", warmup_steps, peak)], warmup_steps, peak
+    for boundary in boundaries:
+        segments.append(Segment("constant", boundary - begin, value))
+        begin, value = boundary, value * factor
+    return Schedule(0.0 if warmup_steps else peak, (*segments, Segment("constant", 0, value)))
+
+
+def deepseek_v3(peak: float = 2.2e-4, steps: int | None = None, warmup_steps: int = 2000) -> Schedule:
+    """V3 §4.2: warm-up, constant to 10T tokens, cosine to a tenth over 4.3T, constant for 333B, 7.3e-6/2.2e-4 for the last 167B.
+
+    `steps` squeezes the same shape into a shorter run; None is the published run with its growing batch.
+    """
+    constant_end, cosine_end, low_end, end = _boundaries((10e12, 14.3e12, 14.633e12, V3_TOKENS), V3_BATCH, steps)
+    return Schedule(
+        0.0 if warmup_steps else peak,
+        (
+            Segment("linear", warmup_steps, peak),
+            Segment("constant", constant_end - warmup_steps, peak),
+            Segment("cosine", cosine_end - constant_end, 0.1 * peak),
+            Segment("constant", low_end - cosine_end, 0.1 * peak),
+            Segment("constant", end - low_end, 7.3e-6 / 2.2e-4 * peak),
+        ),
+    )
+
+
+def deepseek_v3_mtp_weight(steps: int | None = None) -> Schedule:
+    """V3 §4.2: λ is 0.3 for the first 10T tokens and 0.1 for the other 4.8T."""
+    boundary, _ = _boundaries((10e12, V3_TOKENS), V3_BATCH, steps)
+    return Schedule(0.3, (Segment("constant", boundary, 0.3), Segment("constant", 0, 0.1)))
+
+
+def deepseek_v3_bias_rate(steps: int | None = None) -> Schedule:
+    """V3 §4.2: γ is 0.001 for the first 14.3T tokens and 0 for the last 500B."""
+    boundary, _ = _boundaries((14.3e12, V3_TOKENS), V3_BATCH, steps)
+    return Schedule(0.001, (Segment("constant", boundary, 0.001), Segment("constant", 0, 0.0)))
+
+
+def deepseek_v2(peak: float = 2.4e-4, steps: int | None = None, warmup_steps: int = 2000) -> Schedule:
+    """V2 §3.1.2: warm-up, then times 0.316 after 60% and after 90% of the tokens."""
+    *boundaries, _ = _boundaries((0.6 * V2_TOKENS, 0.9 * V2_TOKENS, V2_TOKENS), V2_BATCH, steps)
+    return _decay_at(peak, warmup_steps, boundaries, 0.316)
+
+
+def deepseek_v2_lite(peak: float = 4.2e-4, steps: int | None = None, warmup_steps: int = 2000) -> Schedule:
+    """V2 appendix B: warm-up, then times 0.316 after 80% and after 90% of the tokens."""
+    *boundaries, _ = _boundaries((0.8 * V2_LITE_TOKENS, 0.9 * V2_LITE_TOKENS, V2_LITE_TOKENS), V2_LITE_BATCH, steps)
+    return _decay_at(peak, warmup_steps, boundaries, 0.316)
+
+
+def moonlight(peak: float = 4.2e-4, steps: int | None = None, warmup_steps: int = 2000, cooldown_warmup_steps: int = 100) -> Schedule:
+    """Moonlight §3.2: warm-up, cosine to a tenth by 5.2T tokens; then up to 1e-4/4.2e-4 of the peak and linearly to 0 at 5.7T."""
+    cosine_end, end = _boundaries((5.2e12, MOONLIGHT_TOKENS), MOONLIGHT_BATCH, steps)
+    return Schedule(
+        0.0 if warmup_steps else peak,
+        (
+            Segment("linear", warmup_steps, peak),
+            Segment("cosine", cosine_end - warmup_steps, 0.1 * peak),
+            Segment("linear", cooldown_warmup_steps, 1e-4 / 4.2e-4 * peak),
+            Segment("linear", end - cosine_end - cooldown_warmup_steps, 0.0),
+        ),
+    )
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    f.__name__: f
+    for f in (
+        *(constant, ramp, switch, cosine, step_decay, moonlight),
+        *(deepseek_v3, deepseek_v3_mtp_weight, deepseek_v3_bias_rate, deepseek_v2, deepseek_v2_lite),
+    )
+}
+
+
+def build_schedule(spec: "Schedule | float | Mapping[str, Any]", path: str, steps: int) -> Schedule:
+    """A schedule from a number, or from {"kind": name, **arguments}; `steps` is the run's length where none is given.
+
+    `"steps": None` asks for a published schedule at its published length. Raises ConfigError for an unknown kind or argument.
+    """
+    if isinstance(spec, Schedule):
+        return spec
+    if isinstance(spec, (int, float)) and not isinstance(spec, bool):
+        return constant(float(spec))
+    if not isinstance(spec, Mapping) or "kind" not in spec:
+        raise ConfigError(f"{path}={spec!r}: a number, or a mapping with 'kind' and its arguments; kinds: {', '.join(sorted(SCHEDULES))}")
+    arguments = dict(spec)
+    kind = arguments.pop("kind")
+    if kind not in SCHEDULES:
+        raise ConfigError(f"{path}.kind={kind!r}: {nearest(str(kind), SCHEDULES)}")
+    parameters = inspect.signature(SCHEDULES[kind]).parameters
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(f"unknown argument {path}.{name} of schedule {kind!r}: {nearest(name, parameters)}")
+    if "steps" in parameters:
+        arguments.setdefault("steps", steps)
+    for name, parameter in parameters.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            raise ConfigError(f"{path}: schedule {kind!r} needs {name!r}")
+    if "at" in arguments and isinstance(arguments["at"], list):
+        arguments["at"] = tuple(arguments["at"])
+    return SCHEDULES[kind](**arguments)
