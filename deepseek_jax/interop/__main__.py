@@ -1,0 +1,124 @@
+"""python -m deepseek_jax.interop import <hf_folder> <checkpoint> | export <checkpoint> <hf_folder> | inspect <hf_folder>
+
+An imported checkpoint is a folder like a training stage's: `checkpoints/` for generation and training, and beside it the
+tokenizer files and config.json of the original, which an export takes along again.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from deepseek_jax import cli
+from deepseek_jax.interop.atomic import check_absent, new_folder
+from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
+from deepseek_jax.interop.folder import open_folder
+from deepseek_jax.interop.hf_config import CONFIG_NAME, read_config
+from deepseek_jax.interop.importer import PARAM_DTYPES, read_variables
+from deepseek_jax.interop.report import print_report
+from deepseek_jax.training.checkpoints import Checkpoints, load_variables
+
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@flax.struct.dataclass
+class Weights:
+    """A training state with nothing but weights in it."""
+
+    step: int
+    params: Any
+    router_bias: Any
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser("deepseek_jax.interop", "Hugging Face checkpoints of the DeepSeek families, in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", allow_abbrev=False, help="Hugging Face folder -> checkpoint")
+    importing.add_argument("hf_folder", type=Path)
+    importing.add_argument("checkpoint", type=Path)
+    importing.add_argument("--dtype", choices=tuple(PARAM_DTYPES), default="float32", help="of the parameters")
+    exporting = commands.add_parser("export", allow_abbrev=False, help="checkpoint -> Hugging Face folder")
+    exporting.add_argument("checkpoint", type=Path)
+    exporting.add_argument("hf_folder", type=Path)
+    exporting.add_argument("--dtype", choices=EXPORT_DTYPES, default="bfloat16", help="fp8: the released block-scaled layout")
+    exporting.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a Hugging Face folder holds and lacks")
+    inspecting.add_argument("hf_folder", type=Path)
+    flags = parser.parse_args(argv)
+    console = Console()
+    if flags.command == "inspect":
+        folder = open_folder(flags.hf_folder)
+        print_report(folder, console)
+        return 1 if folder.problems else 0
+    if flags.command == "import":
+        import_checkpoint(flags.hf_folder, flags.checkpoint, flags.dtype, console)
+    else:
+        export_checkpoint(flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console)
+    return 0
+
+
+def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Console) -> None:
+    """Reads `hf_folder` and stores it as a checkpoint that `training.checkpoints.load_variables` loads."""
+    check_absent(checkpoint)
+    folder = open_folder(hf_folder)
+    folder.raise_problems()
+    for note in folder.notes:
+        console.print(f"note: {note}", markup=False)
+    with _progress(console, "importing") as progress:
+        variables = read_variables(folder, dtype, progress)
+    with new_folder(checkpoint) as building:
+        store = Checkpoints(building / "checkpoints", folder.config)
+        # One array at a time, so that never both copies of all of them are held.
+        leaves, structure = jax.tree.flatten(variables)
+        del variables
+        for i, leaf in enumerate(leaves):
+            leaves[i] = jnp.asarray(leaf)
+            del leaf
+        variables = jax.tree.unflatten(structure, leaves)
+        store.save(Weights(step=jnp.zeros((), jnp.int32), params=variables["params"], router_bias=variables.get("router_bias", {})))
+        store.close()
+        for file in _companions(hf_folder, CONFIG_NAME):
+            shutil.copyfile(file, building / file.name)
+    console.print(f"{hf_folder} -> {checkpoint}", markup=False)
+
+
+def export_checkpoint(checkpoint: Path, hf_folder: Path, dtype: str, max_shard_bytes: int, console: Console) -> None:
+    """Writes the newest weights of `checkpoint` as a Hugging Face folder, with what an import left beside them."""
+    check_absent(hf_folder)
+    config, variables = load_variables(checkpoint)
+    carried = read_config(checkpoint) if (checkpoint / CONFIG_NAME).is_file() else None
+    with _progress(console, "exporting") as progress:
+        export_folder(config, variables, hf_folder, dtype, max_shard_bytes, carried, _companions(checkpoint), progress)
+    console.print(f"{checkpoint} -> {hf_folder}", markup=False)
+
+
+def _companions(folder: Path, *more: str) -> list[Path]:
+    return [folder / name for name in (*COMPANIONS, *more) if (folder / name).is_file()]
+
+
+class _progress:
+    """A progress bar over tensors, as the `progress(done, total)` callback that importer and exporter take."""
+
+    def __init__(self, console: Console, title: str):
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        task = self._bar.add_task(self._title)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)
