@@ -1,18 +1,9 @@
-"""From text to batches: sources (TFDS without TensorFlow, local files, in-memory documents), tokenizers, packing, the Grain loader."""
+"""From text to batches.
 
-from deepseek_jax.data.config import DataConfig, SourceConfig
-from deepseek_jax.data.documents import completion_documents
-from deepseek_jax.data.loader import Loader, build_loader
-from deepseek_jax.data.tokenizers import StreamDecoder, Tokenizer, check_vocabulary, load_tokenizer
-
-__all__ = [
-    "DataConfig",
-    "Loader",
-    "SourceConfig",
-    "StreamDecoder",
-    "Tokenizer",
-    "build_loader",
-    "check_vocabulary",
-    "completion_documents",
-    "load_tokenizer",
-]
+tokenizers     bytes (built in) and any `tokenizer.json`; chats; decoding a stream
+config         DataConfig and SourceConfig: what is read and how it is packed
+sources        TFDS datasets without TensorFlow, local files, in-memory records; stdlib_text is the built-in TFDS dataset
+documents      records to token ids with a loss mask
+packing        documents to rows of fixed length
+loader         build_loader: the Grain pipeline, whose position can be saved
+"""

@@ -59,7 +59,8 @@ class Tokenise:
     def __init__(self, source: SourceConfig, tokenizer: Tokenizer):
         self._source = source
         self._tokenizer = tokenizer
-        self._convert = {"text": self._text, "completion": self._completion, "messages": self._messages, "tokens": self._tokens}[source.format]
+        by_format = {"text": self._text, "completion": self._completion, "messages": self._messages, "tokens": self._tokens}
+        self._convert = by_format[source.format]
 
     def __call__(self, record: Mapping[str, Any]) -> np.ndarray:
         check_record(record, self._source, f"source {self._source.name!r}")
@@ -81,6 +82,11 @@ class Tokenise:
 
     def _prompted(self, prompt_ids: Sequence[int], completion: str | Sequence[int]) -> np.ndarray:
         if isinstance(completion, str):
+            if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith("<think>"):
+                raise DataError(
+                    f"source {self._source.name!r}: the chat template's prompt already ends with <think>, and so starts this completion: "
+                    f"{completion[:40]!r}; remove it from the completions"
+                )
             num_bytes = _utf8_length(completion)
             completion = self._tokenizer.encode(completion, eos=True, allow_special=True)
         else:
@@ -104,7 +110,8 @@ def completion_documents(
     The loss falls on the completion, and with `loss_on_prompt` (task text in pre-training) on the prompt as well.
     """
     documents = []
-    for prompt_P, length, completion_N, mask_N in zip(*map(np.asarray, (prompts_BP, prompt_lengths_B, completions_BN, mask_BN)), strict=True):
+    rows = zip(*map(np.asarray, (prompts_BP, prompt_lengths_B, completions_BN, mask_BN)), strict=True)
+    for prompt_P, length, completion_N, mask_N in rows:
         completion = completion_N[mask_N > 0]
         tokens = np.concatenate([prompt_P[:length], completion]).astype(np.int32)
         loss_mask = np.concatenate([np.full(length, loss_on_prompt), np.ones(len(completion))]).astype(np.int32)

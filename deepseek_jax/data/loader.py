@@ -89,7 +89,8 @@ class Loader:
         self._finalizer()
 
     def _start(self) -> None:
-        self._iterators = [iter(self._rows)]  # a list, so that the finalizer can drop the iterator and its threads before the interpreter shuts down
+        # In a list, so that the finalizer can drop the iterator, whose threads must be gone before the interpreter shuts down.
+        self._iterators = [iter(self._rows)]
         self._finalizer = weakref.finalize(self, _stop, self._iterators)
 
     def _check_divisible(self, num_rows: int) -> None:
@@ -187,7 +188,8 @@ def _check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], se
     if total < needed:
         names = ", ".join(repr(source.name) for source in config.sources)
         raise DataError(
-            f"{names}: {total} tokens in all, fewer than one batch of {batch_size} rows × {seq_len} tokens; add text, or lower batch_size or seq_len"
+            f"{names}: {total} tokens in all, fewer than one batch of {batch_size} rows × {seq_len} tokens; "
+            "add text, or lower batch_size or seq_len"
         )
 
 

@@ -1,5 +1,6 @@
 """Opens a source: a sequence of records (dictionaries) with random access, checked before training starts."""
 
+import difflib
 import glob
 import hashlib
 import json
@@ -27,12 +28,12 @@ def open_source(source: SourceConfig, split: str, data_dir: str | None = None, i
     if source.name in in_memory:
         records = _named(in_memory[source.name], split, f"in-memory source {source.name!r}: no split")
     elif source.name == "stdlib":
-        records = _open_tfds(stdlib_text.prepare(data_dir, source.max_bytes), split, source)
+        records = TfdsRecords(stdlib_text.prepare(data_dir, source.max_bytes), split, source)
     elif source.name.startswith("tfds:"):
         wanted = source.train_split if split == "train" else source.validation_split
-        records = _open_tfds(_prepare_tfds(source.name.removeprefix("tfds:"), data_dir), wanted, source)
+        records = TfdsRecords(_prepare_tfds(source.name.removeprefix("tfds:"), data_dir), wanted, source)
     elif Path(source.name).suffix in _READERS:
-        records = _open_files(source, split)
+        records = FileRecords(source, split)
     else:
         forms = ["stdlib", "tfds:NAME", *(f"PATH{suffix}" for suffix in _READERS), *in_memory]
         raise DataError(f"unknown dataset {source.name!r}: {nearest(source.name, forms)}")
@@ -51,8 +52,9 @@ def _prepare_tfds(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError as error:
-        close = nearest(name, tfds.list_builders(with_community_datasets=False)).split("allowed:")[0]
-        raise DataError(f"unknown TFDS dataset {name!r}: {close}tfds.list_builders() has them all") from error
+        close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise DataError(f"unknown TFDS dataset {name!r}: {hint}tfds.list_builders() names all of them") from error
     if not builder.is_prepared():
         try:
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -62,25 +64,27 @@ def _prepare_tfds(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     return builder
 
 
-class _open_tfds:
+class TfdsRecords:
     """Records of one TFDS split."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, source: SourceConfig):
-        self._where, self._source = f"source {source.name!r}", source
+        where = f"source {source.name!r}"
         if split.split("[")[0] not in builder.info.splits:
             raise DataError(
-                f"{self._where} has no split {split!r}: {nearest(split, builder.info.splits)}; "
+                f"{where} has no split {split!r}: {nearest(split, builder.info.splits)}; "
                 "set train_split / validation_split, for example 'train[:95%]' and 'train[95%:]'"
             )
         features = builder.info.features
         for field in required_fields(source):
             if field not in features:
-                raise DataError(f"{self._where}: no field {field!r}; the fields are: {', '.join(features)}; set text_field to the one with the text")
+                raise DataError(
+                    f"{where}: no field {field!r}; the fields are: {', '.join(features)}; set text_field to the one with the text"
+                )
         try:
             self._data = builder.as_data_source(split=split)
         except NotImplementedError as error:
             raise DataError(
-                f"{self._where} was prepared as {builder.info.file_format}, which needs TensorFlow to read; only array_record does not: "
+                f"{where} was prepared as {builder.info.file_format}, which needs TensorFlow to read; only array_record does not: "
                 "set data.data_dir to another folder, where it will be prepared anew"
             ) from error
 
@@ -91,7 +95,7 @@ class _open_tfds:
         return {k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in self._data[index].items()}
 
 
-class _open_files:
+class FileRecords:
     """Records of local files; each file is read through once, so that a bad line is found now and not in an hour."""
 
     def __init__(self, source: SourceConfig, split: str):

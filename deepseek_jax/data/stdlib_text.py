@@ -16,18 +16,20 @@ import tensorflow_datasets as tfds
 from deepseek_jax.errors import DataError
 
 VALIDATION_PERCENT = 5
-# Other people's packages, tests, help texts and character tables; _sysconfigdata holds the paths of one machine.
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "pydoc_data", "encodings", "lib2to3", "__pycache__"}
-_SKIPPED_PREFIX = "_sysconfigdata"
+# Other people's packages, tests, help texts and character tables.
+SKIPPED_FOLDERS = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "pydoc_data", "encodings", "lib2to3", "__pycache__")
+)
 
 
 class StdlibText(tfds.core.GeneratorBasedBuilder):
-    """Features `path` and `text`. Which of the two splits a file is in, and the order of files, depend on the hash of its path alone."""
+    """Features `path` and `text`. A file's split and place in the order depend on the hash of its path alone."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, files: Sequence[Path] = (), **kwargs):
-        self._files = files
+    def __init__(self, *, root: Path = Path(), paths: Sequence[str] = (), **kwargs):
+        self._root = root
+        self._paths = paths  # relative to root
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -38,15 +40,14 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Any]:
-        splits: dict[str, list[Path]] = {"train": [], "validation": []}
-        for file in self._files:
-            splits["validation" if _path_hash(file) % 100 < VALIDATION_PERCENT else "train"].append(file)
-        return {name: self._generate_examples(files) for name, files in splits.items()}
+        splits: dict[str, list[str]] = {"train": [], "validation": []}
+        for path in self._paths:
+            splits["validation" if _hash(path) % 100 < VALIDATION_PERCENT else "train"].append(path)
+        return {name: self._generate_examples(paths) for name, paths in splits.items()}
 
-    def _generate_examples(self, files: Sequence[Path]) -> Iterator[tuple[str, dict[str, str]]]:
-        for file in files:
-            name = file.relative_to(_root()).as_posix()
-            yield name, {"path": name, "text": file.read_text(encoding="utf-8", errors="replace")}
+    def _generate_examples(self, paths: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+        for path in paths:
+            yield path, {"path": path, "text": (self._root / path).read_text(encoding="utf-8", errors="replace")}
 
 
 def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBuilder:
@@ -54,14 +55,14 @@ def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBui
 
     The cache key holds the interpreter's version and a hash of the chosen files' names and sizes, so another interpreter or
     another `max_bytes` never reads the wrong text. Preparation writes to a temporary folder and renames it.
+
+    Raises DataError if the folder cannot be written.
     """
-    files = _choose(max_bytes)
-    listing = "\n".join(f"{file.relative_to(_root()).as_posix()} {file.stat().st_size}" for file in files)
-    config = tfds.core.BuilderConfig(
-        name=f"py{platform.python_version()}-{hashlib.blake2b(listing.encode(), digest_size=6).hexdigest()}",
-        description=f"{len(files)} files",
-    )
-    make = functools.partial(StdlibText, files=files, config=config, data_dir=data_dir, file_format="array_record")
+    root = Path(sysconfig.get_path("stdlib"))
+    sizes = _choose(root, max_bytes)
+    listing = hashlib.blake2b(repr(sizes).encode(), digest_size=6).hexdigest()
+    config = tfds.core.BuilderConfig(name=f"py{platform.python_version()}-{listing}", description=f"{len(sizes)} files")
+    make = functools.partial(StdlibText, root=root, paths=list(sizes), config=config, data_dir=data_dir, file_format="array_record")
     with _quiet():
         builder = make()
         if builder.is_prepared():
@@ -89,30 +90,25 @@ def _quiet() -> Iterator[None]:
         absl.logging.set_verbosity(verbosity)
 
 
-def _root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def _hash(path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")
 
 
-def _path_hash(file: Path) -> int:
-    return int.from_bytes(hashlib.blake2b(file.relative_to(_root()).as_posix().encode(), digest_size=8).digest(), "big")
-
-
-def _choose(max_bytes: int | None) -> list[Path]:
-    """The files that count, in hash order (a fair sample whatever the cap), up to `max_bytes` in total."""
-    chosen, total = [], 0
-    for file in sorted(_python_files(_root()), key=_path_hash):
-        size = file.stat().st_size
-        if size == 0 or (max_bytes is not None and total + size > max_bytes):
-            continue
-        chosen.append(file)
-        total += size
+def _choose(root: Path, max_bytes: int | None) -> dict[str, int]:
+    """Path -> size, in hash order (a fair sample whatever the cap), up to `max_bytes` in total."""
+    sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in _python_files(root)}
+    chosen, total = {}, 0
+    for path in sorted(sizes, key=_hash):
+        if sizes[path] and (max_bytes is None or total + sizes[path] <= max_bytes):
+            chosen[path] = sizes[path]
+            total += sizes[path]
     return chosen
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
     for entry in folder.iterdir():
         if entry.is_dir():
-            if entry.name not in _SKIPPED_FOLDERS:
+            if entry.name not in SKIPPED_FOLDERS:
                 yield from _python_files(entry)
-        elif entry.suffix == ".py" and not entry.name.startswith(_SKIPPED_PREFIX):
+        elif entry.suffix == ".py" and not entry.name.startswith("_sysconfigdata"):  # the paths of one machine
             yield entry

@@ -101,7 +101,8 @@ class JsonTokenizer:
                 token["special"] = token["special"] or bool(re.fullmatch(r"<.+>", token["content"]))
             self._literal = tokenizers.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises bare Exception for a file it cannot use
-            raise DataError(f"{file} is not a tokenizer.json that the tokenizers library {tokenizers.__version__} can read: {error}") from error
+            version = tokenizers.__version__
+            raise DataError(f"{file} is not a tokenizer.json that the tokenizers library {version} can read: {error}") from error
         self._literal.encode_special_tokens = True  # "encode the strings of special tokens as text"
         self.specials = {token["content"]: token["id"] for token in definition.get("added_tokens", []) if token["special"]}
         self.vocab_size = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.data import load_tokenizer
+from deepseek_jax.data.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,5 @@ def documents():
     """Sixty documents of 1 to 40 ids; no id occurs twice, so that every token can be traced. Every third id is not trained on."""
     lengths = np.random.default_rng(0).integers(1, 41, size=60)
     starts = np.concatenate([[1000], 1000 + np.cumsum(lengths)])
-    return [
-        {"tokens": np.arange(start, start + length, dtype=np.int32), "loss_mask": (np.arange(start, start + length) % 3 > 0).astype(np.int32)}
-        for start, length in zip(starts, lengths)
-    ]
+    ids = [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths)]
+    return [{"tokens": tokens, "loss_mask": (tokens % 3 > 0).astype(np.int32)} for tokens in ids]

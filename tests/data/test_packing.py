@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.data import DataConfig, SourceConfig, build_loader
+from deepseek_jax.data.config import DataConfig, SourceConfig
+from deepseek_jax.data.loader import build_loader
 from deepseek_jax.errors import DataError
 
 T = 16
@@ -91,9 +92,10 @@ def test_held_out_bytes_sum_to_the_size_of_the_text(byte_tokenizer):
     records = {"texts": {"validation": [{"text": text} for text in texts]}}
     batches = list(build_loader(config, byte_tokenizer, 10, 3, "validation", in_memory=records))
     assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(text.encode()) for text in texts)
-    per_row = np.concatenate([batch["num_bytes"] for batch in batches])
-    targets_per_row = np.concatenate([batch["loss_mask"].sum(axis=1) for batch in batches])
-    assert (per_row <= targets_per_row).all() and (per_row >= targets_per_row - np.concatenate([b["segment_ids"].max(axis=1) for b in batches])).all()
+    bytes_R = np.concatenate([batch["num_bytes"] for batch in batches])
+    targets_R = np.concatenate([batch["loss_mask"].sum(axis=1) for batch in batches])
+    segments_R = np.concatenate([batch["segment_ids"].max(axis=1) for batch in batches])
+    assert (bytes_R <= targets_R).all() and (bytes_R >= targets_R - segments_R).all(), "rows carry the bytes of their own targets"
 
 
 def test_the_held_out_pass_is_always_the_same(documents, byte_tokenizer):

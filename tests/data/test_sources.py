@@ -10,7 +10,9 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from deepseek_jax.data import DataConfig, SourceConfig, build_loader, stdlib_text
+from deepseek_jax.data import stdlib_text
+from deepseek_jax.data.config import DataConfig, SourceConfig
+from deepseek_jax.data.loader import build_loader
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.errors import DataError
 
@@ -28,9 +30,9 @@ def test_stdlib_splits_are_disjoint_real_files_under_the_cap(data_dir):
     size = sum(len(text.encode()) for text in texts(train) + texts(held_out))
     assert 350_000 < size <= 400_000
     root = Path(sysconfig.get_path("stdlib"))
-    for records in (train, held_out):
-        assert all(record["text"] == (root / record["path"]).read_text(errors="replace") for record in (records[0], records[len(records) - 1]))
-    assert not any(part in stdlib_text._SKIPPED_FOLDERS for path in train_paths | held_out_paths for part in Path(path).parts)
+    for record in (train[0], train[len(train) - 1], held_out[0]):
+        assert record["text"] == (root / record["path"]).read_text(encoding="utf-8", errors="replace")
+    assert not any(part in stdlib_text.SKIPPED_FOLDERS for path in train_paths | held_out_paths for part in Path(path).parts)
 
 
 def test_stdlib_is_prepared_once_and_found_again(data_dir, monkeypatch):
@@ -89,7 +91,7 @@ def test_tfds_by_name_with_slices_as_splits(data_dir, byte_tokenizer):
 
 
 def test_tfds_errors_name_what_there_is(data_dir):
-    with pytest.raises(DataError, match="unknown TFDS dataset 'imdb_review': did you mean 'imdb_reviews'"):
+    with pytest.raises(DataError, match="unknown TFDS dataset 'imdb_review': did you mean imdb_reviews"):
         open_source(SourceConfig("tfds:imdb_review"), "train", data_dir)
     with pytest.raises(DataError, match="no field 'text'; the fields are: quote, year; set text_field"):
         open_source(SourceConfig("tfds:tiny_quotes"), "train", data_dir)
@@ -163,6 +165,13 @@ def test_completions_are_trained_on_behind_the_prompt(tmp_path, byte_tokenizer):
             assert byte_tokenizer.decode(batch["tokens"][batch["loss_mask"] == 1]) == reasoning + "<eos>"
 
 
+def test_reasoning_opened_by_prompt_and_completion_is_refused(byte_tokenizer):
+    source = SourceConfig("pairs", format="completion")
+    records = [{"prompt": byte_tokenizer.encode("<bos>q<assistant><think>\n", allow_special=True), "completion": "<think>\na"}]
+    with pytest.raises(DataError, match="prompt already ends with <think>"):
+        build_loader(DataConfig(sources=(source,)), byte_tokenizer, 4, 1, in_memory={"pairs": {"train": records}})
+
+
 @pytest.mark.parametrize(
     "name, content, fields, message",
     [
@@ -170,7 +179,7 @@ def test_completions_are_trained_on_behind_the_prompt(tmp_path, byte_tokenizer):
         ("a.jsonl", '{"text": "a"}\n[1]\n', {}, r"a.jsonl line 2: expected an object with fields text, found list"),
         ("a.jsonl", '{"body": "a", "id": 1}', {}, r"a.jsonl line 1: no field 'text'; the fields are: body, id; set text_field"),
         ("a.jsonl", '{"text": 5}', {}, r"a.jsonl line 1: field 'text' holds int, not text"),
-        ("a.jsonl", '{"prompt": "a"}', {"format": "completion"}, r"line 1: no field 'completion'; the fields are: prompt; format 'completion'"),
+        ("a.jsonl", '{"prompt": "a"}', {"format": "completion"}, r"line 1: no field 'completion'; the fields are: prompt; format"),
         ("a.jsonl", '{"prompt": "a", "completion": 3}', {"format": "completion"}, r"'completion' holds int, neither text nor token ids"),
         ("a.jsonl", '{"messages": "hi"}', {"format": "messages"}, r"messages must be a list of objects"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}', {"format": "messages"}, r"the last message is the user's"),

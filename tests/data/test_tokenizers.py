@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from deepseek_jax.data import StreamDecoder, check_vocabulary, load_tokenizer
+from deepseek_jax.data.tokenizers import StreamDecoder, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
-BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+BOS, EOS, PAD, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
 TEXT = "Größe 日本 🦙 def f(x):\n    return x + 1\t<think>ok</think>"
 # In the manner of the released templates: a system prompt, roles, tools as JSON, and reasoning dropped from earlier answers.
 TEMPLATE = """{%- if not messages -%}{{ raise_exception('no messages') }}{%- endif -%}
@@ -38,13 +38,13 @@ def folder(tmp_path_factory):
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=[BOS, EOS, "<｜▁pad▁｜>"], show_progress=False
-    )
+    alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), [BOS, EOS, PAD]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
     model.train_from_iterator([TEXT * 5, "return the function value again and again " * 9], trainer)
     model.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>", "    ")])
     model.save(str(path / "tokenizer.json"))
-    settings = {"bos_token": {"content": BOS, "__type": "AddedToken"}, "eos_token": EOS, "pad_token": "<｜▁pad▁｜>", "chat_template": TEMPLATE}
+    bos_token = {"content": BOS, "__type": "AddedToken"}
+    settings = {"bos_token": bos_token, "eos_token": EOS, "pad_token": PAD, "chat_template": TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
