@@ -1,0 +1,248 @@
+"""In-graph rewards on good, bad and malicious token sequences; the registry; the weighted sum; Python rewards that misbehave."""
+
+import importlib.util
+import math
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import ConfigError, RewardError
+from deepseek_jax.rl import rewards as rewards_module
+from deepseek_jax.rl.advantages import group_advantages
+from deepseek_jax.rl.config import GRPOConfig
+from deepseek_jax.rl.math_reward import Worker, math_accuracy_reward
+from deepseek_jax.rl.rewards import Reward, build_rewards, call_reward, soft_overlong_punishment
+from deepseek_jax.rl.tasks import ChainTask, CountdownTask, ParityTask, base
+from deepseek_jax.rl.tasks.chain import Chain
+from deepseek_jax.rl.tasks.countdown import Goal
+from deepseek_jax.rl.tasks.parity import Bits
+
+WIDTH = 40
+
+
+def completions(texts):
+    """Token ids of texts whose tags are control tokens; '.' at the very end is <eos>."""
+    rows = [base.TOKENIZER.encode(text.removesuffix("."), eos=text.endswith("."), allow_special=True) for text in texts]
+    tokens = np.array([row[:WIDTH] + [base.PAD] * (WIDTH - len(row)) for row in rows])
+    return jnp.asarray(tokens), jnp.asarray([[1] * len(row) + [0] * (WIDTH - len(row)) for row in rows])
+
+
+def scores(name, task, instance, texts):
+    reward_set = build_rewards(GRPOConfig(rewards=((name, 1.0),)), task)
+    instances = type(instance)(*(jnp.repeat(jnp.asarray(x)[None], len(texts), 0) for x in vars(instance).values()))
+    tokens, mask = completions(texts)
+    return np.asarray(reward_set.graph_parts(task, instances, tokens, mask)[name]).tolist()
+
+
+PARITY = ParityTask(bits=8)
+BITS = Bits(np.array([1, 0, 1, 1, 0, 0, 0, 0]))  # parity 1
+
+GOOD = ["<think></think><answer>1</answer>.", "<think>11011111</think><answer>1</answer>.", "<think>anything</think><answer>1</answer>."]
+HACKS = {
+    "no end": "<think></think><answer>1</answer>",
+    "truncated": "<think>1101",
+    "nothing": "",
+    "only end": ".",
+    "answer in the chain only": "<think><answer>1</answer></think>.",
+    "answer in the chain, none outside": "<think>1</think>.",
+    "two answers": "<think></think><answer>1</answer><answer>0</answer>.",
+    "both answers": "<think></think><answer>1</answer><answer>1</answer>.",
+    "tag stuffing": "<think></think></think><answer>1</answer>.",
+    "two chains": "<think><think></think><answer>1</answer>.",
+    "wrong order": "<answer>1</answer><think></think>.",
+    "crossed": "<think><answer></think>1</answer>.",
+    "text between": "<think></think>1<answer>1</answer>.",
+    "text after": "<think></think><answer>1</answer>1.",
+    "text before": "1<think></think><answer>1</answer>.",
+    "new turn in the chain": "<think><user></think><answer>1</answer>.",
+    "padding in the chain": "<think><pad></think><answer>1</answer>.",
+    "early end": "<think><eos></think><answer>1</answer>.",
+}
+
+
+def test_format_and_accuracy_on_good_completions():
+    assert scores("format", PARITY, BITS, GOOD) == [1.0] * 3 and scores("accuracy", PARITY, BITS, GOOD) == [1.0] * 3
+
+
+def test_hacks_get_neither_format_nor_accuracy():
+    texts = list(HACKS.values())
+    for name in ("format", "accuracy"):
+        assert dict(zip(HACKS, scores(name, PARITY, BITS, texts), strict=True)) == dict.fromkeys(HACKS, 0.0)
+
+
+def test_wrong_answers_keep_their_format():
+    wrong = [f"<think>1</think><answer>{answer}</answer>." for answer in ("0", "", "11", "10110000", "01", "1 ", "odd")]
+    assert scores("format", PARITY, BITS, wrong) == [1.0] * 7 and scores("accuracy", PARITY, BITS, wrong) == [0.0] * 7
+
+
+def test_spelt_out_tags_are_no_tags():
+    tokens = jnp.asarray([[*b"<think></think><answer>1</answer>", base.EOS]])
+    assert not bool(base.parse(tokens, jnp.ones_like(tokens)).ok_B[0])
+
+
+def test_tokens_behind_the_mask_do_not_count():
+    tokens, mask = completions(GOOD[:1])
+    assert bool(base.parse(tokens.at[0, 8:].set(base.THINK), mask).ok_B[0])
+    hidden = mask.at[0, 5:].set(0)
+    assert not bool(base.parse(tokens, hidden).ok_B[0])
+
+
+CHAIN = ChainTask(operations=2, modulus=10, alphabets=2)
+
+
+def chain(language):
+    return Chain(np.int32(3), np.array([0, 1]), np.array([4, 2]), np.int32(language))  # (3+4)*2 = 4
+
+
+def test_chain_answers_in_either_alphabet():
+    texts = [f"<think></think><answer>{a}</answer>." for a in ("4", "e", "5", "A", "44", "+4")]
+    assert scores("accuracy", CHAIN, chain(0), texts) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_language_consistency_counts_symbols_of_the_chain():
+    texts = ["<think>A7B4</think><answer>e</answer>.", "<think>AhBe</think><answer>4</answer>.", "<think>A7Be</think><answer>4</answer>.",
+             "<think></think><answer>4</answer>.", "<think>AB</think><answer>4</answer>.", "<think>7777", "<think>7</think>7<answer>4</answer>."]  # fmt: skip
+    assert scores("language_consistency", CHAIN, chain(0), texts) == [1.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0]
+    assert scores("language_consistency", CHAIN, chain(1), texts) == [0.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_countdown_hacks():
+    goal = Goal(np.array([2, 3, 5]), np.int32(16), np.array([*b"35+2*"]))
+    task = CountdownTask(numbers=3, max_number=9)
+    answers = {"35+2*": 1.0, "235+*": 1.0, "53+2*": 1.0, "2**9**9": 0.0, "2**9*": 0.0, "16": 0.0, "82*": 0.0, "44*1+": 0.0, "88+": 0.0,
+               "35+2*16": 0.0, "350/+": 0.0, "(3+5)*2": 0.0, "2,3,5=16": 0.0, "": 0.0, "35+22": 0.0, "2": 0.0}  # fmt: skip
+    texts = [f"<think></think><answer>{answer}</answer>." for answer in answers]
+    assert dict(zip(answers, scores("accuracy", task, goal, texts), strict=True)) == answers
+
+
+# --- the weighted sum -------------------------------------------------------------------------------------------------
+
+
+def test_total_weighs_and_accuracy_needs_the_format():
+    reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0), ("format", 0.5))), PARITY)
+    parts = {"accuracy": jnp.array([1.0, 0.0, 1.0, 0.0]), "format": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    lengths = jnp.array([3, 3, 3, 3])
+    np.testing.assert_allclose(reward_set.total(parts, lengths, 8), [1.5, 0.5, 0.0, 0.0])
+
+
+def test_wrong_reward_and_overlong_punishment():
+    reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0),), wrong_reward=-1.0, overlong_buffer=4), PARITY)
+    parts = {"accuracy": jnp.array([1.0, 0.0, 1.0, 0.0])}
+    np.testing.assert_allclose(reward_set.total(parts, jnp.array([4, 4, 6, 8]), 8), [1.0, -1.0, 0.5, -2.0])
+    np.testing.assert_allclose(soft_overlong_punishment(jnp.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4_096), [0, 0, -0.5, -1, -1])
+
+
+def test_a_reward_of_weight_zero_cannot_spoil_the_sum():
+    reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0), ("text_format", 0.0))), PARITY)
+    total = reward_set.total({"accuracy": jnp.array([1.0]), "text_format": jnp.array([jnp.nan])}, jnp.array([3]), 8)
+    assert float(total[0]) == 0.0, "without a format that holds, no accuracy"
+    reward_set = build_rewards(GRPOConfig(rewards=(("format", 1.0), ("text_language_consistency", 0.0))), PARITY)
+    total = reward_set.total({"format": jnp.array([1.0]), "text_language_consistency": jnp.array([jnp.nan])}, jnp.array([3]), 8)
+    assert float(total[0]) == 1.0
+
+
+def test_in_graph_or_not():
+    assert build_rewards(GRPOConfig(), PARITY).in_graph
+    assert not build_rewards(GRPOConfig(rewards=(("text_accuracy", 1.0),)), PARITY).in_graph
+
+
+# --- Python rewards ---------------------------------------------------------------------------------------------------
+
+
+def own_reward(prompt, completion, answer):
+    return len(completion) / 10
+
+
+def raising(prompt, completion, answer):
+    raise KeyError("no such thing")
+
+
+def test_own_function_by_name(monkeypatch):
+    module = type(rewards_module)("own_rewards")
+    module.own_reward = own_reward
+    monkeypatch.setitem(__import__("sys").modules, "own_rewards", module)
+    reward_set = build_rewards(GRPOConfig(rewards=(("own_rewards:own_reward", 2.0), ("text_format", 1.0))))
+    parts = reward_set.text_parts(["p", "p"], ["12345", "<think></think><answer></answer>"], ["a", "a"])
+    np.testing.assert_allclose(parts["own_rewards:own_reward"], [0.5, 3.2])
+    np.testing.assert_allclose(reward_set.total(parts, jnp.array([1, 1]), 8), [1.0, 7.4], rtol=1e-6)
+    assert parts["text_format"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "function,words",
+    [
+        (raising, "raised KeyError: 'no such thing'"),
+        (lambda p, c, a: None, "returned None, which is not a number"),
+        (lambda p, c, a: "1.0", "returned '1.0', which is not a number"),
+        (lambda p, c, a: [1.0], "which is not a number"),
+        (lambda p, c, a: 1j, "which is not a number"),
+        (lambda p: 1.0, "raised TypeError"),
+    ],
+)
+def test_a_reward_that_misbehaves(function, words):
+    reward = Reward("mine", function, in_graph=False)
+    with pytest.raises(RewardError) as caught:
+        call_reward(reward, "the prompt", "the completion", "the answer", "raise")
+    assert all(part in str(caught.value) for part in ("'mine'", words, "the completion", "on_reward_error='skip'"))
+    assert math.isnan(call_reward(reward, "p", "c", "a", "skip"))
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.float32(2), np.bool_(True), np.int64(3)])
+def test_any_number_is_a_reward(value):
+    assert call_reward(Reward("mine", lambda p, c, a: value, in_graph=False), "p", "c", "a", "raise") == float(value)
+
+
+def test_a_skipped_sample_trains_nothing_and_spoils_nothing():
+    config = GRPOConfig(rewards=(("text_accuracy", 1.0),), on_reward_error="skip")
+    reward_set = build_rewards(config)
+    broken = Reward("text_accuracy", lambda p, c, a: {"a": 1.0, "b": 0.0}[c], in_graph=False, role="accuracy")
+    reward_set = type(reward_set)((broken,), reward_set.weights, on_error=reward_set.on_error)
+    parts = reward_set.text_parts(["p"] * 4, ["a", "b", "?", "a"], [""] * 4)
+    advantages = group_advantages(reward_set.total(parts, jnp.ones(4), 8), 4)
+    assert np.asarray(advantages.valid_B).tolist() == [True, True, False, True] and float(advantages.advantages_B[2]) == 0.0
+    assert np.isfinite(advantages.advantages_B).all() and float(advantages.advantages_B[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "names,task,message",
+    [
+        (["acuracy"], PARITY, "did you mean 'accuracy'"),
+        (["no_such_module:reward"], PARITY, "package.module:function"),
+        (["math:no_such_function"], PARITY, "package.module:function"),
+        (["accuracy"], None, "use 'text_accuracy'"),
+        (["language_consistency"], PARITY, "two alphabets"),
+    ],
+)
+def test_refused(names, task, message):
+    with pytest.raises(ConfigError, match=message):
+        build_rewards(GRPOConfig(rewards=tuple((name, 1.0) for name in names)), task)
+
+
+def test_missing_math_verify_is_said_before_the_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
+        build_rewards(GRPOConfig(rewards=(("math_accuracy", 1.0),)))
+
+
+def test_worker_is_killed_when_late_and_replaced():
+    worker = Worker(time.sleep, seconds=0.5)
+    assert worker(0.0) is None and worker._process is not None
+    start = time.monotonic()
+    assert worker(600.0) is None and time.monotonic() - start < 5 and worker._process is None
+    assert Worker(math.sqrt, seconds=20.0)(16.0) == 4.0
+    failing = Worker(math.sqrt, seconds=20.0)
+    assert failing(-1.0) is None and failing(9.0) == 3.0, "an error in the function is no result, and the process lives on"
+    worker.stop()
+    failing.stop()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_math_accuracy():
+    def score(given, expected):
+        return math_accuracy_reward("", f"<think>hm</think><answer>{given}</answer>", expected)
+
+    assert score("12", "12") == score(r"\frac{1}{2}", "0.5") == score(r"\boxed{07}", "7") == 1.0
+    assert score("13", "12") == score("", "12") == score("9**9**9**9", "12") == 0.0
+    assert math_accuracy_reward("", "<answer>12</answer>", "12") == 0.0
