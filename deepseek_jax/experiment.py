@@ -1,0 +1,144 @@
+"""An experiment file as an object: read, overridden from the command line, checked as a whole before anything runs.
+
+An experiment file has one function, `get_config()`, that returns a ConfigDict:
+
+    model      fields of ModelConfig
+    precision  recipe name ("float32", "bfloat16")
+    tokenizer  "byte", a tokenizer.json or the folder of a checkpoint
+    task       {"name": …, fields of that task}, for stages that need one
+    stages     names of the stages in order; each is a section of its own, {"kind": …, fields of that stage}
+    mesh       sizes of mesh axes; one device for now
+    seed       seed of weights, data order and sampling
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.precision import recipe
+from deepseek_jax.rl.tasks import Task, build_task
+
+FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every stage of a run shares. `sections` has the stages' own settings, in order."""
+
+    name: str
+    model: Transformer
+    tokenizer: Tokenizer
+    task: Task | None
+    sections: dict[str, dict[str, Any]]
+    seed: int
+    workdir: Path
+    config: dict[str, Any]
+
+
+def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
+    """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read."""
+    values = flags.FlagValues()
+    arguments = ["deepseek_jax", *argv]
+    config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=arguments)
+    flags.DEFINE_string("workdir", None, "Where results go (default: runs/<name of the experiment file>).", flag_values=values)
+    flags.DEFINE_bool("dry", False, "Check everything and print the plan; allocate and run nothing.", flag_values=values)
+    try:
+        values(arguments)
+    except AttributeError as error:  # an override of a field that is not there
+        raise ConfigError(_unknown_override(arguments, error)) from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    path = values["config"].config_filename if values["config"].present else None
+    if path is None:
+        raise ConfigError(f"no experiment given: pass --config=FILE. Here: {', '.join(sorted(map(str, Path('experiments').glob('*.py')))) or 'none'}")
+    name = Path(path).stem
+    return values.config, name, Path(values.workdir or os.path.join("runs", name)), values.dry
+
+
+def _unknown_override(arguments: Sequence[str], error: AttributeError) -> str:
+    """Names the first override whose field the experiment doesn't have, with the nearest one that it has."""
+    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
+    overrides = [a.split("=", 1)[0].removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    if path is not None:
+        bare = read_flags([f"--config={path}"])[0]
+        for override in overrides:
+            node, walked = bare, []
+            for part in override.split("."):
+                if not isinstance(node, ConfigDict) or part not in node:
+                    known = list(node) if isinstance(node, ConfigDict) else []
+                    where = ".".join(["config", *walked])
+                    return f"unknown field {where}.{part}: {nearest(part, known)}"
+                node, walked = node[part], [*walked, part]
+    return f"an override names an unknown field: {error}"
+
+
+def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment:
+    """Checks everything that the stages share. Raises ConfigError with what to change."""
+    fields = config.to_dict()
+    stages = tuple(fields.get("stages", ()))
+    for field in fields:
+        if field not in FIELDS and field not in stages:
+            raise ConfigError(f"unknown field config.{field}: {nearest(field, (*FIELDS, *stages))} (or name it in config.stages)")
+    for field in ("model", "stages"):
+        if field not in fields:
+            raise ConfigError(f"missing field config.{field}")
+    for stage in stages:
+        if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
+            raise ConfigError(f"config.stages names {stage!r}: add a section config.{stage} with its 'kind'")
+    mesh = fields.get("mesh", {})
+    if any(size not in (1, -1) for size in mesh.values()):
+        raise ConfigError(f"config.mesh={mesh}: only one device so far; leave it empty")
+    tokenizer = load_tokenizer(fields.get("tokenizer", "byte"))
+    model_config = ModelConfig.from_dict(fields["model"])
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    return Experiment(
+        name=name,
+        model=Transformer(model_config, recipe(fields.get("precision", "float32"))),
+        tokenizer=tokenizer,
+        task=build_task(fields["task"]) if fields.get("task") else None,
+        sections={stage: fields[stage] for stage in stages},
+        seed=fields.get("seed", 0),
+        workdir=workdir,
+        config=json.loads(json.dumps(fields)),  # tuples as lists, as they come back from a file
+    )
+
+
+def claim_workdir(experiment: Experiment) -> None:
+    """Notes the configuration in the workdir; a run that is started again has to be the same experiment.
+
+    Raises ConfigError naming the first fields that differ.
+    """
+    path = experiment.workdir / "config.json"
+    if path.exists():
+        try:
+            before = _flat(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); pass another --workdir, or restore it") from None
+        now = _flat(experiment.config)
+        changed = [f"{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in sorted({*before, *now}) if before.get(field) != now.get(field)]
+        if changed:
+            raise ConfigError(
+                f"{experiment.workdir} holds a run of another configuration: {', '.join(changed[:3])}"
+                f"{' and more' if len(changed) > 3 else ''}. Pass another --workdir, or the settings it was started with"
+            )
+        return
+    experiment.workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(experiment.config, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _flat(node: Any, path: str = "config") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {key: value for name, child in node.items() for key, value in _flat(child, f"{path}.{name}").items()}
+    return {path: node}

@@ -1,0 +1,110 @@
+"""How well a model answers held-out problems: greedy accuracy, pass@k, maj@k, response length.
+
+The problems are of the held-out split, which no training stage ever draws from, and depend on the evaluation's seed
+alone, so that two models are asked the same ones.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.generation.generate import generate
+from deepseek_jax.generation.sampling import SamplingConfig
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.rl.passk import maj_at_k, pass_at_k
+from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, to_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Greedy answers to `problems` problems; `samples` sampled answers to each of the first `sampled_problems` of them.
+
+    `max_completion_length` 0 takes the task's. `show` is how many completions are kept to be read. `seed` draws the problems.
+    """
+
+    problems: int = 512
+    sampled_problems: int = 128
+    samples: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_completion_length: int = 0
+    show: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("problems", "sampled_problems", "samples"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"eval.{field}={getattr(self, field)}: at least 1")
+        if self.sampled_problems > self.problems:
+            raise ConfigError(f"eval.sampled_problems={self.sampled_problems} exceeds eval.problems={self.problems}")
+        if self.temperature <= 0:
+            raise ConfigError(f"eval.temperature={self.temperature}: above 0; greedy accuracy is measured anyway")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"unknown field eval.{name}: {nearest(name, known)}")
+        return cls(**fields)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "task", "sampling", "samples"))
+def answer(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int):
+    """Completions of each problem -> (Generation of n · samples rows, right float32 [n, samples])."""
+    prompts_BP, lengths_B = task.prompts(instances)
+    generation = generate(model, variables, prompts_BP, lengths_B, key, sampling, samples_per_prompt=samples)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), instances)
+    right_B = task.accuracy(repeated, generation.tokens_BN, generation.mask_BN.astype(jnp.int32))
+    return generation, right_B.reshape(-1, samples)
+
+
+def sampling_of(config: EvalConfig, task: Task, temperature: float) -> SamplingConfig:
+    return SamplingConfig(
+        max_new_tokens=config.max_completion_length or task.completion_length,
+        temperature=temperature,
+        top_p=config.top_p,
+        eos_id=EOS,
+        pad_id=PAD,
+    )
+
+
+def greedy(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, float]:
+    """Accuracy and mean length of greedy answers: the short evaluation, for curves."""
+    problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
+    generation, right = answer(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0), 1)
+    return {"greedy_accuracy": float(right.mean()), "greedy_length": float(generation.lengths_B.mean())}
+
+
+def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, Any]:
+    """All of it: greedy_accuracy, greedy_length, sampled_accuracy, pass@k, maj@k, response_length, format_share, truncated_share
+    and `samples`, a list of {"prompt", "completion", "right"}.
+
+    The response length is the mean over sampled answers, as in R1's figure 3.
+    """
+    result: dict[str, Any] = greedy(model, variables, task, config)
+    problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
+    asked = jax.tree.map(lambda x: x[: config.sampled_problems], problems)
+    k = config.samples
+    sampling = sampling_of(config, task, config.temperature)
+    generation, right_QK = answer(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
+    right_QK = np.asarray(right_QK) > 0
+    texts = to_texts(generation.tokens_BN, generation.mask_BN)
+    answers = [answer_in(text) for text in texts]
+    result["sampled_accuracy"] = float(right_QK.mean())
+    result[f"pass@{k}"] = float(np.mean(pass_at_k(right_QK.sum(1), k, k)))
+    result[f"maj@{k}"] = float(np.mean([maj_at_k(answers[q * k : (q + 1) * k], right_QK[q]) for q in range(len(right_QK))]))
+    result["response_length"] = float(generation.lengths_B.mean())
+    result["format_share"] = float(np.mean([a is not None for a in answers]))
+    result["truncated_share"] = float(1.0 - generation.finished_B.mean())
+    prompts = task.prompt_text(asked)
+    result["samples"] = [
+        {"prompt": prompts[q], "completion": texts[q * k], "right": bool(right_QK[q, 0])} for q in range(min(config.show, len(prompts)))
+    ]
+    return result

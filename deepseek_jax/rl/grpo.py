@@ -1,0 +1,189 @@
+"""Group relative policy optimisation as jitted functions (DeepSeekMath §4.1, R1 §2.1).
+
+Where every reward is in-graph, `iteration` is one call: sample problems, roll out, reward, advantages, all minibatch
+updates with the router's bias, reference refresh. Otherwise `sample` and `learn` are the two halves around the Python
+rewards. Weights are arguments of all three, never captured.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.rl.advantages import first_live_groups, group_advantages, group_metrics
+from deepseek_jax.rl.config import GRPOConfig
+from deepseek_jax.rl.losses import grpo_loss
+from deepseek_jax.rl.rewards import RewardSet
+from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
+from deepseek_jax.rl.tasks.base import Instance, Task
+from deepseek_jax.training.schedules import Schedule, constant, ramp
+from deepseek_jax.training.state import TrainState, state_of
+from deepseek_jax.training.step import guarded_update, load_metrics
+
+
+@flax.struct.dataclass
+class GRPOState(TrainState):
+    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to."""
+
+    reference: dict[str, Any]  # {"params", "router_bias"}
+    rollouts: jax.Array  # int32
+
+
+@flax.struct.dataclass
+class Samples:
+    """A rollout before its rewards are known."""
+
+    instances: Instance  # [B], each problem repeated for its group
+    trajectories: Trajectories
+
+
+def grpo_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> GRPOState:
+    """A state at step 0 whose reference is the policy it starts from."""
+    train = state_of(variables, optimizer, rng)
+    fields = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
+    return GRPOState(**fields, reference=jax.tree.map(jnp.copy, train.variables), rollouts=jnp.zeros((), jnp.int32))
+
+
+def learning_rate(config: GRPOConfig) -> Schedule:
+    """The recipe's learning rate: a linear warm-up, then constant."""
+    if config.warmup_steps:
+        return ramp(0.0, config.learning_rate, config.warmup_steps)
+    return constant(config.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPO:
+    """The programs of one GRPO run; hashable, everything static about it.
+
+    `loss_chunk` is how many tokens' logits exist at once. Trained on is `model` on `task`, rewarded by `rewards`.
+    """
+
+    model: Transformer
+    task: Task
+    config: GRPOConfig
+    rewards: RewardSet
+    optimizer: optax.GradientTransformation
+    loss_chunk: int = 4096
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def iteration(self, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Array], Samples, jax.Array]:
+        """One rollout and its updates -> (state, metrics, samples, rewards_B); all rewards in-graph."""
+        return self._learn(state, self._sample(state), {})
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def sample(self, state: GRPOState) -> Samples:
+        """The first half: problems and completions."""
+        return self._sample(state)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def learn(self, state: GRPOState, samples: Samples, text_parts: dict[str, jax.Array]):
+        """The second half, given what the Python rewards made of the completions, float32[B] each -> as `iteration`."""
+        return self._learn(state, samples, text_parts)
+
+    def _sample(self, state: GRPOState) -> Samples:
+        config = self.config
+        key = jax.random.fold_in(state.rng, state.rollouts)
+        num_prompts = config.prompts_per_rollout * config.oversampling
+        return Samples(*roll_out(self.model, state.variables, self.task, config, key, num_prompts))
+
+    def _learn(self, state: GRPOState, samples: Samples, text_parts: dict[str, jax.Array]):
+        config = self.config
+        trajectories = samples.trajectories
+        parts = text_parts | self.rewards.graph_parts(
+            self.task, samples.instances, trajectories.completions_BN, trajectories.mask_BN
+        )
+        lengths_B = jnp.sum(trajectories.mask_BN, axis=1)
+        rewards_B = self.rewards.total(parts, lengths_B, config.max_completion_length)
+        correct_B = next((parts[reward.name] for reward in self.rewards.rewards if reward.role == "accuracy"), None)
+        metrics = group_metrics(rewards_B, config.group_size, correct_B)
+        metrics |= {f"reward_{name}": jnp.nanmean(values_B) for name, values_B in parts.items()}
+        metrics |= length_metrics(trajectories, correct_B)
+        advantages = group_advantages(
+            rewards_B, config.group_size, config.advantage_normalisation, config.advantage_eps, config.advantage_std_floor
+        )
+        batch = (trajectories, advantages.advantages_B, advantages.live_B)
+        if config.oversampling > 1:  # dynamic sampling: the groups that carry a gradient first
+            rows = first_live_groups(advantages.live_B, config.group_size, config.prompts_per_rollout)
+            batch, samples, rewards_B = jax.tree.map(lambda x: x[rows], (batch, samples, rewards_B))
+
+        shuffle_key = jax.random.fold_in(jax.random.fold_in(state.rng, state.rollouts), 1)
+        epoch_keys = jax.random.split(shuffle_key, config.inner_epochs)
+        rows_EB = jax.vmap(lambda key: jax.random.permutation(key, config.completions_per_rollout))(epoch_keys)
+        rows_MB = rows_EB.reshape(config.steps_per_rollout, config.minibatch_size)
+
+        def update(state, rows_B):
+            return self._update(state, *jax.tree.map(lambda x: x[rows_B], batch))
+
+        skipped_before = state.skipped
+        state, steps = jax.lax.scan(update, state, rows_MB)
+        metrics |= {name: jnp.mean(values, axis=0) for name, values in steps.items()}
+        # The policy that sampled is the policy of the first minibatch: its ratios are 1 but for rounding.
+        metrics["first_ratio_error"] = jnp.maximum(steps["ratio_max"][0] - 1.0, 1.0 - steps["ratio_min"][0])
+        metrics |= {"ratio_max": jnp.max(steps["ratio_max"]), "ratio_min": jnp.min(steps["ratio_min"])}
+        metrics |= {"skipped": state.skipped, "skipped_updates": state.skipped - skipped_before}
+        return state.replace(rollouts=state.rollouts + 1), metrics, samples, rewards_B
+
+    def _update(self, state: GRPOState, trajectories: Trajectories, advantages_B: jax.Array, live_B: jax.Array):
+        """One optimiser step on one minibatch -> (state, metrics)."""
+        config = self.config
+
+        def log_probs(variables, trajectories):
+            return completion_log_probs(self.model, variables, trajectories, config.temperature, self.loss_chunk)
+
+        ref_logp_BN = None
+        if config.kl_coefficient > 0:  # the experts that are replayed are the policy's, not the reference's
+            ref_logp_BN, _, _ = log_probs(state.reference, trajectories.replace(expert_ids_BLTK=None))
+
+        def loss_fn(params):
+            logp_BN, entropy_BN, routing = log_probs({"params": params, "router_bias": state.router_bias}, trajectories)
+            loss, metrics = grpo_loss(
+                config,
+                logp_BN,
+                trajectories.old_logp_BN,
+                advantages_B,
+                trajectories.mask_BN,
+                ref_logp_BN=ref_logp_BN,
+                finished_B=trajectories.finished_B,
+                live_B=live_B,
+            )
+            mask_BN = trajectories.mask_BN.astype(jnp.float32)
+            metrics["entropy"] = jnp.sum(entropy_BN * mask_BN) / jnp.maximum(jnp.sum(mask_BN), 1.0)
+            loads = {} if routing is None else {"moe_layers": jnp.sum(routing.counts_LBE, axis=1)}
+            return loss, (metrics, loads)
+
+        (loss, (metrics, loads)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state, metrics["grad_norm"] = guarded_update(state, self.optimizer, loss, grads, loads, config.bias_update_rate)
+        if loads:
+            metrics |= {name: value for name, value in load_metrics(loads).items() if value.ndim == 0}
+        return self._refresh(state), metrics
+
+    def _refresh(self, state: GRPOState) -> GRPOState:
+        """reference <- ref_mix · policy + (1 - ref_mix) · reference every `reference_refresh_every` steps."""
+        every, mix = self.config.reference_refresh_every, self.config.ref_mix
+        if every == 0 or self.config.kl_coefficient == 0:
+            return state
+
+        def mixed(reference):
+            return jax.tree.map(lambda new, old: mix * new + (1.0 - mix) * old, state.variables, reference)
+
+        return state.replace(reference=jax.lax.cond(state.step % every == 0, mixed, lambda reference: reference, state.reference))
+
+
+def length_metrics(trajectories: Trajectories, correct_B: jax.Array | None) -> dict[str, jax.Array]:
+    """Completion lengths in tokens, of right and of wrong answers apart, and the share that hit the limit."""
+    lengths_B = jnp.sum(trajectories.mask_BN, axis=1).astype(jnp.float32)
+    metrics = {
+        "length_mean": jnp.mean(lengths_B),
+        "length_max": jnp.max(lengths_B),
+        "truncated_fraction": 1.0 - jnp.mean(trajectories.finished_B, dtype=jnp.float32),
+    }
+    if correct_B is not None:
+        right_B = (correct_B > 0).astype(jnp.float32)
+        metrics["length_right_mean"] = jnp.sum(lengths_B * right_B) / jnp.maximum(jnp.sum(right_B), 1.0)
+        metrics["length_wrong_mean"] = jnp.sum(lengths_B * (1 - right_B)) / jnp.maximum(jnp.sum(1 - right_B), 1.0)
+    return metrics

@@ -1,0 +1,36 @@
+"""Packaging. Lower bounds are the versions the tests were really run with, on Python 3.11 and 3.12."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="deepseek_jax",
+    version="0.1.0",
+    description="DeepSeek-V3 and R1 in JAX: from random weights or a released checkpoint to a reasoning model",
+    packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",  # arrays, automatic differentiation, compilation
+        "flax>=0.12.8",  # Linen modules
+        "optax>=0.2.8",  # AdamW and schedules
+        "orbax-checkpoint>=0.12.0",  # asynchronous, atomic, sharded checkpoints
+        "chex>=0.1.92",  # assertions on shapes and trees
+        "ml-collections>=1.1.0",  # experiment files and command-line overrides
+        "tensorflow-datasets>=4.9.10",  # dataset builders, used without TensorFlow
+        "grain>=0.2.18",  # shuffling, sharding and checkpointable position of the data
+        "pyarrow>=26.0.0",  # parquet files
+        "tokenizers>=0.23.3",  # tokenizer.json files
+        "jinja2>=3.1.6",  # the chat templates that come with checkpoints
+        "safetensors>=0.8.0",  # Hugging Face checkpoints
+        "rich>=15.0.0",  # tables and the progress bar
+        "matplotlib>=3.11.0",  # figures
+        "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
+    ],
+    extras_require={
+        "test": ["pytest>=9.2.0"],  # runs the tests
+        "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
+        "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "notebooks": ["jupyterlab>=4.4"],
+    },
+)
