@@ -1,6 +1,5 @@
 """What a finished run shows: a table over its evaluations, completions side by side, and the curves of reinforcement learning."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ matplotlib.use("Agg")  # figures go to files, on machines without a screen too
 
 import matplotlib.pyplot as plt  # noqa: E402
 from rich.table import Table  # noqa: E402
-
-from deepseek_jax.errors import DataError  # noqa: E402
+from rich.text import Text  # noqa: E402
 
 Record = Mapping[str, Any]
 
@@ -23,19 +21,12 @@ CURVES = (
 )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a metrics file. Raises DataError where there is none to draw."""
-    if not path.exists():
-        raise DataError(f"no metrics at {path}: the stage that writes them has not run")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
     """Reward, accuracy and response length over optimiser steps, as one PNG."""
     figure, panels = plt.subplots(1, len(CURVES), figsize=(13, 3.6), layout="constrained")
     for panel, (label, curves) in zip(panels, CURVES, strict=True):
         for key, name in curves:
-            points = [(record["step"], record[key]) for record in records if key in record]
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if points:
                 held_out = key.startswith("heldout")
                 panel.plot(*zip(*points, strict=True), label=name, marker="o" if held_out else None, linestyle="--" if held_out else "-")
@@ -76,5 +67,5 @@ def samples_table(evaluations: Mapping[str, Record], count: int) -> Table:
         table.add_column(name, overflow="fold")
     columns = [record.get("samples", [])[:count] for record in evaluations.values()]
     for rows in zip(*columns, strict=False):
-        table.add_row(rows[0]["prompt"], *(f"{row['completion']}\n[{'right' if row['right'] else 'wrong'}]" for row in rows), style=None)
+        table.add_row(*(Text(cell) for cell in (rows[0]["prompt"], *(f"{row['completion']}\n{'right' if row['right'] else 'wrong'}" for row in rows))))
     return table

@@ -1,0 +1,74 @@
+"""python -m deepseek_jax --config=experiments/….py [--workdir=…] [--config.any.field=value] [--dry]
+
+Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything
+and prints the plan without allocating a weight.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from deepseek_jax import accounting, cli
+from deepseek_jax.accounting.report import report as model_report
+from deepseek_jax.accounting.report import table as model_table
+from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.report import comparison_table, samples_table
+from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
+
+
+def main(argv: Sequence[str]) -> int | None:
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0 if argv else 2
+    begin = time.monotonic()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config, name, workdir, dry = read_flags(argv)
+    experiment = build_experiment(config, name, workdir)
+    stages = build_stages(experiment)
+    if dry:
+        print_plan(experiment, stages)
+        return 0
+    claim_workdir(experiment)
+    counts = accounting.count_parameters(experiment.model.config)
+    total, active = counts.total + counts.mtp_total, counts.activated()
+    print(f"{name}: {total:,} parameters, {active:,} of them active for a token; {experiment.model.precision.name}; results in {workdir}", flush=True)
+    variables = None
+    for index, stage in enumerate(stages, start=1):
+        print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}  ({time.monotonic() - begin:.0f} s since the start)", flush=True)
+        variables = stage.run(variables)
+    print_results(experiment, stages)
+    print(f"done in {time.monotonic() - begin:.0f} s; everything is in {workdir}", flush=True)
+    return 0
+
+
+def print_plan(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """What would run, and on what network."""
+    console = Console(highlight=False)
+    console.print(model_table(experiment.name, model_report(experiment.model.config)))
+    for index, stage in enumerate(stages, start=1):
+        console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
+    console.print("The experiment is valid. Nothing was allocated.")
+
+
+def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """The evaluations side by side, and where the curves are. Also kept as results.txt."""
+    evaluations = {stage.name: json.loads(stage.path.read_text()) for stage in stages if isinstance(stage, EvalStage)}
+    if not evaluations:
+        return
+    consoles = [Console(highlight=False)]
+    with (experiment.workdir / "results.txt").open("w") as file:
+        consoles.append(Console(file=file, width=120, highlight=False))
+        for console in consoles:
+            console.print(comparison_table(evaluations, experiment.name))
+            console.print(samples_table(evaluations, 3))
+            for stage in stages:
+                if isinstance(stage, GRPOStage):
+                    console.print(f"curves: {experiment.workdir / stage.name / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

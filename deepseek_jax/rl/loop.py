@@ -1,0 +1,168 @@
+"""Runs GRPO: iterations, log lines, held-out accuracy, sample tables, alarms, checkpoints, curves, and going on where it stopped."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.rl.evaluate import EvalConfig, greedy
+from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, grpo_state
+from deepseek_jax.rl.health import Health
+from deepseek_jax.rl.tasks.base import to_texts
+from deepseek_jax.training.checkpoints import Checkpoints
+from deepseek_jax.training.loop import Terminated, stop_signals
+from deepseek_jax.training.metrics import MetricsWriter, Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Counted in rollouts: a log line every `log_every`, a greedy held-out evaluation every `eval_every` (and before the
+    first), a checkpoint every `checkpoint_every` (and at the end), `show` completions to samples.jsonl with every log line."""
+
+    log_every: int = 1
+    eval_every: int = 5
+    checkpoint_every: int = 10
+    keep_last: int = 2
+    show: int = 4
+
+    def __post_init__(self):
+        for name, least in (("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0), ("keep_last", 1), ("show", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"loop.{name}={getattr(self, name)}: at least {least}")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LoopConfig":
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"unknown field loop.{name}: {nearest(name, known)}")
+        return cls(**fields)
+
+
+def train_grpo(
+    grpo: GRPO,
+    config: LoopConfig,
+    evaluation: EvalConfig,
+    variables: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    seed: int = 0,
+    name: str = "grpo",
+) -> GRPOState:
+    """Trains from `variables` until `grpo.config.steps` optimiser steps are made, or goes on from `workdir`'s newest checkpoint.
+
+    Leaves metrics.jsonl, samples.jsonl, tensorboard/ and checkpoints/ in `workdir`. Weights, optimiser, reference and
+    random state are all in the checkpoint, so that a run that was killed goes on bit for bit. SIGTERM or Ctrl-C saves
+    and raises `Terminated`. Raises RewardError for a reward that fails, after saving what was reached.
+    """
+    total = grpo.config.rollouts
+    state = grpo_state(variables, grpo.optimizer, jax.random.key(seed))
+    store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
+    with contextlib.closing(store):
+        store.require_space(state)
+        restored = store.restore(state)
+        if restored is not None:
+            state = restored.state
+        done = int(state.rollouts)
+        if done >= total:
+            return state
+        writer = MetricsWriter(workdir, last_step=int(state.step) if done else -1)
+        samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))
+        progress, health = Progress(name, total, done), Health()
+
+        def held_out() -> dict[str, float]:
+            values = greedy(grpo.model, state.variables, grpo.task, evaluation)
+            return {"heldout_accuracy": values["greedy_accuracy"], "heldout_length": values["greedy_length"]}
+
+        with contextlib.closing(writer), progress, stop_signals() as received:
+            if done:
+                progress.say(f"going on from rollout {done} of {total}")
+            elif config.eval_every:
+                writer.write(0, held_out())
+            saved = done
+            while done < total:
+                begin = time.monotonic()
+                try:
+                    state, metrics, samples, rewards_B = iterate(grpo, state)
+                except Exception:
+                    if done > saved:
+                        store.save(state)
+                        store.wait()
+                    raise
+                values = jax.device_get(metrics)
+                done += 1
+                step = int(state.step)
+                stop = received[0] if received else None
+                last = done == total or stop is not None
+                values["rollout_seconds"] = time.monotonic() - begin
+                if config.eval_every and (done == total or done % config.eval_every == 0):
+                    values |= held_out()
+                progress.advance(done)
+                if last or done % config.log_every == 0:
+                    writer.write(step, values)
+                    progress.report(headline(values))
+                    with samples_path.open("a") as file:
+                        file.writelines(json.dumps({"step": step} | row) + "\n" for row in sample_rows(grpo, samples, rewards_B, config.show))
+                for sentence in health.observe(values):
+                    progress.say(f"rollout {done}: {sentence}")
+                if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                    store.save(state)
+                    saved = done
+                if stop is not None:
+                    store.wait()
+                    progress.say(f"{stop.name}: saved rollout {done} of {total} in {store.directory}; start again to go on")
+                    raise Terminated(128 + stop)
+    return state
+
+
+def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Array], Samples, jax.Array]:
+    """One iteration: a single call where every reward is in-graph, else two with the Python rewards between them.
+
+    A Python reward that raises leaves `state` usable: its buffers are only given away once the rewards are there.
+    """
+    if grpo.rewards.in_graph:
+        return grpo.iteration(state)
+    samples = grpo.sample(state)
+    completions = to_texts(samples.trajectories.completions_BN, samples.trajectories.mask_BN)
+    parts = grpo.rewards.text_parts(grpo.task.prompt_text(samples.instances), completions, grpo.task.answer_text(samples.instances))
+    return grpo.learn(state, samples, jax.tree.map(jnp.asarray, parts))
+
+
+def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) -> list[dict[str, Any]]:
+    """The first completions of the first `count` groups, to be read."""
+    rows = [i * grpo.config.group_size for i in range(min(count, len(rewards_B) // grpo.config.group_size))]
+    first = jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples) if rows else None
+    if first is None:
+        return []
+    texts = to_texts(first.trajectories.completions_BN, first.trajectories.mask_BN)
+    prompts = grpo.task.prompt_text(first.instances)
+    return [
+        {"prompt": prompt, "completion": text, "reward": float(rewards_B[row])} for prompt, text, row in zip(prompts, texts, rows, strict=True)
+    ]
+
+
+def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
+    """Drops the samples of steps that will be made again, and a last line cut short."""
+    if path.exists():
+        lines = path.read_text().split("\n")[:-1]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        partial.replace(path)
+    return path
+
+
+def headline(values: Mapping[str, Any]) -> str:
+    """The few numbers a person watches. Not the loss: it starts near 0 and says nothing (see `grpo_loss`)."""
+    parts = [f"reward {values['reward_mean']:.3f}"]
+    parts += [f"{key.removeprefix('reward_')} {value:.3f}" for key, value in values.items() if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
+    parts += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}", f"kl {values['kl']:.4f}", f"grad {values['grad_norm']:.2f}"]
+    if "heldout_accuracy" in values:
+        parts.append(f"held-out {values['heldout_accuracy']:.3f}")
+    return "  ".join(parts)

@@ -1,0 +1,290 @@
+"""The stages an experiment is made of: each takes the weights that the one before left and leaves its own in workdir/<stage>/.
+
+A stage is built, and with that checked, from its section of the experiment file before anything runs. Starting a
+finished stage again returns what it left.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from deepseek_jax.accounting.flops import training_flops_per_token
+from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.loader import Loader, build_loader
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.experiment import Experiment
+from deepseek_jax.model.transformer import init_variables
+from deepseek_jax.report import plot_curves
+from deepseek_jax.rl.config import GRPOConfig
+from deepseek_jax.rl.evaluate import EvalConfig, evaluate
+from deepseek_jax.rl.grpo import GRPO, learning_rate
+from deepseek_jax.rl.loop import LoopConfig, train_grpo
+from deepseek_jax.rl.rewards import build_rewards
+from deepseek_jax.rl.tasks import Task
+from deepseek_jax.training.config import TrainConfig
+from deepseek_jax.training.evaluate import make_evaluate
+from deepseek_jax.training.loop import train
+from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
+
+Variables = Mapping[str, Any]
+
+
+class Stage(Protocol):
+    """`variables` is None at the start of an experiment; a stage that needs weights says so."""
+
+    name: str
+
+    def summary(self) -> str: ...
+    def run(self, variables: Variables | None) -> Variables: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDocuments:
+    """Demonstrations of the experiment's task as a data source called "task": `count` documents of the training split.
+
+    `cot_probability` and `corrupt_probability` replace the task's own. The loss is on the completion alone, or with
+    `whole_document` on the prompt too.
+    """
+
+    count: int = 16_384
+    cot_probability: float | None = None
+    corrupt_probability: float | None = None
+    whole_document: bool = False
+
+    def write(self, task: Task, seed: int) -> list[dict[str, np.ndarray]]:
+        """Records {"tokens", "loss_mask"} for the loader."""
+        changes = {name: getattr(self, name) for name in ("cot_probability", "corrupt_probability") if getattr(self, name) is not None}
+        task = dataclasses.replace(task, **changes)
+        documents = jax.jit(lambda key: task.documents(key, self.count, completion_only=not self.whole_document))(jax.random.key(seed))
+        tokens, mask, loss_mask = (np.asarray(documents[name]) for name in ("tokens_BT", "mask_BT", "loss_mask_BT"))
+        return [{"tokens": t[m > 0], "loss_mask": w[m > 0]} for t, m, w in zip(tokens, mask, loss_mask, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStage:
+    """Pre-training or SFT: next-token prediction on packed documents. They differ in their data alone."""
+
+    name: str
+    experiment: Experiment
+    config: TrainConfig
+    data: DataConfig
+    seq_len: int
+    batch_size: int
+    task_documents: TaskDocuments
+
+    FIELDS = ("kind", "train", "data", "seq_len", "batch_size", "task_documents")
+
+    @classmethod
+    def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "TrainStage":
+        _check_fields(name, fields, cls.FIELDS, required=("train", "seq_len", "batch_size"))
+        stage = cls(
+            name=name,
+            experiment=experiment,
+            config=TrainConfig.from_dict(fields["train"]),
+            data=DataConfig.from_dict(fields.get("data", {})),
+            seq_len=fields["seq_len"],
+            batch_size=fields["batch_size"],
+            task_documents=_from_fields(TaskDocuments, fields.get("task_documents", {}), f"{name}.task_documents"),
+        )
+        if stage._uses_task():
+            _require_task(name, experiment)
+        return stage
+
+    def _uses_task(self) -> bool:
+        return any(source.name == "task" for source in self.data.sources)
+
+    def summary(self) -> str:
+        sources = ", ".join(f"{source.name} ({source.weight:g})" for source in self.data.sources)
+        return f"{self.config.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
+
+    def run(self, variables: Variables | None) -> Variables:
+        experiment = self.experiment
+        in_memory = None
+        if self._uses_task():
+            in_memory = {"task": {"train": self.task_documents.write(experiment.task, _seed(experiment, self.name, "documents"))}}
+        loader = build_loader(
+            self.data,
+            experiment.tokenizer,
+            self.seq_len,
+            self.batch_size,
+            seed=_seed(experiment, self.name, "order"),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            in_memory=in_memory,
+        )
+        text = tuple(source for source in self.data.sources if source.name != "task")
+        held_out = None
+        if text:
+            held_out = held_out_batches(dataclasses.replace(self.data, sources=text), experiment, self.seq_len, self.batch_size)
+        result = train(
+            experiment.model,
+            self.config,
+            loader,
+            experiment.workdir / self.name,
+            variables=variables,
+            held_out=held_out,
+            seed=experiment.seed,
+            flops_per_token=training_flops_per_token(experiment.model.config, self.seq_len),
+            name=self.name,
+        )
+        loader.close()
+        return result.state.variables
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOStage:
+    """Reinforcement learning with rule rewards on the experiment's task. Also leaves curves.png."""
+
+    name: str
+    experiment: Experiment
+    grpo: GRPO
+    loop: LoopConfig
+    evaluation: EvalConfig
+
+    FIELDS = ("kind", "grpo", "optimizer", "loop", "eval", "loss_chunk")
+
+    @classmethod
+    def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "GRPOStage":
+        _check_fields(name, fields, cls.FIELDS, required=("grpo",))
+        task = _require_task(name, experiment)
+        config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | fields["grpo"])
+        if config.max_prompt_length < task.prompt_length:
+            raise ConfigError(f"{name}.grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
+        optimizer = OptimizerConfig(**{"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}))
+        return cls(
+            name=name,
+            experiment=experiment,
+            grpo=GRPO(
+                experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), fields.get("loss_chunk", 4096)
+            ),
+            loop=LoopConfig.from_dict(fields.get("loop", {})),
+            evaluation=EvalConfig.from_dict(fields.get("eval", {})),
+        )
+
+    def summary(self) -> str:
+        config = self.grpo.config
+        rewards = ", ".join(f"{name} × {weight:g}" for name, weight in config.rewards)
+        return f"{config.rollouts} rollouts of {config.prompts_per_rollout} × {config.group_size}, {config.steps_per_rollout} updates each; {rewards}"
+
+    def run(self, variables: Variables | None) -> Variables:
+        experiment, folder = self.experiment, self.experiment.workdir / self.name
+        variables = _weights(variables, experiment)
+        state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, seed=_seed(experiment, self.name, "sampling"), name=self.name)
+        plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
+        return state.variables
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalStage:
+    """Held-out accuracy on the task and, with `data`, held-out bits per byte. Leaves evaluation.json; changes no weights."""
+
+    name: str
+    experiment: Experiment
+    evaluation: EvalConfig
+    data: DataConfig | None
+    seq_len: int
+    batch_size: int
+    eval_batches: int | None
+
+    FIELDS = ("kind", "eval", "data", "seq_len", "batch_size", "eval_batches")
+
+    @classmethod
+    def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "EvalStage":
+        _check_fields(name, fields, cls.FIELDS, required=())
+        _require_task(name, experiment)
+        return cls(
+            name=name,
+            experiment=experiment,
+            evaluation=EvalConfig.from_dict(fields.get("eval", {})),
+            data=DataConfig.from_dict(fields["data"]) if "data" in fields else None,
+            seq_len=fields.get("seq_len", 512),
+            batch_size=fields.get("batch_size", 16),
+            eval_batches=fields.get("eval_batches"),
+        )
+
+    def summary(self) -> str:
+        config = self.evaluation
+        return f"{config.problems} problems greedily, {config.sampled_problems} × {config.samples} sampled"
+
+    @property
+    def path(self) -> Path:
+        return self.experiment.workdir / self.name / "evaluation.json"
+
+    def run(self, variables: Variables | None) -> Variables:
+        experiment = self.experiment
+        variables = _weights(variables, experiment)
+        if self.path.exists():
+            return variables
+        result = {}
+        if self.data is not None:
+            batches = held_out_batches(self.data, experiment, self.seq_len, self.batch_size)()
+            measured = make_evaluate(experiment.model, max_batches=self.eval_batches)(variables, batches)
+            result["bits_per_byte"] = measured["bits_per_byte"]
+        result |= evaluate(experiment.model, variables, experiment.task, self.evaluation)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(self.path)
+        print(f"{self.name}: greedy accuracy {result['greedy_accuracy']:.3f}, response length {result['response_length']:.1f}", flush=True)
+        return variables
+
+
+KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": EvalStage}
+
+
+def build_stages(experiment: Experiment) -> list[Stage]:
+    """All stages, checked: a mistake in the last one is found before the first one runs."""
+    stages = []
+    for name, fields in experiment.sections.items():
+        if fields["kind"] not in KINDS:
+            raise ConfigError(f"{name}.kind={fields['kind']!r}: {nearest(str(fields['kind']), KINDS)}")
+        stages.append(KINDS[fields["kind"]].build(name, experiment, fields))
+    return stages
+
+
+def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int):
+    """-> a function that starts one ordered pass over the held-out documents."""
+
+    def start() -> Loader:
+        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation")
+
+    return start
+
+
+def _seed(experiment: Experiment, *path: str) -> int:
+    """A seed of its own for each use of chance in each stage."""
+    return int(np.random.SeedSequence([experiment.seed, *"/".join(path).encode()]).generate_state(1)[0])
+
+
+def _weights(variables: Variables | None, experiment: Experiment) -> Variables:
+    """Random weights where no stage before has made any: reinforcement learning from scratch is a legitimate question."""
+    return init_variables(experiment.model, jax.random.key(experiment.seed)) if variables is None else variables
+
+
+def _require_task(name: str, experiment: Experiment) -> Task:
+    if experiment.task is None:
+        raise ConfigError(f"stage {name!r} works on a task: add config.task, for example {{'name': 'parity', 'bits': 20}}")
+    return experiment.task
+
+
+def _check_fields(name: str, fields: Mapping[str, Any], known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f"unknown field config.{name}.{field}: {nearest(field, known)}")
+    for field in required:
+        if field not in fields:
+            raise ConfigError(f"missing field config.{name}.{field}")
+
+
+def _from_fields(cls: type, fields: Mapping[str, Any], path: str) -> Any:
+    known = tuple(field.name for field in dataclasses.fields(cls))
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f"unknown field config.{path}.{field}: {nearest(field, known)}")
+    return cls(**fields)
