@@ -61,6 +61,8 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     path = values["config"].config_filename if values["config"].present else None
     if path is None:
         raise ConfigError(f"no experiment given: pass --config=FILE. Here: {', '.join(sorted(map(str, Path('experiments').glob('*.py')))) or 'none'}")
+    if not Path(path.split(":")[0]).is_file():  # the flags library would only say so when the first field is read
+        raise ConfigError(f"--config={path}: no such file; give the path of an experiment file")
     name = Path(path).stem
     return values.config, name, Path(values.workdir or os.path.join("runs", name)), values.dry
 
@@ -69,7 +71,7 @@ def _unknown_override(arguments: Sequence[str], error: AttributeError) -> str:
     """Names the first override whose field the experiment doesn't have, with the nearest one that it has."""
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     overrides = [a.split("=", 1)[0].removeprefix("--config.") for a in arguments if a.startswith("--config.")]
-    if path is not None:
+    if path is not None and overrides:
         bare = read_flags([f"--config={path}"])[0]
         for override in overrides:
             node, walked = bare, []
@@ -79,7 +81,7 @@ def _unknown_override(arguments: Sequence[str], error: AttributeError) -> str:
                     where = ".".join(["config", *walked])
                     return f"unknown field {where}.{part}: {nearest(part, known)}"
                 node, walked = node[part], [*walked, part]
-    return f"an override names an unknown field: {error}"
+    return f"--config={path} cannot be read: {error}"
 
 
 def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment:

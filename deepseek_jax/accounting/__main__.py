@@ -1,9 +1,10 @@
-"""python -m deepseek_jax.accounting v3_671b | --config=experiments/x.py [--json]: what a network costs; without arguments, the presets."""
+"""python -m deepseek_jax.accounting v3_671b | --config=experiments/x.py [--config.model.any.field=value] [--json]
+
+What a network costs; without a network, the published ones in a list.
+"""
 
 import json
-import runpy
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from deepseek_jax import cli
 from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.experiment import read_flags
 from deepseek_jax.model.config import PRESETS, ModelConfig, preset
 
 
@@ -19,19 +21,23 @@ def main(argv: Sequence[str]) -> None:
     defaults = Assumptions()
     parser = cli.parser("deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated.")
     parser.add_argument("preset", nargs="?", help="a published model; the list is printed without it")
-    parser.add_argument("--config", help="an experiment file whose model is counted instead")
+    parser.add_argument("--config", help="an experiment file whose model is counted instead; --config.field=value overrides")
     parser.add_argument("--sequence_length", type=int, default=defaults.sequence_length, help="tokens of context for the FLOPs")
     parser.add_argument("--tokens", type=float, default=defaults.tokens, help="training tokens for the cost")
     parser.add_argument("--sustained_tflops", type=float, default=defaults.sustained_tflops, help="per GPU, for the cost")
     parser.add_argument("--dollars_per_hour", type=float, default=defaults.dollars_per_hour, help="per GPU, for the cost")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    flags = parser.parse_args(argv)
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    flags = parser.parse_args([argument for argument in argv if argument not in overrides])
     if flags.preset and flags.config:
         raise ConfigError(f"both the preset {flags.preset!r} and --config={flags.config} were given: name one of them")
     if not flags.preset and not flags.config:
         list_presets(flags.json)
         return
-    name, config = (flags.config, experiment_model(flags.config)) if flags.config else (flags.preset, preset(flags.preset))
+    if flags.config:
+        name, config = flags.config, experiment_model([f"--config={flags.config}", *overrides])
+    else:
+        name, config = flags.preset, preset(flags.preset)
     figures = report(config, assumptions_from(flags))
     if flags.json:
         print(json.dumps({"model": name, **figures}, indent=2))
@@ -46,16 +52,11 @@ def assumptions_from(flags) -> Assumptions:
     return Assumptions(flags.sequence_length, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
 
 
-def experiment_model(path: str) -> ModelConfig:
-    """The model of an experiment file. Raises ConfigError where there is no such file, no `get_config`, or no model in it."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: no such file; give the path of an experiment file, such as experiments/r1_tiny.py")
-    namespace = runpy.run_path(path)
-    if "get_config" not in namespace:
-        raise ConfigError(f"--config={path}: defines no get_config(); an experiment file returns its ConfigDict from it")
-    config = namespace["get_config"]()
+def experiment_model(arguments: Sequence[str]) -> ModelConfig:
+    """The model of an experiment file, overrides applied. Raises ConfigError for a file that can't be read and for a model that can't be built."""
+    config = read_flags(arguments)[0]
     if "model" not in config:
-        raise ConfigError(f"--config={path}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
+        raise ConfigError(f"{arguments[0]}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
     return ModelConfig.from_dict(config.model.to_dict())
 
 

@@ -56,18 +56,23 @@ def test_experiment_file(tmp_path, capsys):
     main([f"--config={path}", "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["memory_bytes"]["cache_elements_per_token"] == 2 * 576
+    main([f"--config={path}", "--config.model.num_layers=5", "--json"])
+    assert json.loads(capsys.readouterr().out)["memory_bytes"]["cache_elements_per_token"] == 5 * 576
+    with pytest.raises(ConfigError, match="num_layers"):
+        main([f"--config={path}", "--config.model.num_layer=5"])
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections would fall back on the last file it loaded
     with pytest.raises(ConfigError, match="did you mean 'v3_671b'"):
         main(["v3_671"])
     with pytest.raises(ConfigError, match="no such file"):
         main([f"--config={tmp_path / 'missing.py'}"])
     empty = tmp_path / "empty.py"
     empty.write_text("")
-    with pytest.raises(ConfigError, match="no get_config"):
+    with pytest.raises(ConfigError, match="get_config"):
         main([f"--config={empty}"])
-    empty.write_text("def get_config():\n    return {'seed': 0}\n")
+    empty.write_text("def get_config():\n    import ml_collections; return ml_collections.ConfigDict({'seed': 0})\n")
     with pytest.raises(ConfigError, match="no field 'model'"):
         main([f"--config={empty}"])
     with pytest.raises(ConfigError, match="name one of them"):
