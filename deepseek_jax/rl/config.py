@@ -14,12 +14,25 @@ CHOICES = {
     "advantage_normalisation": ("group_std", "none", "batch_std"),
     "on_reward_error": ("raise", "skip"),
 }
-AT_LEAST_ONE = tuple(
-    "prompts_per_rollout num_minibatches inner_epochs steps oversampling max_prompt_length max_completion_length".split()
+AT_LEAST_ONE = (
+    "prompts_per_rollout",
+    "num_minibatches",
+    "inner_epochs",
+    "steps",
+    "oversampling",
+    "max_prompt_length",
+    "max_completion_length",
 )
-AT_LEAST_ZERO = tuple(
-    "kl_coefficient reference_refresh_every advantage_eps advantage_std_floor top_k overlong_buffer learning_rate warmup_steps "
-    "bias_update_rate".split()
+AT_LEAST_ZERO = (
+    "learning_rate",
+    "warmup_steps",
+    "kl_coefficient",
+    "reference_refresh_every",
+    "advantage_eps",
+    "advantage_std_floor",
+    "top_k",
+    "overlong_buffer",
+    "bias_update_rate",
 )
 
 
@@ -27,17 +40,23 @@ AT_LEAST_ZERO = tuple(
 class GRPOConfig:
     """Group relative policy optimisation (DeepSeekMath §4, R1 §2.1). A "step" is one optimiser update, as in R1.
 
-    Rollout: `prompts_per_rollout` prompts (times `oversampling`, of which the groups that carry a gradient are kept: DAPO's dynamic sampling),
-    `group_size` completions each, drawn with `temperature`, `top_k`, `top_p`, up to `max_prompt_length` and `max_completion_length` tokens.
-    Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1 reuses samples.
+    Rollout: `prompts_per_rollout` prompts with `group_size` completions each, drawn with `temperature`, `top_k` and
+    `top_p`, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the prompts
+    and keeps the groups that carry a gradient (DAPO's dynamic sampling).
 
-    `clip_epsilon` is (low, high); 10 is R1's, and leaves the lower side open. `dual_clip` bounds the loss of bad tokens; None turns it off.
-    `off_policy_delta` is V3.2's sequence mask; None turns it off. `reference_refresh_every` counts steps (0: never); then
-    reference <- ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides the policy term by completions whose group has variance.
-    `mask_truncated` leaves completions that hit the length limit out of the loss; `overlong_buffer` > 0 instead takes up to 1 off their reward (DAPO eq. 13).
-    `rewards` are (name, weight) pairs; `wrong_reward` is what a wrong answer scores where a right one scores 1. `on_reward_error` "skip" gives a sample whose
-    Python reward failed no reward (it is counted, and trains nothing); "raise" stops the run. `replay_experts` makes training route as sampling did (V3.2's
-    Keep Routing). `bias_update_rate` is gamma of the aux-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the optimiser of the stage.
+    Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1 reuses
+    samples. `clip_epsilon` is (low, high); R1's 10 leaves the lower side open. `dual_clip` bounds the loss of bad tokens,
+    `off_policy_delta` is V3.2's sequence mask; None turns either off. Every `reference_refresh_every` steps (0: never) the
+    reference becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides the policy term by the
+    completions whose group has variance. `mask_truncated` leaves completions that hit the length limit out of the loss;
+    `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so many tokens of it (DAPO eq. 13).
+
+    Reward: `rewards` are (name, weight) pairs; `wrong_reward` is what a wrong answer scores where a right one scores 1.
+    `on_reward_error="skip"` gives a completion whose Python reward failed no reward, so that it trains nothing; "raise"
+    stops the run.
+
+    `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_rate` is gamma of the
+    auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's optimiser.
     """
 
     group_size: int = 16
@@ -118,9 +137,7 @@ class GRPOConfig:
         names = [name for name, _ in self.rewards]
         _require(len(names) > 0, "grpo.rewards is empty: name at least one reward, for example {'accuracy': 1.0, 'format': 1.0}")
         _require(len(names) == len(set(names)), f"grpo.rewards names a reward twice: {', '.join(names)}")
-        _require(
-            any(weight != 0 for _, weight in self.rewards), "grpo.rewards: every weight is 0, so no completion is better than another"
-        )
+        _require(any(weight != 0 for _, weight in self.rewards), "grpo.rewards: every weight is 0, so no completion is better than another")
 
     @property
     def completions_per_rollout(self) -> int:
@@ -189,8 +206,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def deepseekmath() -> GRPOConfig:
-    """DeepSeekMath-RL (§4.2): 16 questions of 64 completions, one update each. The paper does not give epsilon (PPO's 0.2 here) or a
-    reference refresh, and its rewards come from a reward model; rules stand here. 144K questions make 9,000 steps.
+    """DeepSeekMath-RL (§4.2): 16 questions of 64 completions, one update each. The paper does not give epsilon (PPO's 0.2
+    here) or a reference refresh, and its rewards come from a reward model; rules stand here. 144K questions make 9,000
+    steps.
     """
     return GRPOConfig(
         group_size=64,
@@ -206,38 +224,37 @@ def deepseekmath() -> GRPOConfig:
 
 
 def r1_zero() -> GRPOConfig:
-    """DeepSeek-R1-Zero (R1 §2.1). Epsilon is not given for this run; stage 1's stands here. From step 8,200 on the length limit was 65,536:
-    a second stage with `max_completion_length` changed.
+    """DeepSeek-R1-Zero (R1 §2.1). Epsilon is not given for this run; stage 1's stands here. From step 8,200 on the length
+    limit was 65,536: a second stage with `max_completion_length` changed.
     """
     return GRPOConfig(clip_epsilon=(10.0, 10.0))
 
 
 def r1_stage1() -> GRPOConfig:
-    """First RL stage of DeepSeek-R1 (§3.2.1): R1-Zero's figures, epsilon 10, and the language-consistency reward (eq. 7). It ran until it
-    converged; R1-Zero's number of steps stands here.
+    """First RL stage of DeepSeek-R1 (§3.2.1): R1-Zero's figures, epsilon 10, and the language-consistency reward (eq. 7).
+    It ran until it converged; R1-Zero's number of steps stands here.
     """
     return r1_zero().replace(rewards=(("accuracy", 1.0), ("format", 1.0), ("language_consistency", 1.0)))
 
 
 def r1_stage2() -> GRPOConfig:
-    """Second RL stage of DeepSeek-R1 (§3.2.2): temperature 0.7 and 1,700 steps. Its preference rewards on general prompts, used in the
-    last 400 steps, come from reward models and are not part of this recipe.
+    """Second RL stage of DeepSeek-R1 (§3.2.2): temperature 0.7 and 1,700 steps. Its preference rewards on general prompts,
+    used in the last 400 steps, come from reward models and are not part of this recipe.
     """
     return r1_stage1().replace(temperature=0.7, steps=1_700)
 
 
 def v32() -> GRPOConfig:
-    """GRPO as changed in DeepSeek-V3.2 (§3.1): no division by the deviation, the unbiased KL, the off-policy sequence mask, Keep Routing.
-    The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
+    """GRPO as changed in DeepSeek-V3.2 (§3.1): no division by the deviation, the unbiased KL, the off-policy sequence mask,
+    Keep Routing. The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
     """
-    return r1_stage1().replace(
-        advantage_normalisation="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
-    )
+    return r1_stage1().replace(advantage_normalisation="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True)
 
 
 def dapo() -> GRPOConfig:
     """DAPO (§4.1): token mean, clip-higher, dynamic sampling, soft overlong punishment, rewards of +-1, no KL. Prompts are
-    oversampled by a factor of 2, where the paper samples until the batch is full; the warm-up is 20 rollouts; the number of steps is R1-Zero's.
+    oversampled by a factor of 2, where the paper samples until the batch is full; the warm-up is 20 rollouts; the number of
+    steps is R1-Zero's.
     """
     return GRPOConfig(
         oversampling=2,
@@ -255,8 +272,8 @@ def dapo() -> GRPOConfig:
 
 
 def dr_grpo() -> GRPOConfig:
-    """Dr. GRPO's released recipe: 128 prompts of 8 completions in updates of 128 completions, no deviation, constant length divisor, no KL.
-    Epsilon is PPO's 0.2 and the number of steps R1-Zero's; neither is in the recipe.
+    """Dr. GRPO's released recipe: 128 prompts of 8 completions in updates of 128 completions, no deviation, constant length
+    divisor, no KL. Epsilon is PPO's 0.2 and the number of steps R1-Zero's; neither is in the recipe.
     """
     return GRPOConfig(
         group_size=8,
@@ -272,9 +289,7 @@ def dr_grpo() -> GRPOConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], GRPOConfig]] = {
-    f.__name__: f for f in (deepseekmath, r1_zero, r1_stage1, r1_stage2, v32, dapo, dr_grpo)
-}
+PRESETS: dict[str, Callable[[], GRPOConfig]] = {f.__name__: f for f in (deepseekmath, r1_zero, r1_stage1, r1_stage2, v32, dapo, dr_grpo)}
 
 
 def preset(name: str) -> GRPOConfig:

@@ -49,9 +49,9 @@ def clipped_surrogate(
 def kl_divergence(logp_BN: jax.Array, ref_logp_BN: jax.Array, old_logp_BN: jax.Array, mask_BN: jax.Array, estimator: str) -> jax.Array:
     """Per-token estimate of KL(pi_theta || pi_ref), with u = log(pi_ref / pi_theta), 0 outside the mask.
 
-    "k1": -u. "k2": u^2 / 2. "k3": e^u - u - 1 >= 0 (DeepSeekMath eq. 4). "unbiased_k3": (pi_theta / pi_old) times k3
-    (V3.2 §3.1), whose gradient, unlike k3's, is that of the true KL whatever pi_old is. The gradient of k1 as a loss has expectation 0
-    on policy: it is an estimate to log, or to put into a reward.
+    "k1": -u. "k2": u^2 / 2. "k3": e^u - u - 1 >= 0 (DeepSeekMath eq. 4). "unbiased_k3": (pi_theta / pi_old) times k3 (V3.2
+    §3.1), whose gradient, unlike k3's, is that of the true KL whatever pi_old is. The gradient of k1 as a loss has
+    expectation 0 on policy: it is an estimate to log, or to put into a reward.
     """
     u_BN = log_ratio(ref_logp_BN, logp_BN, mask_BN)
     if estimator == "k1":
@@ -76,8 +76,8 @@ def aggregate(x_BN: jax.Array, mask_BN: jax.Array, counted_B: jax.Array, mode: s
     """One number from per-token terms; completions that are not `counted_B` (bool) add no denominator.
 
     "sequence_mean": mean over completions of the token mean (DeepSeekMath eq. 3). "token_mean": sum over all tokens /
-    number of tokens (DAPO eq. 8). "constant": sum / (completions x N), N the token budget (Dr. GRPO), so that a token weighs the same
-    in a short answer and in a long one. Completions without a token are never counted.
+    number of tokens (DAPO eq. 8). "constant": sum / (completions x N), N the token budget (Dr. GRPO), so that a token
+    weighs the same in a short answer and in a long one. Completions without a token are never counted.
     """
     mask_BN = mask_BN.astype(jnp.float32)
     x_BN = jnp.where(mask_BN > 0, x_BN, 0.0)
@@ -104,10 +104,10 @@ def grpo_loss(
     """-J of DeepSeekMath eq. 3 and its relatives, as `config` says: a scalar to minimise, and metrics.
 
     `ref_logp_BN` is needed where `config.kl_coefficient > 0`, `finished_B` (end-of-sequence reached) where
-    `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through `logp_BN` alone.
-    At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is not; watch the reward, not the loss.
-    Metrics are scalars: loss, pg_loss, kl, clip_low_fraction, clip_high_fraction, dual_clip_fraction, ratio_mean, ratio_min, ratio_max,
-    log_ratio_abs_mean, off_policy_fraction (of completions), tokens.
+    `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through
+    `logp_BN` alone. At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is not;
+    watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl, clip_low_fraction, clip_high_fraction,
+    dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean, off_policy_fraction (of completions), tokens.
     """
     old_logp_BN, advantages_B = jax.lax.stop_gradient((old_logp_BN, advantages_B.astype(jnp.float32)))
     mask_BN = mask_BN.astype(jnp.float32)
@@ -146,8 +146,8 @@ def grpo_loss(
         "clip_high_fraction": token_share((ratio_BN > 1.0 + clip_high) & (advantages_B[:, None] > 0)),
         "dual_clip_fraction": token_share((ratio_BN > (config.dual_clip or jnp.inf)) & negative_B1),
         "ratio_mean": token_share(ratio_BN),
-        "ratio_min": jnp.where(mask_BN > 0, ratio_BN, jnp.inf).min(),
-        "ratio_max": jnp.where(mask_BN > 0, ratio_BN, -jnp.inf).max(),
+        "ratio_min": jnp.where(tokens > 0, jnp.where(mask_BN > 0, ratio_BN, jnp.inf).min(), 1.0),
+        "ratio_max": jnp.where(tokens > 0, jnp.where(mask_BN > 0, ratio_BN, -jnp.inf).max(), 1.0),
         "log_ratio_abs_mean": token_share(jnp.abs(log_ratio_BN)),
         "off_policy_fraction": 1.0 - kept_B.mean(),
         "tokens": tokens,

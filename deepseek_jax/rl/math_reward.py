@@ -1,11 +1,13 @@
 """Accuracy on natural mathematics through math-verify, in a process of its own.
 
-math-verify parses LaTeX with sympy, which can run for ever on a hostile string, and its own time limit is a signal that only works in a main thread
-(elsewhere it raises, or says "wrong"). So the check runs in a worker process under our clock, and a worker that is late is killed.
+math-verify parses LaTeX with sympy, which can run for ever on a hostile string, and its own time limit is a signal that
+only works in a main thread (elsewhere it raises, or says "wrong"). So the check runs in a worker process under our clock,
+and a worker that is late is killed.
 """
 
 import atexit
 import functools
+import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -31,6 +33,8 @@ def _checker() -> "Worker":
 def math_equal(guess: str, expected: str) -> bool:
     """Whether two mathematical answers, without tags, are equal. Runs in the worker."""
     from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that without its own time limit it needs another: ours
 
     def read(text):
         marked = text if "\\boxed" in text or "$" in text else f"${text}$"

@@ -26,9 +26,9 @@ def pass_at_k(correct_Q: np.ndarray, samples: int, k: int) -> np.ndarray:
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int | None = None) -> float:
     """Whether the commonest of k sampled answers to one problem is right (R1's cons@k). `correct[i]` belongs to `answers[i]`.
 
-    Answers that could not be read (None) have no vote; no vote at all is wrong. A tie counts as the share of the tied answers that are right: what a
-    fair draw among them is worth, without drawing. With more than k samples the mean over successive blocks of k is
-    returned, an unbiased estimate since samples are independent; samples left over are not used.
+    Answers that could not be read (None) have no vote; no vote at all is wrong. A tie counts as the share of the tied
+    answers that are right: what a fair draw among them is worth, without drawing. With more than k samples the mean over
+    successive blocks of k is returned, an unbiased estimate since samples are independent; samples left over are not used.
     """
     k = len(answers) if k is None else k
     if not 1 <= k <= len(answers) or len(answers) != len(correct):

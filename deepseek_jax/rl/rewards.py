@@ -1,7 +1,8 @@
 """Rewards by name, and their weighted sum.
 
-A reward is either a function in the graph, (task, instances, completions_BN, mask_BN) -> float32[B], or a plain Python function,
-(prompt, completion, answer) -> float. An experiment names them; `package.module:function` names a Python function of the user's own.
+A reward is either a function in the graph, (task, instances, completions_BN, mask_BN) -> float32[B], or a plain Python
+function, (prompt, completion, answer) -> float. An experiment names them; `package.module:function` names a Python function
+of the user's own.
 """
 
 import dataclasses
@@ -103,9 +104,7 @@ class RewardSet:
         """Whether no Python function is among them, so that a whole iteration can be one jitted call."""
         return all(reward.in_graph for reward in self.rewards)
 
-    def graph_parts(
-        self, task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array
-    ) -> dict[str, jax.Array]:
+    def graph_parts(self, task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> dict[str, jax.Array]:
         """Every in-graph reward by name: float32[B]."""
         return {r.name: r.function(task, instances, completions_BN, mask_BN) for r in self.rewards if r.in_graph}
 
@@ -113,13 +112,12 @@ class RewardSet:
         """Every Python reward by name: float32[B]. Where one raises or returns no number: RewardError, or NaN with on_error="skip",
         which `group_advantages` keeps out of the statistics and `group_metrics` counts."""
         rows = list(zip(prompts, completions, answers, strict=True))
-        return {
-            r.name: np.array([call_reward(r, *row, self.on_error) for row in rows], np.float32) for r in self.rewards if not r.in_graph
-        }
+        return {r.name: np.array([call_reward(r, *row, self.on_error) for row in rows], np.float32) for r in self.rewards if not r.in_graph}
 
     def total(self, parts: Mapping[str, jax.Array], lengths_B: jax.Array, max_length: int) -> jax.Array:
-        """Weighted sum of the parts, float32[B]. An accuracy counts only where every format reward in the set holds; a wrong answer scores
-        `wrong_reward`. Parts of weight 0 are for logging and can't spoil the sum. Overlong punishment is added if it is on."""
+        """Weighted sum of the parts, float32[B]. An accuracy counts only where every format reward in the set holds; a
+        wrong answer scores `wrong_reward`. Parts of weight 0 are for logging and can't spoil the sum. Overlong punishment
+        is added if it is on."""
         formats = [jnp.asarray(parts[r.name]) >= 1 for r in self.rewards if r.role == "format"]
         total_B = jnp.zeros(lengths_B.shape, jnp.float32)
         for reward, weight in zip(self.rewards, self.weights, strict=True):
@@ -155,23 +153,20 @@ def build_rewards(config: GRPOConfig, task: base.Task | None = None) -> RewardSe
 
 def call_reward(reward: Reward, prompt: str, completion: str, answer: str, on_error: str) -> float:
     """One call of a Python reward, which may be anybody's code: see `RewardSet.text_parts`."""
+    cause = None
     try:
         value = reward.function(prompt, completion, answer)
+        if isinstance(value, numbers.Real | np.bool_):
+            return float(value)
+        problem = f"returned {_shown(value)}, which is not a number"
     except Exception as error:
-        if on_error == "skip":
-            return math.nan
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}\n  prompt: {_shown(prompt)}\n  completion: {_shown(completion)}\n"
-            "Mend the function, or set grpo.on_reward_error='skip' to leave such completions out of training."
-        ) from error
-    if isinstance(value, numbers.Real | np.bool_):
-        return float(value)
+        problem, cause = f"raised {type(error).__name__}: {error}", error
     if on_error == "skip":
         return math.nan
     raise RewardError(
-        f"reward {reward.name!r} returned {value!r}, which is not a number\n  prompt: {_shown(prompt)}\n  completion: {_shown(completion)}\n"
-        "Return a float, or set grpo.on_reward_error='skip' to leave such completions out of training."
-    )
+        f"reward {reward.name!r} {problem}\n  prompt: {_shown(prompt)}\n  completion: {_shown(completion)}\n"
+        "Mend the function, or set grpo.on_reward_error='skip' to leave such completions out of training."
+    ) from cause
 
 
 def soft_overlong_punishment(lengths_B: jax.Array, max_length: int, buffer: int) -> jax.Array:
@@ -179,5 +174,6 @@ def soft_overlong_punishment(lengths_B: jax.Array, max_length: int, buffer: int)
     return -jnp.clip((lengths_B - (max_length - buffer)) / buffer, 0.0, 1.0).astype(jnp.float32)
 
 
-def _shown(text: str, limit: int = 400) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")
+def _shown(value: object, limit: int = 400) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"

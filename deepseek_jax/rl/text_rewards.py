@@ -1,6 +1,7 @@
 """Rewards on text: plain Python functions of (prompt, completion, answer). None of them evaluates what it is given.
 
-Completions come as text with their tags and without the end-of-sequence token. This module needs neither jax nor a model, so that worker processes start fast.
+Completions come as text with their tags and without the end-of-sequence token. This module needs neither jax nor a model,
+so that worker processes start fast.
 """
 
 import collections
@@ -48,10 +49,12 @@ def canonical(answer: str) -> Fraction | str:
 
 
 def language_consistency_reward(prompt: str, completion: str, answer: str) -> float:
-    """Share of the chain's words that are in the prompt's language (R1 eq. 7), told by Unicode script; a chain without words scores 0.
+    """Share of the chain's words that are in the prompt's language (R1 eq. 7), told by Unicode script; a chain without
+    words scores 0.
 
-    A word is a run of letters of one script; a Chinese character or a Japanese kana is a word. LaTeX commands aren't words. The prompt's
-    language is the script of most of its words, Latin if it has none; kana in the prompt make it Japanese, which includes Chinese characters.
+    A word is a run of letters of one script; a Chinese character or a Japanese kana is a word. LaTeX commands aren't words.
+    The prompt's language is the script of most of its words, Latin if it has none; kana in the prompt make it Japanese,
+    which includes Chinese characters.
     """
     parts = split_completion(completion)
     if parts is None:

@@ -32,8 +32,8 @@ def test_deepseekmath():
 
 
 def test_v32():
-    assert fields("v32", "advantage_normalisation", "kl_estimator", "aggregation", "ratio") == (
-        "none", "unbiased_k3", "sequence_mean", "token")  # fmt: skip
+    assert fields("v32", "advantage_normalisation", "kl_estimator") == ("none", "unbiased_k3")
+    assert fields("v32", "aggregation", "ratio") == ("sequence_mean", "token")
     assert preset("v32").off_policy_delta > 0 and preset("v32").replay_experts
 
 

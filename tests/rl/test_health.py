@@ -42,4 +42,5 @@ def test_non_finite_numbers_are_reported_at_once(metrics, words):
 
 
 def test_probability_of_a_dead_group():
-    assert dead_group_probability(0.18, 2) == pytest.approx(0.7, abs=0.01) and dead_group_probability(0.18, 16) == pytest.approx(0.04, abs=0.005)
+    assert dead_group_probability(0.18, 2) == pytest.approx(0.7, abs=0.01)
+    assert dead_group_probability(0.18, 16) == pytest.approx(0.04, abs=0.005)

@@ -90,8 +90,8 @@ def check(config, batch):
     return value, metrics, grads
 
 
-COMBINATIONS = list(itertools.product(losses_aggregations := ("sequence_mean", "token_mean", "constant"), ("token", "sequence"),
-                                      ("k1", "k2", "k3", "unbiased_k3")))  # fmt: skip
+AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+COMBINATIONS = list(itertools.product(AGGREGATIONS, ("token", "sequence"), ("k1", "k2", "k3", "unbiased_k3")))
 
 
 @pytest.mark.parametrize("aggregation,ratio,estimator", COMBINATIONS)
@@ -100,7 +100,7 @@ def test_loss_and_gradient(batch, aggregation, ratio, estimator):
     check(config, batch)
 
 
-@pytest.mark.parametrize("aggregation", losses_aggregations)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,6 +152,14 @@ def test_nothing_outside_the_mask_reaches_loss_or_gradient(batch):
     clean, spoilt = run(0.0), run(jnp.nan)
     assert float(clean[0]) == float(spoilt[0]) and bool(jnp.isfinite(spoilt[0]))
     np.testing.assert_array_equal(clean[1], spoilt[1])
+
+
+def test_a_batch_of_truncated_completions_gives_nothing_and_harms_nothing(batch):
+    config = GRPOConfig(mask_truncated=True, denominator="live")
+    arrays = [jnp.asarray(batch[name], jnp.float32) for name in ("logp", "old", "advantages", "mask", "ref")]
+    none = jnp.zeros(len(LENGTHS), bool)
+    (value, metrics), grads = jax.value_and_grad(lambda x: losses.grpo_loss(config, x, *arrays[1:], none, none), has_aux=True)(arrays[0])
+    assert float(value) == 0.0 and not np.asarray(grads).any() and all(np.isfinite(m) for m in metrics.values())
 
 
 def test_extreme_ratios_stay_finite():

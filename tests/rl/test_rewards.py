@@ -4,6 +4,7 @@ import importlib.util
 import math
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from deepseek_jax.rl import rewards as rewards_module
 from deepseek_jax.rl.advantages import group_advantages
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.math_reward import Worker, math_accuracy_reward
-from deepseek_jax.rl.rewards import Reward, build_rewards, call_reward, soft_overlong_punishment
+from deepseek_jax.rl.rewards import Reward, RewardSet, build_rewards, call_reward, soft_overlong_punishment
 from deepseek_jax.rl.tasks import ChainTask, CountdownTask, ParityTask, base
 from deepseek_jax.rl.tasks.chain import Chain
 from deepseek_jax.rl.tasks.countdown import Goal
@@ -29,11 +30,13 @@ def completions(texts):
     return jnp.asarray(tokens), jnp.asarray([[1] * len(row) + [0] * (WIDTH - len(row)) for row in rows])
 
 
+graph_parts = jax.jit(RewardSet.graph_parts, static_argnums=(0, 1))
+
+
 def scores(name, task, instance, texts):
     reward_set = build_rewards(GRPOConfig(rewards=((name, 1.0),)), task)
-    instances = type(instance)(*(jnp.repeat(jnp.asarray(x)[None], len(texts), 0) for x in vars(instance).values()))
-    tokens, mask = completions(texts)
-    return np.asarray(reward_set.graph_parts(task, instances, tokens, mask)[name]).tolist()
+    instances = type(instance)(*(np.repeat(x[None], len(texts), 0) for x in vars(instance).values()))
+    return np.asarray(graph_parts(reward_set, task, instances, *completions(texts))[name]).tolist()
 
 
 PARITY = ParityTask(bits=8)
@@ -102,8 +105,8 @@ def test_chain_answers_in_either_alphabet():
 
 
 def test_language_consistency_counts_symbols_of_the_chain():
-    texts = ["<think>A7B4</think><answer>e</answer>.", "<think>AhBe</think><answer>4</answer>.", "<think>A7Be</think><answer>4</answer>.",
-             "<think></think><answer>4</answer>.", "<think>AB</think><answer>4</answer>.", "<think>7777", "<think>7</think>7<answer>4</answer>."]  # fmt: skip
+    chains = ("A7B4", "AhBe", "A7Be", "", "AB")
+    texts = [f"<think>{c}</think><answer>4</answer>." for c in chains] + ["<think>7777", "<think>7</think>7<answer>4</answer>."]
     assert scores("language_consistency", CHAIN, chain(0), texts) == [1.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0]
     assert scores("language_consistency", CHAIN, chain(1), texts) == [0.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
 
@@ -111,8 +114,8 @@ def test_language_consistency_counts_symbols_of_the_chain():
 def test_countdown_hacks():
     goal = Goal(np.array([2, 3, 5]), np.int32(16), np.array([*b"35+2*"]))
     task = CountdownTask(numbers=3, max_number=9)
-    answers = {"35+2*": 1.0, "235+*": 1.0, "53+2*": 1.0, "2**9**9": 0.0, "2**9*": 0.0, "16": 0.0, "82*": 0.0, "44*1+": 0.0, "88+": 0.0,
-               "35+2*16": 0.0, "350/+": 0.0, "(3+5)*2": 0.0, "2,3,5=16": 0.0, "": 0.0, "35+22": 0.0, "2": 0.0}  # fmt: skip
+    hacks = "2**9**9 2**9* 16 82* 44*1+ 88+ 35+2*16 350/+ (3+5)*2 2,3,5=16 35+22 2".split(" ")
+    answers = {"35+2*": 1.0, "235+*": 1.0, "53+2*": 1.0, "": 0.0, **dict.fromkeys(hacks, 0.0)}
     texts = [f"<think></think><answer>{answer}</answer>." for answer in answers]
     assert dict(zip(answers, scores("accuracy", task, goal, texts), strict=True)) == answers
 
@@ -131,7 +134,9 @@ def test_wrong_reward_and_overlong_punishment():
     reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0),), wrong_reward=-1.0, overlong_buffer=4), PARITY)
     parts = {"accuracy": jnp.array([1.0, 0.0, 1.0, 0.0])}
     np.testing.assert_allclose(reward_set.total(parts, jnp.array([4, 4, 6, 8]), 8), [1.0, -1.0, 0.5, -2.0])
-    np.testing.assert_allclose(soft_overlong_punishment(jnp.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4_096), [0, 0, -0.5, -1, -1])
+    np.testing.assert_allclose(
+        soft_overlong_punishment(jnp.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4_096), [0, 0, -0.5, -1, -1]
+    )
 
 
 def test_a_reward_of_weight_zero_cannot_spoil_the_sum():

@@ -1,4 +1,5 @@
-"""Tasks: the in-graph checks against independent Python, splits that can't overlap, demonstrations that are right when they should be."""
+"""Tasks: the in-graph checks against independent Python, splits that can't overlap, demonstrations that are right when they
+should be."""
 
 import functools
 
@@ -23,11 +24,10 @@ class Compiled:
 
     def __init__(self, spec):
         self.task = task = build_task(spec)
-        self.sample = jax.jit(lambda key, heldout: jax.lax.cond(
-            heldout, lambda k: task.sample(k, N, "heldout"), lambda k: task.sample(k, N, "train"), key))  # fmt: skip
+        self.sample = jax.jit(task.sample, static_argnums=(1, 2))
         self.demonstrate = jax.jit(task.demonstrations)
         self.accuracy = jax.jit(task.accuracy)
-        self.instances = self.sample(jax.random.key(0), False)
+        self.instances = self.sample(jax.random.key(0), N, "train")
         self.good = self.demonstrate(jax.random.key(1), self.instances, jnp.ones(N, bool))
         self.bad = self.demonstrate(jax.random.key(2), self.instances, jnp.zeros(N, bool))
 
@@ -47,7 +47,7 @@ def identities(task, instances):
 
 
 def test_splits_are_disjoint_and_sized(c):
-    heldout = c.sample(jax.random.key(3), True)
+    heldout = c.sample(jax.random.key(3), N, "heldout")
     assert bool(c.task.heldout(heldout).all()) and not bool(c.task.heldout(c.instances).any())
     assert not identities(c.task, heldout) & identities(c.task, c.instances)
     classes = np.asarray(jax.jit(lambda key: classes_of(c.task, c.task.draw(key, 4 * N)))(jax.random.key(4)))
@@ -70,13 +70,13 @@ def test_hash_spreads_over_classes():
 
 
 def test_sampling_is_reproducible_and_varied(c):
-    again = c.sample(jax.random.key(0), False)
+    again = c.sample(jax.random.key(0), N, "train")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, c.instances))
     assert len(identities(c.task, c.instances)) > N / 3
 
 
 def test_prompts_are_chats_of_their_text(c):
-    prompts, lengths = c.task.prompts(c.instances)
+    prompts, lengths = jax.jit(c.task.prompts)(c.instances)
     assert prompts.shape == (N, c.task.prompt_length) and prompts.dtype == jnp.int32 and (np.asarray(lengths) <= c.task.prompt_length).all()
     for row, length, text in list(zip(np.asarray(prompts).tolist(), lengths, c.task.prompt_text(c.instances), strict=True))[:50]:
         assert row[:length] == base.TOKENIZER.chat([{"role": "user", "content": text}])
@@ -103,7 +103,7 @@ def test_bad_demonstrations_are_well_formed_and_mostly_wrong(c):
 def test_corrupt_probability_mixes():
     c = compiled("parity")
     half = build_task({**SPECS["parity"], "corrupt_probability": 0.5})
-    accuracy = c.accuracy(c.instances, *half.demonstrations(jax.random.key(5), c.instances))
+    accuracy = c.accuracy(c.instances, *jax.jit(half.demonstrations)(jax.random.key(5), c.instances))
     assert 0.45 < float(accuracy.mean()) < 0.55
 
 
@@ -162,15 +162,16 @@ def test_documents_have_static_shapes(c):
     assert {x.dtype for x in shapes.values()} == {jnp.dtype("int32")}
 
 
-@pytest.mark.parametrize("completion_only", [False, True])
-def test_documents(completion_only):
+def test_documents():
     task = compiled("parity").task
-    documents = jax.jit(lambda key: task.documents(key, 64, "heldout", completion_only))(jax.random.key(6))
-    tokens, mask, trained = (np.asarray(documents[name]) for name in ("tokens_BT", "mask_BT", "loss_mask_BT"))
-    first = task.prompt_length if completion_only else 0
+    key = jax.random.key(6)
+    whole, completion = jax.jit(lambda key: [task.documents(key, 64, "heldout", only) for only in (False, True)])(key)
+    tokens, mask = np.asarray(whole["tokens_BT"]), np.asarray(whole["mask_BT"])
     assert (tokens[:, 0] == base.BOS).all() and (tokens[:, task.prompt_length - 1] == base.ASSISTANT).all()
     assert (tokens[mask == 0] == base.PAD).all() and (tokens[np.arange(64), mask.sum(1) - 1] == base.EOS).all()
-    assert not trained[:, :first].any() and (trained[:, first:] == mask[:, first:]).all()
+    assert (whole["loss_mask_BT"] == mask).all()
+    in_completion = np.arange(tokens.shape[1]) >= task.prompt_length
+    assert (completion["loss_mask_BT"] == mask * in_completion).all() and (completion["tokens_BT"] == tokens).all()
     bits = jnp.asarray(tokens[:, 2 : 2 + task.bits] - ord("0"))
     assert (base.hash_words(bits) % jnp.uint32(8) == 0).all(), "documents of a split hold its problems only"
 
@@ -221,7 +222,7 @@ def judge():
 
 def test_countdown_machine_on_known_and_hostile_expressions(judge):
     assert judge(["35+2*", "352+*", "235*-", "532-/", "25*3-", "53/2*", "32-5*"]) == [16, 21, -1, 5, 7, -1, 5]
-    hostile = ["2**9**9"[:5], "2**9*", "35+", "35+2", "+35*2", "35++2", "33+2*", "35+9*", "30+2*", "3522*", "     ", "35+2x", "", "35 2*", "325-0"]
+    hostile = "2**9*,35+,35+2,+35*2,35++2,33+2*,35+9*,30+2*,3522*,     ,35+2x,,35 2*,325-0,**9**".split(",")
     assert judge(hostile) == [-1] * len(hostile)
     assert judge(["22-5/", "522-/"], (2, 2, 5)) == [0, -1], "0/5 is 0, 5/0 is nothing"
 

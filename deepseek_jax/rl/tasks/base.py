@@ -1,8 +1,8 @@
 """What every task shares: the token format, the split into train and held-out problems, and whole documents.
 
-A problem is an `Instance`: a pytree of integer arrays with a leading axis of problems. Prompts are <bos><user>TEXT<assistant>, completions
-<think>chain</think><answer>answer</answer><eos>, both in the ids of the byte tokenizer. Everything but the text forms works on
-static shapes and runs inside jit.
+A problem is an `Instance`: a pytree of integer arrays with a leading axis of problems. Prompts are
+<bos><user>TEXT<assistant>, completions <think>chain</think><answer>answer</answer><eos>, both in the ids of the byte
+tokenizer. Everything but the text forms works on static shapes and runs inside jit.
 """
 
 import abc
@@ -39,7 +39,8 @@ class Parsed:
 
 
 def parse(completions_BN: jax.Array, mask_BN: jax.Array) -> Parsed:
-    """Strict reading of <think>…</think><answer>…</answer><eos>. A truncated completion, a tag too many, a special token inside: not ok."""
+    """Strict reading of <think>…</think><answer>…</answer><eos>. A truncated completion, a tag too many, a special token
+    inside: not ok."""
     tokens_BN = jnp.where(mask_BN > 0, completions_BN, PAD)
     lengths_B = (mask_BN > 0).sum(1)
 
@@ -113,9 +114,9 @@ def hash_words(words_BW: jax.Array) -> jax.Array:
 class Task(abc.ABC):
     """A family of problems with exact answers; frozen, so that it can be a static argument of jit.
 
-    A problem belongs to the held-out split if its hash falls into class 0 of `split_classes`, to the training split otherwise: which one is a
-    property of the problem, so the splits can't overlap. `cot_probability` is the share of long chains among demonstrations, `corrupt_probability`
-    the share of wrong ones.
+    A problem belongs to the held-out split if its hash falls into class 0 of `split_classes`, to the training split
+    otherwise: which one is a property of the problem, so the splits can't overlap. `cot_probability` is the share of long
+    chains among demonstrations, `corrupt_probability` the share of wrong ones.
     """
 
     split_classes: int = 8
@@ -202,8 +203,9 @@ class Task(abc.ABC):
         return jax.lax.while_loop(lambda state: state[2].any(), redraw, (key, nothing, jnp.ones(n, bool)))[1]
 
     def documents(self, key: jax.Array, n: int, split: str = "train", completion_only: bool = False) -> dict[str, jax.Array]:
-        """`n` prompts with their demonstrations: tokens_BT, mask_BT (1 on real tokens) and loss_mask_BT (1 on the tokens that are trained
-        on: the completion's, or all of them), int32 with T = prompt_length + completion_length; for cold-start SFT and for mixing into pre-training.
+        """`n` prompts with their demonstrations: tokens_BT, mask_BT (1 on real tokens) and loss_mask_BT (1 on the tokens
+        that are trained on: the completion's, or all of them), int32 with T = prompt_length + completion_length; for
+        cold-start SFT and for mixing into pre-training.
         """
         sample_key, write_key = jax.random.split(key)
         instances = self.sample(sample_key, n, split)

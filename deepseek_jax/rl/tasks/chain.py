@@ -1,8 +1,8 @@
 """Chains of modular arithmetic, reasoned in steps of variable size, in one or two digit alphabets.
 
-A long chain writes down every intermediate value; a leap of g writes every g-th and must do g operations in the head. Ladder: 4, 6, 8, 10, 14, 20
-operations modulo 10, then modulo 97. With two alphabets a language token in the prompt asks for '0'-'9' or 'a'-'j', demonstrations mix
-both, and the language-consistency reward (R1 eq. 7) has something to do.
+A long chain writes down every intermediate value; a leap of g writes every g-th and must do g operations in the head.
+Ladder: 4, 6, 8, 10, 14, 20 operations modulo 10, then modulo 97. With two alphabets a language token in the prompt asks for
+'0'-'9' or 'a'-'j', demonstrations mix both, and the language-consistency reward (R1 eq. 7) has something to do.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ class Chain:
 class ChainTask(base.Task):
     """Prompt: [language] start, then `operations` times an operator and a digit, applied from left to right modulo `modulus`.
 
-    Chain: for every g-th operation its index as a capital letter and the value after it, zero-padded. Answer: the last value. g is drawn from
-    `leaps`: the first with `cot_probability`, the others in equal shares; g >= `operations` is an empty chain. With
-    two `alphabets` each digit of a demonstrated chain is in the wrong one with `wrong_alphabet_probability`; an answer may be in either.
+    Chain: for every g-th operation its index as a capital letter and the value after it, zero-padded. Answer: the last
+    value. g is drawn from `leaps`: the first with `cot_probability`, the others in equal shares; g >= `operations` is an
+    empty chain. With two `alphabets` each digit of a demonstrated chain is in the wrong one with
+    `wrong_alphabet_probability`; an answer may be in either.
     """
 
     operations: int = 10
@@ -81,9 +82,7 @@ class ChainTask(base.Task):
 
         def step(value_B, operation):
             operator_B, operand_B, slip_B = operation
-            value_B = jnp.select(
-                [operator_B == 0, operator_B == 1], [value_B + operand_B, value_B * operand_B], value_B - operand_B
-            )
+            value_B = jnp.select([operator_B == 0, operator_B == 1], [value_B + operand_B, value_B * operand_B], value_B - operand_B)
             value_B = (value_B + slip_B) % self.modulus
             return value_B, value_B
 

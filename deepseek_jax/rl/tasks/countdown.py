@@ -1,7 +1,8 @@
 """Countdown: reach a target with the given numbers, each used once. Many right answers, found by search.
 
-Expressions are written in reverse Polish notation without separators, numbers with a fixed count of digits: 35+2* is (3 + 5) * 2. They are only ever run
-on the stack machine below, in exact fractions: there is no text that makes it evaluate anything else.
+Expressions are written in reverse Polish notation without separators, numbers with a fixed count of digits: 35+2* is (3 +
+5) * 2. They are only ever run on the stack machine below, in exact fractions: there is no text that makes it evaluate
+anything else.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ class Goal:
 class CountdownTask(base.Task):
     """Prompt: the numbers and the target, as in `2,3,5=16`. Answer: an expression over all numbers that is exactly the target.
 
-    Long chain: up to `max_tries` expressions with their values, `352*+=13,…`, until one hits (`x` stands for a value that is no integer from 0 to
-    `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
+    Long chain: up to `max_tries` expressions with their values, `352*+=13,…`, until one hits (`x` stands for a value that
+    is no integer from 0 to `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
     """
 
     numbers: int = 3
@@ -98,7 +99,8 @@ class CountdownTask(base.Task):
 
     def value(self, expression_BA: jax.Array, numbers_BM: jax.Array) -> jax.Array:
         """The integer an expression over exactly these numbers is worth; -1 for anything else: another value, a division by
-        zero, a number missing, repeated or made up, a stack that under- or overflows, a byte that belongs to no expression. int32[B].
+        zero, a number missing, repeated or made up, a stack that under- or overflows, a byte that belongs to no expression.
+        int32[B].
 
         Fractions stay below 2^(M-1) * max_number^M, which the constructor keeps below 2^31.
         """
@@ -158,8 +160,8 @@ class CountdownTask(base.Task):
         return base.prompt(jnp.concatenate([list_BX, ZERO + base.digits(instances.target_B, self.target_width)], 1))
 
     def demonstrations(self, key, instances, good=None):
-        """Tries are random; the last one, if none hit before, is the known solution. Where it goes wrong, the last try is a miss that is
-        written down as a hit, and answered with."""
+        """Tries are random; the last one, if none hit before, is the known solution. Where it goes wrong, the last try is a
+        miss that is written down as a hit, and answered with."""
         n, tries = instances.target_B.shape[0], self.max_tries
         long_key, good_key, try_key = jax.random.split(key, 3)
         long_B = jax.random.bernoulli(long_key, self.cot_probability, (n,))
@@ -259,7 +261,8 @@ def _apply(operator_B: jax.Array, a_B2: jax.Array, b_B2: jax.Array) -> jax.Array
 
 @functools.cache
 def _layouts(count: int, width: int) -> np.ndarray:
-    """Every order of `count` numbers and their operators that is an expression: for each byte its index in the number bytes, then the operators."""
+    """Every order of `count` numbers and their operators that is an expression: for each byte its index in the number
+    bytes, then the operators."""
 
     def orders(numbers: int, operators: int):
         if numbers == count and operators == count - 1:

@@ -1,6 +1,7 @@
 """Bit parity: is the number of ones odd? Short answers can only guess; a chain of running parities can't go wrong by much.
 
-The task of "How reinforcement learning after next-token prediction facilitates learning" (arXiv 2510.11495). Ladder: 8, 12, 16, 20, 32, 50 bits.
+The task of "How reinforcement learning after next-token prediction facilitates learning" (arXiv 2510.11495). Ladder: 8, 12,
+16, 20, 32, 50 bits.
 """
 
 import dataclasses
