@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.router import max_violation, update_bias
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, uses_mtp
@@ -71,7 +72,7 @@ def guarded_update(
 
     Then weights, biases and moments stay as they are and `skipped` counts one more. -> (state one step on, gradient norm)
     """
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state, update_router_bias(state.router_bias, loads, bias_rate, centred))
@@ -86,6 +87,8 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
     """Loss, `LossAux` and float32 gradients of the global batch, `microbatch` sequences at a time."""
     denominator = denominators(batch, model.config.mtp_depth if uses_mtp(model, objective) else 0)
     sequences = batch["tokens"].shape[0]
+    if microbatch and sequences % microbatch:
+        raise ConfigError(f"microbatch={microbatch} does not divide the {sequences} sequences of the batch")
     count = sequences // microbatch if microbatch else 1
 
     def part(batch):
@@ -95,8 +98,6 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
 
     if count == 1:
         return part(batch)
-    if sequences % microbatch:
-        raise ValueError(f"microbatch={microbatch} does not divide the {sequences} sequences of the batch")
 
     # Microbatch i takes every count-th sequence: a batch axis sharded over devices stays sharded in each microbatch.
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, count, *x.shape[1:]), 0, 1), batch)

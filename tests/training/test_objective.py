@@ -1,0 +1,207 @@
+"""The loss against a plain reading of its equations, and the identities that masks and normalisers owe."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.model.router import sequence_balance_loss
+from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, targets, token_log_probs
+from deepseek_jax.training.schedules import Schedule, deepseek_v3_mtp_weight
+
+LENGTH = 16
+PLAIN = ObjectiveConfig(balance="none", loss_chunk=16)
+BALANCED = ObjectiveConfig(balance="sequence", balance_alpha=0.01, loss_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def value_and_grad(model, variables):
+    """batch -> loss, aux, gradients, without balance loss."""
+    loss = functools.partial(loss_fn, model, PLAIN)
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def run(batch):
+        (value, aux), grads = compiled(variables["params"], variables["router_bias"], batch, 0)
+        return float(value), aux, grads
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def logits(model, variables):
+    """batch -> next-token logits and those of the MTP modules, and the routing of all layers."""
+
+    @jax.jit
+    def run(batch):
+        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True)
+        hidden = (output.hidden_BTD, *output.mtp_hidden)
+        return [model.apply(variables, h, method="unembed") for h in hidden], output.routing, output.mtp_routing
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def batch(pack, document):
+    """Rows with one document, two, a short one with a masked prompt, and nothing at all."""
+    batch = pack([[document(16, 1)], [document(9, 2), document(7, 3)], [document(5, 4)], []], LENGTH)
+    batch["loss_mask"][2, :2] = 0
+    return batch
+
+
+def same(a, b, rtol=1e-5):
+    """Gradient trees equal to float32 accuracy, each leaf by its own size."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(float(jnp.max(jnp.abs(y))), 1e-3))
+
+
+def reference_cross_entropy(logits_BTV, batch, ahead):
+    """Eq. by eq. in numpy: sum of -log p over the valid targets, and their number."""
+    log_probs = np.asarray(jax.nn.log_softmax(logits_BTV.astype(jnp.float32)))
+    total, count = 0.0, 0
+    for b, t in np.ndindex(batch["tokens"].shape):
+        if t + ahead < LENGTH and len(set(batch["segment_ids"][b, t : t + ahead + 1])) == 1 and batch["segment_ids"][b, t]:
+            if batch["loss_mask"][b, t + ahead]:
+                total -= log_probs[b, t, batch["tokens"][b, t + ahead]]
+                count += 1
+    return total, count
+
+
+def test_loss_is_the_sum_of_its_equations(batch, value_and_grad, logits):
+    loss, aux, _ = value_and_grad(batch)
+    values = []
+    for ahead, logits_BTV in enumerate(logits(batch)[0], start=1):
+        total, count = reference_cross_entropy(logits_BTV, batch, ahead)
+        assert float(denominators(batch, 2).targets_K[ahead - 1]) == count
+        values.append(total / count)
+    np.testing.assert_allclose([aux.parts["cross_entropy"], aux.parts["mtp_1"], aux.parts["mtp_2"]], values, rtol=1e-5)
+    assert loss == pytest.approx(values[0] + 0.3 / 2 * (values[1] + values[2]), rel=1e-5)
+    assert float(aux.tokens) == 16 + 16 + 5
+
+
+def test_targets_stay_in_their_document_and_mask():
+    batch = {
+        "tokens": np.array([[10, 11, 12, 20, 21, 0]]),
+        "segment_ids": np.array([[1, 1, 1, 2, 2, 0]]),
+        "loss_mask": np.array([[1, 0, 1, 1, 1, 0]]),
+    }
+    tokens, mask = targets(batch, 1)
+    assert mask.tolist() == [[0, 1, 0, 1, 0, 0]] and tokens[0, 1] == 12 and tokens[0, 3] == 21
+    assert targets(batch, 2)[1].tolist() == [[1, 0, 0, 0, 0, 0]]
+
+
+def test_two_packed_documents_are_the_two_alone(pack, document, value_and_grad):
+    one, two = document(9, 5), document(7, 6)
+    packed, alone = value_and_grad(pack([[one, two], [], [], []], LENGTH)), value_and_grad(pack([[one], [two], [], []], LENGTH))
+    assert packed[0] == pytest.approx(alone[0], rel=1e-5)
+    assert {name: pytest.approx(float(v), rel=1e-5) for name, v in packed[1].parts.items()} == jax.tree.map(float, alone[1].parts)
+    same(packed[2], alone[2])
+    for name in alone[1].loads:
+        np.testing.assert_array_equal(packed[1].loads[name], alone[1].loads[name])
+
+
+def test_padding_adds_nothing(pack, document, value_and_grad):
+    batch = pack([[document(9, 7)], [document(12, 8)], [], []], LENGTH)
+    noisy = {name: array.copy() for name, array in batch.items()}
+    padding = batch["segment_ids"] == 0
+    noisy["tokens"][padding] = 17
+    noisy["loss_mask"][padding] = 1
+    (loss, aux, grads), (noisy_loss, noisy_aux, noisy_grads) = value_and_grad(batch), value_and_grad(noisy)
+    assert loss == noisy_loss
+    same(noisy_grads, grads, 1e-6)
+    assert sum(float(jnp.sum(x)) for x in aux.loads.values()) == 3 * 2 * 21  # routers x top_k x tokens
+    same(noisy_aux.loads, aux.loads, 0)
+
+
+def test_doubled_batch_leaves_loss_and_gradients(pack, document, value_and_grad):
+    rows = [[document(16, 9)], [document(9, 10), document(5, 11)]]
+    single, double = value_and_grad(pack([*rows, [], []], LENGTH)), value_and_grad(pack(rows * 2, LENGTH))
+    assert double[0] == pytest.approx(single[0], rel=1e-5)
+    same(double[2], single[2])
+
+
+def test_batch_without_targets_is_zero(pack, value_and_grad):
+    loss, _, grads = value_and_grad(pack([[], [], [], []], LENGTH))
+    assert loss == 0.0
+    same(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_balance_loss_enters_once_times_alpha(model, variables, batch, value_and_grad, logits):
+    arguments = (variables["params"], variables["router_bias"], batch, 0)
+    total, aux = jax.jit(functools.partial(loss_fn, model, BALANCED))(*arguments)
+    _, routing, mtp_routing = logits(batch)
+    layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), routing, mtp_routing)
+    assert layers.counts_LBE.shape[0] == 3
+    assert float(aux.parts["balance"]) == pytest.approx(float(sequence_balance_loss(layers, 2)), rel=1e-6)
+    assert float(total) - value_and_grad(batch)[0] == pytest.approx(0.01 * float(aux.parts["balance"]), rel=1e-3)
+
+
+def test_alpha_zero_is_no_balance_loss_at_all(model, variables, batch):
+    def jaxpr(objective):
+        arguments = (variables["params"], variables["router_bias"], batch, 0)
+        return str(jax.make_jaxpr(lambda *a: loss_fn(model, objective, *a)[0])(*arguments))
+
+    assert jaxpr(ObjectiveConfig(balance="sequence", balance_alpha=0.0)) == jaxpr(ObjectiveConfig(balance="none"))
+    assert jaxpr(ObjectiveConfig(balance="sequence")) != jaxpr(ObjectiveConfig(balance="none"))
+
+
+def test_mtp_weight_follows_the_step_and_zero_runs_no_module(model, variables, batch):
+    def outputs(weight):
+        objective = ObjectiveConfig(mtp_weight=weight)
+        return jax.eval_shape(functools.partial(loss_fn, model, objective), variables["params"], variables["router_bias"], batch, 0)[1]
+
+    assert set(outputs(deepseek_v3_mtp_weight()).loads) == {"moe_layers", "mtp_0", "mtp_1"}
+    assert set(outputs(Schedule(0.0)).loads) == {"moe_layers"} and set(outputs(Schedule(0.0)).parts) == {"cross_entropy", "balance"}
+
+
+@pytest.mark.parametrize("chunk", [1, 24, 1000])
+def test_chunked_log_probs_and_their_gradients(model, variables, chunk):
+    hidden_BTD = jax.random.normal(jax.random.key(1), (4, 15, 32))
+    targets_BT = jax.random.randint(jax.random.key(2), (4, 15), 0, model.config.vocab_size)
+
+    def whole(hidden_BTD):
+        log_probs = jax.nn.log_softmax(model.apply(variables, hidden_BTD, method="unembed"))
+        return jnp.take_along_axis(log_probs, targets_BT[..., None], -1)[..., 0], -jnp.sum(jnp.exp(log_probs) * log_probs, -1)
+
+    def chunked(hidden_BTD):
+        return token_log_probs(model, variables, hidden_BTD, targets_BT, chunk)
+
+    def scalar(f):
+        return lambda h: sum(jnp.sum(x * jnp.cos(jnp.arange(15.0))) for x in f(h))
+
+    for ours, theirs in zip(jax.jit(chunked)(hidden_BTD), whole(hidden_BTD), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(scalar(chunked)))(hidden_BTD), jax.grad(scalar(whole))(hidden_BTD), rtol=1e-4, atol=1e-5)
+
+
+def largest_with_vocabulary(jaxpr, vocab):
+    """The number of elements of the largest array with an axis of `vocab`, anywhere in a program."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if vocab in shape:
+                largest = max(largest, int(np.prod(shape)))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            largest = max(largest, largest_with_vocabulary(inner, vocab))
+    return largest
+
+
+@pytest.mark.parametrize("chunk", [8, 16, 64])
+def test_no_array_of_tokens_by_vocabulary(model, variables, batch, chunk):
+    """With 64 tokens: `chunk` of them at a time. The whole batch at once is the control that the search finds the array."""
+    vocab, head = model.config.vocab_size, variables["params"]["head"]["kernel"].size
+    objective = ObjectiveConfig(loss_chunk=chunk)
+    loss = jax.grad(lambda params: loss_fn(model, objective, params, variables["router_bias"], batch, 0)[0])
+    found = largest_with_vocabulary(jax.make_jaxpr(loss)(variables["params"]).jaxpr, vocab)
+    assert found == max(chunk * vocab, head)
+
+
+def test_bad_objectives_are_refused():
+    with pytest.raises(ConfigError, match="objective.balance='sequense'.*did you mean 'sequence'"):
+        ObjectiveConfig(balance="sequense")
+    with pytest.raises(ConfigError, match="loss_chunk=0"):
+        ObjectiveConfig(loss_chunk=0)

@@ -1,0 +1,174 @@
+"""Checkpoints: what comes back, what is refused, and what damage does. The trees are small; no network is run."""
+
+import dataclasses
+import pathlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deepseek_jax.errors import CheckpointError
+from deepseek_jax.model.config import preset
+from deepseek_jax.training.checkpoints import Checkpoints, load_variables
+from deepseek_jax.training.state import state_of
+
+CONFIG = preset("moonlight_16b")
+OPTIMIZER = optax.adam(0.1)
+
+
+def state_at(step, width=300):
+    """A state of three arrays that depend on the step, as training would leave it."""
+    numbers = np.random.default_rng(step).normal(size=(width, 40)).astype(np.float32)
+    variables = {"params": {"a": {"kernel": jnp.asarray(numbers)}, "b": {"scale": jnp.ones(3, jnp.bfloat16)}}, "router_bias": {"r": jnp.arange(4.0)}}
+    return state_of(variables, OPTIMIZER, jax.random.key(step)).replace(step=jnp.int32(step))
+
+
+def same(a, b):
+    def compare(x, y):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(compare, a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with checkpoints of steps 3 and 6, and its manager."""
+    store = Checkpoints(tmp_path / "checkpoints", CONFIG)
+    for step in (3, 6):
+        store.save(state_at(step), {"position": step}, {"bits_per_byte": float(step)})
+    store.wait()
+    yield store
+    store.close()
+
+
+def biggest(store, step):
+    files = [path for path in (store.directory / str(step) / "variables").rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_everything_comes_back(saved):
+    restored = saved.restore(state_at(0))
+    same(restored.state, state_at(6))
+    assert restored.loader_state == {"position": 6} and restored.metrics == {"bits_per_byte": 6.0}
+    assert Checkpoints(saved.directory.parent / "empty", CONFIG).restore(state_at(0)) is None
+
+
+def test_bytes_of_a_loader_and_a_state_without_bias(tmp_path):
+    state = state_at(1).replace(router_bias={})
+    store = Checkpoints(tmp_path, CONFIG)
+    store.save(state, b"\x00\xffposition")
+    store.wait()
+    restored = store.restore(state)
+    same(restored.state, state)
+    assert restored.loader_state == b"\x00\xffposition"
+    assert load_variables(tmp_path)[1]["router_bias"] == {}
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    store = Checkpoints(tmp_path, CONFIG, keep_last=2, keep_best=1)
+    for step, value in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0]):
+        store.save(state_at(step, 2), metrics=None if value is None else {"bits_per_byte": value})
+    store.wait()
+    assert store.steps() == [1, 4, 5]
+    assert float(load_variables(tmp_path, best=True)[1]["params"]["a"]["kernel"][0, 0]) == float(state_at(1, 2).params["a"]["kernel"][0, 0])
+    same(load_variables(tmp_path)[1]["params"], state_at(5, 2).params)
+    store.close()
+
+
+def test_variables_alone_for_inference(saved):
+    for path in (saved.directory.parent, saved.directory, saved.directory / "6"):
+        config, variables = load_variables(path)
+        assert config == CONFIG
+        same(variables, state_at(6).variables)
+    same(load_variables(saved.directory / "3")[1], state_at(3).variables)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_variables(saved.directory / "nowhere")
+    (saved.directory.parent / "bare").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_variables(saved.directory.parent / "bare")
+
+
+def test_another_model_is_refused_by_its_first_field(saved):
+    other = CONFIG.replace(moe=dataclasses.replace(CONFIG.moe, top_k=4))
+    with pytest.raises(CheckpointError, match=r"another model: model.moe.top_k is 6 in the checkpoint and 4 here"):
+        Checkpoints(saved.directory, other).restore(state_at(0))
+    computed_otherwise = CONFIG.replace(remat="none", scan_unroll=3, moe=dataclasses.replace(CONFIG.moe, implementation="dense"))
+    assert Checkpoints(saved.directory, computed_otherwise).restore(state_at(0)) is not None
+
+
+def test_another_state_is_refused_by_its_first_array(saved):
+    with pytest.raises(CheckpointError, match=r"state.params/a/kernel is 'float32\[300, 40\]' in the checkpoint and 'float32\[301, 40\]' here"):
+        saved.restore(state_at(0, width=301))
+    other = state_of(state_at(0).variables, optax.sgd(0.1, momentum=0.9), jax.random.key(0))
+    with pytest.raises(CheckpointError, match="opt_state/0/trace/a/kernel"):
+        saved.restore(other)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "find"),
+    [
+        (truncate, lambda store: biggest(store, 6)),
+        (flip, lambda store: biggest(store, 6)),
+        (pathlib.Path.unlink, lambda store: store.directory / "6/variables/manifest.ocdbt"),
+        (truncate, lambda store: store.directory / "6/meta/metadata"),
+    ],
+    ids=["truncated array", "one bit", "missing file", "truncated meta"],
+)
+def test_a_damaged_newest_checkpoint_gives_way(saved, caplog, damage, find):
+    damage(find(saved))
+    with pytest.raises(CheckpointError, match="6 is damaged"):
+        load_variables(saved.directory)
+    restored = saved.restore(state_at(0))
+    same(restored.state, state_at(3))
+    assert restored.loader_state == {"position": 3}
+    assert "6 is damaged and will not be used" in caplog.text
+    assert saved.steps() == [3] and (saved.directory / "6.damaged").is_dir()
+    saved.save(state_at(6))  # the way is free for the step to be saved again
+    saved.wait()
+    same(saved.restore(state_at(0)).state, state_at(6))
+
+
+def test_when_all_are_damaged_nothing_is_started_over(saved):
+    for step in (3, 6):
+        truncate(biggest(saved, step))
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged \(steps \[6, 3\]\)"):
+        saved.restore(state_at(0))
+    assert saved.steps() == [3, 6]
+
+
+def test_a_full_disk_is_said_before_writing(saved, monkeypatch):
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("deepseek_jax.training.checkpoints.shutil.disk_usage", lambda _: free)
+    with pytest.raises(CheckpointError, match=r"free some space .* steps \[3, 6\] are untouched"):
+        saved.save(state_at(9))
+    assert saved.steps() == [3, 6]
+
+
+def test_a_write_that_fails_leaves_the_earlier_checkpoints(saved):
+    """The system refuses to write more than 1000 bytes to a file, as a full disk refuses."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write a checkpoint .* steps \[3, 6\] are untouched"):
+            saved.save(state_at(9))
+            saved.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    same(Checkpoints(saved.directory, CONFIG).restore(state_at(0)).state, state_at(6))
+    assert sorted(path.name for path in saved.directory.iterdir() if path.is_dir()) == ["3", "6"]

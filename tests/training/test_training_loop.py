@@ -1,0 +1,210 @@
+"""A stage from start to end: killed, stopped, started again, badly fed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.checkpoints import load_variables
+from deepseek_jax.training.config import TrainConfig
+from deepseek_jax.training.evaluate import make_evaluate
+from deepseek_jax.training.loop import Terminated, train
+from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.objective import targets
+
+STEPS, VOCAB = 40, 61
+
+
+class Counting:
+    """Batches of sequences that count upwards, from a random number on. `pause` seconds each; `signal_at` raises SIGTERM."""
+
+    def __init__(self, pause=0.0, signal_at=None, rows=4):
+        self.position, self.pause, self.signal_at, self.rows = 0, pause, signal_at, rows
+
+    def __next__(self):
+        return self.take(self.rows)
+
+    def take(self, num_rows):
+        time.sleep(self.pause)
+        start = np.random.default_rng(self.position).integers(0, VOCAB, (num_rows, 1))
+        self.position += 1
+        if self.position == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tokens = ((start + np.arange(12)) % VOCAB).astype(np.int32)
+        ones = np.ones_like(tokens)
+        return {
+            "tokens": tokens,
+            "segment_ids": ones,
+            "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape).copy(),
+            "loss_mask": ones,
+            "num_bytes": np.full(num_rows, 11, np.int32),
+        }
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def held_out():
+    loader = Counting()
+    loader.position = 10_000
+    return [next(loader) for _ in range(2)]
+
+
+def run(workdir, loader, steps=STEPS, **changes):
+    model = Transformer(
+        ModelConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            num_layers=1,
+            intermediate_size=16,
+            attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
+            moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=8, implementation="dense"),
+            init_std=0.1,
+        )
+    )
+    fields = dict(steps=steps, log_every=2, eval_every=20, checkpoint_every=5, optimizer={"learning_rate": 0.02})
+    return train(model, TrainConfig.from_dict(fields | changes), loader, workdir, held_out=held_out, flops_per_token=1e6, peak_flops=1e9)
+
+
+def results(workdir):
+    """Log lines without their timing, and the final weights."""
+    timing = ("tokens_per_second", "flops_per_second", "mfu")
+    lines = [{name: value for name, value in line.items() if name not in timing} for line in read_metrics(workdir)]
+    return lines, load_variables(workdir)[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, run(workdir, Counting())
+
+
+def test_learns_evaluates_and_leaves_its_files(uninterrupted):
+    workdir, result = uninterrupted
+    lines = read_metrics(workdir)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == STEPS // 2 and losses[-1] < 0.7 * losses[0]
+    assert [line["step"] for line in lines if "bits_per_byte" in line] == [20, 40]
+    assert result.metrics["bits_per_byte"] == lines[-1]["bits_per_byte"] < lines[10]["bits_per_byte"]
+    assert lines[-2]["mfu"] == pytest.approx(lines[-2]["tokens_per_second"] * 1e-3)
+    assert lines[-2]["tokens"] == 48 and len(lines[-2]["max_violation_per_layer"]) == 1
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
+    assert int(result.state.step) == STEPS
+
+
+def test_a_finished_stage_returns_at_once(uninterrupted):
+    workdir, result = uninterrupted
+    begin = time.monotonic()
+    again = run(workdir, Counting())
+    assert again.metrics == result.metrics and time.monotonic() - begin < 10
+    jax.tree.map(np.testing.assert_array_equal, again.state.variables, result.state.variables)
+
+
+def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tmp_path, compilation_cache, capsys):
+    """SIGKILL at a random step in a process of its own, then SIGTERM, then to the end."""
+    program = "import sys; sys.path.insert(0, sys.argv[2]); import test_training_loop as t; t.run(sys.argv[1], t.Counting(pause=0.03))"
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)], env=environment)
+    lines = random.randrange(4, 16)  # each is two steps; the first checkpoint is at step 5
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path)) < lines:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+
+    loader = Counting(signal_at=33)
+    with pytest.raises(Terminated) as stopped:
+        run(tmp_path, loader)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert "going on from step" in said and f"SIGTERM: saved step 33 of {STEPS}" in said
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    run(tmp_path, Counting())
+    lines, variables = results(tmp_path)
+    expected_lines, expected_variables = results(uninterrupted[0])
+    # The stop at step 33 wrote a line of its own.
+    assert json.dumps([line for line in lines if line["step"] != 33]) == json.dumps(expected_lines)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
+
+
+def test_batch_size_follows_its_schedule(tmp_path):
+    run(tmp_path, Counting(), steps=4, log_every=1, batch_size={"kind": "ramp", "start": 2, "end": 4, "steps": 2}, microbatch=2)
+    assert [line["tokens"] for line in read_metrics(tmp_path) if "tokens" in line] == [24, 24, 48, 48]
+
+
+def test_bits_per_byte_is_the_mean_over_everything(model, variables, pack, document):
+    """Two unequal batches; the text of a row has twice as many bytes as targets."""
+    batches = [pack([[document(12, 1)], [document(3, 2)]], 12), pack([[document(5, 3), document(4, 4)], []], 12)]
+    nats = count = 0
+    for batch in batches:
+        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])
+        log_probs = jax.nn.log_softmax(model.apply(variables, output.hidden_BTD, method="unembed"))
+        tokens, mask = (np.asarray(x) for x in targets(batch, 1))
+        nats -= np.sum(np.take_along_axis(np.asarray(log_probs), tokens[..., None], -1)[..., 0] * mask)
+        count += mask.sum()
+        batch["num_bytes"] = (2 * mask.sum(axis=1)).astype(np.int32)
+    values = make_evaluate(model, chunk=8)(variables, batches)
+    assert values["held_out_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(nats / count / np.log(2) / 2, rel=1e-5)
+    with pytest.raises(DataError, match="no text to predict"):
+        make_evaluate(model)(variables, [])
+
+
+class Bad(Counting):
+    """A batch changed by a function."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def __next__(self):
+        return self.change(super().__next__())
+
+
+def ends(_):
+    raise StopIteration
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch | {"tokens": batch["tokens"] + 5}, "is outside the model's vocabulary of 61: raise model.vocab_size"),
+        (lambda batch: {"tokens": batch["tokens"]}, "a batch lacks segment_ids, positions, loss_mask"),
+        (ends, "the data ended after 0 of 40 steps: repeat it"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_compiled(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, Bad(change))
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(ConfigError, match="unknown field train.log_evry: did you mean 'log_every'"):
+        TrainConfig.from_dict({"steps": 1, "log_evry": 1})
+    with pytest.raises(ConfigError, match="unknown field train.optimizer.beta1: did you mean"):
+        TrainConfig.from_dict({"steps": 1, "optimizer": {"beta1": 1}})
+    with pytest.raises(ConfigError, match="unknown argument train.objective.mtp_weight.sart"):
+        TrainConfig.from_dict({"steps": 1, "objective": {"mtp_weight": {"kind": "ramp", "sart": 1}}})
+    with pytest.raises(ConfigError, match="missing field train.steps"):
+        TrainConfig.from_dict({})
+    with pytest.raises(ConfigError, match="train.steps=0: at least 1"):
+        TrainConfig(steps=0)
