@@ -40,11 +40,14 @@ class Generation:
 
 @flax.struct.dataclass
 class State:
-    """Decoding between two tokens: `step` tokens were drawn for every row, the last of them is not in the cache yet."""
+    """Decoding between two tokens: `step` tokens were drawn for every row, the last of them is not in the cache yet.
+
+    uniform_BN is the randomness of every token to come; the other arrays are those of `Generation`.
+    """
 
     cache: Cache
     step: jax.Array
-    keys_B: jax.Array
+    uniform_BN: jax.Array
     prompt_lengths_B: jax.Array
     lengths_B: jax.Array
     finished_B: jax.Array
@@ -75,8 +78,7 @@ def generate(
     `samples_per_prompt` and `return_experts` static.
 
     A row's result depends on its prompt and its random key alone, never on the rows beside it or on how far it is padded.
-    Its key is `fold_in(rng, row id)` and token n uses `fold_in(key, n)`. Row ids default to 0…B-1; pass them to give a row
-    the same samples in another batch.
+    That key is `fold_in(rng, row id)`. Row ids default to 0…B-1; pass them to give a row the same samples in another batch.
 
     Args:
       prompts_BP: int32 [B, P], right-padded.
@@ -147,7 +149,7 @@ def start(
     state = State(
         cache=cache,
         step=jnp.zeros((), jnp.int32),
-        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(rng, row_ids_B),
+        uniform_BN=jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B),
         prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
         lengths_B=jnp.zeros(B, jnp.int32),
         finished_B=jnp.zeros(B, bool),
@@ -209,8 +211,8 @@ def finish(state: State) -> Generation:
 def _append(state: State, logits_BV: jax.Array, sampling: SamplingConfig) -> State:
     """Draws token `state.step` of every live row from `logits_BV` and notes it."""
     live_B, step = state.live_B, state.step
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, step)
-    tokens_B, logp_B, model_logp_B = sample(keys_B, logits_BV, sampling)
+    uniform_B = lax.dynamic_index_in_dim(state.uniform_BN, step, axis=1, keepdims=False)
+    tokens_B, logp_B, model_logp_B = sample(uniform_B, logits_BV, sampling)
     tokens_B = jnp.where(live_B, tokens_B, sampling.pad_id)
     return state.replace(
         step=step + 1,

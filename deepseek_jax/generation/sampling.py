@@ -75,13 +75,12 @@ def log_probs(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
 
-def draw(keys_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
-    """One token id per row, int32 [B], from normalised log-probabilities by inverting their cumulative sum.
+def draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
+    """One token id per row, int32 [B], by inverting the cumulative sum of normalised log-probabilities.
 
-    Row b uses `keys_B[b]` alone, one uniform number of it (23 bits: probabilities below 1e-7 are only approximate), which
-    is several times cheaper than V Gumbel numbers. A token of probability zero is never drawn.
+    `uniform_B` in [0, 1) is a row's only randomness: one number a token is far cheaper than V Gumbel numbers. It has 23
+    bits, so probabilities below 1e-7 are only approximate. A token of probability zero is never drawn.
     """
-    uniform_B = jax.vmap(jax.random.uniform)(keys_B)
     probs_BV = jnp.exp(logp_BV)
     # Sums taken in parallel need not be monotone to the last bit: masking keeps excluded tokens out even then.
     cdf_BV = jnp.where(probs_BV > 0, jnp.cumsum(probs_BV, axis=-1), 0.0)
@@ -89,11 +88,11 @@ def draw(keys_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
     return jnp.argmax(cdf_BV > threshold_B1, axis=-1).astype(jnp.int32)
 
 
-def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample(uniform_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The next token of each row, its log-probability under the sampled distribution and under the model (temperature 1).
 
     Args:
-      keys_B: one random key per row; unused when greedy.
+      uniform_B: float32 in [0, 1); unused when greedy.
       logits_BV: float32 [B, V].
 
     Returns:
@@ -104,7 +103,7 @@ def sample(keys_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) ->
         tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return tokens_B, jnp.zeros(tokens_B.shape, jnp.float32), _pick(model_logp_BV, tokens_B)
     logp_BV = log_probs(logits_BV, sampling)
-    tokens_B = draw(keys_B, logp_BV)
+    tokens_B = draw(uniform_B, logp_BV)
     return tokens_B, _pick(logp_BV, tokens_B), _pick(model_logp_BV, tokens_B)
 
 

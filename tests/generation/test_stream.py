@@ -1,0 +1,153 @@
+"""Streaming, chats that keep their ids, and the command line on a checkpoint of a tiny byte-level model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation_cases import GQA, N, SAMPLING, build_case
+
+from deepseek_jax.data.tokenizers import StreamDecoder, load_tokenizer
+from deepseek_jax.errors import DataError
+from deepseek_jax.generation import stream as streaming
+from deepseek_jax.generation.__main__ import main
+from deepseek_jax.generation.stream import PROMPT_SLOTS, TOKENS_PER_CALL, Chat, stream
+from deepseek_jax.training.checkpoints import Checkpoints
+
+BYTES = load_tokenizer("byte")
+
+
+@flax.struct.dataclass
+class Weights:
+    step: int
+    params: dict
+    router_bias: dict
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A stage's folder with random weights over the byte vocabulary, and the case they belong to."""
+    case = build_case(GQA.replace(vocab_size=BYTES.vocab_size, num_layers=1))
+    folder = tmp_path_factory.mktemp("stage")
+    store = Checkpoints(folder / "checkpoints", case.model.config)
+    store.save(Weights(step=jnp.zeros((), jnp.int32), params=case.variables["params"], router_bias={}))
+    store.close()
+    return folder, case
+
+
+def run(*flags, stdin=""):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "deepseek_jax.generation", *map(str, flags)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=300, encoding="utf-8")
+
+
+def test_stream_yields_what_generate_returns(gqa):
+    for seed in range(3):
+        prompt = gqa.prompts_BP[:1]
+        chunks = list(stream(gqa.model, gqa.variables, prompt[0].tolist(), jax.random.key(seed), SAMPLING))
+        whole = gqa.rollout(prompt, np.asarray([prompt.shape[1]]), seed=seed)
+        assert sum(chunks, []) == np.asarray(whole.tokens_BN)[0, : int(whole.lengths_B[0])].tolist()
+        assert all(0 < len(chunk) <= TOKENS_PER_CALL for chunk in chunks)
+        assert len(chunks) > 1 and len(chunks[0]) == 1  # the first token does not wait for others
+
+
+def test_stream_refuses_an_empty_prompt(gqa):
+    with pytest.raises(DataError, match="no tokens"):
+        next(stream(gqa.model, gqa.variables, [], jax.random.key(0), SAMPLING))
+
+
+def test_chat_keeps_ids_and_closes_turns():
+    chat, eos = Chat(BYTES), BYTES.eos_id
+    user, assistant = BYTES.specials["<user>"], BYTES.specials["<assistant>"]
+    first = [BYTES.bos_id, user, ord("h"), ord("i"), assistant]
+    assert chat.ask("hi") == first
+    sampled = [BYTES.specials["<think>"], 0xC3, 77, 270]  # not valid UTF-8, a reserved id, and no eos
+    chat.answer(sampled)
+    assert chat.ask("?") == [*first, *sampled, eos, user, ord("?"), assistant]
+    chat.answer([65, eos])
+    assert chat.ask("<eos>") == [
+        *first, *sampled, eos, user, ord("?"), assistant, 65, eos, user, *b"<eos>", assistant
+    ]  # fmt: skip
+
+
+def test_chat_refuses_a_template_that_rewrites_history():
+    class Counting:
+        eos_id = 1
+
+        def chat(self, messages, *, add_generation_prompt=True):
+            return [len(messages), 7]
+
+    chat = Chat(Counting())
+    chat.ask("a")
+    chat.answer([1])
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        chat.ask("b")
+
+
+def test_command_streams_the_completion(checkpoint):
+    folder, case = checkpoint
+    result = run(f"--checkpoint={folder}", "--prompt=héllo", "--temperature=0.8", "--max_new_tokens=20", "--seed=5")
+    assert result.returncode == 0, result.stderr
+    sampling = SAMPLING.__class__(max_new_tokens=20, eos_id=BYTES.eos_id, pad_id=BYTES.pad_id, temperature=0.8, top_p=0.95)
+    rng = jax.random.fold_in(jax.random.key(5), 0)
+    ids = sum(stream(case.model, case.variables, BYTES.encode("héllo", bos=True), rng, sampling), [])
+    decoder = StreamDecoder(BYTES)
+    assert result.stdout.removesuffix("\n") == decoder.push(ids) + decoder.flush()
+    assert len(ids) == 20 and "--max_new_tokens=20" in result.stderr
+
+
+def test_interactive_chat_feeds_back_the_ids_it_sampled(checkpoint, monkeypatch, capsys):
+    folder, _ = checkpoint
+    answers, prompts = iter([[[0xE2, 0x82], [0xAC, 65]], [[66, BYTES.eos_id]]]), []
+
+    def fake_stream(model, variables, prompt_ids, rng, sampling):
+        prompts.append(list(prompt_ids))
+        return iter(next(answers))
+
+    lines = iter(["one", "two", ""])
+    monkeypatch.setattr("deepseek_jax.generation.__main__.stream", fake_stream)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main([f"--checkpoint={folder}", "--interactive"])
+    assert capsys.readouterr().out == "€A\nB\n"
+    user, assistant = BYTES.specials["<user>"], BYTES.specials["<assistant>"]
+    first = [BYTES.bos_id, user, *b"one", assistant]
+    assert prompts == [first, [*first, 0xE2, 0x82, 0xAC, 65, BYTES.eos_id, user, *b"two", assistant]]
+
+
+def test_a_chat_compiles_one_program_per_prompt_width(gqa):
+    sampling = SAMPLING.__class__(max_new_tokens=N, eos_id=-1, pad_id=0, temperature=0.0)
+    before = streaming._start._cache_size()
+    for length in (2, 7, PROMPT_SLOTS):
+        list(stream(gqa.model, gqa.variables, [5] * length, jax.random.key(0), sampling))
+    assert streaming._start._cache_size() == before + 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt=a", "--temperature=-1"], "SamplingConfig.temperature=-1.0: must be 0 (greedy) or more"),
+        (["--prompt=a", "--tokenizer=/nowhere"], "no tokenizer at '/nowhere'"),
+    ],
+)
+def test_bad_input_is_reported_in_one_line(checkpoint, flags, message, capsys):
+    from deepseek_jax import cli
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, [f"--checkpoint={checkpoint[0]}", *flags])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith(f"error: {message}") and "Traceback" not in error
+
+
+def test_missing_checkpoint_and_wrong_vocabulary(checkpoint, tmp_path):
+    result = run(f"--checkpoint={tmp_path / 'gone'}", "--prompt=a")
+    assert result.returncode == 2 and result.stdout == "" and "there is no such folder" in result.stderr
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+    (tmp_path / "config.json").write_text("{}")  # a Hugging Face folder without a tokenizer
+    with pytest.raises(DataError, match="--tokenizer"):
+        main([f"--checkpoint={tmp_path}", "--prompt=a"])
