@@ -26,36 +26,55 @@ class Tokens:
     segment_ids_BT: jax.Array  # int32, 0 = padding; attention stays inside a segment
     cached_positions_BS: jax.Array | None = None  # int32, -1 = empty slot
 
-    def new_mask(self, query: slice = slice(None)) -> jax.Array:
-        """[B, T, T] bool: among the new tokens, earlier slots of the same segment."""
-        slots = jnp.arange(self.segment_ids_BT.shape[1])
-        causal = slots[query, None] >= slots[None, :]
-        return causal & (self.segment_ids_BT[:, query, None] == self.segment_ids_BT[:, None, :])
+    def new_mask(self, start: int, stop: int) -> jax.Array:
+        """[B, stop-start, stop] bool: new tokens start … stop-1 see earlier slots of the same segment."""
+        causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+        return causal & (self.segment_ids_BT[:, start:stop, None] == self.segment_ids_BT[:, None, :stop])
 
     def cache_mask(self) -> jax.Array:
         """[B, T, S] bool: cached tokens at or before the query's position."""
         cached = self.cached_positions_BS[:, None, :]
         return (cached >= 0) & (cached <= self.positions_BT[:, :, None])
 
+    def cached_and_new_mask(self) -> jax.Array:
+        """[B, T, S+T] bool: the cache's slots, then the new tokens."""
+        return jnp.concatenate([self.cache_mask(), self.new_mask(0, self.segment_ids_BT.shape[1])], axis=-1)
 
-def masked_softmax(scores_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """float32 softmax over the last axis where the mask allows."""
-    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, MASKED), axis=-1)
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 softmax over the last axis where the mask, broadcast against the scores, allows."""
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
 
 
-def over_query_chunks(attend, chunk: int, tokens: Tokens, *queries: jax.Array) -> jax.Array:
-    """attend(mask_BtS, *queries_Bt…) for `chunk` queries at a time (0: all at once), recomputed in the backward pass.
+def attend(einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    """softmax(q k^T scale) v where the mask allows, g query heads to each of G key-value heads: [B, G, g, T, v]."""
+    scores_BGgTS = einsum("BGgTk,BGSk->BGgTS", q_BGgTk, k_BGSk) * scale
+    return einsum("BGgTS,BGSv->BGgTv", masked_softmax(scores_BGgTS, mask_BTS[:, None, None]), v_BGSv)
 
-    Keeps the score matrix at [chunk, T] instead of [T, T].
+
+def self_attention(
+    einsum, q_BTGgk: jax.Array, k_BTGk: jax.Array, v_BTGv: jax.Array, tokens: Tokens, scale: float, chunk: int
+) -> jax.Array:
+    """Attention of the new tokens among themselves: [B, T, G, g, v] float32.
+
+    With a `chunk`, that many queries at a time against the keys up to the last of them, recomputed in the backward pass:
+    the score matrix is never larger than chunk x T. Heads go before positions, so that every product is a batch of
+    plain matrix products; on CPU this is three times as fast forward.
     """
-    length = queries[0].shape[1]
+    length = q_BTGgk.shape[1]
+    q_BGgTk, k_BGTk, v_BGTv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BTGk.transpose(0, 2, 1, 3), v_BTGv.transpose(0, 2, 1, 3)
+
+    def queries(start: int, stop: int) -> jax.Array:
+        mask_BtS = tokens.new_mask(start, stop)
+        return attend(einsum, q_BGgTk[..., start:stop, :], k_BGTk[:, :, :stop], v_BGTv[:, :, :stop], mask_BtS, scale)
+
     if chunk == 0 or length <= chunk:
-        return attend(tokens.new_mask(), *queries)
-    outputs = [
-        jax.checkpoint(attend)(tokens.new_mask(slice(start, start + chunk)), *(q[:, start : start + chunk] for q in queries))
-        for start in range(0, length, chunk)
-    ]
-    return jnp.concatenate(outputs, axis=1)
+        out_BGgTv = queries(0, length)
+    else:
+        recomputed = jax.checkpoint(queries, static_argnums=(0, 1))
+        chunks = [recomputed(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+        out_BGgTv = jnp.concatenate(chunks, axis=3)
+    return out_BGgTv.transpose(0, 3, 1, 2, 4)
 
 
 class LatentAttention(nn.Module):
@@ -105,14 +124,10 @@ class LatentAttention(nn.Module):
 
         if cache_entry is None:  # expanded
             kv_BTHk = kv_b(c_kv_BTc).reshape(*x_BTD.shape[:2], heads, nope + value)
-            k_nope_BSHn, v_BSHv = kv_BTHk[..., :nope], kv_BTHk[..., nope:]
-
-            def attend(mask_BTS, q_nope_BTHn, q_rope_BTHr):
-                scores_BHTS = einsum("BTHn,BSHn->BHTS", q_nope_BTHn, k_nope_BSHn)
-                scores_BHTS += einsum("BTHr,BSr->BHTS", q_rope_BTHr, k_rope_BTr)
-                return einsum("BHTS,BSHv->BTHv", masked_softmax(scores_BHTS * scale, mask_BTS), v_BSHv)
-
-            out_BTHv = over_query_chunks(attend, self.chunk, tokens, q_nope_BTHn, q_rope_BTHr)
+            k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], q_rope_BTHr.shape)
+            k_BTHk = jnp.concatenate([kv_BTHk[..., :nope], k_rope_BTHr], axis=-1)
+            q_BTH1k = jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1)[:, :, :, None]
+            out_BTHv = self_attention(einsum, q_BTH1k, k_BTHk, kv_BTHk[..., nope:], tokens, scale, self.chunk)
         else:  # absorbed
             kv_b_cHk = kv_b.weight(config.kv_lora_rank).reshape(config.kv_lora_rank, heads, nope + value)
             key_cHn, value_cHv = kv_b_cHk[..., :nope], kv_b_cHk[..., nope:]
@@ -124,10 +139,10 @@ class LatentAttention(nn.Module):
 
             old_latent_BSc, old_rope_BSr = cache_entry
             all_scores = jnp.concatenate([scores(old_latent_BSc, old_rope_BSr), scores(c_kv_BTc, k_rope_BTr)], axis=-1)
-            mask = jnp.concatenate([tokens.cache_mask(), tokens.new_mask()], axis=-1)
-            probs_old, probs_new = jnp.split(masked_softmax(all_scores, mask), [old_latent_BSc.shape[1]], axis=-1)
-            out_BTHc = einsum("BHTS,BSc->BTHc", probs_old, old_latent_BSc) + einsum("BHTS,BSc->BTHc", probs_new, c_kv_BTc)
-            out_BTHv = einsum("BTHc,cHv->BTHv", out_BTHc, value_cHv)
+            probs_BHTS = masked_softmax(all_scores, tokens.cached_and_new_mask()[:, None])
+            probs_old, probs_new = jnp.split(probs_BHTS, [old_latent_BSc.shape[1]], axis=-1)
+            out_BHTc = einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc) + einsum("BHTS,BSc->BHTc", probs_new, c_kv_BTc)
+            out_BTHv = einsum("BHTc,cHv->BTHv", out_BHTc, value_cHv)
 
         out_BTF = out_BTHv.reshape(*x_BTD.shape[:2], heads * value).astype(x_BTD.dtype)
         y_BTD = linear("o", x_BTD.shape[-1], ("heads", "embed"))(out_BTF)
@@ -163,18 +178,15 @@ class GroupedQueryAttention(nn.Module):
         k_BTGk = apply_rotary(k_BTGk, cos_BTr, sin_BTr, self.rope.interleaved)
         scale = softmax_scale(self.rope, dim)
 
-        def attend(mask_BTS, q_BTGgk, k_BSGk, v_BSGk):
-            scores = einsum("BTGgk,BSGk->BGgTS", q_BTGgk, k_BSGk) * scale
-            probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, MASKED), axis=-1)
-            return einsum("BGgTS,BSGk->BTGgk", probs, v_BSGk)
-
         if cache_entry is None:
-            out = over_query_chunks(lambda mask, q: attend(mask, q, k_BTGk, v_BTGk), self.chunk, tokens, q_BTGgk)
+            out_BTGgk = self_attention(einsum, q_BTGgk, k_BTGk, v_BTGk, tokens, scale, self.chunk)
         else:
             old_k, old_v = (entry.reshape(*entry.shape[:2], kv_heads, dim) for entry in cache_entry)
-            mask = jnp.concatenate([tokens.cache_mask(), tokens.new_mask()], axis=-1)
-            out = attend(mask, q_BTGgk, jnp.concatenate([old_k, k_BTGk], axis=1), jnp.concatenate([old_v, v_BTGk], axis=1))
+            k_BGSk, v_BGSk = (jnp.concatenate(kv, axis=1).transpose(0, 2, 1, 3) for kv in ((old_k, k_BTGk), (old_v, v_BTGk)))
+            q_BGgTk = q_BTGgk.transpose(0, 2, 3, 1, 4)
+            out_BGgTk = attend(einsum, q_BGgTk, k_BGSk, v_BGSk, tokens.cached_and_new_mask(), scale)
+            out_BTGgk = out_BGgTk.transpose(0, 3, 1, 2, 4)
 
-        out_BTF = out.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)
+        out_BTF = out_BTGgk.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)
         y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.init_std, self.precision, name="o")(out_BTF)
         return y_BTD, (k_BTGk.reshape(*x_BTD.shape[:2], -1), v_BTGk.reshape(*x_BTD.shape[:2], -1))
