@@ -16,6 +16,7 @@ setup(
         "chex>=0.1.92",  # assertions on shapes and trees
         "ml-collections>=1.1.0",  # experiment files and command-line overrides
         "tensorflow-datasets>=4.9.10",  # dataset builders, used without TensorFlow
+        "importlib_resources>=7.1.0",  # tensorflow-datasets needs it to prepare a dataset and does not ask for it itself
         "grain>=0.2.18",  # shuffling, sharding and checkpointable position of the data
         "pyarrow>=26.0.0",  # parquet files
         "tokenizers>=0.23.3",  # tokenizer.json files

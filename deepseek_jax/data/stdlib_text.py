@@ -65,10 +65,8 @@ def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBui
     make = functools.partial(StdlibText, root=root, paths=list(sizes), config=config, data_dir=data_dir, file_format="array_record")
     with _quiet():
         builder = make()
-        if builder.is_prepared():
-            return builder
         try:
-            builder.download_and_prepare()
+            builder.download_and_prepare()  # returns at once where the dataset is there
         except OSError as error:
             builder = make()  # another process may have put the same dataset in place meanwhile
             if not builder.is_prepared():

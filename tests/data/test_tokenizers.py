@@ -12,7 +12,10 @@ from deepseek_jax.errors import ConfigError, DataError
 BOS, EOS, PAD, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
 TEXT = "Größe 日本 🦙 def f(x):\n    return x + 1\t<think>ok</think>"
 # In the manner of the released templates: a system prompt, roles, tools as JSON, and reasoning dropped from earlier answers.
-TEMPLATE = """{%- if not messages -%}{{ raise_exception('no messages') }}{%- endif -%}
+TEMPLATE = """  {% set unused = 1 %}
+{%- if not unused -%}never{%- endif %}
+{% if unused %}{% endif %}
+{%- if not messages -%}{{ raise_exception('no messages') }}{%- endif -%}
 {{ bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'tool' %}{% continue %}{% endif %}
