@@ -25,7 +25,8 @@ from deepseek_jax.interop.report import print_report
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables
 
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -76,13 +77,7 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
         variables = read_variables(folder, dtype, progress)
     with new_folder(checkpoint) as building:
         store = Checkpoints(building / "checkpoints", folder.config)
-        # One array at a time, so that never both copies of all of them are held.
-        leaves, structure = jax.tree.flatten(variables)
-        del variables
-        for i, leaf in enumerate(leaves):
-            leaves[i] = jnp.asarray(leaf)
-            del leaf
-        variables = jax.tree.unflatten(structure, leaves)
+        variables = jax.device_put(variables)  # on CPU the same memory: the importer aligned it
         store.save(Weights(step=jnp.zeros((), jnp.int32), params=variables["params"], router_bias=variables.get("router_bias", {})))
         store.close()
         for file in _companions(hf_folder, CONFIG_NAME):

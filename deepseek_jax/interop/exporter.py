@@ -72,7 +72,8 @@ def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -
     leaves = traverse_util.flatten_dict(variables)
     expected = {spec.path: spec.leaf_shape for spec in table}
     for path in sorted(set(leaves) - set(expected)):
-        raise CheckpointError(f"{'/'.join(path)}: expected no such variable in a model of this config, found shape {list(leaves[path].shape)}")
+        found = list(leaves[path].shape)
+        raise CheckpointError(f"{'/'.join(path)}: expected no such variable in a model of this config, found shape {found}")
     for path, shape in expected.items():
         found = list(leaves[path].shape) if path in leaves else "no such variable"
         if found != list(shape):

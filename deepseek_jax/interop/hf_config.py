@@ -162,6 +162,7 @@ def _gqa(fields: _Fields) -> GQAConfig:
 def _moe(fields: _Fields, model_type: str) -> MoEConfig | None:
     v3 = model_type in _V3_TYPES
     methods = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek": ("greedy",)}
+    normalised = {"deepseek_v2": (False,), "deepseek": (False, True)}
     method = fields.expect("topk_method", *methods.get(model_type, ("noaux_tc",)))
     routing = dict(
         num_experts=fields.size("n_routed_experts", 0),
@@ -169,7 +170,7 @@ def _moe(fields: _Fields, model_type: str) -> MoEConfig | None:
         intermediate_size=fields.size("moe_intermediate_size"),
         num_shared_experts=fields.size("n_shared_experts", 0),
         scoring=fields.expect("scoring_func", "sigmoid" if v3 else "softmax"),
-        norm_topk_prob=fields.expect("norm_topk_prob", *{"deepseek_v2": (False,), "deepseek": (False, True)}.get(model_type, (True, False))),
+        norm_topk_prob=fields.expect("norm_topk_prob", *normalised.get(model_type, (True, False))),
         routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
         correction_bias=v3,
     )

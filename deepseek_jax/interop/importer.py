@@ -4,6 +4,7 @@ The result is allocated once; every stored tensor is read on its own, converted 
 place, and forgotten. Peak host memory is the result plus about one tensor.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_variables(folder: Folder, dtype: str = "float32", progress: Callable[[i
     for done, spec in enumerate(present, start=1):
         if spec.path not in leaves:
             leaf_dtype = np.dtype(np.float32) if spec.is_router_bias else PARAM_DTYPES[dtype]
-            leaves[spec.path] = np.empty(spec.leaf_shape, leaf_dtype)
+            leaves[spec.path] = _aligned_empty(spec.leaf_shape, leaf_dtype)
         place = leaves[spec.path][spec.index]
         target = place.T if spec.transposed else place  # a view in the stored orientation
         for rows, values in _converted_rows(spec, folder.stored):
@@ -58,6 +59,14 @@ def read_variables(folder: Folder, dtype: str = "float32", progress: Callable[[i
         if progress:
             progress(done, len(present))
     return traverse_util.unflatten_dict(leaves)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """np.empty on a 64-byte boundary: there jax on CPU takes an array over without copying it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _converted_rows(spec: TensorSpec, stored: dict[str, StoredTensor]) -> Iterator[tuple[slice, np.ndarray]]:

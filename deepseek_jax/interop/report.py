@@ -66,5 +66,6 @@ def _tensor_table(folder: Folder) -> Table:
         scale_counts[kind] += name + SCALE_SUFFIX in scales
     for kind in sorted(kinds, key=lambda kind: kind[0]):
         name, shape, dtype = kind
-        table.add_row(escape(name), " x ".join(map(str, shape)), dtype, f"{kinds[kind]:,}", f"{scale_counts[kind]:,}" if scale_counts[kind] else "")
+        scaled = f"{scale_counts[kind]:,}" if scale_counts[kind] else ""
+        table.add_row(escape(name), " x ".join(map(str, shape)), dtype, f"{kinds[kind]:,}", scaled)
     return table

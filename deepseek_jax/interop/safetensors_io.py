@@ -67,13 +67,15 @@ def _check_bytes(name: str, tensor: StoredTensor, data_start: int, file_size: in
     end = tensor.offset + tensor.nbytes
     if tensor.nbytes < 0 or tensor.offset < data_start or end > file_size:
         raise CheckpointError(
-            f"{tensor.file}: tensor {name!r} should end at byte {end}, but the file has {file_size}: it is truncated; download it again"
+            f"{tensor.file}: tensor {name!r} should end at byte {end}, but the file has {file_size}: it is truncated; "
+            "download it again"
         )
     if tensor.dtype in DTYPES:
         expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
         if tensor.nbytes != expected:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} {tensor.dtype} {list(tensor.shape)} takes {expected} bytes, its header gives {tensor.nbytes}"
+                f"{tensor.file}: tensor {name!r} {tensor.dtype} {list(tensor.shape)} takes {expected} bytes, its header gives "
+                f"{tensor.nbytes}; download the file again"
             )
 
 
@@ -82,7 +84,7 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
     dtype = DTYPES[tensor.dtype]
     flat = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
     if flat.size != tensor.nbytes:
-        raise CheckpointError(f"{tensor.file}: expected {tensor.nbytes} bytes at {tensor.offset}, found {flat.size}; download the file again")
+        raise CheckpointError(f"{tensor.file}: expected {tensor.nbytes} bytes at byte {tensor.offset}, found {flat.size}; it is truncated")
     return flat.view(dtype).reshape(tensor.shape)
 
 

@@ -6,9 +6,9 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 # Sizes that differ from one another, so that a shape names its axes.
 COMMON = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=14,
-    qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1,
-    max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
+    vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12, num_attention_heads=4, num_key_value_heads=4,
+    kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6, n_routed_experts=8, num_experts_per_tok=3,
+    first_k_dense_replace=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
 )  # fmt: skip
 YARN = dict(type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
 torch.set_num_threads(1)  # the models are far too small for more

@@ -4,6 +4,8 @@ transformers masks groups that were not selected with -inf, as we do, in the ver
 chooses other experts where biased scores are negative (every third seed here).
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -24,31 +26,35 @@ TOLERANCE = 1e-4
 WRONG = 1e-2  # what a wrong mapping must exceed
 
 
-@pytest.fixture(scope="module", params=hf_models.CASES)
-def case(request, tmp_path_factory):
-    """A case's name and, per seed, transformers' model, the folder it saved, and what we import from it."""
-    imported = []
-    for seed in SEEDS:
-        folder = tmp_path_factory.mktemp(request.param) / "hf"
-        model = hf_models.build(request.param, seed)
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """(case, seed) -> transformers' model, and our config and variables imported from the folder it saved."""
+
+    @functools.cache
+    def load(case, seed=0):
+        folder = tmp_path_factory.mktemp(case) / "hf"
+        model = hf_models.build(case, seed)
         model.save_pretrained(folder)
-        imported.append((model, folder, *import_folder(folder)))
-    return request.param, imported
+        return model, *import_folder(folder)
+
+    return load
 
 
-def test_logits(case):
-    for seed, (model, _, config, variables) in zip(SEEDS, case[1]):
+@pytest.mark.parametrize("case", hf_models.CASES)
+def test_logits(load, case):
+    for seed in SEEDS:
+        model, config, variables = load(case, seed)
         tokens = jax_side.tokens(config.vocab_size, seed)
         expected = hf_models.logits(model, tokens)
         assert expected.std() > 0.5  # a network whose parts do nothing would prove nothing
         np.testing.assert_allclose(jax_side.logits(config, variables, tokens), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_greedy_tokens_through_the_absorbed_cache(case):
+@pytest.mark.parametrize("case", ["v3", "v3_plain", "v2"])
+def test_greedy_tokens_through_the_absorbed_cache(load, case):
     """Each of our 64 tokens is transformers' own choice after the prompt and the tokens before it."""
-    if case[0] in ("v3_halves", "v2_lite"):
-        pytest.skip("one program less to compile: v3, v3_plain and v2 cover the decode")
-    for seed, (model, _, config, variables) in zip(SEEDS, case[1]):
+    for seed in SEEDS:
+        model, config, variables = load(case, seed)
         prompts = jax_side.tokens(config.vocab_size, seed)
         ours = jax_side.greedy(config, variables, prompts)
         choices = hf_models.logits(model, np.concatenate([prompts, ours], axis=1)).argmax(-1)
@@ -56,8 +62,9 @@ def test_greedy_tokens_through_the_absorbed_cache(case):
         np.testing.assert_array_equal(ours, choices[:, prompts.shape[1] - 1 : -1])
 
 
-def test_export_loads_in_transformers(case, tmp_path):
-    model, _, config, variables = case[1][0]
+@pytest.mark.parametrize("case", hf_models.CASES)
+def test_export_loads_in_transformers(load, case, tmp_path):
+    model, config, variables = load(case)
     export_folder(config, variables, tmp_path / "hf", dtype="float32", max_shard_bytes=50_000)
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
@@ -87,11 +94,9 @@ def _rotary_columns_in_halves(config):
 
 
 @pytest.mark.parametrize("control", ["gate and up swapped", "rotary columns in halves", "correction bias lost", "norm scale lost"])
-def test_a_wrong_mapping_shows(case, control):
+def test_a_wrong_mapping_shows(load, control):
     """Negative control: with one of the classic mistakes, the same comparison fails."""
-    if case[0] != "v3":
-        pytest.skip("the other cases share the code")
-    model, _, config, variables = case[1][0]
+    model, config, variables = load("v3")
     layers = ("moe_layers",)
     wrong = {
         "gate and up swapped": (("params", *layers, "ffn", "experts"), _swap_gate_and_up),
@@ -104,12 +109,12 @@ def test_a_wrong_mapping_shows(case, control):
     assert np.abs(ours - hf_models.logits(model, tokens)).max() > WRONG
 
 
-def test_mtp_module(case, tmp_path, monkeypatch):
+def test_mtp_module(load, tmp_path, monkeypatch):
     """The exported MTP layer in transformers' own MtpModel gives our hidden states; with the halves of eh_proj swapped it does not."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
-    if case[0] != "v3" or not hasattr(modeling_layers, "MtpModel"):
-        pytest.skip("V3 has MTP modules; transformers has MtpModel from version 5.23")
-    _, _, config, variables = case[1][0]
+    if not hasattr(modeling_layers, "MtpModel"):
+        pytest.skip("this transformers has no MtpModel; 5.23 has")
+    _, config, variables = load("v3")
     config = config.replace(mtp_depth=1)
     mtp = jax.tree.map(lambda x: 0.3 * x + (x.ndim == 1), random_variables(config))
     full = {kind: {**variables[kind], "mtp_0": mtp[kind]["mtp_0"]} for kind in variables}

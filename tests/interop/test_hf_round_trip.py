@@ -146,6 +146,11 @@ def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path):
     tracemalloc.stop()
 
 
+def test_jax_takes_the_arrays_over_without_a_copy(folder):
+    for leaf in jax.tree.leaves(import_folder(folder)[1]):
+        assert jax.device_put(leaf).unsafe_buffer_pointer() == leaf.ctypes.data
+
+
 def test_progress_counts_every_tensor(folder, tmp_path, variables):
     seen = []
     import_folder(folder, progress=lambda done, total: seen.append((done, total)))
