@@ -101,9 +101,12 @@ def test_frequencies():
 
 
 def test_excluded_tokens_are_never_drawn_at_the_edges_of_the_uniform():
-    logp = jnp.log(jnp.asarray([[0.0, 0.5, 0.0, 0.5, 0.0]]))
+    logp = jnp.log(jnp.asarray([0.0, 0.5, 0.0, 0.5, 0.0]))
     for uniform, token in ((0.0, 1), (0.5 - 2.0**-23, 1), (0.5, 3), (1 - 2.0**-23, 3)):
-        assert draw(jnp.full(1, uniform, jnp.float32), logp).tolist() == [token]
+        assert draw(jnp.full(1, uniform, jnp.float32), logp[None]).tolist() == [token]
+    borders = jnp.concatenate([border + jnp.arange(-50, 50) * 2.0**-23 for border in (0.5, 1 - 51 * 2.0**-23)])
+    tokens = draw(borders, jnp.broadcast_to(logp, (len(borders), 5)))
+    assert set(tokens.tolist()) == {1, 3} and np.all(np.diff(tokens) >= 0)
 
 
 def test_no_sort_unless_a_filter_is_on():

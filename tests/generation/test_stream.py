@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_cases import GQA, N, SAMPLING, build_case
+from generation_cases import GQA, MLA, N, SAMPLING, build_case
 
+from deepseek_jax import cli
 from deepseek_jax.data.tokenizers import StreamDecoder, load_tokenizer
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.generation import stream as streaming
 from deepseek_jax.generation.__main__ import main
+from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import PROMPT_SLOTS, TOKENS_PER_CALL, Chat, stream
+from deepseek_jax.interop import export_folder
 from deepseek_jax.training.checkpoints import Checkpoints
 
 BYTES = load_tokenizer("byte")
@@ -93,7 +96,7 @@ def test_command_streams_the_completion(checkpoint):
     folder, case = checkpoint
     result = run(f"--checkpoint={folder}", "--prompt=héllo", "--temperature=0.8", "--max_new_tokens=20", "--seed=5")
     assert result.returncode == 0, result.stderr
-    sampling = SAMPLING.__class__(max_new_tokens=20, eos_id=BYTES.eos_id, pad_id=BYTES.pad_id, temperature=0.8, top_p=0.95)
+    sampling = SamplingConfig(max_new_tokens=20, eos_id=BYTES.eos_id, pad_id=BYTES.pad_id, temperature=0.8, top_p=0.95)
     rng = jax.random.fold_in(jax.random.key(5), 0)
     ids = sum(stream(case.model, case.variables, BYTES.encode("héllo", bos=True), rng, sampling), [])
     decoder = StreamDecoder(BYTES)
@@ -120,7 +123,7 @@ def test_interactive_chat_feeds_back_the_ids_it_sampled(checkpoint, monkeypatch,
 
 
 def test_a_chat_compiles_one_program_per_prompt_width(gqa):
-    sampling = SAMPLING.__class__(max_new_tokens=N, eos_id=-1, pad_id=0, temperature=0.0)
+    sampling = SamplingConfig(max_new_tokens=N, eos_id=-1, pad_id=0, temperature=0.0)
     before = streaming._start._cache_size()
     for length in (2, 7, PROMPT_SLOTS):
         list(stream(gqa.model, gqa.variables, [5] * length, jax.random.key(0), sampling))
@@ -135,19 +138,31 @@ def test_a_chat_compiles_one_program_per_prompt_width(gqa):
     ],
 )
 def test_bad_input_is_reported_in_one_line(checkpoint, flags, message, capsys):
-    from deepseek_jax import cli
-
     with pytest.raises(SystemExit) as exit_:
         cli.run(main, [f"--checkpoint={checkpoint[0]}", *flags])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.startswith(f"error: {message}") and "Traceback" not in error
 
 
-def test_missing_checkpoint_and_wrong_vocabulary(checkpoint, tmp_path):
+def test_a_missing_checkpoint_ends_the_command(tmp_path):
     result = run(f"--checkpoint={tmp_path / 'gone'}", "--prompt=a")
     assert result.returncode == 2 and result.stdout == "" and "there is no such folder" in result.stderr
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
-    (tmp_path / "config.json").write_text("{}")  # a Hugging Face folder without a tokenizer
-    with pytest.raises(DataError, match="--tokenizer"):
-        main([f"--checkpoint={tmp_path}", "--prompt=a"])
+
+def test_a_hugging_face_folder_is_read_directly(mla, tmp_path, monkeypatch, capsys):
+    export_folder(MLA, mla.variables, tmp_path / "hf", dtype="float32")
+    with pytest.raises(DataError, match="no tokenizer.json.*--tokenizer"):
+        main([f"--checkpoint={tmp_path / 'hf'}", "--prompt=a"])
+    with pytest.raises(ConfigError, match="272 ids but the model's vocab_size is 40"):
+        main([f"--checkpoint={tmp_path / 'hf'}", "--prompt=a", "--tokenizer=byte"])
+
+    def fake_stream(model, variables, prompt_ids, rng, sampling):
+        assert model.config.attention == MLA.attention and prompt_ids == [BYTES.bos_id, ord("a")]
+        jax.tree.map(np.testing.assert_array_equal, variables, mla.variables)
+        return iter([[104], [105, BYTES.eos_id]])
+
+    monkeypatch.setattr("deepseek_jax.generation.__main__.stream", fake_stream)
+    monkeypatch.setattr("deepseek_jax.generation.__main__.check_vocabulary", lambda tokenizer, size: None)
+    main([f"--checkpoint={tmp_path / 'hf'}", "--prompt=a", "--tokenizer=byte"])
+    assert capsys.readouterr().out == "hi\n"
