@@ -62,6 +62,8 @@ class DataConfig:
     packing: 'split' joins documents and cuts them at row borders, so no position is wasted; 'whole' keeps each document
         in one row (best fit) and pads.
     long_documents: with packing='whole', documents longer than a row are an 'error' or lose their tail ('truncate').
+    shuffle: a new order of the documents in every epoch. With packing='split' a long document fills many rows in a row, so
+        rows are shuffled too, within `shuffle_window` of them: a batch should not be one document.
     num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
         whatever the weights.
     open_rows: with packing='whole', how many rows are filled at the same time; more rows, less padding.
@@ -74,6 +76,7 @@ class DataConfig:
     packing: str = "split"
     long_documents: str = "error"
     shuffle: bool = True
+    shuffle_window: int = 1024
     num_epochs: int | None = None
     open_rows: int = 32
     read_threads: int = 1
@@ -85,7 +88,7 @@ class DataConfig:
         _choice("data.long_documents", self.long_documents, LONG_DOCUMENTS)
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source, for example {'name': 'stdlib'}")
-        for field, minimum in (("open_rows", 1), ("read_threads", 0), ("prefetch_rows", 0)):
+        for field, minimum in (("open_rows", 1), ("shuffle_window", 1), ("read_threads", 0), ("prefetch_rows", 0)):
             if getattr(self, field) < minimum:
                 raise ConfigError(f"data.{field}={getattr(self, field)}: at least {minimum}")
         if self.num_epochs is not None:

@@ -138,9 +138,12 @@ def build_loader(
     if split == "validation":
         rows = _rows(config, grain.MapDataset.concatenate(documents), seq_len, held_out=True)
     elif config.num_epochs is not None:
-        rows = _rows(config, _shuffled(config, grain.MapDataset.concatenate(documents), seed, 0).repeat(config.num_epochs), seq_len)
+        together = _shuffled(config, grain.MapDataset.concatenate(documents), seed, 0).repeat(config.num_epochs)
+        rows = _shuffled_rows(config, _rows(config, together, seq_len), seed, 0)
     else:
-        endless = [_rows(config, _shuffled(config, source, seed, i).repeat(), seq_len) for i, source in enumerate(documents)]
+        endless = [
+            _shuffled_rows(config, _rows(config, _shuffled(config, source, seed, i).repeat(), seq_len), seed, i) for i, source in enumerate(documents)
+        ]
         rows = grain.IterDataset.mix(endless, weights=[source.weight for source in config.sources])
     rows = rows.map(functools.partial(finish_row, pad_id=tokenizer.pad_id))
     if config.prefetch_rows:
@@ -154,6 +157,14 @@ def _shuffled(config: DataConfig, documents: grain.MapDataset, seed: int, index:
     if not config.shuffle:
         return documents
     return documents.shuffle(seed=int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+
+
+def _shuffled_rows(config: DataConfig, rows: grain.IterDataset, seed: int, index: int) -> grain.IterDataset:
+    """Pieces of one document, which packing leaves side by side, spread over many batches."""
+    if not config.shuffle or config.packing != "split" or config.shuffle_window == 1:
+        return rows
+    window_seed = int(np.random.SeedSequence([seed, index, 1]).generate_state(1)[0])
+    return grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_window, seed=window_seed)
 
 
 def _rows(config: DataConfig, documents: grain.MapDataset, seq_len: int, held_out: bool = False) -> grain.IterDataset:

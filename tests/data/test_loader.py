@@ -28,7 +28,7 @@ def make(documents, byte_tokenizer):
 
     def build(split="train", seed=0, process=(0, 1), seq_len=T, batch_size=B, **config):
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
-        config = DataConfig(**({"sources": sources} | config))
+        config = DataConfig(**({"sources": sources, "shuffle_window": 8} | config))
         return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, *process, in_memory=memory)
 
     return build
@@ -195,3 +195,17 @@ def test_tensorflow_is_never_imported_and_the_program_ends_quietly(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "False", "")
+
+
+def test_pieces_of_a_long_document_are_spread_over_batches(byte_tokenizer):
+    """Packing leaves the rows of one document side by side; the window keeps them from filling a batch, and loses none."""
+    records = [{"tokens": np.full(20 * T, document)} for document in range(8)]
+
+    def rows(window):
+        config = DataConfig(sources=(SourceConfig("long", format="tokens"),), num_epochs=1, shuffle_window=window)
+        return np.concatenate([batch["tokens"] for batch in build_loader(config, byte_tokenizer, T, B, in_memory={"long": {"train": records}})])
+
+    together, spread = rows(1), rows(80)
+    assert sorted(together[:, 0]) == sorted(spread[:, 0])
+    neighbours_alike = [float((x[1:, 0] == x[:-1, 0]).mean()) for x in (together, spread)]
+    assert neighbours_alike[0] > 0.9 and neighbours_alike[1] < 0.5

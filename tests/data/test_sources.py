@@ -86,7 +86,7 @@ def test_tfds_by_name_with_slices_as_splits(data_dir, byte_tokenizer):
     source = SourceConfig("tfds:tiny_quotes", text_field="quote", train_split="train[:80%]", validation_split="train[80%:]")
     train, held_out = (texts(open_source(source, split, data_dir), "quote") for split in ("train", "validation"))
     assert sorted(train + held_out) == [f"čtvrt {i}" for i in range(10)] and len(held_out) == 2
-    batch = next(build_loader(DataConfig(sources=(source,), data_dir=data_dir), byte_tokenizer, 8, 2))
+    batch = next(build_loader(DataConfig(sources=(source,), data_dir=data_dir, shuffle_window=1), byte_tokenizer, 8, 2))
     assert "čtvrt" in byte_tokenizer.decode(batch["tokens"].reshape(-1))
 
 
@@ -132,7 +132,7 @@ def test_local_files(files, byte_tokenizer):
     assert sorted(train + held_out) == sorted(documents) and 4 < len(held_out) < 20
     everything = SourceConfig(path, text_field="body", validation_path=path)
     assert len(open_source(everything, "train")) == len(open_source(everything, "validation")) == 40
-    loader = build_loader(DataConfig(sources=(source,), num_epochs=1), byte_tokenizer, 50, 2)
+    loader = build_loader(DataConfig(sources=(source,), num_epochs=1, shuffle_window=1), byte_tokenizer, 50, 2)
     text = byte_tokenizer.decode(np.concatenate([batch["tokens"].reshape(-1) for batch in loader]))
     assert sorted(text.replace("<pad>", "").removeprefix("<bos>").removesuffix("<eos>").split("<eos><bos>")) == sorted(train)
 
