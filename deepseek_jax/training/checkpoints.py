@@ -252,7 +252,7 @@ def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where
     found = {name: f"{leaf['dtype']}{list(leaf['shape'])}" for name, leaf in described.items()}
     differs = _first_difference(found, wanted, "state")
     if differs:
-        raise CheckpointError(f"{where} does not fit this model and optimiser: {differs}; use another workdir or the settings it was made with")
+        raise CheckpointError(f"{where} does not fit this model and optimiser: {differs}; use another workdir or those settings")
 
 
 def _identity(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

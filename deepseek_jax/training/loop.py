@@ -94,7 +94,7 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = _batches(loader, config, model.config.vocab_size, step)
+        batches = step_batches(loader, config, model.config.vocab_size, step)
         writer = MetricsWriter(workdir, last_step=step)
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
         with contextlib.closing(writer), log.progress, stop_signals() as received:
@@ -126,7 +126,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int) -> Iterator[Batch]:
+def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int) -> Iterator[Batch]:
     """What each step trains on, checked: the loader's batches, or as many rows as the schedule says."""
     for step in itertools.count(first_step):
         try:
@@ -136,7 +136,7 @@ def _batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: i
                 unit = max(config.microbatch, 1)
                 batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
         except StopIteration:
-            raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it for more epochs or lower train.steps") from None
+            raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
         yield check_batch(batch, config.microbatch, vocab_size)
 
 
@@ -147,7 +147,7 @@ def check_batch(batch: Batch, microbatch: int, vocab_size: int) -> Batch:
         raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
     largest = int(np.max(batch["tokens"]))
     if largest >= vocab_size:
-        raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change the tokenizer")
+        raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change tokenizer")
     if microbatch and len(batch["tokens"]) % microbatch:
         raise ConfigError(f"train.microbatch={microbatch} does not divide a batch of {len(batch['tokens'])} sequences")
     return {field: batch[field] for field in FIELDS}

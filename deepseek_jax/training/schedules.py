@@ -30,7 +30,9 @@ class Segment:
         if self.shape not in SHAPES:
             raise ConfigError(f"schedule segment {self.shape!r}: {nearest(self.shape, SHAPES)}")
         if self.steps < 0:
-            raise ConfigError(f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise steps or warm up less")
+            raise ConfigError(
+                f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise steps or warm up less"
+            )
 
     def over(self, start: float) -> optax.Schedule:
         if self.shape == "constant":

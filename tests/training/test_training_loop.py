@@ -1,5 +1,6 @@
 """A stage from start to end: killed, stopped, started again, badly fed."""
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.checkpoints import load_variables
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
-from deepseek_jax.training.loop import Terminated, train
+from deepseek_jax.training.loop import Terminated, step_batches, train
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.objective import targets
 
@@ -147,8 +148,14 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
 
 
 def test_batch_size_follows_its_schedule(tmp_path):
-    run(tmp_path, Counting(), steps=4, log_every=1, batch_size={"kind": "ramp", "start": 2, "end": 4, "steps": 2}, microbatch=2)
+    run(tmp_path, Counting(), steps=4, log_every=1, batch_size={"kind": "switch", "first": 2, "second": 4, "at": 0.5})
     assert [line["tokens"] for line in read_metrics(tmp_path) if "tokens" in line] == [24, 24, 48, 48]
+
+
+def test_scheduled_batches_are_whole_microbatches():
+    config = TrainConfig.from_dict({"steps": 9, "microbatch": 4, "batch_size": {"kind": "ramp", "start": 1, "end": 17, "steps": 8}})
+    sizes = [len(batch["tokens"]) for batch in itertools.islice(step_batches(Counting(), config, VOCAB, 0), 9)]
+    assert sizes[0] == 4 and sizes[-1] == 16 and sizes == sorted(sizes) and not any(size % 4 for size in sizes)
 
 
 def test_bits_per_byte_is_the_mean_over_everything(model, variables, pack, document):
@@ -200,8 +207,8 @@ def test_bad_data_is_refused_before_anything_is_compiled(tmp_path, change, messa
 def test_bad_configs_are_refused():
     with pytest.raises(ConfigError, match="unknown field train.log_evry: did you mean 'log_every'"):
         TrainConfig.from_dict({"steps": 1, "log_evry": 1})
-    with pytest.raises(ConfigError, match="unknown field train.optimizer.beta1: did you mean"):
-        TrainConfig.from_dict({"steps": 1, "optimizer": {"beta1": 1}})
+    with pytest.raises(ConfigError, match="unknown field train.optimizer.weigt_decay: did you mean 'weight_decay'"):
+        TrainConfig.from_dict({"steps": 1, "optimizer": {"weigt_decay": 1}})
     with pytest.raises(ConfigError, match="unknown argument train.objective.mtp_weight.sart"):
         TrainConfig.from_dict({"steps": 1, "objective": {"mtp_weight": {"kind": "ramp", "sart": 1}}})
     with pytest.raises(ConfigError, match="missing field train.steps"):
