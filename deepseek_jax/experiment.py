@@ -11,6 +11,7 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
     seed       seed of weights, data order and sampling
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -46,7 +47,25 @@ class Experiment:
 
 
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
-    """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read."""
+    """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read.
+
+    A field that the file leaves at its default can be overridden too; whether it exists is checked where it is used.
+    """
+    path = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
+    if path is None:
+        here = ", ".join(sorted(map(str, Path("experiments").glob("*.py"))))
+        raise ConfigError(f"no experiment given: pass --config=FILE. Here: {here or 'no experiments'}")
+    bare = _parse([f"--config={path}"]).config
+    added = [a for a in argv if a.startswith("--config.") and not _has(bare, a.partition("=")[0].removeprefix("--config.").split("."))]
+    values = _parse([argument for argument in argv if argument not in added])
+    with values.config.unlocked():
+        for argument in added:
+            _add(values.config, argument)
+    name = Path(path).stem
+    return values.config, name, Path(values.workdir or os.path.join("runs", name)), values.dry
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     arguments = ["deepseek_jax", *argv]
     config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=arguments)
@@ -54,34 +73,36 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     flags.DEFINE_bool("dry", False, "Check everything and print the plan; allocate and run nothing.", flag_values=values)
     try:
         values(arguments)
-    except AttributeError as error:  # an override of a field that is not there
-        raise ConfigError(_unknown_override(arguments, error)) from None
+        values["config"].value  # noqa: B018  a file that can't be loaded raises here
     except (flags.Error, OSError, TypeError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    path = values["config"].config_filename if values["config"].present else None
-    if path is None:
-        raise ConfigError(f"no experiment given: pass --config=FILE. Here: {', '.join(sorted(map(str, Path('experiments').glob('*.py')))) or 'none'}")
-    if not Path(path.split(":")[0]).is_file():  # the flags library would only say so when the first field is read
-        raise ConfigError(f"--config={path}: no such file; give the path of an experiment file")
-    name = Path(path).stem
-    return values.config, name, Path(values.workdir or os.path.join("runs", name)), values.dry
+    return values
 
 
-def _unknown_override(arguments: Sequence[str], error: AttributeError) -> str:
-    """Names the first override whose field the experiment doesn't have, with the nearest one that it has."""
-    path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
-    overrides = [a.split("=", 1)[0].removeprefix("--config.") for a in arguments if a.startswith("--config.")]
-    if path is not None and overrides:
-        bare = read_flags([f"--config={path}"])[0]
-        for override in overrides:
-            node, walked = bare, []
-            for part in override.split("."):
-                if not isinstance(node, ConfigDict) or part not in node:
-                    known = list(node) if isinstance(node, ConfigDict) else []
-                    where = ".".join(["config", *walked])
-                    return f"unknown field {where}.{part}: {nearest(part, known)}"
-                node, walked = node[part], [*walked, part]
-    return f"--config={path} cannot be read: {error}"
+def _has(node: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        if not isinstance(node, ConfigDict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _add(config: ConfigDict, argument: str) -> None:
+    """Sets a field that the file doesn't mention: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
+    path, _, text = argument.removeprefix("--config.").partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    *parents, last = path.split(".")
+    node = config
+    for part in parents:
+        if part not in node:
+            node[part] = ConfigDict()
+        node = node[part]
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"{argument}: {part!r} is {node!r}, which has no fields")
+    node[last] = value
 
 
 def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment:
@@ -89,14 +110,16 @@ def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment
     fields = config.to_dict()
     stages = tuple(fields.get("stages", ()))
     for field in fields:
-        if field not in FIELDS and field not in stages:
-            raise ConfigError(f"unknown field config.{field}: {nearest(field, (*FIELDS, *stages))} (or name it in config.stages)")
+        unused_stage = isinstance(fields[field], dict) and "kind" in fields[field]  # left out of `stages`, kept in the file
+        if field not in FIELDS and field not in stages and not unused_stage:
+            raise ConfigError(f"unknown field config.{field}: {nearest(field, (*FIELDS, *stages))}")
     for field in ("model", "stages"):
         if field not in fields:
             raise ConfigError(f"missing field config.{field}")
     for stage in stages:
         if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
-            raise ConfigError(f"config.stages names {stage!r}: add a section config.{stage} with its 'kind'")
+            known = [field for field, value in fields.items() if isinstance(value, dict) and "kind" in value]
+            raise ConfigError(f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}")
     mesh = fields.get("mesh", {})
     if any(size not in (1, -1) for size in mesh.values()):
         raise ConfigError(f"config.mesh={mesh}: only one device so far; leave it empty")

@@ -1,0 +1,153 @@
+"""The one command: what it refuses and how, that it runs the whole road, and that it goes on where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from deepseek_jax.__main__ import main
+from deepseek_jax.errors import UserError
+from deepseek_jax.experiment import build_experiment, claim_workdir, read_flags
+from deepseek_jax.stages import build_stages
+
+ROOT = Path(__file__).parents[1]
+R1_TINY = str(ROOT / "experiments" / "r1_tiny.py")
+SMALL = [
+    "--config.model.hidden_size=16",
+    "--config.model.num_layers=2",
+    "--config.model.intermediate_size=16",
+    "--config.model.scan_unroll=1",
+    "--config.model.moe.intermediate_size=8",
+    "--config.task.bits=8",
+    "--config.pretrain.train.steps=3",
+    "--config.pretrain.train.optimizer.learning_rate.warmup_steps=1",
+    "--config.sft.train.optimizer.learning_rate.warmup_steps=1",
+    "--config.pretrain.train.eval_batches=1",
+    "--config.pretrain.train.log_every=1",
+    "--config.pretrain.batch_size=4",
+    "--config.pretrain.task_documents.count=256",
+    "--config.sft.train.steps=2",
+    "--config.sft.batch_size=4",
+    "--config.sft.task_documents.count=256",
+    "--config.before.eval.problems=8",
+    "--config.before.eval.sampled_problems=4",
+    "--config.before.eval.samples=4",
+    "--config.before.batch_size=4",
+    "--config.before.eval_batches=1",
+    "--config.after.eval.problems=8",
+    "--config.after.eval.sampled_problems=4",
+    "--config.after.eval.samples=4",
+    "--config.after.batch_size=4",
+    "--config.after.eval_batches=1",
+    "--config.grpo.grpo.prompts_per_rollout=4",
+    "--config.grpo.grpo.group_size=4",
+    "--config.grpo.grpo.steps=4",
+    "--config.grpo.eval.problems=8",
+    "--config.grpo.eval.sampled_problems=8",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_data_dir(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.getbasetemp() / "tfds"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.model.moe.num_expert=4", "unknown field model.moe.num_expert: did you mean 'num_experts'"),
+        ("--config.sead=1", "unknown field config.sead: did you mean 'seed'"),
+        ("--config.model.moe.top_k=9", "top_k=9 exceeds num_experts=8"),
+        ("--config.model.moe.num_groups=3", "num_groups=3 must divide num_experts=8"),
+        ("--config.model.vocab_size=200", "vocab"),
+        ("--config.precision=fp16", "unknown precision 'fp16'"),
+        ("--config.grpo.grpo.group_size=1", "a group needs at least 2"),
+        ("--config.grpo.grpo.num_minibatches=7", "num_minibatches=7 must divide"),
+        ("--config.task.name=paritty", "did you mean 'parity'"),
+        ("--config.stages=('pretrain','sft','before','grpoo','after')", "config.stages names 'grpoo'"),
+        ("--config.grpo.kind=rl", "grpo.kind='rl'"),
+        ("--config.pretrain.train.optimizer.b1=1.5", "optimizer.b1=1.5"),
+        ("--config.pretrain.train.step=5", "unknown field train.step: did you mean 'steps'"),
+        ("--config.seed.x=5", "has no fields"),
+        ("--config.model.hidden_size=wide", "invalid literal"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, tmp_path, capsys):
+    with pytest.raises(UserError, match="(?s).*") as error:
+        main([f"--config={R1_TINY}", f"--workdir={tmp_path / 'run'}", override])
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(extra=1), "unknown field config.extra"),
+        (lambda c: c.pretrain.update(sequence_length=5), "unknown field config.pretrain.sequence_length: did you mean 'seq_len'"),
+        (lambda c: c.grpo.grpo.update(clip_eps=0.2), "unknown field grpo.clip_eps: did you mean 'clip_epsilon'"),
+        (lambda c: c.grpo.grpo.update(rewards={"acuracy": 1.0}), "unknown reward 'acuracy'"),
+        (lambda c: c.__delattr__("task"), "works on a task"),
+        (lambda c: c.update(mesh={"data": 8}), "one device"),
+        (lambda c: c.pretrain.data.update(sources=({"name": "/nowhere/*.jsonl"},)), None),
+    ],
+)
+def test_an_experiment_file_is_checked_as_a_whole(change, message, tmp_path):
+    config = read_flags([f"--config={R1_TINY}"])[0]
+    with config.unlocked():
+        change(config)
+    if message is None:  # data is opened when its stage starts
+        stages = build_stages(build_experiment(config, "x", tmp_path))
+        with pytest.raises(UserError, match="nowhere"):
+            stages[0].run(None)
+        return
+    with pytest.raises(UserError) as error:
+        build_stages(build_experiment(config, "x", tmp_path))
+    assert message in str(error.value)
+
+
+def test_a_workdir_belongs_to_one_configuration(tmp_path):
+    config = ConfigDict(read_flags([f"--config={R1_TINY}"])[0])
+    claim_workdir(build_experiment(config, "x", tmp_path))
+    claim_workdir(build_experiment(config, "x", tmp_path))
+    config.seed = 7
+    with pytest.raises(UserError, match=r"config.seed \(0 -> 7\).*another --workdir"):
+        claim_workdir(build_experiment(config, "x", tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("*.py")))
+def test_every_experiment_file_is_valid(name, capsys):
+    path = ROOT / "experiments" / f"{name}.py"
+    assert main([f"--config={path}", "--dry"]) == 0
+    assert "The experiment is valid" in capsys.readouterr().out
+    assert f"--config=experiments/{name}.py" in path.read_text()  # the docstring gives the command
+
+
+def run(workdir, *extra):
+    command = [sys.executable, "-m", "deepseek_jax", f"--config={R1_TINY}", f"--workdir={workdir}", *SMALL, *extra]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600)
+
+
+def test_the_whole_road_and_again(tmp_path):
+    first = run(tmp_path)
+    assert first.returncode == 0, first.stderr
+    for part in ("[1/5] pretrain", "[5/5] after", "greedy accuracy", "maj@4", "pass@4", "response length", "bits per byte", "curves.png"):
+        assert part in first.stdout
+    before, after = (json.loads((tmp_path / stage / "evaluation.json").read_text()) for stage in ("before", "after"))
+    assert before["samples"][0]["prompt"] == after["samples"][0]["prompt"]  # the same held-out problems
+    assert 0 <= before["greedy_accuracy"] <= 1 and before["bits_per_byte"] > 1
+    records = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 2, 4] and all(r["first_ratio_error"] < 1e-5 for r in records[1:])
+    assert (tmp_path / "grpo" / "curves.png").stat().st_size > 5000
+    assert (tmp_path / "results.txt").read_text().count("greedy accuracy") == 1
+
+    again = run(tmp_path)  # everything is there: nothing is trained twice, and the same table comes out
+    assert again.returncode == 0, again.stderr
+    assert "pretrain 1/3" not in again.stdout and "grpo 1/2" not in again.stdout
+    assert json.loads((tmp_path / "after" / "evaluation.json").read_text()) == after
+
+    other = run(tmp_path, "--config.seed=3")
+    assert other.returncode == 2 and "another configuration" in other.stderr and "Traceback" not in other.stderr
