@@ -127,7 +127,7 @@ class LatentAttention(nn.Module):
             k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], q_rope_BTHr.shape)
             k_BTHk = jnp.concatenate([kv_BTHk[..., :nope], k_rope_BTHr], axis=-1)
             q_BTH1k = jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1)[:, :, :, None]
-            out_BTHv = self_attention(einsum, q_BTH1k, k_BTHk, kv_BTHk[..., nope:], tokens, scale, self.chunk)
+            out_BTHv = self_attention(einsum, q_BTH1k, k_BTHk, kv_BTHk[..., nope:], tokens, scale, self.chunk)[:, :, :, 0]
         else:  # absorbed
             kv_b_cHk = kv_b.weight(config.kv_lora_rank).reshape(config.kv_lora_rank, heads, nope + value)
             key_cHn, value_cHv = kv_b_cHk[..., :nope], kv_b_cHk[..., nope:]

@@ -17,8 +17,8 @@ def row_block(rows: int, num_groups: int) -> int:
     """
     if jax.default_backend() != "cpu":
         return 1
-    mean = max(rows // num_groups, 1)
-    return min(128, max(8, 1 << (mean // 2).bit_length()))
+    half_mean = max(rows // (2 * num_groups), 1)
+    return min(128, max(8, 1 << (half_mean.bit_length() - 1)))
 
 
 def grouped_matmul(
