@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import runpy
 import statistics
 import tempfile
 import time
@@ -19,32 +20,43 @@ from rich.table import Table
 
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 
-# Every piece of V3 except MTP, which transformers does not train.
+R1_TINY = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "r1_tiny.py"))["get_config"]()
+
+
+def _wide(hidden_size: int, num_layers: int, vocab_size: int, num_heads: int, num_experts: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        intermediate_size=3 * hidden_size,
+        attention=MLAConfig(
+            num_heads=num_heads,
+            q_lora_rank=hidden_size // 2,
+            kv_lora_rank=hidden_size // 4,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+        ),
+        moe=MoEConfig(
+            num_experts=num_experts,
+            top_k=4,
+            intermediate_size=hidden_size // 2,
+            num_shared_experts=1,
+            num_groups=4,
+            topk_groups=2,
+            routed_scaling_factor=2.5,
+        ),
+        first_k_dense=1,
+        init_std=0.02,
+        scan_unroll=num_layers,
+    )
+
+
+# Every piece of V3 except MTP, which transformers does not train. "r1_tiny" is the main job's network.
 SIZES = {
-    "tiny": ModelConfig(
-        vocab_size=272,
-        hidden_size=128,
-        num_layers=4,
-        intermediate_size=384,
-        attention=MLAConfig(num_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
-        moe=MoEConfig(
-            num_experts=16, top_k=4, intermediate_size=64, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5
-        ),
-        first_k_dense=1,
-        init_std=0.02,
-    ),
-    "small": ModelConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        num_layers=6,
-        intermediate_size=1024,
-        attention=MLAConfig(num_heads=8, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
-        moe=MoEConfig(
-            num_experts=32, top_k=4, intermediate_size=128, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5
-        ),
-        first_k_dense=1,
-        init_std=0.02,
-    ),
+    "r1_tiny": ModelConfig.from_dict(R1_TINY.model.to_dict()).replace(mtp_depth=0),
+    "small": _wide(hidden_size=128, num_layers=4, vocab_size=272, num_heads=4, num_experts=16),
+    "medium": _wide(hidden_size=256, num_layers=6, vocab_size=4096, num_heads=8, num_experts=32),
 }
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the ways transformers has; the fastest is what we compare with
 
@@ -52,12 +64,16 @@ EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the ways tran
 def flags(doc: str, experts: str, **defaults: int) -> argparse.Namespace:
     """Command line: the benchmark's own sizes, then what all have. Pins the process to `--cores` cores before jax and torch start."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--size", choices=SIZES, default="r1_tiny")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", default=experts, help=f"transformers' ways, by comma, of {', '.join(EXPERTS_IMPLEMENTATIONS)}")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds; ours and theirs take turns")
+    parser.add_argument("--breakdown", action="store_true", help="also print where our time goes")
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="time on the processor, not the wall clock: with --cores=1, for a machine that is not quiet"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parsed = parser.parse_args()
     parsed.experts = parsed.experts.split(",")
@@ -100,35 +116,38 @@ class Timing:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], Any]], repeats: int, check: Callable[[dict[str, list]], None], warm_up: int = 2
+    candidates: dict[str, Callable[[], Any]], flags: argparse.Namespace, check: Callable[[dict[str, list]], None], warm_up: int = 2
 ) -> dict[str, Timing]:
     """Runs every candidate once (compile), `warm_up` times more, hands what they returned to `check`, and only then
-    times `repeats` rounds in turns, so that a busy moment hits all alike."""
+    times `--repeats` rounds in turns, so that a busy moment hits all alike."""
+    clock = time.process_time if flags.cpu_time else time.perf_counter
     timings, returned = {}, {}
     for name, run in candidates.items():
-        start = time.perf_counter()
+        start = clock()
         returned[name] = [run()]
-        timings[name] = Timing(time.perf_counter() - start, [])
+        timings[name] = Timing(clock() - start, [])
         returned[name] += [run() for _ in range(warm_up)]
     check(returned)
-    for _ in range(repeats):
+    for _ in range(flags.repeats):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            timings[name].rounds_s.append(time.perf_counter() - start)
+            timings[name].rounds_s.append(clock() - start)
     return timings
 
 
-def describe(config: ModelConfig, cores: int) -> dict[str, Any]:
+def describe(config: ModelConfig, flags: argparse.Namespace) -> dict[str, Any]:
     """The machine, the versions and the network, for the report."""
     from deepseek_jax.accounting import count_parameters
 
     counts = count_parameters(config)
     return {
-        "machine": f"{platform.machine()}, {cores} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {flags.cores} threads on {flags.cores} cores, Python {platform.python_version()}",
+        "clock": "processor" if flags.cpu_time else "wall",
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "parameters": counts.total,
         "activated": counts.activated(),
+        "size": flags.size,
     }
 
 
@@ -138,7 +157,7 @@ def print_ratios(title: str, setting: dict[str, Any], timings: dict[str, Timing]
     fastest_peer = min((name for name in timings if not name.startswith(ours)), key=lambda name: timings[name].median_s)
     table = Table(title=title, title_justify="left")
     for column in ("", "tokens/s", "median", "min-max", "first call", "ours is faster by"):
-        table.add_column(column, justify="left" if column == "" else "right")
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     figures = {}
     for name, timing in timings.items():
         ratio = timing.median_s / mine
@@ -158,7 +177,7 @@ def print_ratios(title: str, setting: dict[str, Any], timings: dict[str, Timing]
             f"{timing.first_s:.2f} s",
             f"{ratio:.2f}x",
         )
-    console = Console(width=130)
+    console = Console(width=150)
     console.print(table)
     console.print("; ".join(f"{key}: {value}" for key, value in setting.items()), markup=False)
     headline = timings[fastest_peer].median_s / mine

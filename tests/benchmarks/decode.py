@@ -1,6 +1,6 @@
 """Batched greedy decoding against transformers' `generate`: tokens/s, same weights, prompts, cores, float32.
 
-    python tests/benchmarks/decode.py [--size=small] [--batch=32] [--prompt=32] [--new_tokens=96] [--json=out.json]
+    python tests/benchmarks/decode.py [--size=small] [--batch=32] [--prompt=32] [--new_tokens=96] [--breakdown] [--json=out.json]
 
 Needs `.[parity]`. End-of-sequence is off, so that both sides make the same number of tokens; both use a key-value cache (ours
 the latent one) and have to produce the same text. Prefill is part of the time on both sides.
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from breakdown import print_parts, where_time_goes
 
 from deepseek_jax.generation.generate import generate
 from deepseek_jax.generation.sampling import SamplingConfig
@@ -71,10 +72,13 @@ def main(flags) -> None:
             print(f"{name}: {rows:.0%} of the rows are ours token by token")
             assert rows >= 0.9, f"{name} wrote another text than ours"
 
-    timings = common.interleave(candidates, flags.repeats, same_text, warm_up=1)
-    setting = {**common.describe(config, flags.cores), "size": flags.size, "batch": flags.batch}
+    timings = common.interleave(candidates, flags, same_text, warm_up=1)
+    setting = {**common.describe(config, flags), "batch": flags.batch}
     setting |= {"prompt": flags.prompt, "new_tokens": flags.new_tokens}
     common.print_ratios("Greedy decoding", setting, timings, flags.batch * flags.new_tokens, OURS, flags.json)
+    if flags.breakdown:
+        ours = candidates[OURS]
+        print_parts("Our decoding", where_time_goes(ours.generate, ours.arguments, ours))
 
 
 if __name__ == "__main__":

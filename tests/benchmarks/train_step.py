@@ -1,6 +1,6 @@
 """Training step (forward, backward, clip, AdamW) against transformers + torch: tokens/s, same weights, batch, cores, float32.
 
-    python tests/benchmarks/train_step.py [--size=small] [--batch=16] [--length=128] [--json=out.json]
+    python tests/benchmarks/train_step.py [--size=small] [--batch=16] [--length=128] [--breakdown] [--json=out.json]
 
 Needs `.[parity]`. Both sides first take three steps from the same weights; their losses have to agree. The peer runs eagerly, as
 transformers' users do, with AdamW's fused CPU kernel; its routed experts are checked to run and to get gradients.
@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 import torch
+from breakdown import print_parts, where_time_goes
 
 from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.training.objective import ObjectiveConfig
@@ -85,9 +86,12 @@ def main(flags) -> None:
             np.testing.assert_allclose(values, losses[OURS], rtol=1e-4, err_msg=f"the losses of {name} and ours differ")
         print("losses of the first steps, equal on all sides:", [round(loss, 5) for loss in losses[OURS]])
 
-    timings = common.interleave(candidates, flags.repeats, same_losses)
-    setting = {**common.describe(config, flags.cores), "size": flags.size, "batch": flags.batch, "length": flags.length}
+    timings = common.interleave(candidates, flags, same_losses)
+    setting = {**common.describe(config, flags), "batch": flags.batch, "length": flags.length}
     common.print_ratios("Training step", setting, timings, tokens_BT.size, OURS, flags.json)
+    if flags.breakdown:
+        ours = candidates[OURS]
+        print_parts("Our step", where_time_goes(ours.train_step, (ours.state, ours.batch), ours))
 
 
 if __name__ == "__main__":
