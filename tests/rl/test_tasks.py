@@ -208,26 +208,27 @@ def test_chain_alphabets():
     assert {text[0] for text in c.task.prompt_text(c.instances)} == {"#", "$"} and 0.4 < languages.mean() < 0.6
 
 
-@pytest.fixture(scope="module")
-def judge():
-    task = CountdownTask(numbers=3, max_number=9)
-    value = jax.jit(task.value)
-
-    def run(expressions, numbers=(3, 5, 2)):
-        rows = [[*e.encode()][: task.expression_length] + [base.PAD] * (task.expression_length - len(e)) for e in expressions]
-        return np.asarray(value(jnp.array(rows), jnp.broadcast_to(jnp.array(numbers), (len(rows), 3)))).tolist()
-
-    return run
+@functools.cache
+def machine(numbers):
+    return jax.jit(CountdownTask(numbers=numbers).value)
 
 
-def test_countdown_machine_on_known_and_hostile_expressions(judge):
+def judge(expressions, numbers=(3, 5, 2)):
+    width = 2 * len(numbers) - 1
+    rows = [[*e.encode()] + [base.PAD] * (width - len(e)) for e in expressions]
+    return np.asarray(machine(len(numbers))(jnp.array(rows), jnp.broadcast_to(jnp.array(numbers), (len(rows), len(numbers))))).tolist()
+
+
+def test_countdown_machine_on_known_and_hostile_expressions():
     assert judge(["35+2*", "352+*", "235*-", "532-/", "25*3-", "53/2*", "32-5*"]) == [16, 21, -1, 5, 7, -1, 5]
     hostile = "2**9*,35+,35+2,+35*2,35++2,33+2*,35+9*,30+2*,3522*,     ,35+2x,,35 2*,325-0,**9**".split(",")
     assert judge(hostile) == [-1] * len(hostile)
     assert judge(["22-5/", "522-/"], (2, 2, 5)) == [0, -1], "0/5 is 0, 5/0 is nothing"
+    assert judge(["7522-//", "7522+//"], (2, 2, 5, 7)) == [-1, -1], "7/(5/0) is nothing either, though its fraction would be 0/5"
+    assert judge(["7225*-/", "7522/*-"], (2, 2, 5, 7)) == [-1, 2]
 
 
-def test_countdown_fractions_are_exact(judge):
+def test_countdown_fractions_are_exact():
     assert judge(["31/3*", "13/3*", "33/1+"], (1, 3, 3)) == [9, 1, 2], "(1/3)*3 is exactly 1"
 
 
