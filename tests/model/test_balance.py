@@ -1,0 +1,127 @@
+"""Balance losses against the report's equations written out, the bias update, and MaxVio."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import jit
+
+from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.router import (
+    Router,
+    RoutingStats,
+    batch_balance_loss,
+    expert_balance_loss,
+    max_violation,
+    routing_sums,
+    sequence_balance_loss,
+    update_bias,
+)
+
+E = 6
+
+
+def eqs_17_to_20(scores_TE, ids_TK):
+    """V3's Σ f_i P_i of one sequence, as printed."""
+    (T, N_r), K_r = scores_TE.shape, ids_TK.shape[1]
+    total = 0.0
+    for i in range(N_r):
+        f_i = N_r / (K_r * T) * sum(i in ids_TK[t] for t in range(T))
+        P_i = sum(scores_TE[t, i] / scores_TE[t].sum() for t in range(T)) / T
+        total += f_i * P_i
+    return total
+
+
+def routed(top_k, seed=0, layers=2, rows=3, length=7):
+    rng = np.random.default_rng(seed)
+    scores = rng.random((layers, rows, length, E)).astype(np.float32)
+    ids = np.argsort(rng.random((layers, rows, length, E)), axis=-1)[..., :top_k].astype(np.int32)
+    valid = np.ones((rows, length), bool)
+    valid[1, 4:] = False
+    valid[2] = False  # a row of padding alone
+    return scores, ids, valid
+
+
+def stats_of(scores, ids, valid):
+    sums = [routing_sums(jnp.asarray(s), jnp.asarray(i), jnp.asarray(valid)) for s, i in zip(scores, ids, strict=True)]
+    counts, probs, tokens = (jnp.stack(parts) for parts in zip(*sums, strict=True))
+    return RoutingStats(jnp.asarray(ids), counts, probs, tokens)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_losses_are_the_published_sums_and_ignore_padding(top_k):
+    scores, ids, valid = routed(top_k)
+    stats = stats_of(scores, ids, valid)
+    by_sequence = [eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for layer in range(2) for b in range(2)]
+    np.testing.assert_allclose(sequence_balance_loss(stats, top_k), np.mean(by_sequence), rtol=1e-5)
+    np.testing.assert_allclose(expert_balance_loss(stats, top_k), np.mean(by_sequence), rtol=1e-5)
+    by_batch = [eqs_17_to_20(scores[layer][valid], ids[layer][valid]) for layer in range(2)]
+    np.testing.assert_allclose(batch_balance_loss(stats, top_k), np.mean(by_batch), rtol=1e-5)
+
+    scores[:, ~valid], ids[:, ~valid] = 0.9, ids[:, ~valid][:, ::-1]
+    for before, after in zip(jax.tree.leaves(stats), jax.tree.leaves(stats_of(scores, ids, valid)), strict=True):
+        if before.ndim < 4:
+            np.testing.assert_array_equal(before, after)
+    assert float(jnp.sum(stats.counts_LBE)) == 2 * valid.sum() * top_k
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6])
+def test_uniform_scores_give_exactly_one(top_k):
+    _, ids, valid = routed(top_k, seed=1)
+    stats = stats_of(np.full((2, 3, 7, E), 0.25, np.float32), ids, valid)
+    np.testing.assert_allclose(sequence_balance_loss(stats, top_k), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(batch_balance_loss(stats, top_k), 1.0, rtol=1e-6)
+
+
+def test_collapse_onto_one_expert_costs_more():
+    scores = np.full((1, 1, 7, E), 0.01, np.float32)
+    scores[..., 2] = 1.0
+    ids = np.full((1, 1, 7, 1), 2, np.int32)
+    assert float(sequence_balance_loss(stats_of(scores, ids, np.ones((1, 7), bool)), 1)) == pytest.approx(E / 1.05, rel=1e-5)
+
+
+def test_loss_and_gradient_do_not_depend_on_the_bias():
+    """With the choice held fixed. Unequal biases: a softmax over biased scores would hide equal ones."""
+    config = MoEConfig(num_experts=E, top_k=2, intermediate_size=4)
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    kernel = rng.normal(size=(4, E)).astype(np.float32)
+    ids = np.argsort(rng.random((2, 5, E)), axis=-1)[..., :2].astype(np.int32)
+
+    def loss(kernel, bias):
+        variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias}}
+        _, _, sums = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
+        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums)), 2)
+
+    value_and_grads = jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    first, (grad_kernel, grad_bias) = value_and_grads(kernel, np.zeros(E, np.float32))
+    second, (grad_kernel_2, _) = value_and_grads(kernel, rng.normal(size=E).astype(np.float32))
+    assert first == second
+    np.testing.assert_array_equal(grad_kernel, grad_kernel_2)
+    assert np.abs(grad_kernel).max() > 1e-3 and not np.any(grad_bias)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0, 5.0, -5.0])
+def test_bias_moves_by_exactly_the_rate(start):
+    bias = jnp.full((2, 4), start, jnp.float32)
+    counts = jnp.asarray([[9.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
+    rate = np.float32(0.001)
+    moved = np.asarray(update_bias(bias, counts, 0.001))
+    assert moved.dtype == np.float32
+    np.testing.assert_array_equal(moved[0], np.float32(start) + np.array([-rate, rate, 0, 0], np.float32))
+    np.testing.assert_array_equal(moved[1], bias[1])  # a layer without tokens
+    assert moved[0, 0] != start
+
+
+def test_centred_update_keeps_the_sum():
+    counts = jnp.asarray([[10.0, 1.0, 1.0, 1.0]])
+    plain = update_bias(jnp.zeros((1, 4)), counts, 0.1)
+    np.testing.assert_allclose(plain, [[-0.1, 0.1, 0.1, 0.1]], rtol=1e-6)
+    centred = update_bias(jnp.zeros((1, 4)), counts, 0.1, centred=True)
+    np.testing.assert_allclose(centred, [[-0.15, 0.05, 0.05, 0.05]], rtol=1e-6)
+    assert float(jnp.sum(centred)) == pytest.approx(0, abs=1e-7)
+
+
+def test_max_violation():
+    counts = jnp.asarray([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0], [3.0, 1.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(max_violation(counts), [0.0, 3.0, 0.5, 0.0], atol=1e-6)

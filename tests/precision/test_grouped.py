@@ -1,0 +1,59 @@
+"""The grouped product against a loop over groups in float64, both ways it is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.precision import grouped
+from deepseek_jax.precision.grouped import grouped_matmul, row_block
+
+GROUP_SIZES = [[8, 16, 0, 24], [0, 0, 48, 0], [8, 8, 8, 8], [48, 0, 0, 0], [0, 0, 0, 0]]
+R, D, F = 48, 5, 3
+
+
+@pytest.fixture(scope="module", params=[1, 8], ids=["ragged", "blocked"])
+def product(request):
+    """Compiled (x, w, sizes, dy) -> (y, dx, dw)."""
+
+    def call(x_RD, w_EDF, sizes_E, dy_RF):
+        y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, request.param, jax.lax.Precision.HIGHEST), x_RD, w_EDF)
+        return y_RF, *pull(dy_RF)
+
+    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("sizes", GROUP_SIZES)
+def test_equals_a_loop_over_groups(product, sizes):
+    rng = np.random.default_rng(0)
+    x, w, dy = rng.normal(size=(R, D)), rng.normal(size=(4, D, F)), rng.normal(size=(R, F))
+    used = sum(sizes)
+    dy[used:], x[used:] = 0, 0  # rows past the last group hold nothing
+    y, dx, dw = (np.asarray(a, np.float64) for a in product(*(np.float32(a) for a in (x, w)), np.int32(sizes), np.float32(dy)))
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        np.testing.assert_allclose(y[rows], x[rows] @ w[group], atol=1e-5)
+        np.testing.assert_allclose(dx[rows], dy[rows] @ w[group].T, atol=1e-5)
+        np.testing.assert_allclose(dw[group], x[rows].T @ dy[rows], atol=1e-5)
+        start += size
+    np.testing.assert_allclose(y[used:], 0, atol=1e-6)
+
+
+def test_ragged_takes_any_group_sizes():
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(9, D)).astype(np.float32), rng.normal(size=(3, D, F)).astype(np.float32)
+    y = grouped_matmul(jnp.asarray(x), jnp.asarray(w), jnp.asarray([2, 0, 7]), 1, jax.lax.Precision.HIGHEST)
+    np.testing.assert_allclose(y, np.concatenate([x[:2] @ w[0], x[2:] @ w[2]]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "groups", "block"), [(1, 8, 8), (256, 8, 16), (1024, 16, 32), (8192, 8, 128), (100_000, 4, 128)])
+def test_blocks_are_half_a_mean_group_on_cpu(rows, groups, block, monkeypatch):
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "cpu")
+    assert row_block(rows, groups) == block
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_no_blocks_elsewhere(backend, monkeypatch):
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: backend)
+    assert row_block(8192, 8) == 1
