@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     if path is None:
         here = ", ".join(sorted(map(str, Path("experiments").glob("*.py"))))
         raise ConfigError(f"no experiment given: pass --config=FILE. Here: {here or 'no experiments'}")
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # an experiment may import its neighbours and change a few lines
     bare = _parse([f"--config={path}"]).config
     added = [a for a in argv if a.startswith("--config.") and not _has(bare, a.partition("=")[0].removeprefix("--config.").split("."))]
     values = _parse([argument for argument in argv if argument not in added])

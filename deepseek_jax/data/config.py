@@ -8,7 +8,7 @@ from deepseek_jax.errors import ConfigError, nearest
 
 FORMATS = ("text", "completion", "messages", "tokens")
 PACKINGS = ("split", "whole")
-LONG_DOCUMENTS = ("error", "truncate")
+LONG_DOCUMENTS = ("error", "truncate", "cut")
 
 
 def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -61,9 +61,10 @@ class DataConfig:
 
     packing: 'split' joins documents and cuts them at row borders, so no position is wasted; 'whole' keeps each document
         in one row (best fit) and pads.
-    long_documents: with packing='whole', documents longer than a row are an 'error' or lose their tail ('truncate').
-    shuffle: a new order of the documents in every epoch. With packing='split' a long document fills many rows in a row, so
-        rows are shuffled too, within `shuffle_window` of them: a batch should not be one document.
+    long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or are
+        'cut' into pieces of a row: long texts and short dialogues mix in one loader, and no dialogue is torn.
+    shuffle: a new order of the documents in every epoch. Where long documents are cut, one of them fills many
+        successive rows, so rows are shuffled too, within `shuffle_window` of them: a batch should not be one document.
     num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
         whatever the weights.
     open_rows: with packing='whole', how many rows are filled at the same time; more rows, less padding.

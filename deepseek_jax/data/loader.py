@@ -161,7 +161,8 @@ def _shuffled(config: DataConfig, documents: grain.MapDataset, seed: int, index:
 
 def _shuffled_rows(config: DataConfig, rows: grain.IterDataset, seed: int, index: int) -> grain.IterDataset:
     """Pieces of one document, which packing leaves side by side, spread over many batches."""
-    if not config.shuffle or config.packing != "split" or config.shuffle_window == 1:
+    cuts = config.packing == "split" or config.long_documents == "cut"
+    if not (config.shuffle and cuts) or config.shuffle_window == 1:
         return rows
     window_seed = int(np.random.SeedSequence([seed, index, 1]).generate_state(1)[0])
     return grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_window, seed=window_seed)
@@ -171,7 +172,7 @@ def _rows(config: DataConfig, documents: grain.MapDataset, seq_len: int, held_ou
     stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=16))
     if config.packing == "split" and not held_out:
         return pack_split(stream, seq_len)
-    if config.packing == "split":
+    if config.packing == "split" or config.long_documents == "cut":
         stream = grain.experimental.FlatMapIterDataset(stream, CutOverlapping(seq_len))
     elif config.long_documents == "truncate":
         stream = stream.map(lambda document: document[:seq_len])
@@ -194,7 +195,7 @@ def _check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], se
             if refuse_long and length > seq_len:
                 raise DataError(
                     f"source {source.name!r}: document {index} has {length} tokens, more than seq_len={seq_len}; raise seq_len, or set "
-                    "data.long_documents='truncate' or data.packing='split'"
+                    "data.long_documents='cut' or 'truncate', or data.packing='split'"
                 )
     if total < needed:
         names = ", ".join(repr(source.name) for source in config.sources)

@@ -30,7 +30,6 @@ AT_LEAST_ZERO = (
     "reference_refresh_every",
     "advantage_eps",
     "advantage_std_floor",
-    "top_k",
     "overlong_buffer",
     "bias_update_rate",
 )
@@ -81,8 +80,6 @@ class GRPOConfig:
     advantage_eps: float = 1e-4
     advantage_std_floor: float = 1e-3
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     max_prompt_length: int = 1024
     max_completion_length: int = 32_768
     mask_truncated: bool = False
@@ -115,7 +112,6 @@ class GRPOConfig:
             self.temperature > 0,
             f"grpo.temperature={self.temperature}: must be above 0; greedy completions of one prompt are all alike and teach nothing",
         )
-        _require(0 < self.top_p <= 1, f"grpo.top_p={self.top_p}: above 0 and at most 1 (1 keeps every token)")
         low_high = self.clip_epsilon
         _require(
             len(low_high) == 2 and min(low_high) > 0,

@@ -40,12 +40,10 @@ class Trajectories:
 
 
 def sampling_config(config: GRPOConfig) -> SamplingConfig:
-    """How rollouts are drawn."""
+    """How rollouts are drawn: from the whole vocabulary, so that training compares the same distributions that sampling used."""
     return SamplingConfig(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
         eos_id=EOS,
         pad_id=PAD,
     )

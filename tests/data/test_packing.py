@@ -78,6 +78,14 @@ def test_long_documents_are_refused_by_name_or_truncated(documents, byte_tokeniz
     assert sorted(tuple(tokens) for tokens, _ in cut) == sorted(tuple(document["tokens"][:T]) for document in documents)
 
 
+def test_long_documents_may_be_cut_while_short_ones_stay_whole(documents, byte_tokenizer):
+    pieces = segments(load(documents, byte_tokenizer, packing="whole", long_documents="cut", num_epochs=1))
+    whole = [tuple(document["tokens"]) for document in documents if len(document["tokens"]) <= T]
+    assert whole and set(whole) <= {tuple(tokens) for tokens, _ in pieces}
+    targets = sorted(token for tokens, mask in pieces for token, wanted in zip(tokens[1:], mask[1:], strict=True) if wanted)
+    assert targets == sorted(t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:], strict=True) if m)
+
+
 @pytest.mark.parametrize("seq_len", [2, 7, 16, 64])
 def test_held_out_pass_has_every_token_but_the_first_as_a_target_once(documents, byte_tokenizer, seq_len):
     batches = list(load(documents, byte_tokenizer, "validation", seq_len=seq_len))

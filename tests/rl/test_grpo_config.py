@@ -68,7 +68,6 @@ def test_from_dict_starts_from_a_preset():
         ({"temperature": 0.0}, "above 0"),
         ({"clip_epsilon": (0.2, 0.0)}, "R1 uses 10"),
         ({"clip_epsilon": (0.2,)}, "low, high"),
-        ({"top_p": 0.0}, "top_p"),
         ({"ref_mix": 0.0}, "ref_mix"),
         ({"dual_clip": 0.9}, "dual_clip"),
         ({"aggregation": "token-mean"}, "did you mean 'token_mean'"),

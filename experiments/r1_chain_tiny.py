@@ -1,0 +1,20 @@
+"""The gradual R1 curve: length first, then accuracy, on chains of modular arithmetic.
+
+    python -m deepseek_jax --config=experiments/r1_chain_tiny.py
+
+The cold start shows chains that write down every value, every second, every fifth, or none. RL first finds that
+writing more pays, then makes the steps themselves reliable. Hardware: two CPU cores.
+"""
+
+from r1_tiny import get_config as r1_tiny
+
+
+def get_config():
+    config = r1_tiny()
+    config.task = {"name": "chain", "operations": 10, "cot_probability": 0.1}
+    config.pretrain.task_documents.cot_probability = 0.5
+    config.pretrain.train.steps = 1500
+    config.sft.train.steps = 300
+    config.grpo.grpo.steps = 300
+    config.grpo.loop.eval_every = 10
+    return config
