@@ -3,6 +3,7 @@
 import functools
 import zlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_like(tree, seed: int = 0):
-    """Numbers for a tree of shapes, each leaf drawn from its own path: norms near 1, biases near 0, weights of std 0.3."""
+    """Numbers for a tree of shapes (boxed or not), each leaf drawn from its own path: norms near 1, biases near 0, weights of std 0.3."""
 
     def leaf(path, shape):
         name = jax.tree_util.keystr(path)
@@ -43,7 +44,7 @@ def random_like(tree, seed: int = 0):
         values = 1 + 0.2 * values if "scale" in name else 0.1 * values if "bias" in name else 0.3 * values
         return jnp.asarray(values, shape.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(tree))
 
 
 @functools.cache
