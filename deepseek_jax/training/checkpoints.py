@@ -54,11 +54,10 @@ class Checkpoints:
             best = policies.BestN(get_metric_fn=lambda m: -m["rank"], n=keep_best, keep_checkpoints_without_metrics=False)
             kept.append(best)
         self.metric = metric
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept)),
         )
 
     def steps(self) -> list[int]:
@@ -150,12 +149,17 @@ class Checkpoints:
         (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
         self._manager.reload()
 
+    def _remove_unfinished(self) -> None:
+        """Removes what a killed process or a failed write left. Orbax would do it in a thread, beside the next write."""
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
     def _guard(self, write) -> None:
         try:
             write()
         except Exception as error:  # whatever the background thread met
-            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_unfinished()
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             cause = "the disk is full" if full else _first_line(error)
             raise CheckpointError(

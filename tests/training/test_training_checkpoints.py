@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import pathlib
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def state_at(step, width=300):
     """A state of three arrays that depend on the step, as training would leave it."""
     numbers = np.random.default_rng(step).normal(size=(width, 40)).astype(np.float32)
     params = {"a": {"kernel": jnp.asarray(numbers)}, "b": {"scale": jnp.ones(3, jnp.bfloat16)}}
-    return state_of({"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step)).replace(step=jnp.int32(step))
+    state = state_of({"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step))
+    return state.replace(step=jnp.int32(step))
 
 
 def same(a, b):
@@ -149,6 +151,15 @@ def test_a_damaged_newest_checkpoint_gives_way(saved, caplog, damage, find):
     same(saved.restore(state_at(0)).state, state_at(6))
 
 
+def test_a_write_cut_short_by_a_kill_is_no_checkpoint(saved):
+    shutil.copytree(saved.directory / "6", saved.directory / "9.orbax-checkpoint-tmp")
+    truncate(biggest(saved, "9.orbax-checkpoint-tmp"))
+    same(load_variables(saved.directory)[1], state_at(6).variables)
+    again = Checkpoints(saved.directory, CONFIG)
+    same(again.restore(state_at(0)).state, state_at(6))
+    assert sorted(path.name for path in saved.directory.iterdir() if path.is_dir()) == ["3", "6"]
+
+
 def test_when_all_are_damaged_nothing_is_started_over(saved):
     for step in (3, 6):
         truncate(biggest(saved, step))
@@ -175,5 +186,6 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoints(saved):
             saved.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    same(Checkpoints(saved.directory, CONFIG).restore(state_at(0)).state, state_at(6))
-    assert sorted(path.name for path in saved.directory.iterdir() if path.is_dir()) == ["3", "6"]
+    again = Checkpoints(saved.directory, CONFIG)
+    assert again.steps() == [3, 6]
+    same(again.restore(state_at(0)).state, state_at(6))
