@@ -165,9 +165,12 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
+        flat_ND = hidden.reshape(-1, hidden.shape[-1])  # one plain matrix product (see Recipe.linear)
         if self.config.tie_embeddings:
-            return self.precision.einsum("...D,VD->...V", hidden, self.embed.embedding)
-        return self.precision.einsum("...D,DV->...V", hidden, self.head.weight(hidden.shape[-1]))
+            logits_NV = self.precision.einsum("ND,VD->NV", flat_ND, self.embed.embedding)
+        else:
+            logits_NV = self.precision.einsum("ND,DV->NV", flat_ND, self.head.weight(hidden.shape[-1]))
+        return logits_NV.reshape(*hidden.shape[:-1], -1)
 
 
 def _boxed_init(model: Transformer, rng: jax.Array):
