@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
         ),
         rope=RopeConfig(theta=1000.0),
     )
-    text = {"name": "stdlib", "weight": 0.5, "max_bytes": 4_000_000}
-    task = {"name": "task", "weight": 0.5, "format": "tokens"}
+    text = {"name": "stdlib", "weight": 0.35, "max_bytes": 4_000_000}
+    task = {"name": "task", "weight": 0.65, "format": "tokens"}
     objective = {"mtp_weight": 0.3, "balance_alpha": 1e-4}
     evaluation = {
         "kind": "eval",
@@ -46,16 +46,16 @@ def get_config() -> ConfigDict:
             "stages": ("pretrain", "sft", "before", "grpo", "after"),
             "pretrain": {
                 "kind": "pretrain",
-                "data": {"sources": [text, task]},
-                "task_documents": {"count": 16_384, "cot_probability": 0.5, "whole_document": True},
+                "data": {"sources": [text, task], "packing": "whole", "long_documents": "cut"},
+                "task_documents": {"count": 32_768, "cot_probability": 0.7},
                 "seq_len": 128,
                 "batch_size": 48,
                 "train": {
-                    "steps": 250,
-                    "optimizer": {"learning_rate": {"kind": "cosine", "peak": 3e-3, "warmup_steps": 40}},
+                    "steps": 280,
+                    "optimizer": {"learning_rate": {"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 40}},
                     "objective": objective,
                     "router_bias_rate": 0.01,
-                    "checkpoint_every": 125,
+                    "checkpoint_every": 140,
                     "eval_batches": 8,
                 },
             },
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
                 "seq_len": 128,
                 "batch_size": 48,
                 "train": {
-                    "steps": 80,
+                    "steps": 60,
                     "optimizer": {"learning_rate": {"kind": "cosine", "peak": 1e-3, "warmup_steps": 10}},
                     "objective": objective,
                     "router_bias_rate": 0.01,
