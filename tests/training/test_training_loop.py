@@ -135,6 +135,7 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     with pytest.raises(Terminated) as stopped:
         run(tmp_path, loader)
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "checkpoints" / "33").is_dir()
     said = capsys.readouterr().out
     assert "going on from step" in said and f"SIGTERM: saved step 33 of {STEPS}" in said
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
