@@ -1,6 +1,15 @@
 """From random weights to a reasoning model: R1's road at a size that two CPU cores walk in minutes.
 
     python -m deepseek_jax --config=experiments/r1_tiny.py
+
+The network is DeepSeek-V3's in every piece: MLA with compressed queries, routed experts in groups beside a shared one, the
+balancing bias, MTP. The task is the parity of 20 bits, which can't be guessed and is easy to work out bit by bit.
+
+    pretrain   pre-training on the Python standard library's source, mixed with worked solutions
+    sft        cold start: 92% of the demonstrations answer at once, 8% think first
+    grpo       reinforcement learning on rule rewards, accuracy + format; nothing rewards length
+
+`before` and `after` measure greedy accuracy, maj@16, pass@16 and response length on 512 problems that no stage trains on.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +25,7 @@ def get_config() -> ConfigDict:
         intermediate_size=192,
         first_k_dense=1,
         mtp_depth=1,
-        init_std=0.02,
+        init_std=0.1,
         scan_unroll=2,
         attention=MLAConfig(num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16),
         moe=MoEConfig(
@@ -24,72 +33,75 @@ def get_config() -> ConfigDict:
         ),
         rope=RopeConfig(theta=1000.0),
     )
-    text = {"name": "stdlib", "weight": 0.35, "max_bytes": 4_000_000}
-    task = {"name": "task", "weight": 0.65, "format": "tokens"}
-    objective = {"mtp_weight": 0.3, "balance_alpha": 1e-4}
-    evaluation = {
-        "kind": "eval",
-        "eval": {"problems": 512, "sampled_problems": 128, "samples": 16},
-        "data": {"sources": [text]},
-        "seq_len": 128,
-        "batch_size": 32,
-        "eval_batches": 8,
-    }
     return ConfigDict(
         {
             "model": model.to_dict(),
             "precision": "float32",
             "tokenizer": "byte",
-            "task": {"name": "parity", "bits": 20, "cot_probability": 0.1},
+            "task": {"name": "parity", "bits": 20, "cot_probability": 0.08},
             "mesh": {},
             "seed": 0,
             "stages": ("pretrain", "sft", "before", "grpo", "after"),
-            "pretrain": {
-                "kind": "pretrain",
-                "data": {"sources": [text, task], "packing": "whole", "long_documents": "cut"},
-                "task_documents": {"count": 32_768, "cot_probability": 0.7},
-                "seq_len": 128,
-                "batch_size": 48,
-                "train": {
-                    "steps": 280,
-                    "optimizer": {"learning_rate": {"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 40}},
-                    "objective": objective,
-                    "router_bias_rate": 0.01,
-                    "checkpoint_every": 140,
-                    "eval_batches": 8,
-                },
-            },
-            "sft": {
-                "kind": "sft",
-                "data": {"sources": [task], "packing": "whole"},
-                "task_documents": {"count": 8192, "cot_probability": 0.1},
-                "seq_len": 128,
-                "batch_size": 48,
-                "train": {
-                    "steps": 60,
-                    "optimizer": {"learning_rate": {"kind": "cosine", "peak": 1e-3, "warmup_steps": 10}},
-                    "objective": objective,
-                    "router_bias_rate": 0.01,
-                },
-            },
-            "before": evaluation,
+            "pretrain": training(
+                "pretrain", steps=240, text=0.5, long_chains=0.7, learning_rate={"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 30}
+            ),
+            "sft": training("sft", steps=60, text=0.0, long_chains=0.08, learning_rate={"kind": "cosine", "peak": 1e-3, "warmup_steps": 10}),
+            "before": evaluation(),
             "grpo": {
                 "kind": "grpo",
                 "grpo": {
-                    "group_size": 16,
                     "prompts_per_rollout": 16,
+                    "group_size": 16,
                     "num_minibatches": 2,
-                    "steps": 60,
+                    "steps": 80,
                     "learning_rate": 3e-4,
-                    "warmup_steps": 5,
+                    "warmup_steps": 10,
                     "clip_epsilon": (0.2, 0.28),
                     "kl_coefficient": 0.001,
                     "reference_refresh_every": 0,
                     "aggregation": "token_mean",
                     "rewards": {"accuracy": 1.0, "format": 1.0},
                 },
-                "loop": {"log_every": 1, "eval_every": 5, "checkpoint_every": 10},
+                "loop": {"log_every": 1, "eval_every": 4, "checkpoint_every": 10},
+                "eval": {"problems": 512},
             },
-            "after": evaluation,
+            "after": evaluation(),
         }
     )
+
+
+def training(kind: str, steps: int, text: float, long_chains: float, learning_rate: dict) -> dict:
+    """A pre-training or SFT stage: the share `text` of the rows is source code, the rest demonstrations, whole, two to a row."""
+    sources = [{"name": "task", "weight": 1.0 - text, "format": "tokens"}]
+    if text:
+        sources.append(stdlib(text))
+    return {
+        "kind": kind,
+        "data": {"sources": sources, "packing": "whole", "long_documents": "cut"},
+        "task_documents": {"count": 16_384, "cot_probability": long_chains},
+        "seq_len": 98,
+        "batch_size": 64,
+        "train": {
+            "steps": steps,
+            "optimizer": {"learning_rate": learning_rate},
+            "objective": {"mtp_weight": 0.3, "balance_alpha": 1e-4},
+            "router_bias_rate": 0.003,
+            "checkpoint_every": 120,
+            "eval_batches": 8,
+        },
+    }
+
+
+def evaluation() -> dict:
+    return {
+        "kind": "eval",
+        "eval": {"problems": 512, "sampled_problems": 128, "samples": 16},
+        "data": {"sources": [stdlib(1.0)]},
+        "seq_len": 98,
+        "batch_size": 64,
+        "eval_batches": 8,
+    }
+
+
+def stdlib(weight: float) -> dict:
+    return {"name": "stdlib", "weight": weight, "max_bytes": 4_000_000}
