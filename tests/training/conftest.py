@@ -34,16 +34,15 @@ def quick_compilation(compilation_cache):
 
 @pytest.fixture(scope="session")
 def model():
-    """One dense and one MoE layer, two MTP modules."""
+    """One MoE layer and two MTP modules."""
     return Transformer(
         ModelConfig(
             vocab_size=VOCAB,
             hidden_size=32,
-            num_layers=2,
+            num_layers=1,
             intermediate_size=32,
             attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
             moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=16, implementation="dense"),
-            first_k_dense=1,
             mtp_depth=2,
             init_std=0.1,
         )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -23,8 +22,7 @@ GAMMA = Schedule(0.01, (Segment("constant", 3, 0.01), Segment("constant", 1, 0.0
 @pytest.fixture(scope="module")
 def small(model):
     """One MoE layer and one MTP module."""
-    moe = MoEConfig(num_experts=4, top_k=2, intermediate_size=16, implementation="dense")
-    return Transformer(model.config.replace(num_layers=1, first_k_dense=0, mtp_depth=1, moe=moe))
+    return Transformer(model.config.replace(mtp_depth=1))
 
 
 @pytest.fixture(scope="module")
