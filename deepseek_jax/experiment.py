@@ -56,6 +56,8 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     if path is None:
         here = ", ".join(sorted(map(str, Path("experiments").glob("*.py"))))
         raise ConfigError(f"no experiment given: pass --config=FILE. Here: {here or 'no experiments'}")
+    if not Path(path).is_file():
+        raise ConfigError(f"no such file: {path}")
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # an experiment may import its neighbours and change a few lines
@@ -77,9 +79,10 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool("dry", False, "Check everything and print the plan; allocate and run nothing.", flag_values=values)
     try:
         values(arguments)
-        values["config"].value  # noqa: B018  a file that can't be loaded raises here
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+        if not isinstance(values.config, ConfigDict):
+            values.config["model"]  # what stands in for a file that could not be loaded raises the reason when it is used
+    except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
     return values
 
 

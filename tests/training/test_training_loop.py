@@ -106,11 +106,10 @@ def test_learns_evaluates_and_leaves_its_files(uninterrupted):
     assert int(result.state.step) == STEPS
 
 
-def test_a_finished_stage_returns_at_once(uninterrupted):
+def test_a_finished_stage_returns_what_it_left(uninterrupted):
     workdir, result = uninterrupted
-    begin = time.monotonic()
-    again = run(workdir, Counting())
-    assert again.metrics == result.metrics and time.monotonic() - begin < 10
+    again = run(workdir, Bad(ends))  # asks for no data
+    assert again.metrics == result.metrics
     jax.tree.map(np.testing.assert_array_equal, again.state.variables, result.state.variables)
 
 
@@ -124,7 +123,7 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     }
     child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)], env=environment)
     lines = random.randrange(4, 16)  # each is two steps; the first checkpoint is at step 5
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_metrics(tmp_path)) < lines:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
