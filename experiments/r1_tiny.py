@@ -10,6 +10,18 @@ balancing bias, MTP. The task is the parity of 20 bits, which can't be guessed a
     grpo       reinforcement learning on rule rewards, accuracy + format; nothing rewards length
 
 `before` and `after` measure greedy accuracy, maj@16, pass@16 and response length on 512 problems that no stage trains on.
+
+Measured on two CPU cores (jax 0.10.2, Python 3.11; 496,216 parameters, 191,168 active), from the command's start, compilation included:
+first log line after 15 s, all done after 229 s.
+
+    seed                      0              1              2
+    greedy accuracy     0.465 → 1.000  0.551 → 1.000  0.457 → 0.980
+    maj@16              0.574 → 1.000  0.660 → 1.000  0.516 → 0.980
+    pass@16             1.000 → 1.000  1.000 → 1.000  1.000 → 1.000
+    response length      7.24 → 25.85   7.60 → 25.97   7.33 → 25.90     tokens, sampled: × 3.57, 3.42, 3.53
+    bits per byte       3.234 → 3.251  3.124 → 3.140  3.188 → 3.219     standard library, held out
+
+pass@16 says nothing here: sixteen coin flips nearly always hold a right one.
 """
 
 from ml_collections import ConfigDict
