@@ -53,7 +53,7 @@ def assumptions_from(flags) -> Assumptions:
 
 
 def experiment_model(arguments: Sequence[str]) -> ModelConfig:
-    """The model of an experiment file, overrides applied. Raises ConfigError for a file that can't be read and for a model that can't be built."""
+    """The model of an experiment file, overrides applied. Raises ConfigError where the file or its model can't be read."""
     config = read_flags(arguments)[0]
     if "model" not in config:
         raise ConfigError(f"{arguments[0]}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 # First match wins; the names are the module paths that Flax leaves in an operation's metadata.
 PARTS = (
-    ("routed experts: gather of weights and rows, layout", r"/experts/.*(gather|sort|scatter|cumsum|iota|add|sub|eq|lt|floor|convert|reduce_window)"),
+    ("routed experts: gathers and layout", r"/experts/.*(gather|sort|scatter|cumsum|iota|add|sub|eq|lt|floor|convert|reduce_window)"),
     ("routed experts: products, activation, combination", r"/experts/"),
     ("router", r"/router/|MoE.*routing|one_hot"),
     ("shared experts", r"/shared/"),
@@ -21,7 +21,7 @@ PARTS = (
     ("dense feed-forward", r"/ffn/(gate|up|down|jit\(silu\))"),
     ("norms and residuals", r"_norm/|(layers|Transformer)/(add|mul)"),
     ("embedding, head and loss", r"embed|unembed|head|checkpoint|logsumexp|take_along"),
-    ("moving data between scanned layers", r"dynamic_(update_)?(index|slice)|while/body/(closed_call/)?(moe_layers|dense_layers)?$|broadcast_in_dim$"),
+    ("moving data between scanned layers", r"dynamic_(update_)?(index|slice)|broadcast_in_dim$"),
     ("sampling and bookkeeping of decoding", r"while/body/"),
 )
 LEFT_OVER = "optimiser and everything else"
