@@ -12,22 +12,21 @@ setup(
         "jax>=0.10.2",  # arrays, automatic differentiation, compilation
         "flax>=0.12.8",  # Linen modules
         "optax>=0.2.8",  # AdamW and schedules
-        "orbax-checkpoint>=0.12.0",  # asynchronous, atomic, sharded checkpoints
-        "chex>=0.1.92",  # assertions on shapes and trees
+        "orbax-checkpoint>=0.12.8",  # asynchronous, atomic, sharded checkpoints
         "ml-collections>=1.1.0",  # experiment files and command-line overrides
         "tensorflow-datasets>=4.9.10",  # dataset builders, used without TensorFlow
         "importlib_resources>=7.1.0",  # tensorflow-datasets needs it to prepare a dataset and does not ask for it itself
         "grain>=0.2.18",  # shuffling, sharding and checkpointable position of the data
-        "pyarrow>=26.0.0",  # parquet files
+        "pyarrow>=26.0.1",  # parquet files
         "tokenizers>=0.23.3",  # tokenizer.json files
         "jinja2>=3.1.6",  # the chat templates that come with checkpoints
-        "safetensors>=0.8.0",  # Hugging Face checkpoints
         "rich>=15.0.0",  # tables and the progress bar
-        "matplotlib>=3.11.0",  # figures
+        "matplotlib>=3.11.2",  # figures
         "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
     ],
     extras_require={
-        "test": ["pytest>=9.2.0"],  # runs the tests
+        # runs the tests; compares trees of arrays; the reference reader and writer of checkpoint files
+        "test": ["pytest>=9.2.0", "chex>=0.1.92", "safetensors>=0.8.0"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -16,7 +16,7 @@ import numpy as np
 from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.loader import Loader, build_loader
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.model.transformer import init_variables
 from deepseek_jax.report import plot_curves
@@ -90,7 +90,7 @@ class TrainStage:
             data=DataConfig.from_dict(fields.get("data", {})),
             seq_len=fields["seq_len"],
             batch_size=fields["batch_size"],
-            task_documents=_from_fields(TaskDocuments, fields.get("task_documents", {}), f"{name}.task_documents"),
+            task_documents=build(TaskDocuments, fields.get("task_documents", {}), f"config.{name}.task_documents"),
         )
         if stage._uses_task():
             _require_task(name, experiment)
@@ -156,7 +156,7 @@ class GRPOStage:
         config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | fields["grpo"])
         if config.max_prompt_length < task.prompt_length:
             raise ConfigError(f"{name}.grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
-        optimizer = OptimizerConfig(**{"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}))
+        optimizer = build(OptimizerConfig, {"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}), f"config.{name}.optimizer")
         return cls(
             name=name,
             experiment=experiment,
@@ -280,11 +280,3 @@ def _check_fields(name: str, fields: Mapping[str, Any], known: tuple[str, ...], 
     for field in required:
         if field not in fields:
             raise ConfigError(f"missing field config.{name}.{field}")
-
-
-def _from_fields(cls: type, fields: Mapping[str, Any], path: str) -> Any:
-    known = tuple(field.name for field in dataclasses.fields(cls))
-    for field in fields:
-        if field not in known:
-            raise ConfigError(f"unknown field config.{path}.{field}: {nearest(field, known)}")
-    return cls(**fields)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build, nearest
 
 FORMATS = ("text", "completion", "messages", "tokens")
 PACKINGS = ("split", "whole")
@@ -110,17 +110,7 @@ class DataConfig:
             if isinstance(sources, Mapping | str):
                 raise ConfigError(f"data.sources must be a list of sources, not {type(sources).__name__}")
             fields["sources"] = tuple(
-                source if isinstance(source, SourceConfig) else _build(SourceConfig, source, f"data.sources[{i}]")
+                source if isinstance(source, SourceConfig) else build(SourceConfig, source, f"data.sources[{i}]")
                 for i, source in enumerate(sources)
             )
-        return _build(cls, fields, "data")
-
-
-def _build(cls: type, fields: Mapping[str, Any], path: str) -> Any:
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"unknown field {path}.{name}: {nearest(str(name), known)}")
-    if cls is SourceConfig and "name" not in fields:
-        raise ConfigError(f"{path} has no name: give 'stdlib', 'tfds:NAME', a path, or the key of an in-memory source")
-    return cls(**fields)
+        return build(cls, fields, "data")

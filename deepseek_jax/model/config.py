@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build, nearest
 
 
 def _require(condition: bool, message: str) -> None:
@@ -169,7 +169,7 @@ class ModelConfig:
 
     `moe=None` makes every layer dense. `latent_norm_eps` is the epsilon of the norms inside MLA, which the released
     code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none"
-    keeps everything, "full" recomputes the layer from its input, "dots" keeps the results of its matrix products.
+    keeps everything, "full" recomputes the layer from its input, "dots" keeps the results of products with weights.
     `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a
     whole T x S score matrix. `scan_unroll` unrolls the scan over layers, which trades compile time for speed.
     """
@@ -224,15 +224,15 @@ class ModelConfig:
         fields = dict(fields)
         if _is_mapping(fields.get("attention")):
             kind = GQAConfig if {"num_kv_heads", "head_dim"} & set(fields["attention"]) else MLAConfig
-            fields["attention"] = _build(kind, fields["attention"], "model.attention")
+            fields["attention"] = build(kind, fields["attention"], "model.attention")
         if _is_mapping(fields.get("moe")):
-            fields["moe"] = _build(MoEConfig, fields["moe"], "model.moe")
+            fields["moe"] = build(MoEConfig, fields["moe"], "model.moe")
         if _is_mapping(fields.get("rope")):
             rope = dict(fields["rope"])
             if _is_mapping(rope.get("yarn")):
-                rope["yarn"] = _build(YarnConfig, rope["yarn"], "model.rope.yarn")
-            fields["rope"] = _build(RopeConfig, rope, "model.rope")
-        return _build(cls, fields, "model")
+                rope["yarn"] = build(YarnConfig, rope["yarn"], "model.rope.yarn")
+            fields["rope"] = build(RopeConfig, rope, "model.rope")
+        return build(cls, fields, "model")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries; `from_dict` is the inverse."""
@@ -242,16 +242,6 @@ class ModelConfig:
 def _is_mapping(value: Any) -> bool:
     """True of dictionaries and of ml_collections' ConfigDict, which is no Mapping."""
     return hasattr(value, "keys")
-
-
-def _build(cls: type, fields: Mapping[str, Any], path: str):
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in fields:
-        _require(name in known, f"unknown field {path}.{name}: {nearest(name, known)}")
-    for name, field in known.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        _require(name in fields or not required, f"missing field {path}.{name}")
-    return cls(**dict(fields))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

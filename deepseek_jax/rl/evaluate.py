@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build
 from deepseek_jax.generation.generate import generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
@@ -48,11 +48,7 @@ class EvalConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"unknown field eval.{name}: {nearest(name, known)}")
-        return cls(**fields)
+        return build(cls, fields, "eval")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "sampling", "samples"))

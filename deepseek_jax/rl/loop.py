@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build
 from deepseek_jax.rl.evaluate import EvalConfig, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, grpo_state
 from deepseek_jax.rl.health import Health
@@ -39,11 +39,7 @@ class LoopConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LoopConfig":
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"unknown field loop.{name}: {nearest(name, known)}")
-        return cls(**fields)
+        return build(cls, fields, "loop")
 
 
 def train_grpo(

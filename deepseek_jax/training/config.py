@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError, build
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import Schedule, build_schedule
@@ -61,16 +61,8 @@ class TrainConfig:
                 part = dict(fields[name])
                 if schedule in part:
                     part[schedule] = build_schedule(part[schedule], f"train.{name}.{schedule}", steps)
-                fields[name] = _build(kind, part, f"train.{name}")
+                fields[name] = build(kind, part, f"train.{name}")
         for name in ("router_bias_rate", "batch_size"):
             if fields.get(name) is not None:
                 fields[name] = build_schedule(fields[name], f"train.{name}", steps)
-        return _build(cls, fields, "train")
-
-
-def _build(cls: type, fields: Mapping[str, Any], path: str):
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"unknown field {path}.{name}: {nearest(name, known)}")
-    return cls(**fields)
+        return build(cls, fields, "train")

@@ -148,7 +148,7 @@ def test_a_position_of_other_data_is_refused(make):
         ({"packin": "whole"}, r"unknown field data.packin: did you mean 'packing'"),
         ({"packing": "hole"}, r"data.packing='hole': did you mean 'whole'"),
         ({"sources": [{"name": "x", "text_feild": "t"}]}, r"unknown field data.sources\[0\].text_feild: did you mean 'text_field'"),
-        ({"sources": [{"weight": 1.0}]}, r"data.sources\[0\] has no name"),
+        ({"sources": [{"weight": 1.0}]}, r"missing field data.sources\[0\].name"),
         ({"sources": [{"name": "x", "weight": 0}]}, r"'x': weight=0: must be above 0"),
         ({"sources": []}, r"data.sources is empty"),
         ({"sources": {"name": "x"}}, r"data.sources must be a list of sources, not dict"),

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,8 +135,7 @@ def test_reference_is_refreshed_when_due(first, grpo, variables):
     head = variables["params"]["head"]["kernel"]
     assert bool((state.reference["params"]["head"]["kernel"] == head).all())
     second = grpo.iteration(jax.tree.map(jnp.copy, state))[0]
-    for reference, policy in zip(jax.tree.leaves(second.reference), jax.tree.leaves(second.variables), strict=True):
-        np.testing.assert_array_equal(reference, policy)
+    chex.assert_trees_all_equal(second.reference, second.variables)
     third = grpo.iteration(jax.tree.map(jnp.copy, second))[0]
     np.testing.assert_array_equal(third.reference["params"]["head"]["kernel"], second.reference["params"]["head"]["kernel"])
     assert float(jnp.abs(third.params["head"]["kernel"] - second.params["head"]["kernel"]).max()) > 0
@@ -151,16 +151,14 @@ def test_python_rewards_give_what_in_graph_rewards_give(first, grpo, variables):
     assert np.array_equal(np.asarray(samples.trajectories.completions_BN), np.asarray(first[2].trajectories.completions_BN))
     state, metrics, _, rewards_B = host.learn(state, samples, {"digits": jnp.asarray(in_graph)})
     np.testing.assert_allclose(rewards_B, first[3], atol=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(first[0].params), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    chex.assert_trees_all_close(state.params, first[0].params, atol=1e-6)
     assert parts["digits"].shape == in_graph.shape and np.isfinite(parts["digits"]).all()
 
     # All rewards fail: the weights stay, and it is counted.
     before = grpo_state(variables, host.optimizer, jax.random.key(2))
     after, metrics, _, _ = host.learn(before, samples, {"digits": jnp.full(16, jnp.nan)})
     assert float(metrics["non_finite_rewards"]) == 16 and float(metrics["zero_variance_fraction"]) == 1
-    for ours, theirs in zip(jax.tree.leaves(after.params), jax.tree.leaves(variables["params"]), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(after.params, variables["params"])
 
 
 def test_a_killed_run_goes_on_bit_for_bit(grpo, variables, tmp_path, monkeypatch):
