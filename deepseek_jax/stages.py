@@ -114,8 +114,7 @@ class TrainStage:
             self.seq_len,
             self.batch_size,
             seed=_seed(experiment, self.name, "order"),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share=(jax.process_index(), jax.process_count()),
             in_memory=in_memory,
         )
         text = tuple(source for source in self.data.sources if source.name != "task")

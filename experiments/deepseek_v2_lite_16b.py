@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": V2_LITE_BATCH.sequence_length,
         "batch_size": V2_LITE_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256},
         "train": {
             "steps": V2_LITE_BATCH.step_at(V2_LITE_TOKENS),
             "microbatch": 512,

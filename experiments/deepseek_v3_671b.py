@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": V3_BATCH.sequence_length,
         "batch_size": V3_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256},
         "train": {
             "steps": V3_BATCH.step_at(V3_TOKENS),
             # 3072 -> 15360 sequences over the first 469B tokens, in nine sizes: multiples of the microbatch.

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": MOONLIGHT_BATCH.sequence_length,
         "batch_size": MOONLIGHT_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256},
         "train": {
             "steps": steps,
             # 2048 sequences for the first 200B tokens, then 4096.
