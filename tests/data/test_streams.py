@@ -1,6 +1,10 @@
 """Streams: the batches are the same for any number of hosts, and each host reads only what its rows come from."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -199,3 +203,33 @@ def test_gathering_in_one_process_changes_nothing(make):
     loader = make()
     assert position.gather(loader.get_state()) == loader.get_state()
     assert position.gather(b"of another loader") == b"of another loader"
+
+
+PROGRAM = """
+import json, sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from deepseek_jax.data import position
+mine = {"data": {"seed": 0}, "streams": {sys.argv[2]: {"place": [10 ** (5 * jax.process_index())]}, "2": 7}}
+print(json.dumps(position.gather(mine)))
+"""
+
+
+def test_gathering_in_two_processes_gives_both_the_whole():
+    """The parts differ in length."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, port, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for i in range(2)
+    ]
+    try:
+        done = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    whole = {"data": {"seed": 0}, "streams": {"0": {"place": [1]}, "1": {"place": [100_000]}, "2": 7}}
+    for output, errors in done:
+        assert output.strip() and json.loads(output.splitlines()[-1]) == whole, errors
