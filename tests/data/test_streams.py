@@ -37,7 +37,7 @@ def make(documents, byte_tokenizer):
         texts = [{"text": f"text number {i}"} for i in range(30)]
         memory = {"ids": {"train": records, "validation": records}, "texts": {"train": texts, "validation": texts}}
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
-        config = DataConfig(**({"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0} | config))
+        config = DataConfig(**({"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0, "prefetch_rows": 0} | config))
         return build_loader(config, byte_tokenizer, T, batch_size, split, seed, share, in_memory=memory)
 
     return build
@@ -69,21 +69,21 @@ def saved(loaders):
 @pytest.mark.parametrize("packing", [{}, {"packing": "whole", "long_documents": "cut", "open_rows": 3, "prefetch_rows": 3}], ids=["split", "whole"])
 def test_any_number_of_hosts_gives_the_same_batches(make, count, packing):
     whole, several = make(**packing), hosts(make, count, **packing)
-    for _ in range(12):
+    for _ in range(6):
         assert_same(joined(several), next(whole))
     assert saved(several) == whole.get_state()
 
 
-@pytest.mark.parametrize("before, after", [(4, 2), (2, 8), (8, 1), (1, 4)])
+@pytest.mark.parametrize("before, after", [(4, 2), (1, 8), (8, 1)])
 def test_a_position_is_restored_with_another_number_of_hosts(make, before, after):
     steady, first, then = make(), hosts(make, before), hosts(make, after)
-    for _ in range(5):
+    for _ in range(4):
         assert_same(joined(first), next(steady))
     state = saved(first)
     for loader in then:
         loader.set_state(state)
     assert saved(then) == state
-    for _ in range(8):
+    for _ in range(4):
         assert_same(joined(then), next(steady))
 
 
@@ -112,7 +112,7 @@ def test_every_document_is_shown_once_in_an_epoch_and_in_a_new_order_in_the_next
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_host_reads_only_its_own_documents(make, documents, shuffle):
     """Less than an epoch, so that no document may be read by two hosts."""
-    only_ids = {"sources": (SourceConfig("ids", format="tokens"),), "shuffle": shuffle, "shuffle_window": 1, "prefetch_rows": 0}
+    only_ids = {"sources": (SourceConfig("ids", format="tokens"),), "shuffle": shuffle, "shuffle_window": 1}
     everything = Counted(documents)
     whole = make(records=everything, **only_ids)
     everything.reads.clear()
@@ -134,11 +134,20 @@ def test_a_host_checks_only_its_share_of_the_documents(make, documents):
     """Where no document may be longer than a row all of them are looked at, by all hosts together once."""
     records = [Counted({"tokens": document["tokens"][:T]} for document in documents) for _ in range(4)]
     for i in range(4):
-        make(share=(i, 4), records=records[i], packing="whole", sources=(SourceConfig("ids", format="tokens"),), prefetch_rows=0)
+        make(share=(i, 4), records=records[i], packing="whole", sources=(SourceConfig("ids", format="tokens"),))
     assert [sorted(mine.reads) for mine in records] == [list(range(i, 60, 4)) for i in range(4)]
     with pytest.raises(DataError, match=f"document 2 has {T + 1} tokens"):
         long = [{"tokens": np.arange(T + (i == 2))} for i in range(60)]
         make(share=(2, 4), records=long, packing="whole", sources=(SourceConfig("ids", format="tokens"),))
+
+
+def test_the_window_is_shared_by_the_streams(make):
+    """Documents of four rows: a window of 8 mixes the rows of one stream, and leaves one row to each of 8, which then stay in order."""
+    records = [{"tokens": np.arange(1000 * i, 1000 * i + 4 * T)} for i in range(1, 41)]
+    for streams, moved in ((1, True), (8, False)):
+        loader = make(records=records, sources=(SourceConfig("ids", format="tokens"),), streams=streams)
+        rows = loader.take(40)["tokens"].reshape(streams, -1, T)[:, :, 0]
+        assert bool((np.diff(rows % 1000, axis=1) % (4 * T) != T).any()) is moved
 
 
 def test_growing_batches_keep_every_stream_in_its_place(make):
