@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": V2_LITE_BATCH.sequence_length,
         "batch_size": V2_LITE_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256},
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V2_LITE_BATCH.step_at(V2_LITE_TOKENS),
             "microbatch": 512,

@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": V3_BATCH.sequence_length,
         "batch_size": V3_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256},
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V3_BATCH.step_at(V3_TOKENS),
             # 3072 -> 15360 sequences over the first 469B tokens, in nine sizes: multiples of the microbatch.

@@ -64,7 +64,7 @@ class DataConfig:
     long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or are
         'cut' into pieces of a row: long texts and short dialogues mix in one loader, and no dialogue is torn.
     shuffle: a new order of the documents in every epoch. Where long documents are cut, one of them fills many
-        successive rows, so rows are shuffled too, within `shuffle_window` of them, over all streams: a batch should not be one document.
+        successive rows, so rows are shuffled too, within `shuffle_window` of a stream's: a batch should not be one document.
     num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
         whatever the weights.
     streams: the data is dealt into this many streams, each packed on its own, and each gives an equal part of every batch's rows.

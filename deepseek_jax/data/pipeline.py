@@ -44,10 +44,9 @@ def _shuffled(config: DataConfig, documents: grain.MapDataset, seed: int, index:
 def _shuffled_rows(config: DataConfig, rows: grain.IterDataset, seed: int, index: int, stream: int) -> grain.IterDataset:
     """Pieces of one document, which packing leaves side by side, spread over many batches."""
     cuts = config.packing == "split" or config.long_documents == "cut"
-    window = -(-config.shuffle_window // config.streams)
-    if not (config.shuffle and cuts) or window == 1:
+    if not (config.shuffle and cuts) or config.shuffle_window == 1:
         return rows
-    return grain.experimental.WindowShuffleIterDataset(rows, window_size=window, seed=_seed(seed, index, 1, stream))
+    return grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_window, seed=_seed(seed, index, 1, stream))
 
 
 def _seed(*path: int) -> int:

@@ -141,15 +141,6 @@ def test_a_host_checks_only_its_share_of_the_documents(make, documents):
         make(share=(2, 4), records=long, packing="whole", sources=(SourceConfig("ids", format="tokens"),))
 
 
-def test_the_window_is_shared_by_the_streams(make):
-    """Documents of four rows: a window of 8 mixes the rows of one stream, and leaves one row to each of 8, which then stay in order."""
-    records = [{"tokens": np.arange(1000 * i, 1000 * i + 4 * T)} for i in range(1, 41)]
-    for streams, moved in ((1, True), (8, False)):
-        loader = make(records=records, sources=(SourceConfig("ids", format="tokens"),), streams=streams)
-        rows = loader.take(40)["tokens"].reshape(streams, -1, T)[:, :, 0]
-        assert bool((np.diff(rows % 1000, axis=1) % (4 * T) != T).any()) is moved
-
-
 def test_growing_batches_keep_every_stream_in_its_place(make):
     steady, ramped, hosts_ramped = make(), make(), hosts(make, 2)
     by_stream = [next(steady)["tokens"].reshape(STREAMS, -1, T) for _ in range(6)]
