@@ -72,7 +72,7 @@ def train(
     workdir = pathlib.Path(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
-    state = create_state(model, optimizer, rng) if variables is None else state_of(variables, optimizer, rng)
+    state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
     store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
     with contextlib.closing(store):
         store.require_space(state)
