@@ -118,7 +118,10 @@ class GRPO:
         rows_MB = rows_EB.reshape(config.steps_per_rollout, config.minibatch_size)
 
         def update(state, rows_B):
-            return self._update(state, *jax.tree.map(lambda x: x[rows_B], batch))
+            def own(x):  # on a mesh every device has its part of the minibatch
+                return self.model.placement.constrain(x[rows_B], "batch", *(None,) * (x.ndim - 1))
+
+            return self._update(state, *jax.tree.map(own, batch))
 
         skipped_before = state.skipped
         state, steps = jax.lax.scan(update, state, rows_MB)
