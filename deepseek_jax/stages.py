@@ -19,6 +19,7 @@ from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.model.transformer import init_variables
+from deepseek_jax.parallel.shardings import host_share, variables_sharding
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
@@ -114,7 +115,7 @@ class TrainStage:
             self.seq_len,
             self.batch_size,
             seed=_seed(experiment, self.name, "order"),
-            share=(jax.process_index(), jax.process_count()),
+            share=host_share(experiment.model.placement),
             in_memory=in_memory,
         )
         text = tuple(source for source in self.data.sources if source.name != "task")
@@ -251,7 +252,8 @@ def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, bat
     """-> a function that starts one ordered pass over the held-out documents."""
 
     def start() -> Loader:
-        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation")
+        share = host_share(experiment.model.placement)
+        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share)
 
     return start
 
@@ -263,7 +265,8 @@ def _seed(experiment: Experiment, *path: str) -> int:
 
 def _weights(variables: Variables | None, experiment: Experiment) -> Variables:
     """Random weights where no stage before has made any: reinforcement learning from scratch is a legitimate question."""
-    return init_variables(experiment.model, jax.random.key(experiment.seed)) if variables is None else variables
+    model = experiment.model
+    return init_variables(model, jax.random.key(experiment.seed), variables_sharding(model)) if variables is None else variables
 
 
 def _require_task(name: str, experiment: Experiment) -> Task:

@@ -21,6 +21,10 @@ from deepseek_jax.interop.importer import read_part, read_variables, specs_by_pa
 from deepseek_jax.interop.parts import overlaps, part_of
 from deepseek_jax.interop.safetensors_io import ShardWriter, read_header, read_tensor
 from deepseek_jax.interop.tensors import tensor_table
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.mesh import build_mesh
+from deepseek_jax.parallel.placement import MeshPlacement
+from deepseek_jax.parallel.shardings import variables_sharding
 
 # Every size that is cut divides evenly, and no cut lies on the border of a block of 128: 256 / 2 would, 272 / 2 and 304 / 8 don't.
 MOE = dataclasses.replace(TINY.moe, num_experts=8, num_groups=4, intermediate_size=144)
@@ -102,6 +106,17 @@ def test_sharded_import_equals_the_plain_one(folders, case, stored, dtype):
         cut += not leaf.sharding.is_fully_replicated
     assert cut
     assert_same(jax.tree.map(np.asarray, arrays), plain)
+
+
+def test_import_for_a_placed_network_lies_as_it_asks(folders):
+    device_mesh = build_mesh(dict(data=1, fsdp=2, expert=2, context=1, tensor=2), {}, jax.devices()[:8])
+
+    def placed(config):
+        return variables_sharding(Transformer(config, placement=MeshPlacement(device_mesh)))
+
+    config, arrays = import_folder(folders / "fp8", "bfloat16", shardings=placed)
+    assert jax.tree.map(lambda leaf: leaf.sharding, arrays) == placed(config)
+    assert_same(jax.tree.map(np.asarray, arrays), import_folder(folders / "fp8", "bfloat16")[1])
 
 
 @pytest.mark.parametrize("case, dtype", [("some_devices", "fp8"), ("vocabulary8", "float32"), ("layers2_both_sides", "float32")])
