@@ -50,7 +50,7 @@ class Experiment:
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read.
 
-    A field that the file leaves at its default can be overridden too; whether it exists is checked where it is used.
+    A field that the file leaves at its default, or at None, can be overridden too; whether it exists is checked where it is used.
     """
     path = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
     if path is None:
@@ -91,11 +91,11 @@ def _has(node: Any, path: Sequence[str]) -> bool:
         if not isinstance(node, ConfigDict) or part not in node:
             return False
         node = node[part]
-    return True
+    return node is not None  # a None has no type for a flag to be read as
 
 
 def _add(config: ConfigDict, argument: str) -> None:
-    """Sets a field that the file doesn't mention: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
+    """Sets a field that the file doesn't mention or has as None: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
     path, _, text = argument.removeprefix("--config.").partition("=")
     try:
         value = ast.literal_eval(text)

@@ -35,8 +35,16 @@ def v3_style(
     )
 
 
+def tiny(num_layers: int, hidden_size: int, expert_size: int, num_heads: int) -> ModelConfig:
+    """The shape for a laptop: heads of 16, a latent half as wide as the model, bytes."""
+    return v3_style(
+        num_layers, hidden_size, expert_size, num_heads,
+        head_dim=16, kv_lora_rank=hidden_size // 2, vocab_size=272, init_std=0.05, scan_unroll=2,
+    )  # fmt: skip
+
+
 def get_config() -> ConfigDict:
-    model = v3_style(3, 32, 24, 2, head_dim=16, kv_lora_rank=16, vocab_size=272, init_std=0.05, scan_unroll=2)
+    model = tiny(3, 24, 16, 2)
     return ConfigDict(
         {
             "model": model.to_dict(),
@@ -51,10 +59,10 @@ def get_config() -> ConfigDict:
                 "seq_len": 128,
                 "batch_size": 16,
                 "train": {
-                    "steps": 500,
+                    "steps": 400,
                     "microbatch": 0,
                     "optimizer": {
-                        "learning_rate": {"kind": "step_decay", "peak": 1e-2, "warmup_steps": 30, "at": (0.8, 0.9), "factor": 0.316},
+                        "learning_rate": {"kind": "step_decay", "peak": 1e-2, "warmup_steps": 40, "at": (0.8, 0.9), "factor": 0.316},
                         "b1": 0.9,
                         "b2": 0.95,
                         "eps": 1e-20,

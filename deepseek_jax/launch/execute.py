@@ -51,15 +51,11 @@ def _waiting():
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], rank: int = 0) -> subprocess.Popen:
-    """Starts this module on `command` in a process group of its own, with `environment` on top of this process's own.
-
-    SIGUSR2 is ignored in all of it: SLURM announces the end of a job with it to every process there is.
-    """
+    """Starts this module on `command` in a process group of its own, with `environment` on top of this process's own."""
     return subprocess.Popen(
         [sys.executable, "-m", "deepseek_jax.launch.execute", f"--folder={folder}", f"--rank={rank}", "--", *command],
         env=os.environ | environment,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
     )
 
 
@@ -75,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("command", nargs="+")
     flags = parser.parse_args(argv)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # for the command too: SLURM sends it to every process of a job that is about to end
     if flags.rank:
         return _run(flags.command, flags.folder / f"output.{flags.rank}.log")
     return execute(flags.command, flags.folder)

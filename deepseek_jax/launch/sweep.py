@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,9 @@ def load_sweep(path: str) -> Sweep:
     if not Path(path).is_file():
         here = ", ".join(sorted(map(str, Path("experiments/sweeps").glob("*.py"))))
         raise ConfigError(f"no such sweep file: {path}. Here: {here or 'no sweeps'}")
+    for folder in (Path(path).resolve().parent, Path(path).resolve().parents[1]):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # a sweep may import its neighbours and the experiments a folder above
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
