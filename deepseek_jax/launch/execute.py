@@ -50,7 +50,7 @@ def _waiting():
             signal.signal(number, handler)
 
 
-def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], rank: int = 0) -> subprocess.Popen:
+def start(command: Sequence[str], folder: Path, environment: Mapping[str, str] = {}, rank: int = 0) -> subprocess.Popen:
     """Starts this module on `command` in a process group of its own, with `environment` on top of this process's own."""
     return subprocess.Popen(
         [sys.executable, "-m", "deepseek_jax.launch.execute", f"--folder={folder}", f"--rank={rank}", "--", *command],

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
+import re
 
 from deepseek_jax.errors import ConfigError, nearest
 
 # TPU generation: (its name at SkyPilot, what that name counts for each chip: cores up to v5p, chips after)
 TPUS = {"v4": ("tpu-v4", 2), "v5e": ("tpu-v5litepod", 1), "v5p": ("tpu-v5p", 2), "v6e": ("tpu-v6e", 1), "tpu7x": (None, 1)}
-GPUS = ("a100", "h100", "h200", "b200")
+GPUS = ("h100", "h200", "h800", "b200")
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """`topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis) or a number of GPUs such as "h100:64".
+    """`topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis; "v6e:16x16*2" are two slices) or a number
+    of GPUs such as "h100:64".
 
     `hours` limits one SLURM job; a run that takes longer is requeued and goes on from its checkpoint. `spot` asks a cloud
     for machines that it may take back, at a third or so of the price: the run then goes on elsewhere.
@@ -29,8 +31,8 @@ class Resources:
             raise ConfigError(f"topology={self.topology!r}: {nearest(kind, ('cpu', *TPUS, *GPUS))}, for example 'cpu', 'v5p:4x4x4', 'h100:64'")
         if kind == "cpu" and shape:
             raise ConfigError(f"topology={self.topology!r}: 'cpu' is one machine and takes no shape")
-        if kind != "cpu" and not all(size.isdigit() and int(size) for size in shape.split("x")):
-            raise ConfigError(f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' or 'h100:64'")
+        if kind != "cpu" and not re.fullmatch(r"[1-9]\d*" if kind in GPUS else r"[1-9]\d*(x[1-9]\d*)+(\*[1-9]\d*)?", shape):
+            raise ConfigError(f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' and 'v6e:16x16*2', or a number of GPUs, 'h100:64'")
         if self.hours <= 0:
             raise ConfigError(f"hours={self.hours}: must be above 0")
         if kind in GPUS and self.num_devices > self.gpus_per_node and self.num_devices % self.gpus_per_node:
@@ -48,8 +50,7 @@ class Resources:
     @property
     def num_devices(self) -> int:
         """Chips or GPUs; 1 on a CPU."""
-        shape = self.topology.partition(":")[2]
-        return math.prod(int(size) for size in shape.split("x")) if shape else 1
+        return math.prod(int(size) for size in re.findall(r"\d+", self.topology.partition(":")[2]))
 
     @property
     def num_nodes(self) -> int:
@@ -67,6 +68,8 @@ class Resources:
             return None
         if self.is_gpu:
             return f"{self.kind.upper()}:{self.gpus_on_a_node}"
+        if "*" in self.topology:
+            raise ConfigError(f"topology={self.topology!r}: SkyPilot starts one slice for a run, not several that work together")
         name, per_chip = TPUS[self.kind]
         if name is None:
             raise ConfigError(f"topology={self.topology!r}: SkyPilot does not offer {self.kind}; it offers {', '.join(t for t in TPUS if TPUS[t][0])}")

@@ -107,15 +107,14 @@ def _setup(install: str) -> str:
 def _run(resources: Resources, flags: Sequence[str], folder: PurePosixPath) -> str:
     """SkyPilot runs this on every host. TPU hosts find each other by themselves; GPU nodes are told who they are."""
     lines = ["set -e"]
+    hosts = ""
     if resources.num_nodes > 1:
-        lines += [
-            f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n1):{PORT}"',
-            'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES"',
-            'export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',
-        ]
+        lines.append('HEAD="$(echo "$SKYPILOT_NODE_IPS" | head -n1)"')
+        hosts = f' --coordinator="$HEAD:{PORT}" --num_processes="$SKYPILOT_NUM_NODES" --process_id="$SKYPILOT_NODE_RANK"'
+    python = f"{ENVIRONMENT}/bin/python"
     lines.append(
-        f"exec {ENVIRONMENT}/bin/python -m deepseek_jax.launch.execute --folder={folder} --rank=\"$SKYPILOT_NODE_RANK\" -- "
-        f"{ENVIRONMENT}/bin/python -m deepseek_jax {shlex.join(flags)}"
+        f'exec {python} -m deepseek_jax.launch.execute --folder={folder} --rank="$SKYPILOT_NODE_RANK" -- '
+        f"{python} -m deepseek_jax {shlex.join(flags)}{hosts}"
     )
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,5 @@
 """Runs as SLURM jobs, through submitit: an array of jobs for all runs that want the same machines."""
 
-import contextlib
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -12,34 +9,11 @@ from typing import Any
 import submitit
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.launch.execute import start, stop
 from deepseek_jax.launch.jobs import Job
+from deepseek_jax.launch.node import RunOnNode
 from deepseek_jax.launch.resources import Resources
 
 PROGRAM = (sys.executable, "-m", "deepseek_jax")
-
-
-class RunOnNode:
-    """What SLURM starts on every node of a job: one process that drives all of the node's devices.
-
-    submitit calls `checkpoint` when the job is preempted or its time is up; the run saves, and the job is queued again.
-    """
-
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]):
-        self.command, self.folder, self.environment = list(command), folder, dict(environment)
-        self.process: subprocess.Popen | None = None
-
-    def __call__(self) -> int:
-        rank = submitit.JobEnvironment().global_rank
-        self.process = start(self.command, self.folder, self.environment, rank)
-        return self.process.wait()
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        if self.process is not None:
-            stop(self.process)
-            with contextlib.suppress(ChildProcessError):  # not `process.wait`: this may interrupt one, which holds its lock
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(RunOnNode(self.command, self.folder, self.environment))
 
 
 class SlurmLauncher:
@@ -75,7 +49,7 @@ class SlurmLauncher:
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **limits)
         resources = jobs[0].run.resources
         executor.update_parameters(**job_parameters(resources, self.cluster) | self.parameters)
-        tasks = [RunOnNode([*self.program, *job.arguments], job.folder.absolute(), environment(resources)) for job in jobs]
+        tasks = [RunOnNode([*self.program, *job.arguments], job.folder.absolute()) for job in jobs]
         with executor.batch():
             submitted = [executor.submit(task) for task in tasks]
         for job, at in zip(jobs, submitted, strict=True):
@@ -95,13 +69,6 @@ def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, An
     if cluster == "slurm":
         parameters |= {"slurm_signal_delay_s": 300, "slurm_additional_parameters": {"requeue": True}}
     return parameters
-
-
-def environment(resources: Resources) -> dict[str, str]:
-    """JAX under SLURM takes one device a process where nothing else is said; here one process has a node's devices."""
-    if not resources.is_gpu:
-        return {}
-    return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(resources.gpus_on_a_node)))}
 
 
 def _job_class(cluster: str) -> type[submitit.Job]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from deepseek_jax.errors import ConfigError, build
 
 LOG = "output.log"
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # what `python -m deepseek_jax` exits with after saving
+# What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost another host (75).
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 75)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """`state` is "missing", "running", "done", "stopped" (asked to stop; it saved) or "failed"; `seconds` adds up over restarts."""
+    """`state` is "missing", "running", "done", "stopped" (it goes on when it is started again) or "failed"; `seconds` adds up over restarts."""
 
     state: str = "missing"
     exit_status: int | None = None

@@ -78,11 +78,15 @@ def test_resources_count_devices_and_nodes():
     assert (gpus.num_devices, gpus.num_nodes, gpus.accelerators) == (64, 8, "H100:8")
     assert (one.num_nodes, one.gpus_on_a_node, one.accelerators) == (1, 2, "H100:2")
     assert Resources("v5e:4x4").accelerators == "tpu-v5litepod-16"
+    assert Resources("v6e:4x4*2").num_devices == 32
+    for topology, message in (("v6e:4x4*2", "one slice"), ("tpu7x:4x4x4", "does not offer tpu7x")):
+        with pytest.raises(ConfigError, match=message):
+            Resources(topology).accelerators
 
 
 @pytest.mark.parametrize(
     ("topology", "message"),
-    [("v5x:2x2", "did you mean 'v5"), ("cpu:2", "takes no shape"), ("v5p:", "come sizes"), ("v5p:4xx4", "come sizes"), ("h100:12", "no whole number of nodes")],
+    [("v5x:2x2", "did you mean 'v5"), ("cpu:2", "takes no shape"), ("v5p:", "come sizes"), ("v5p:4xx4", "come sizes"), ("v5p:64", "come sizes"), ("h100:8x8", "come sizes"), ("h100:12", "no whole number of nodes")],
 )
 def test_resources_that_do_not_exist(topology, message):
     with pytest.raises(ConfigError, match=message):
