@@ -6,8 +6,14 @@ import re
 
 from deepseek_jax.errors import ConfigError, nearest
 
-# TPU generation: (its name at SkyPilot, what that name counts for each chip: cores up to v5p, chips after)
-TPUS = {"v4": ("tpu-v4", 2), "v5e": ("tpu-v5litepod", 1), "v5p": ("tpu-v5p", 2), "v6e": ("tpu-v6e", 1), "tpu7x": (None, 1)}
+# TPU generation: its name at SkyPilot, what that name counts for each chip (cores, or chips), Google's machine image; None: not offered.
+TPUS = {
+    "v4": ("tpu-v4", 2, "tpu-ubuntu2204-base"),
+    "v5e": ("tpu-v5litepod", 1, "v2-alpha-tpuv5-lite"),
+    "v5p": ("tpu-v5p", 2, "v2-alpha-tpuv5"),
+    "v6e": ("tpu-v6e", 1, "v2-alpha-tpuv6e"),
+    "tpu7x": None,
+}
 GPUS = ("h100", "h200", "h800", "b200")
 
 
@@ -70,7 +76,13 @@ class Resources:
             return f"{self.kind.upper()}:{self.gpus_on_a_node}"
         if "*" in self.topology:
             raise ConfigError(f"topology={self.topology!r}: SkyPilot starts one slice for a run, not several that work together")
-        name, per_chip = TPUS[self.kind]
-        if name is None:
-            raise ConfigError(f"topology={self.topology!r}: SkyPilot does not offer {self.kind}; it offers {', '.join(t for t in TPUS if TPUS[t][0])}")
+        if TPUS[self.kind] is None:
+            raise ConfigError(f"topology={self.topology!r}: SkyPilot does not offer {self.kind}; it offers {', '.join(t for t in TPUS if TPUS[t])}")
+        name, per_chip, _ = TPUS[self.kind]
         return f"{name}-{per_chip * self.num_devices}"
+
+    @property
+    def runtime_version(self) -> str | None:
+        """The machine image of a TPU's hosts; None without a TPU."""
+        tpu = TPUS.get(self.kind)
+        return tpu[2] if tpu else None

@@ -79,6 +79,7 @@ def task(job: Job, sweep: str, bucket: str, infra: str | None = None, install: s
     wanted: dict[str, Any] = {
         "infra": infra,
         "accelerators": resources.accelerators,
+        "accelerator_args": {"runtime_version": resources.runtime_version} if resources.runtime_version else None,
         "cpus": None if resources.accelerators else "4+",
         "use_spot": resources.spot,
         "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": list(STOPPED)},
@@ -98,6 +99,7 @@ def task(job: Job, sweep: str, bucket: str, infra: str | None = None, install: s
 def _setup(install: str) -> str:
     return (
         "set -e\n"
+        'export PATH="$HOME/.local/bin:$PATH"\n'
         "command -v uv || pip install uv\n"
         f"test -d {ENVIRONMENT} || uv venv --python 3.12 {ENVIRONMENT}\n"
         f"uv pip install --python {ENVIRONMENT}/bin/python -e {shlex.quote(install)}\n"
