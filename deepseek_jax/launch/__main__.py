@@ -1,4 +1,4 @@
-"""python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot [--plan] [--results]
+"""python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot [--only=…] [--plan] [--results]
 
 Runs a sweep's missing runs. Every run is checked before the first one starts; a sweep that is started again leaves alone
 what is done, running or queued; a failed run is reported and does not stop the rest. Exits with 1 if any failed.
@@ -8,13 +8,14 @@ import ast
 import importlib.util
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
 from deepseek_jax import cli
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.launch.jobs import Job, build_jobs
 from deepseek_jax.launch.local import LocalLauncher
 from deepseek_jax.launch.plan import DryRun, plan, plan_table
@@ -34,14 +35,15 @@ def main(argv: Sequence[str], dry_run: DryRun | None = None) -> int:
     sweep, name = load_sweep(flags.sweep), Path(flags.sweep).stem
     workdir = Path(flags.workdir or Path("runs") / name)
     jobs = build_jobs(sweep, workdir)
+    chosen = choose(jobs, flags.only, here=flags.launcher == "local" and not flags.plan)
     statuses = {job.name: read_status(job.folder) for job in jobs}
     if flags.plan:
-        estimates = plan(jobs, statuses, dry_run or _dry_run, flags.dollars_per_chip_hour)
+        estimates = plan(chosen, statuses, dry_run or _dry_run, flags.dollars_per_chip_hour)
         Console(highlight=False, width=160).print(plan_table(name, estimates))
         return 0
     failed = 0
     if not flags.results:
-        missing = [job for job in jobs if statuses[job.name].state not in ("done", "running")]
+        missing = [job for job in chosen if statuses[job.name].state not in ("done", "running")]
         print(f"{name}: {len(jobs)} runs in {workdir}, {_tally(statuses)}", flush=True)
         launcher = _launcher(flags, name, workdir)
         try:
@@ -51,6 +53,22 @@ def main(argv: Sequence[str], dry_run: DryRun | None = None) -> int:
         return 1 if failed else 0
     write_results(sweep, name, jobs, workdir)
     return 0
+
+
+def choose(jobs: Sequence[Job], only: str | None, here: bool) -> list[Job]:
+    """The jobs that one of the comma-separated patterns fits; without patterns all, or, to run here, those for a CPU.
+
+    Raises ConfigError for a pattern that fits none.
+    """
+    if only is None:
+        elsewhere = [job for job in jobs if job.run.resources.kind != "cpu"] if here else []
+        for job in elsewhere:
+            print(f"{job.name} wants {job.run.resources.topology} and is left out; --only={job.name} runs it here all the same")
+        return [job for job in jobs if job not in elsewhere]
+    for pattern in only.split(","):
+        if not any(fnmatchcase(job.name, pattern) for job in jobs):
+            raise ConfigError(f"--only={only}: no run is called {pattern!r}: {nearest(pattern, [job.name for job in jobs])}")
+    return [job for job in jobs if any(fnmatchcase(job.name, pattern) for pattern in only.split(","))]
 
 
 def write_results(sweep: Sweep, name: str, jobs: Sequence[Job], workdir: Path) -> None:
@@ -93,6 +111,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = cli.parser("deepseek_jax.launch", "Runs what is missing of a sweep, and collects what there is.")
     parser.add_argument("--sweep", required=True, help="a file with get_sweep()")
     parser.add_argument("--launcher", choices=("local", "slurm", "skypilot"), default="local", help="where the runs run")
+    parser.add_argument("--only", help="names or patterns of runs, with commas; the others are left alone")
     parser.add_argument("--workdir", help="where results go (runs/<name of the sweep file> without it)")
     parser.add_argument("--plan", action="store_true", help="print what would run, where, for how long and at what cost; start nothing")
     parser.add_argument("--results", action="store_true", help="write the table and the plot of what has finished; start nothing")

@@ -27,7 +27,12 @@ class SlurmLauncher:
             raise ConfigError("--launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node")
 
     def launch(self, jobs: Sequence[Job]) -> int:
-        """Submits those of `jobs` that are not in the queue already. Returns 0: nothing has failed yet."""
+        """Submits those of `jobs` that are not in the queue already. Returns 0: nothing has failed yet.
+
+        Raises ConfigError, before the first is submitted, for a run that SLURM has no machines for.
+        """
+        for job in jobs:
+            job_parameters(job.run.resources)
         jobs = [job for job in jobs if not self._queued(job)]
         key = lambda job: (job.run.resources.topology, job.run.resources.hours)  # noqa: E731
         for _, group in groupby(sorted(jobs, key=key), key=key):

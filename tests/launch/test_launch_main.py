@@ -2,10 +2,11 @@
 
 import pyarrow.parquet
 import pytest
-from launch_cases import BASE, ROOT
+from launch_cases import BASE, ROOT, jobs_of
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.launch.__main__ import main
+from deepseek_jax.launch import Resources
+from deepseek_jax.launch.__main__ import choose, main
 from deepseek_jax.launch.state import read_status
 
 SWEEP = """
@@ -78,6 +79,18 @@ def test_the_plan_of_a_pod_asks_the_dry_run(tmp_path, capsys):
     assert asked == [(1, "pod", "v5p:4x4x4", {"dollars_per_chip_hour": 4.2})]
     shown = capsys.readouterr().out
     assert "2.0 h" in shown and "$538" in shown and "10.0 of 95.0 GB" in shown
+
+
+def test_which_runs(tmp_path, capsys):
+    jobs = [*jobs_of(tmp_path, "a1", "a2", "b1"), *jobs_of(tmp_path, "pod", resources=Resources("v5p:4x4x4"))]
+
+    def names(*arguments):
+        return [job.name for job in choose(jobs, *arguments)]
+
+    assert names(None, False) == ["a1", "a2", "b1", "pod"] and names("a*,pod", True) == ["a1", "a2", "pod"]
+    assert names(None, True) == ["a1", "a2", "b1"] and "pod wants v5p:4x4x4 and is left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no run is called 'b2': allowed: a1, a2, b1, pod"):
+        names("a1,b2", True)
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,13 @@ def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
     assert [(job.folder / "slurm_job").read_text() for job in (*large, *small)] == ["4_0", "4_1", "3"]
 
 
-def test_no_gpus_are_asked_for_on_a_cpu_and_no_tpus_at_all():
+def test_no_gpus_are_asked_for_on_a_cpu_and_no_tpus_at_all(tmp_path):
     assert "gpus_per_node" not in job_parameters(Resources())
+    launcher = SlurmLauncher(tmp_path, cluster="local", program=stand_in(tmp_path))
+    jobs = [*jobs_of(tmp_path, "a"), *jobs_of(tmp_path, "b", resources=Resources("v5p:4x4x4"))]
     with pytest.raises(ConfigError, match="no SLURM machine"):
-        job_parameters(Resources("v5p:4x4x4"))
+        launcher.launch(jobs)
+    assert not jobs[0].folder.exists()  # refused before the first was submitted
 
 
 def test_no_slurm_here(tmp_path):
