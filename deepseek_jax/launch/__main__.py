@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from deepseek_jax import cli
@@ -101,10 +102,11 @@ def _launcher(flags: Namespace, name: str, workdir: Path) -> Launcher:
     return SkyPilotLauncher(name, workdir, flags.bucket, flags.infra, flags.install)
 
 
-def _dry_run(*arguments: Any, **options: Any) -> Mapping[str, Any]:
+def _dry_run(config: ConfigDict, name: str, topology: str, **options: Any) -> Mapping[str, Any]:
     from deepseek_jax.accounting.dry_run import dry_run
 
-    return dry_run(*arguments, **options)
+    print(f"compiling {name} for {topology} …", flush=True)
+    return dry_run(config, name, topology, **options)
 
 
 def _parse(argv: Sequence[str]) -> Namespace:

@@ -17,7 +17,7 @@ DryRun = Callable[..., Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """`hours` and `dollars` are None where nobody knows; `memory` and `limit` are bytes per device; `basis` says where it is from."""
+    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from."""
 
     job: Job
     status: Status
@@ -72,8 +72,8 @@ def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, kn
         hours=result["hours_lower_bound"],
         dollars=result["dollars_lower_bound"],
         fits=result["fits"],
-        memory=result["memory_bytes_per_device"],
-        limit=result["hbm_bytes"],
+        memory=result["memory_bytes_per_device"]["total"],
+        limit=result["hbm_capacity"],
         basis="dry run, lower bound",
     )
 
@@ -115,9 +115,10 @@ def _dollars(dollars: float | None) -> str:
 
 
 def _memory(estimate: Estimate) -> str:
-    if estimate.memory is None:
+    if estimate.limit is None:
         return ""
-    return f"{estimate.memory / 1e9:.1f} of {estimate.limit / 1e9:.1f} GB{'' if estimate.fits else ': does not fit'}"
+    needed, limit = "?" if estimate.memory is None else f"{estimate.memory / 1e9:.1f}", f"{estimate.limit / 1e9:.1f} GB"
+    return f"{needed} of {limit}" if estimate.fits else f"{needed} of {limit}: does not fit"
 
 
 def _count(tokens: int) -> str:

@@ -73,7 +73,7 @@ def test_the_plan_of_a_pod_asks_the_dry_run(tmp_path, capsys):
 
     def dry_run(config, name, topology, **options):
         asked.append((config.seed, name, topology, options))
-        return {"hours_lower_bound": 2.0, "dollars_lower_bound": 538.0, "fits": True, "memory_bytes_per_device": 10**10, "hbm_bytes": 95 * 10**9}
+        return {"hours_lower_bound": 2.0, "dollars_lower_bound": 538.0, "fits": True, "memory_bytes_per_device": {"total": 10**10}, "hbm_capacity": 95 * 10**9}
 
     assert main([f"--sweep={path}", f"--workdir={tmp_path}", "--plan", "--dollars_per_chip_hour=4.2"], dry_run) == 0
     assert asked == [(1, "pod", "v5p:4x4x4", {"dollars_per_chip_hour": 4.2})]

@@ -151,7 +151,7 @@ def test_the_plan_asks_the_dry_run_once_for_runs_that_differ_in_seed_alone():
         big = config.get("size") == 2
         return {
             **{"hours_lower_bound": 30.0 if big else 0.4, "dollars_lower_bound": None if big else 1234.5},
-            **{"fits": not big, "memory_bytes_per_device": int(20e9), "hbm_bytes": int(16e9) if big else int(95e9)},
+            **{"fits": not big, "memory_bytes_per_device": {"temporaries": 1, "total": int(20e9)}, "hbm_capacity": int(16e9) if big else int(95e9)},
         }
 
     jobs = [job("a0", "v5p:2x2x1"), job("a1", "v5p:2x2x1", seed=1), job("big", "v5e:4x4", size=2), job("odd", "v4:4x4x4"), job("done", "v5p:2x2x1", seed=2)]
