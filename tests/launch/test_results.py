@@ -87,7 +87,7 @@ def test_a_column_of_several_types_is_text(tmp_path):
 
 def rows_of(sweep, value):
     """Rows as if every run had finished with `value(overrides)`."""
-    return [{"name": r.name, "status": "done", "flops": 1e9, **r.overrides, sweep.metric: value(r.overrides)} for r in sweep.runs]
+    return [{"name": r.name, "status": "done", "flops": 1e9, "seed": 0, **r.overrides, sweep.metric: value(r.overrides)} for r in sweep.runs]
 
 
 def drawn(tmp_path, monkeypatch, sweep, rows):
@@ -109,7 +109,18 @@ def test_seeds_are_a_mean_and_a_spread(tmp_path, monkeypatch):
     line, _, (bars,) = container
     np.testing.assert_allclose(line.get_xydata(), [(1e-3, 3.3), (1e-2, 2.2), (1e-1, 1.05)])
     np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(3.1, 3.5), (2.0, 2.5), (1.0, 1.1)])
-    assert panel.get_xscale() == "log" and "range of 3 seeds" in panel.get_ylabel()
+    assert panel.get_xscale() == "log" and "range of 2-3 seeds" in panel.get_ylabel()
+
+
+def test_paired_seeds_show_the_spread_of_their_differences(tmp_path, monkeypatch):
+    """Seed 1 is worse by 10 everywhere, and the two seeds differ by 0.2 and -0.2 about the mean besides."""
+    sweep = Sweep("x.py", paired_seeds(grid({PEAK: (1e-3, 1e-2)}), (0, 1)), x=PEAK)
+    rows = rows_of(sweep, lambda o: 10 * o["seed"] + {(1e-3, 0): 1.1, (1e-3, 1): 0.9, (1e-2, 0): 1.9, (1e-2, 1): 2.1}[o[PEAK], o["seed"]])
+    (panel,) = drawn(tmp_path, monkeypatch, sweep, rows).axes
+    line, _, (bars,) = panel.containers[0]
+    np.testing.assert_allclose(line.get_xydata(), [(1e-3, 6.0), (1e-2, 7.0)])
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(5.9, 6.1), (6.9, 7.1)])
+    assert "range of 2 paired seeds" in panel.get_ylabel()
 
 
 @pytest.mark.parametrize(("best", "framed"), [("lowest", (0, 1)), ("highest", (1, 0))])
@@ -125,7 +136,7 @@ def test_two_fields_are_curves_and_a_map(best, framed, tmp_path, monkeypatch):
 
 def test_a_ladder_is_drawn_over_compute_with_its_names(tmp_path, monkeypatch):
     sweep = Sweep("x.py", [Run("small", {"a": 1}), Run("large", {"a": 2})])
-    rows = [{"name": n, "status": "done", "flops": f, "pretrain.bits_per_byte": v} for n, f, v in (("small", 1e12, 3.0), ("large", 1e14, 2.0))]
+    rows = [{"name": n, "status": "done", "flops": f, "seed": 0, "pretrain.bits_per_byte": v} for n, f, v in (("small", 1e12, 3.0), ("large", 1e14, 2.0))]
     (panel,) = drawn(tmp_path, monkeypatch, sweep, rows).axes
     np.testing.assert_allclose(panel.containers[0][0].get_xydata(), [(1e12, 3.0), (1e14, 2.0)])
     assert [text.get_text() for text in panel.texts] == ["small", "large"] and panel.get_xlabel() == "training FLOPs"
@@ -133,7 +144,7 @@ def test_a_ladder_is_drawn_over_compute_with_its_names(tmp_path, monkeypatch):
 
 def test_nothing_finished_nothing_drawn(tmp_path):
     sweep = Sweep("x.py", [Run("a", {"seed": 0})])
-    assert not plot(sweep, [{"name": "a", "status": "missing", "flops": 1.0}], tmp_path / "results.png", "title")
+    assert not plot(sweep, [{"name": "a", "status": "missing", "flops": 1.0, "seed": 0}], tmp_path / "results.png", "title")
     assert not list(tmp_path.iterdir())
 
 
