@@ -29,7 +29,7 @@ RUNGS = (
     laptop("0.4m", (3, 32, 24, 2), 650, 1e-2),
     laptop("1m", (4, 48, 32, 3), 1650, 1e-2),
     # tokens and learning rate are the published rungs' trend: 64 tokens for each active parameter, N^-0.4
-    published("0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256), 64, 26_000, 1.7e-3, "v5e:2x2", {"fsdp": 4}, 16),
+    published("0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256, remat="full"), 64, 26_000, 1.7e-3, "v5e:2x2", {"fsdp": 4}, 16),
     # 3B: one node of 8 H100
     published("3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4", {"fsdp": 2, "expert": 8}, 64),
     # 9B: four nodes of 8 H100

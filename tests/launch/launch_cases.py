@@ -17,6 +17,8 @@ import os, pathlib, signal, sys, time
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir="))
 with (folder / "starts").open("a") as file:
     file.write(f"{time.time()} {os.environ.get('SLOT', '')}\n")
+if hasattr(os, "sched_getaffinity"):
+    (folder / "cores").write_text(" ".join(map(str, sorted(os.sched_getaffinity(0)))))
 print("argument:", sys.argv[-1])
 if folder.name.startswith("bad"):
     print("the reason why"); sys.exit(3)

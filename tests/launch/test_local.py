@@ -33,6 +33,14 @@ def test_as_many_at_a_time_as_there_are_slots(slots, tmp_path):
     assert {(job.folder / "starts").read_text().split(maxsplit=1)[1].strip() for job in jobs} == {f"slot {i}" for i in range(slots)}
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores that can be divided")
+def test_slots_share_the_cores(tmp_path):
+    jobs = jobs_of(tmp_path, "while_a", "while_b")
+    LocalLauncher(2, program=stand_in(tmp_path), poll_seconds=0.02).launch(jobs)
+    shares = [set((job.folder / "cores").read_text().split()) for job in jobs]
+    assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == len(os.sched_getaffinity(0))
+
+
 def test_a_failure_is_shown_and_stops_nothing(tmp_path, capsys):
     jobs = jobs_of(tmp_path, "a", "bad", "b")
     assert LocalLauncher(1, program=stand_in(tmp_path), poll_seconds=0.02).launch(jobs) == 1
