@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.errors import ConfigError, UserError
-from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, mesh_sizes, read_flags
 from deepseek_jax.launch.sweep import Run, Sweep
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.stages import TrainStage, build_stages
 
 
@@ -66,6 +67,10 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
     if "mesh" in here:
         here.mesh = ConfigDict()  # its devices are where the run will be, not here
     built = build_experiment(here, name, folder)
+    if config.get("mesh"):
+        mesh = MeshConfig.from_dict(config.mesh.to_dict())
+        if run.resources.kind != "cpu":  # how many devices a CPU is made to have is for the run's environment to say
+            mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
     stages = build_stages(built)
     if (folder / "config.json").exists():
         claim_workdir(dataclasses.replace(built, config=json.loads(json.dumps(config.to_dict()))))

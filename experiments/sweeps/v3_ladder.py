@@ -31,7 +31,7 @@ RUNGS = (
     # tokens and learning rate are the published rungs' trend: 64 tokens for each active parameter, N^-0.4
     published("0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256, remat="full"), 64, 26_000, 1.7e-3, "v5e:2x2", {"fsdp": 4}, 16),
     # 3B: one node of 8 H100
-    published("3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4", {"fsdp": 2, "expert": 8}, 64),
+    published("3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4", {"fsdp": 2, "expert": 8}, 32),
     # 9B: four nodes of 8 H100
     published("9b", v3_style(18, 1920, 1280, 24, remat="full"), 512, 50_000, 5.9e-4, "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 256),
     # 27B: 32 nodes of 8 H100

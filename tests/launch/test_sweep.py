@@ -108,9 +108,22 @@ def test_every_run_is_checked_before_anything_starts(tmp_path):
 
 
 def test_a_mesh_of_other_machines_is_not_built_here(tmp_path):
-    run = Run("pod", {"mesh.fsdp": 64}, Resources("v5p:4x4x4"))
+    run = Run("pod", {"mesh.fsdp": 64, "pretrain.batch_size": 64}, Resources("v5p:4x4x4"))
     (job,) = build_jobs(Sweep(BASE, [run]), tmp_path)
     assert job.config.mesh.fsdp == 64 and "--config.mesh.fsdp=64" in job.arguments
+
+
+@pytest.mark.parametrize(
+    ("overrides", "topology", "message"),
+    [
+        ({"mesh.fsdp": 32}, "v5p:4x4x4", "fsdp 32 does not make up 64 devices"),
+        ({"mesh.fsdp": 64}, "v5p:4x4x4", "does not divide|do not divide"),
+        ({"mesh.fdsp": 2}, "cpu", "unknown field mesh.fdsp: did you mean 'fsdp'"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_here_all_the_same(overrides, topology, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        build_jobs(Sweep(BASE, [Run("pod", overrides, Resources(topology))]), tmp_path)
 
 
 def test_none_overrides_and_is_overridden(tmp_path):
