@@ -18,6 +18,7 @@ setup(
         "importlib_resources>=7.1.0",  # tensorflow-datasets needs it to prepare a dataset and does not ask for it itself
         "grain>=0.2.18",  # shuffling, sharding and checkpointable position of the data
         "pyarrow>=26.0.1",  # parquet files
+        "pyyaml>=6.0.3",  # task files for SkyPilot
         "tokenizers>=0.23.3",  # tokenizer.json files
         "jinja2>=3.1.6",  # the chat templates that come with checkpoints
         "rich>=15.0.0",  # tables and the progress bar
@@ -25,10 +26,12 @@ setup(
         "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
     ],
     extras_require={
-        # runs the tests; compares trees of arrays; the reference reader and writer of checkpoint files
-        "test": ["pytest>=9.2.0", "chex>=0.1.92", "safetensors>=0.8.0"],
+        # runs the tests; compares trees of arrays; the reference reader and writer of checkpoint files; see "slurm"
+        "test": ["pytest>=9.2.0", "chex>=0.1.92", "safetensors>=0.8.0", "submitit>=1.5.4"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
+        "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
+        "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["jupyterlab>=4.4"],

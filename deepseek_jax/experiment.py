@@ -56,7 +56,7 @@ class Experiment:
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read.
 
-    A field that the file leaves at its default can be overridden too; whether it exists is checked where it is used.
+    A field that the file leaves at its default, or at None, can be overridden too; whether it exists is checked where it is used.
     """
     path = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
     if path is None:
@@ -97,11 +97,11 @@ def _has(node: Any, path: Sequence[str]) -> bool:
         if not isinstance(node, ConfigDict) or part not in node:
             return False
         node = node[part]
-    return True
+    return node is not None  # a None has no type for a flag to be read as
 
 
 def _add(config: ConfigDict, argument: str) -> None:
-    """Sets a field that the file doesn't mention: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
+    """Sets a field that the file doesn't mention or has as None: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
     path, _, text = argument.removeprefix("--config.").partition("=")
     try:
         value = ast.literal_eval(text)
@@ -158,6 +158,13 @@ def place(fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], 
             raise ConfigError(f"{jax.process_count()} processes and no mesh: say how they share the work, for one config.mesh={{'fsdp': -1}}")
         return Placement()
     config = MeshConfig.from_dict(fields["mesh"])
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, fields, model, stages, len(devices))
+    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), build_rules(config.rules), config.dispatch)
+
+
+def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], num_devices: int) -> dict[str, int]:
+    """The mesh's sizes on `num_devices`, wherever these are. Raises ConfigError if the network or a stage's batches don't fit it."""
     rows, lengths = {}, {}
     for stage in stages:
         train = fields[stage].get("train", {})
@@ -165,9 +172,7 @@ def place(fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], 
             field = "train.microbatch" if train.get("microbatch") else "batch_size"
             rows[f"{stage}.{field}"] = train.get("microbatch") or fields[stage]["batch_size"]
             lengths[f"{stage}.seq_len"] = fields[stage].get("seq_len", 1)
-    devices = jax.devices() if devices is None else devices
-    sizes = resolve(config, len(devices), fits(config, model, rows, lengths))
-    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), build_rules(config.rules), config.dispatch)
+    return resolve(config, num_devices, fits(config, model, rows, lengths))
 
 
 def claim_workdir(experiment: Experiment) -> None:

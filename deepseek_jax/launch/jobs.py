@@ -1,0 +1,101 @@
+"""Every run of a sweep, checked as a whole before the first one starts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from deepseek_jax.accounting.flops import training_flops_per_token
+from deepseek_jax.errors import ConfigError, UserError
+from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, mesh_sizes, read_flags
+from deepseek_jax.launch.sweep import Run, Sweep
+from deepseek_jax.parallel.mesh import MeshConfig
+from deepseek_jax.stages import TrainStage, build_stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that can start: `python -m deepseek_jax` with `arguments` leaves its results in `folder`.
+
+    `tokens` and `flops` are those of its training stages, forward and backward, MTP modules included.
+    """
+
+    run: Run
+    folder: Path
+    experiment: str
+    config: ConfigDict
+    stages: tuple[str, ...]
+    tokens: int
+    flops: float
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def arguments(self) -> list[str]:
+        return arguments(self.experiment, self.run, self.folder)
+
+
+def arguments(experiment: str, run: Run, folder: Path) -> list[str]:
+    """The command line after `python -m deepseek_jax`."""
+    return [f"--config={experiment}", f"--workdir={folder}", *(f"--config.{field}={value}" for field, value in run.overrides.items())]
+
+
+def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
+    """A job for each run, in `workdir`/<name of the run>.
+
+    Raises ConfigError naming the runs whose fields or values are not valid, or whose folder holds another run.
+    """
+    jobs, mistakes = [], []
+    for run in sweep.runs:
+        try:
+            jobs.append(_build(sweep.experiment, run, workdir / run.name))
+        except UserError as error:
+            mistakes.append(f"{run.name}: {error}")
+    if mistakes:
+        more = f"\n  and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
+        raise ConfigError(f"{len(mistakes)} of {len(sweep.runs)} runs are not valid, nothing was started:\n  " + "\n  ".join(mistakes[:5]) + more)
+    return jobs
+
+
+def _build(experiment: str, run: Run, folder: Path) -> Job:
+    config, name, _, _ = read_flags(arguments(experiment, run, folder))
+    here = config.copy_and_resolve_references()
+    if "mesh" in here:
+        here.mesh = ConfigDict()  # its devices are where the run will be, not here
+    built = build_experiment(here, name, folder)
+    if config.get("mesh"):
+        mesh = MeshConfig.from_dict(config.mesh.to_dict())
+        if run.resources.kind != "cpu":  # how many devices a CPU is made to have is for the run's environment to say
+            mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
+    stages = build_stages(built)
+    if (folder / "config.json").exists():
+        claim_workdir(dataclasses.replace(built, config=json.loads(json.dumps(config.to_dict()))))
+    train = [stage for stage in stages if isinstance(stage, TrainStage)]
+    return Job(
+        run=run,
+        folder=folder,
+        experiment=experiment,
+        config=config,
+        stages=tuple(stage.name for stage in stages),
+        tokens=sum(map(_tokens, train)),
+        flops=float(sum(_tokens(stage) * _flops_per_token(built, stage) for stage in train)),
+    )
+
+
+def _tokens(stage: TrainStage) -> int:
+    """Tokens that the stage reads, padding included; the batch is rounded as the training loop rounds it."""
+    config = stage.config
+    if config.batch_size is None:
+        return config.steps * stage.batch_size * stage.seq_len
+    unit = max(config.microbatch, 1)
+    sizes = np.maximum(unit, np.round(np.asarray(config.batch_size(np.arange(config.steps)), np.float64) / unit) * unit)
+    return int(sizes.sum()) * stage.seq_len
+
+
+def _flops_per_token(experiment: Experiment, stage: TrainStage) -> int:
+    mtp = experiment.model.config.mtp_depth > 0 and not stage.config.objective.mtp_weight.always(0.0)
+    return training_flops_per_token(experiment.model.config, stage.seq_len, mtp=mtp)

@@ -1,0 +1,34 @@
+"""What a SLURM job runs on each of its nodes. Unpickled there, so it imports little."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import submitit
+
+from deepseek_jax.launch.execute import start, stop
+
+
+class RunOnNode:
+    """What SLURM starts on every node of a job: one process that drives all of the node's devices.
+
+    submitit calls `checkpoint` when the job is preempted or its time is up; the run saves, and the job is queued again.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path):
+        self.command, self.folder = list(command), folder
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        rank = submitit.JobEnvironment().global_rank
+        self.process = start(self.command, self.folder, rank=rank)
+        return self.process.wait()
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        if self.process is not None:
+            stop(self.process)
+            with contextlib.suppress(ChildProcessError):  # not `process.wait`: this may interrupt one, which holds its lock
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(RunOnNode(self.command, self.folder))

@@ -1,0 +1,128 @@
+"""What a sweep will take: for machines that are not here the dry run says, for this machine the runs that have finished."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.launch.jobs import Job
+from deepseek_jax.launch.state import Status
+
+DryRun = Callable[..., Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from."""
+
+    job: Job
+    status: Status
+    hours: float | None
+    dollars: float | None
+    fits: bool | None
+    memory: int | None
+    limit: int | None
+    basis: str
+
+
+def plan(jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None) -> list[Estimate]:
+    """An estimate for each job; `dry_run` is `accounting.dry_run.dry_run`, called once for runs that differ in their seed alone.
+
+    On the CPU a finished run tells its own time, and others the time of the finished run nearest in FLOPs, in
+    proportion to these.
+    """
+    known: dict[str, Mapping[str, Any] | UserError] = {}
+    measured = [(job.flops, statuses[job.name].seconds) for job in jobs if statuses[job.name].state == "done" and job.flops]
+    return [
+        _measured(job, statuses[job.name], measured)
+        if job.run.resources.kind == "cpu"
+        else _compiled(job, statuses[job.name], dry_run, dollars_per_chip_hour, known)
+        for job in jobs
+    ]
+
+
+def _measured(job: Job, status: Status, measured: Sequence[tuple[float, float]]) -> Estimate:
+    hours, basis = None, "unknown until a run has finished"
+    if status.state == "done":
+        hours, basis = status.seconds / 3600, "measured"
+    elif measured and job.flops:
+        flops, seconds = min(measured, key=lambda pair: abs(math.log(pair[0] / job.flops)))
+        hours, basis = seconds * job.flops / flops / 3600, f"a finished run of {flops:.2g} FLOPs"
+    return Estimate(job, status, hours, None, None, None, None, basis)
+
+
+def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, known: dict[str, Mapping[str, Any] | UserError]) -> Estimate:
+    topology = job.run.resources.topology
+    key = topology + json.dumps(job.config.to_dict() | {"seed": 0}, sort_keys=True)
+    if key not in known:
+        try:
+            known[key] = dry_run(job.config, job.name, topology, dollars_per_chip_hour=price)
+        except UserError as error:
+            known[key] = error
+    result = known[key]
+    if isinstance(result, UserError):
+        return Estimate(job, status, None, None, None, None, None, f"no dry run: {result}")
+    return Estimate(
+        job=job,
+        status=status,
+        hours=result["hours_lower_bound"],
+        dollars=result["dollars_lower_bound"],
+        fits=result["fits"],
+        memory=result["memory_bytes_per_device"]["total"],
+        limit=result["hbm_capacity"],
+        basis="dry run, lower bound",
+    )
+
+
+def plan_table(name: str, estimates: Sequence[Estimate]) -> Table:
+    """One row per run; below, what is still to do in all."""
+    missing = [estimate for estimate in estimates if estimate.status.state != "done"]
+    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True)
+    table.add_column("run", footer="to do")
+    table.add_column("status")
+    table.add_column("where")
+    table.add_column("tokens", justify="right", footer=_count(sum(e.job.tokens for e in missing)))
+    table.add_column("FLOPs", justify="right", footer=f"{sum(e.job.flops for e in missing):.2g}")
+    table.add_column("time", justify="right", footer=_total([e.hours for e in missing], _hours))
+    table.add_column("cost", justify="right", footer=_total([e.dollars for e in missing], _dollars))
+    table.add_column("memory per device", justify="right")
+    table.add_column("from")
+    for e in estimates:
+        row = (e.job.name, e.status.state, e.job.run.resources.topology, _count(e.job.tokens), f"{e.job.flops:.2g}")
+        table.add_row(*row, _hours(e.hours), _dollars(e.dollars), _memory(e), e.basis)
+    return table
+
+
+def _total(values: Sequence[float | None], text: Callable[[float | None], str]) -> str:
+    known = [value for value in values if value is not None]
+    return text(sum(known)) + (" + unknown" if known and len(known) < len(values) else "") if known else text(None)
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "unknown"
+    if hours < 1:
+        return f"{hours * 3600:.0f} s" if hours < 0.05 else f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _dollars(dollars: float | None) -> str:
+    return "" if dollars is None else f"${dollars:,.0f}"
+
+
+def _memory(estimate: Estimate) -> str:
+    if estimate.limit is None:
+        return ""
+    needed, limit = "?" if estimate.memory is None else f"{estimate.memory / 1e9:.1f}", f"{estimate.limit / 1e9:.1f} GB"
+    return f"{needed} of {limit}" if estimate.fits else f"{needed} of {limit}: does not fit"
+
+
+def _count(tokens: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return str(tokens)

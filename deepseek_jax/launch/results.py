@@ -1,0 +1,79 @@
+"""What a sweep has brought: one table with a row per run, as parquet and as CSV."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+from deepseek_jax.launch.jobs import Job
+from deepseek_jax.launch.state import Status
+from deepseek_jax.training.metrics import read_metrics
+
+Row = Mapping[str, Any]
+SPEEDS = ("tokens_per_second", "flops_per_second", "mfu")  # the run's median, not the last line's
+
+
+def collect(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Row]:
+    """A row per run: name, status, seconds, topology, tokens and FLOPs of its training, its overrides, its seed, and for
+    each stage, as "stage.metric", the last value of every metric that is a number. What a run does not have is None.
+    """
+    rows = []
+    for job in jobs:
+        status = statuses[job.name]
+        rows.append(
+            {
+                "name": job.name,
+                "status": status.state,
+                "exit_status": status.exit_status,
+                "seconds": status.seconds,
+                "topology": job.run.resources.topology,
+                "tokens": job.tokens,
+                "flops": job.flops,
+                "seed": job.config.get("seed", 0),
+                **job.run.overrides,
+            }
+        )
+        for stage in job.stages:
+            rows[-1] |= {f"{stage}.{name}": value for name, value in stage_metrics(job.folder / stage).items()}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def stage_metrics(folder: Path) -> dict[str, float]:
+    """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its `evaluation.json`."""
+    records = read_metrics(folder)
+    last = {name: value for record in records for name, value in record.items() if isinstance(value, (int, float))}
+    for name in SPEEDS:
+        if name in last:
+            last[name] = statistics.median(record[name] for record in records if record.get(name) is not None)
+    path = folder / "evaluation.json"
+    evaluation = json.loads(path.read_text()) if path.exists() else {}
+    return last | {name: value for name, value in evaluation.items() if isinstance(value, (int, float))}
+
+
+def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes results.parquet and results.csv into `folder`; a column with several types is text."""
+    table = pyarrow.table({name: _column([row[name] for row in rows]) for name in rows[0]})
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, write in (("parquet", pyarrow.parquet.write_table), ("csv", pyarrow.csv.write_csv)):
+        path = folder / f"results.{suffix}"
+        partial = path.with_suffix(".partial")
+        write(table, str(partial))
+        partial.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _column(values: Sequence[Any]) -> pyarrow.Array:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        return pyarrow.array([None if value is None else float(value) for value in values])
+    if len(kinds) > 1 or kinds & {tuple, list, dict}:
+        return pyarrow.array([None if value is None else str(value) for value in values])
+    return pyarrow.array(values)

@@ -1,0 +1,80 @@
+"""Runs as SLURM jobs, through submitit: an array of jobs for all runs that want the same machines."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.launch.jobs import Job
+from deepseek_jax.launch.node import RunOnNode
+from deepseek_jax.launch.resources import Resources
+
+PROGRAM = (sys.executable, "-m", "deepseek_jax")
+
+
+class SlurmLauncher:
+    """Submits and returns. `parameters` are submitit's own (slurm_partition, slurm_account, cpus_per_task, …) and come on
+    top of what follows from a run's resources. `cluster` "local" is submitit's executor for a machine without SLURM.
+    """
+
+    def __init__(self, workdir: Path, parameters: Mapping[str, Any] | None = None, cluster: str = "slurm", program: Sequence[str] = PROGRAM):
+        self.folder, self.parameters, self.cluster, self.program = workdir / "slurm", dict(parameters or {}), cluster, program
+        if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
+            raise ConfigError("--launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node")
+
+    def launch(self, jobs: Sequence[Job]) -> int:
+        """Submits those of `jobs` that are not in the queue already. Returns 0: nothing has failed yet.
+
+        Raises ConfigError, before the first is submitted, for a run that SLURM has no machines for.
+        """
+        for job in jobs:
+            job_parameters(job.run.resources)
+        jobs = [job for job in jobs if not self._queued(job)]
+        key = lambda job: (job.run.resources.topology, job.run.resources.hours)  # noqa: E731
+        for _, group in groupby(sorted(jobs, key=key), key=key):
+            self._submit(list(group))
+        return 0
+
+    def _queued(self, job: Job) -> bool:
+        path = job.folder / "slurm_job"
+        if not path.exists():
+            return False
+        submitted = _job_class(self.cluster)(self.folder, path.read_text().strip())
+        if submitted.done():
+            return False
+        print(f"{job.name} is job {submitted.job_id}, {submitted.state.lower()}: left alone")
+        return True
+
+    def _submit(self, jobs: Sequence[Job]) -> list[submitit.Job]:
+        limits = {"slurm_max_num_timeout": 10_000} if self.cluster == "slurm" else {}  # how often a job may use up its time and go on
+        executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **limits)
+        resources = jobs[0].run.resources
+        executor.update_parameters(**job_parameters(resources, self.cluster) | self.parameters)
+        tasks = [RunOnNode([*self.program, *job.arguments], job.folder.absolute()) for job in jobs]
+        with executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
+        for job, at in zip(jobs, submitted, strict=True):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "slurm_job").write_text(at.job_id)
+            print(f"{job.name} is job {at.job_id}: {resources.num_nodes} × {resources.gpus_on_a_node or 'no'} GPUs")
+        return submitted
+
+
+def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, Any]:
+    """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM does not have."""
+    if resources.kind != "cpu" and not resources.is_gpu:
+        raise ConfigError(f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or --launcher=skypilot")
+    parameters = {"nodes": resources.num_nodes, "tasks_per_node": 1, "timeout_min": round(resources.hours * 60)}
+    if resources.is_gpu:
+        parameters["gpus_per_node"] = resources.gpus_on_a_node
+    if cluster == "slurm":
+        parameters |= {"slurm_signal_delay_s": 300, "slurm_additional_parameters": {"requeue": True}}
+    return parameters
+
+
+def _job_class(cluster: str) -> type[submitit.Job]:
+    return submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob

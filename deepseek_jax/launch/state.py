@@ -1,0 +1,86 @@
+"""What a run's folder says about it: `status.json`, which `execute` writes, and the lock it holds meanwhile."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepseek_jax.errors import ConfigError, build
+
+LOG = "output.log"
+# What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost another host (75).
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 75)
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """`state` is "missing", "running", "done", "stopped" (it goes on when it is started again) or "failed"; `seconds` adds up over restarts."""
+
+    state: str = "missing"
+    exit_status: int | None = None
+    seconds: float = 0.0
+
+
+def read_status(folder: Path) -> Status:
+    """The status in `folder`. A run that was killed while it ran counts as stopped. Raises ConfigError for a damaged file."""
+    path = folder / "status.json"
+    if not path.exists():
+        return Status()
+    try:
+        status = build(Status, json.loads(path.read_text()), "status")
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it to run {folder.name} again") from None
+    if status.state == "running" and not is_locked(folder):
+        return dataclasses.replace(status, state="stopped")
+    return status
+
+
+def write_status(folder: Path, status: Status) -> None:
+    partial = folder / "status.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
+    partial.replace(folder / "status.json")
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[int | None]:
+    """Holds the folder for one run at a time and gives the descriptor, for child processes to inherit: it is free once
+    all that hold it have ended, however they ended. None where the file system has no locks (a mounted bucket).
+
+    Raises ConfigError if it is held.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder} is in use: the run is still going on") from None
+        except OSError:
+            yield None
+            return
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with lock(folder):
+            return False
+    except ConfigError:
+        return True
+
+
+def last_lines(folder: Path, count: int = 12) -> str:
+    """The end of a run's output; "" without any."""
+    path = folder / LOG
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16_384))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])

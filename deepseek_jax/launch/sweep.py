@@ -1,0 +1,111 @@
+"""What a sweep is: one base experiment and runs that override some of its fields.
+
+A sweep file has one function, `get_sweep()`, that returns a Sweep.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.launch.resources import Resources
+
+NAME = re.compile(r"[A-Za-z0-9]+([._-]{1,2}[A-Za-z0-9]+)*")  # a folder, a SLURM job and a SkyPilot job at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`overrides` maps fields to values, {"pretrain.train.steps": 100}: what `--config.field=value` says on the command line."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    resources: Resources = Resources()
+
+    def __post_init__(self):
+        if not NAME.fullmatch(self.name):
+            raise ConfigError(f"run name {self.name!r}: letters and digits, joined by '.', '_' or '-'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """`experiment` is the base file, seen from the working directory.
+
+    The plot shows `metric` (a column of the table) over `x`: an overridden field, or "flops", the training FLOPs of a
+    run. Runs that differ in their seed alone are one point with a spread; `by` is an overridden field with a curve for
+    each of its values. `best` is "lowest" or "highest".
+    """
+
+    experiment: str
+    runs: Sequence[Run]
+    x: str = "flops"
+    by: str | None = None
+    metric: str = "pretrain.bits_per_byte"
+    best: str = "lowest"
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ConfigError("a sweep needs at least one run")
+        twice = [name for name, count in Counter(run.name for run in self.runs).items() if count > 1]
+        if twice:
+            raise ConfigError(f"several runs are called {twice[0]!r}: every run has a folder of its own, so names must differ")
+        if self.best not in ("lowest", "highest"):
+            raise ConfigError(f"best={self.best!r}: 'lowest' or 'highest'")
+        fields = {field for run in self.runs for field in run.overrides}
+        for axis, other in ((self.x, ("flops",)), (self.by, (None,))):
+            if axis not in fields and axis not in other:
+                raise ConfigError(f"the plot's axis {axis!r} is no overridden field: {', '.join(sorted(fields))}")
+
+
+def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Run, ...]:
+    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last parts."""
+    last = [field.rpartition(".")[2] for field in fields]
+    short = last if len(set(last)) == len(last) else list(fields)
+    return tuple(
+        Run("-".join(f"{name}_{value}" for name, value in zip(short, values, strict=True)), dict(zip(fields, values, strict=True)))
+        for values in itertools.product(*fields.values())
+    )
+
+
+def cross(*groups: Iterable[Run]) -> tuple[Run, ...]:
+    """Every combination of one run from each group: overrides together, names joined. Raises ConfigError where two disagree."""
+    return tuple(_merge(runs) for runs in itertools.product(*groups))
+
+
+def _merge(runs: Sequence[Run]) -> Run:
+    overrides: dict[str, Any] = {}
+    for run in runs:
+        for field, value in run.overrides.items():
+            if overrides.setdefault(field, value) != value:
+                raise ConfigError(f"crossed runs disagree about {field}: {overrides[field]!r} and {value!r}")
+    wanted = {run.resources for run in runs} - {Resources()} or {Resources()}
+    if len(wanted) > 1:
+        raise ConfigError(f"crossed runs want different resources: {', '.join(sorted(r.topology for r in wanted))}")
+    return Run("-".join(run.name for run in runs), overrides, wanted.pop())
+
+
+def paired_seeds(runs: Iterable[Run], seeds: Sequence[int]) -> tuple[Run, ...]:
+    """Each run with each seed, the same ones for all: weights and data order then agree, and differences are paired."""
+    return cross(runs, grid({"seed": seeds}))
+
+
+def load_sweep(path: str) -> Sweep:
+    """The sweep of a file. Raises ConfigError for a file that is not there or holds none."""
+    if not Path(path).is_file():
+        here = ", ".join(sorted(map(str, Path("experiments/sweeps").glob("*.py"))))
+        raise ConfigError(f"no such sweep file: {path}. Here: {here or 'no sweeps'}")
+    for folder in (Path(path).resolve().parent, Path(path).resolve().parents[1]):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # a sweep may import its neighbours and the experiments a folder above
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweep = module.get_sweep() if hasattr(module, "get_sweep") else None
+    if not isinstance(sweep, Sweep):
+        raise ConfigError(f"{path} has no function get_sweep() that returns a deepseek_jax.launch.Sweep")
+    return sweep
