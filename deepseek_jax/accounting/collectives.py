@@ -87,8 +87,10 @@ def _collectives(scope: Scope, num_devices: int, while_trips: int, branch: str, 
                 assumed.append(instruction.op_name or instruction.name)
             yield from _repeated(found, trips)
         elif instruction.opcode == "conditional":
-            branches = [list(inside(scope.enter(instruction, name))) for name in instruction.branches]
-            yield from (max if branch == "most" else min)(branches, key=lambda found: sum(c.wire_bytes * c.times for c in found))
+            choose = max if branch == "most" else min
+            worst = functools.partial(inside, branch="most", assumed=[])
+            branches = [scope.enter(instruction, name) for name in instruction.branches]
+            yield from inside(choose(branches, key=lambda taken: sum(c.wire_bytes * c.times for c in worst(taken))))
         elif not instruction.opcode.endswith(("-done", "-update")):
             for name in instruction.called:
                 yield from inside(scope.enter(instruction, name))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex_core
+from jax.interpreters import partial_eval
 
 from deepseek_jax.errors import ConfigError, nearest
 
@@ -22,7 +23,7 @@ class Assumptions:
     """What a jaxpr does not say.
 
     `while_trips`: how often a loop runs whose end depends on data. `branch`: the "most" or the "least" expensive branch of a
-    conditional. `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no
+    conditional, each taken at its worst. `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no
     kernel multiplies.
     """
 
@@ -43,7 +44,11 @@ def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumption
 
 
 def jaxpr_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> Counter[str]:
-    """The same of a jaxpr."""
+    """The same of a jaxpr. What no output depends on is not counted."""
+    return _used_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], assumptions)
+
+
+def _used_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions) -> Counter[str]:
     total = Counter()
     for eqn in jaxpr.eqns:
         _add(total, _equation_flops(eqn, assumptions))
@@ -57,13 +62,14 @@ def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions) -> Counter
         if name.startswith("ragged"):
             flops = round(flops * assumptions.ragged_fill)
         return Counter({str(eqn.invars[0].aval.dtype): flops})
-    inner = [jaxpr_flops(jaxpr, assumptions) for jaxpr in _inner_jaxprs(params)]
+    inner = tuple(_inner_jaxprs(params))
     if name == "cond":
+        worst = dataclasses.replace(assumptions, branch="most")
         choose = max if assumptions.branch == "most" else min
-        return choose(inner, key=lambda flops: flops.total())
+        inner = (choose(inner, key=lambda jaxpr: _used_flops(jaxpr, worst).total()),)
     total = Counter()
-    for flops in inner:
-        _add(total, flops, _repetitions(name, params, assumptions))
+    for jaxpr in inner:
+        _add(total, _used_flops(jaxpr, assumptions), _repetitions(name, params, assumptions))
     return total
 
 
@@ -73,7 +79,7 @@ def _repetitions(name: str, params: dict[str, Any], assumptions: Assumptions) ->
     if name == "while":
         return assumptions.while_trips
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return 1
