@@ -12,6 +12,7 @@ from deepseek_jax.accounting.collectives import KINDS
 from deepseek_jax.accounting.hlo import Computation, Instruction, Module, Scope, arrays, entry_scope, trip_count
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "iota"}
+_MOVES = ("bitcast", "copy", "convert")
 
 
 def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most") -> int:
@@ -73,19 +74,19 @@ def _writes(instruction: Instruction, scope: Scope) -> int:
 
 
 def _results(body: Computation) -> tuple[str, ...]:
-    root = _behind_bitcasts(body.root, body)
+    root = _behind_moves(body.root, body)
     return root.operands if root.opcode == "tuple" else (root.name,)
 
 
-def _behind_bitcasts(instruction: Instruction, body: Computation) -> Instruction:
-    while instruction.opcode == "bitcast":
+def _behind_moves(instruction: Instruction, body: Computation) -> Instruction:
+    while instruction.opcode in _MOVES:
         instruction = body.instructions[instruction.operands[0]]
     return instruction
 
 
 def _produced(name: str, body: Computation, module: Module) -> int:
     """Bytes that a fusion writes for one of its results: the changed part of an update in place."""
-    instruction = _behind_bitcasts(body.instructions[name], body)
+    instruction = _behind_moves(body.instructions[name], body)
     if instruction.opcode == "dynamic-update-slice":
         return sum(size for size, _ in arrays(body.instructions[instruction.operands[1]].shape))
     if instruction.opcode == "fusion":
@@ -96,22 +97,30 @@ def _produced(name: str, body: Computation, module: Module) -> int:
 
 def _used(body: Computation, position: int, module: Module) -> int:
     """Bytes that a fusion reads of its operand at `position`: what its slices take, all of it for any other use."""
-    name = next(parameter for parameter, index in body.parameters.items() if index == position)
-    return sum(_uses(name, body, module))
+    return sum(_uses(_parameter(body, position), body, module))
+
+
+def _parameter(body: Computation, position: int) -> str:
+    return next(name for name, index in body.parameters.items() if index == position)
 
 
 def _uses(name: str, body: Computation, module: Module) -> Iterator[int]:
     for user in body.instructions.values():
         if name not in user.operands:
             continue
-        if user.opcode == "bitcast":
-            yield from _uses(user.name, body, module)
+        inner = module[user.called[0]] if user.opcode == "fusion" else None
+        if user.opcode in _MOVES or (inner and _behind_moves(inner.root, inner).name == _parameter(inner, user.operands.index(name))):
+            # No more of it is read than is used of the copy.
+            yield from (_whole(name, body) if user.is_root else _uses(user.name, body, module))
+        elif inner:
+            yield from (_used(inner, position, module) for position, operand in enumerate(user.operands) if operand == name)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-            yield sum(size for size, _ in arrays(user.shape))
+            yield from _whole(user.name, body)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             yield 0
-        elif user.opcode == "fusion":
-            inner = module[user.called[0]]
-            yield from (_used(inner, position, module) for position, operand in enumerate(user.operands) if operand == name)
         elif user.opcode != "tuple":
-            yield sum(size for size, _ in arrays(body.instructions[name].shape))
+            yield from _whole(name, body)
+
+
+def _whole(name: str, body: Computation) -> Iterator[int]:
+    return (size for size, _ in arrays(body.instructions[name].shape))

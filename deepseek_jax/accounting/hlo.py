@@ -174,9 +174,9 @@ def trip_count(loop: Instruction, scope: Scope) -> int | None:
     if index is None or bound is None:
         return None
     start, step = _element(loop.operands[0], index, scope), _step(loop, index, scope)
-    if start is None or not step:
+    if start is None or not step or direction[1] not in ("NE", *(("LT", "LE") if step > 0 else ("GT", "GE"))):
         return None
-    distance = (bound - start) * (1 if step > 0 else -1) + (direction[1] in ("LE", "GE"))
+    distance = abs(bound - start) if direction[1] == "NE" else (bound - start) * (1 if step > 0 else -1) + (direction[1] in ("LE", "GE"))
     return max(-(-distance // abs(step)), 0)
 
 

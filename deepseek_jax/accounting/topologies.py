@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from jax.experimental import topologies
 
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
     "TPU_ACCELERATOR_TYPE": "none",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no hold of a chip, so several processes may
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
@@ -99,7 +101,7 @@ def _tpus(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> Topolog
         raise UserError(f"topology {name!r} needs libtpu, which is not installed: {INSTALL}")
     try:
         devices = _tpu_devices(f"{chip.name}:{'x'.join(map(str, shape))}", slices)
-    except Exception as error:  # jax raises its own runtime errors, of several classes
+    except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology {name!r}: libtpu refuses it ({str(error).splitlines()[0]})") from error
     return Topology(name, chip, devices, shape, slices)
 
