@@ -27,7 +27,6 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no hold of a chip, so several processes may
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN
-    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
 
