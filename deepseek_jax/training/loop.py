@@ -16,6 +16,7 @@ import numpy as np
 
 from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.shardings import batch_shards, global_batch
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
@@ -72,7 +73,7 @@ def train(
     workdir = pathlib.Path(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
-    state = create_state(model, optimizer, rng) if variables is None else state_of(variables, optimizer, rng)
+    state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
     store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
     with contextlib.closing(store):
         store.require_space(state)
@@ -94,14 +95,14 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = step_batches(loader, config, model.config.vocab_size, step)
+        batches = step_batches(loader, config, model.config.vocab_size, step, batch_shards(model.placement))
         writer = MetricsWriter(workdir, last_step=step)
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
         with contextlib.closing(writer), log.progress, stop_signals() as received:
             if restored is not None:
                 log.progress.say(f"going on from step {step} of {config.steps}")
             while step < config.steps:
-                state, metrics = train_step(state, next(batches))
+                state, metrics = train_step(state, global_batch(model.placement, next(batches)))
                 step += 1
                 stop = received[0] if received else None
                 last = step == config.steps or stop is not None
@@ -126,14 +127,15 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int) -> Iterator[Batch]:
-    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says."""
+def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1) -> Iterator[Batch]:
+    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says, a multiple of the
+    microbatch and of the `shards` that a mesh divides it into."""
     for step in itertools.count(first_step):
         try:
             if config.batch_size is None:
                 batch = next(loader)
             else:
-                unit = max(config.microbatch, 1)
+                unit = math.lcm(max(config.microbatch, 1), shards)
                 batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
         except StopIteration:
             raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
