@@ -86,7 +86,7 @@ def link_bytes(collectives: Iterable[Collective], topology: Topology, mesh_devic
         scale = collective.buffer_bytes * collective.times
         on_links += scale * (leaves_chip - leaves_island) * hops
         on_hosts += scale * leaves_island
-    return on_links, on_hosts
+    return float(on_links), float(on_hosts)
 
 
 def _shares(collective: Collective, where: Mapping[str, np.ndarray], topology: Topology) -> tuple[float, float, float]:
