@@ -29,6 +29,7 @@ setup(
         "test": ["pytest>=9.2.0", "chex>=0.1.92", "safetensors>=0.8.0"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
+        "aot": ["libtpu>=0.0.42", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],  # compile for TPUs and GPUs that are not there
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["jupyterlab>=4.4"],
