@@ -34,7 +34,7 @@ def test_golden_figures(case):
     assert now["collective_bytes"].keys() == stored["collective_bytes"].keys()
     for axes, kinds in stored["collective_bytes"].items():
         assert sum(now["collective_bytes"][axes].values()) == pytest.approx(sum(kinds.values()), rel=0.05), axes
-    assert table(now).row_count > 10
+    assert table(now | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}).row_count > 10
 
 
 def test_state_is_divided_among_all_devices():
