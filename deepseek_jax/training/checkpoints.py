@@ -309,20 +309,16 @@ def _describe(tree) -> dict[str, dict[str, Any]]:
 
 def _checksums(tree) -> dict[str, int]:
     """A checksum of each array, computed where it lies. TensorStore does not notice a flipped bit."""
-    return {name: int(checksum) for name, checksum in jax.device_get(_weighted_sums(_leaves(tree))).items()}
+    return {name: int(checksum) for name, checksum in jax.device_get({name: _checksum(leaf) for name, leaf in _leaves(tree).items()}).items()}
 
 
 @jax.jit
-def _weighted_sums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """uint32 for each array: the sum modulo 2³² of its words, each times an odd number that depends on its place.
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum modulo 2³² of an array's words, each times an odd number that depends on its place. uint32 [].
 
     A flipped bit always changes it, words that change places nearly always. Unlike a CRC it is the same however the array
     is divided among devices.
     """
-    return {name: _weighted_sum(leaf) for name, leaf in leaves.items()}
-
-
-def _weighted_sum(x: jax.Array) -> jax.Array:
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype != jnp.bool:
