@@ -81,7 +81,8 @@ class Goodput:
         values = account(read_lines(self.path))
         write_text(self.path.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
         others = ", ".join(f"{NAMES[cause]} {share:.1%}" for cause, share in values["shares"].items() if cause != "step" and share >= 0.0005)
-        restarts = f" and {values['restarts']} restarts" if values["restarts"] else ""
+        count = values["restarts"]
+        restarts = f" over {count} restart{'s' * (count > 1)}" if count else ""
         return f"goodput {values['goodput']:.1%} of {values['wall_seconds']:,.0f} s{restarts}; {others or 'nothing else'}"
 
     def _switch(self, cause: str) -> None:
