@@ -7,7 +7,7 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
     tokenizer  "byte", a tokenizer.json or the folder of a checkpoint
     task       {"name": …, fields of that task}, for stages that need one
     stages     names of the stages in order; each is a section of its own, {"kind": …, fields of that stage}
-    mesh       sizes of mesh axes; one device for now
+    mesh       sizes of mesh axes, {"fsdp": -1} (see `parallel.mesh.MeshConfig`); empty for one device
     seed       seed of weights, data order and sampling
 """
 
@@ -16,18 +16,24 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.fit import fits
 from deepseek_jax.parallel.hosts import from_primary, write_text
+from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
+from deepseek_jax.parallel.placement import MeshPlacement
+from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.precision import recipe
 from deepseek_jax.rl.tasks import Task, build_task
 
@@ -113,8 +119,11 @@ def _add(config: ConfigDict, argument: str) -> None:
     node[last] = value
 
 
-def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment:
-    """Checks everything that the stages share. Raises ConfigError with what to change."""
+def build_experiment(config: ConfigDict, name: str, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Checks everything that the stages share. Raises ConfigError with what to change.
+
+    `devices` make up the mesh (default: all there are).
+    """
     fields = config.to_dict()
     stages = tuple(fields.get("stages", ()))
     for field in fields:
@@ -128,15 +137,12 @@ def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment
         if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
             known = [field for field, value in fields.items() if isinstance(value, dict) and "kind" in value]
             raise ConfigError(f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}")
-    mesh = fields.get("mesh", {})
-    if any(size not in (1, -1) for size in mesh.values()):
-        raise ConfigError(f"config.mesh={mesh}: only one device so far; leave it empty")
     tokenizer = load_tokenizer(fields.get("tokenizer", "byte"))
     model_config = ModelConfig.from_dict(fields["model"])
     check_vocabulary(tokenizer, model_config.vocab_size)
     return Experiment(
         name=name,
-        model=Transformer(model_config, recipe(fields.get("precision", "float32"))),
+        model=Transformer(model_config, recipe(fields.get("precision", "float32")), place(fields, model_config, stages, devices)),
         tokenizer=tokenizer,
         task=build_task(fields["task"]) if fields.get("task") else None,
         sections={stage: fields[stage] for stage in stages},
@@ -144,6 +150,25 @@ def build_experiment(config: ConfigDict, name: str, workdir: Path) -> Experiment
         workdir=workdir,
         config=json.loads(json.dumps(fields)),  # tuples as lists, as they come back from a file
     )
+
+
+def place(fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], devices: Sequence[jax.Device] | None) -> Placement:
+    """The placement on the mesh that `config.mesh` describes. Raises ConfigError if the network or a stage's batches don't fit it."""
+    if not fields.get("mesh"):
+        if devices is None and jax.process_count() > 1:
+            raise ConfigError(f"{jax.process_count()} processes and no mesh: say how they share the work, for one config.mesh={{'fsdp': -1}}")
+        return Placement()
+    config = MeshConfig.from_dict(fields["mesh"])
+    rows, lengths = {}, {}
+    for stage in stages:
+        train = fields[stage].get("train", {})
+        if "batch_size" in fields[stage] and train:
+            field = "train.microbatch" if train.get("microbatch") else "batch_size"
+            rows[f"{stage}.{field}"] = train.get("microbatch") or fields[stage]["batch_size"]
+            lengths[f"{stage}.seq_len"] = fields[stage].get("seq_len", 1)
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve(config, len(devices), fits(config, model, rows, lengths))
+    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), build_rules(config.rules), config.dispatch)
 
 
 def claim_workdir(experiment: Experiment) -> None:

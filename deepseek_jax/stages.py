@@ -20,6 +20,7 @@ from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.model.transformer import init_variables
+from deepseek_jax.parallel.shardings import variables_sharding
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
@@ -263,7 +264,8 @@ def _seed(experiment: Experiment, *path: str) -> int:
 
 def _weights(variables: Variables | None, experiment: Experiment) -> Variables:
     """Random weights where no stage before has made any: reinforcement learning from scratch is a legitimate question."""
-    return init_variables(experiment.model, jax.random.key(experiment.seed)) if variables is None else variables
+    model = experiment.model
+    return init_variables(model, jax.random.key(experiment.seed), variables_sharding(model)) if variables is None else variables
 
 
 def _require_task(name: str, experiment: Experiment) -> Task:

@@ -130,12 +130,17 @@ def start(
     hidden_BD = jnp.take_along_axis(output.hidden_BTD, last_B1[..., None], axis=1)[:, 0]
     logits_BV = model.apply(variables, hidden_BD, method="unembed")
 
+    def divided(x: jax.Array, axis: int = 0) -> jax.Array:
+        """On a mesh every device has its own rows."""
+        return model.placement.constrain(x, *(None,) * axis, "batch", *(None,) * (x.ndim - axis - 1))
+
     def per_sample(x: jax.Array, axis: int = 0) -> jax.Array:
-        return jnp.repeat(x, samples_per_prompt, axis=axis)
+        return divided(jnp.repeat(x, samples_per_prompt, axis=axis), axis)
 
     B = prompts_BP.shape[0] * samples_per_prompt
     latents = jax.tree.map(lambda x: per_sample(x, axis=1), output.latents)
     cache = init_cache(config, B, P + N, model.precision.compute_dtype)
+    cache = cache.replace(entries=jax.tree.map(lambda x: divided(x, axis=1), cache.entries), positions_BS=divided(cache.positions_BS))
     cache = write(cache, latents, per_sample(jnp.where(real_BP, slots_BP, -1)), 0)
 
     expert_ids_LBTK = None
@@ -149,13 +154,13 @@ def start(
     state = State(
         cache=cache,
         step=jnp.zeros((), jnp.int32),
-        uniform_BN=jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B),
+        uniform_BN=divided(jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B)),
         prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
-        lengths_B=jnp.zeros(B, jnp.int32),
-        finished_B=jnp.zeros(B, bool),
-        tokens_BN=jnp.full((B, N), sampling.pad_id, jnp.int32),
-        logp_BN=jnp.zeros((B, N), jnp.float32),
-        model_logp_BN=jnp.zeros((B, N), jnp.float32),
+        lengths_B=divided(jnp.zeros(B, jnp.int32)),
+        finished_B=divided(jnp.zeros(B, bool)),
+        tokens_BN=divided(jnp.full((B, N), sampling.pad_id, jnp.int32)),
+        logp_BN=divided(jnp.zeros((B, N), jnp.float32)),
+        model_logp_BN=divided(jnp.zeros((B, N), jnp.float32)),
         expert_ids_LBTK=expert_ids_LBTK,
     )
     return _append(state, per_sample(logits_BV), sampling)

@@ -5,13 +5,18 @@ for the T new tokens. Without a cache entry the T tokens attend among themselves
 attend to the cached tokens; the module only reads the cache, so that the caller writes it once, in place.
 """
 
+import dataclasses
+import math
+from collections.abc import Callable
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.config import GQAConfig, MLAConfig, RopeConfig
+from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import apply_rotary, rotary_angles, softmax_scale
 from deepseek_jax.precision import Recipe
 
@@ -26,11 +31,6 @@ class Tokens:
     segment_ids_BT: jax.Array  # int32, 0 = padding; attention stays inside a segment
     cached_positions_BS: jax.Array | None = None  # int32, -1 = empty slot
 
-    def new_mask(self, start: int, stop: int) -> jax.Array:
-        """[B, stop-start, stop] bool: new tokens start … stop-1 see earlier slots of the same segment."""
-        causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        return causal & (self.segment_ids_BT[:, start:stop, None] == self.segment_ids_BT[:, None, :stop])
-
     def cache_mask(self) -> jax.Array:
         """[B, T, S] bool: cached tokens at or before the query's position."""
         cached = self.cached_positions_BS[:, None, :]
@@ -38,7 +38,14 @@ class Tokens:
 
     def cached_and_new_mask(self) -> jax.Array:
         """[B, T, S+T] bool: the cache's slots, then the new tokens."""
-        return jnp.concatenate([self.cache_mask(), self.new_mask(0, self.segment_ids_BT.shape[1])], axis=-1)
+        return jnp.concatenate([self.cache_mask(), causal_mask(self.segment_ids_BT, self.segment_ids_BT, 0)], axis=-1)
+
+
+def causal_mask(query_segments_BT: jax.Array, segments_BS: jax.Array, first: jax.Array | int) -> jax.Array:
+    """[B, T, S] bool: queries at slots first … first+T-1 see earlier slots of the same segment."""
+    slots_T = first + jnp.arange(query_segments_BT.shape[1])
+    earlier_TS = slots_T[:, None] >= jnp.arange(segments_BS.shape[1])
+    return earlier_TS & (query_segments_BT[:, :, None] == segments_BS[:, None, :])
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -61,29 +68,97 @@ def attend(einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mas
     return out_BGRv.reshape(B, G, g, T, -1)
 
 
-def self_attention(
-    einsum, q_BTGgk: jax.Array, k_BTGk: jax.Array, v_BTGv: jax.Array, tokens: Tokens, scale: float, chunk: int
-) -> jax.Array:
-    """Attention of the new tokens among themselves: [B, T, G, g, v] float32.
+@dataclasses.dataclass(frozen=True)
+class SelfAttention:
+    """Attention of a sequence's queries to its keys, in pieces that are recomputed in the backward pass.
 
-    With a `chunk`, that many queries at a time against the keys up to the last of them, recomputed in the backward pass:
-    the score matrix is never larger than chunk x T. Heads go before positions, so that every product is a batch of
-    plain matrix products; on CPU this is three times as fast forward.
+    `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists.
     """
-    length = q_BTGgk.shape[1]
-    q_BGgTk, k_BGTk, v_BGTv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BTGk.transpose(0, 2, 1, 3), v_BTGv.transpose(0, 2, 1, 3)
 
-    def queries(start: int, stop: int) -> jax.Array:
-        mask_BtS = tokens.new_mask(start, stop)
-        return attend(einsum, q_BGgTk[..., start:stop, :], k_BGTk[:, :, :stop], v_BGTv[:, :, :stop], mask_BtS, scale)
+    precision: Recipe
+    scale: float
+    chunk: int
+    heads_at_once: int
 
-    if chunk == 0 or length <= chunk:
-        out_BGgTv = queries(0, length)
-    else:
-        recomputed = jax.checkpoint(queries, static_argnums=(0, 1))
-        chunks = [recomputed(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-        out_BGgTv = jnp.concatenate(chunks, axis=3)
-    return out_BGgTv.transpose(0, 3, 1, 2, 4)
+    def expanded_latents(self, queries, keys, weights, first: jax.Array | int) -> jax.Array:
+        """MLA as `Placement.attend` calls it -> [B, T, H, v] float32.
+
+        queries: q [B, T, H, k], segment ids [B, T]; keys: latents [B, S, c], rotary keys [B, S, r], segment ids [B, S];
+        weights: their up-projection [c, H, n+v]. The keys and values exist for `heads_at_once` heads at a time.
+        """
+        (q_BTHk, query_segments_BT), (c_kv_BSc, k_rope_BSr, segments_BS), kv_b_cHm = queries, keys, weights
+        nope = q_BTHk.shape[-1] - k_rope_BSr.shape[-1]
+
+        def some_heads(q_BThk, kv_b_chm):
+            heads = kv_b_chm.shape[1]
+            kv_NF = self.precision.linear(c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1))
+            kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
+            k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*k_rope_BSr.shape[:2], heads, k_rope_BSr.shape[-1]))
+            k_BShk = jnp.concatenate([kv_BShm[..., :nope], k_rope_BShr], axis=-1)
+            return self(q_BThk[:, :, :, None], k_BShk, kv_BShm[..., nope:], query_segments_BT, segments_BS, first)[:, :, :, 0]
+
+        heads = q_BTHk.shape[2]
+        group = math.gcd(heads, self.heads_at_once) if self.heads_at_once else heads
+        if group == heads:
+            return some_heads(q_BTHk, kv_b_cHm)
+
+        def split(x, axis):
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :]), axis, 0)
+
+        out_JBThv = jax.lax.map(jax.checkpoint(lambda part: some_heads(*part)), (split(q_BTHk, 2), split(kv_b_cHm, 1)))
+        return jnp.moveaxis(out_JBThv, 0, 2).reshape(*q_BTHk.shape[:3], -1)
+
+    def keys_and_values(self, queries, keys, weights, first: jax.Array | int) -> jax.Array:
+        """The same for keys [B, S, G, k] and values [B, S, G, v] as they are; queries [B, T, G, g, k] -> [B, T, G, g, v]."""
+        (q_BTGgk, query_segments_BT), (k_BSGk, v_BSGv, segments_BS) = queries, keys
+        del weights
+        return self(q_BTGgk, k_BSGk, v_BSGv, query_segments_BT, segments_BS, first)
+
+    def __call__(
+        self,
+        q_BTGgk: jax.Array,
+        k_BSGk: jax.Array,
+        v_BSGv: jax.Array,
+        query_segments_BT: jax.Array,
+        segments_BS: jax.Array,
+        first: jax.Array | int,
+    ) -> jax.Array:
+        """[B, T, G, g, v] float32: g query heads to each of G key-value heads; queries stand at slots first … of the S.
+
+        Heads go before positions, so that every product is a batch of plain matrix products; on CPU this is three times
+        as fast forward. Where `first` is known before compiling, a chunk reads no keys behind it.
+        """
+        length, chunk = q_BTGgk.shape[1], self.chunk
+        q_BGgTk, k_BGSk, v_BGSv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BSGk.transpose(0, 2, 1, 3), v_BSGv.transpose(0, 2, 1, 3)
+
+        def queries(q_BGgtk, segments_Bt, first, seen):
+            mask_BtS = causal_mask(segments_Bt, segments_BS[:, :seen], first)
+            return attend(self.precision.einsum, q_BGgtk, k_BGSk[:, :, :seen], v_BGSv[:, :, :seen], mask_BtS, self.scale)
+
+        recomputed = jax.checkpoint(queries, static_argnums=3)
+        if chunk == 0 or length <= chunk:
+            out_BGgTv = queries(q_BGgTk, query_segments_BT, first, k_BSGk.shape[1])
+        elif isinstance(first, int):
+            spans = [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+            chunks = [recomputed(q_BGgTk[..., a:b, :], query_segments_BT[:, a:b], first + a, first + b) for a, b in spans]
+            out_BGgTv = jnp.concatenate(chunks, axis=3)
+        else:
+            out_BGgTv = self._in_equal_chunks(recomputed, q_BGgTk, query_segments_BT, first, k_BSGk.shape[1])
+        return out_BGgTv.transpose(0, 3, 1, 2, 4)
+
+    def _in_equal_chunks(self, queries: Callable, q_BGgTk, query_segments_BT, first, seen: int) -> jax.Array:
+        """One loop over chunks of equal size, the last one padded: its length does not grow the program."""
+        length, count = q_BGgTk.shape[3], -(-q_BGgTk.shape[3] // self.chunk)
+        padding = count * self.chunk - length
+
+        def split(x, axis):
+            x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], count, self.chunk, *x.shape[axis + 1 :]), axis, 0)
+
+        parts = (split(q_BGgTk, 3), split(query_segments_BT, 1), first + self.chunk * jnp.arange(count))
+        out_JBGgtv = jax.lax.map(lambda part: queries(*part, seen), parts)
+        out_BGgTv = jnp.moveaxis(out_JBGgtv, 0, 3).reshape(*q_BGgTk.shape[:3], count * self.chunk, -1)
+        return out_BGgTv[:, :, :, :length]
 
 
 class LatentAttention(nn.Module):
@@ -95,22 +170,20 @@ class LatentAttention(nn.Module):
     """
 
     config: MLAConfig
-    rope: RopeConfig
-    init_std: float
-    latent_norm_eps: float
-    chunk: int
+    model: ModelConfig
     precision: Recipe
+    placement: Placement
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, cache_entry: tuple[jax.Array, jax.Array] | None = None):
-        config, einsum = self.config, self.precision.einsum
+        config, rope, placement, einsum = self.config, self.model.rope, self.placement, self.precision.einsum
         heads, nope, value = config.num_heads, config.qk_nope_head_dim, config.v_head_dim
 
         def linear(name, features, axes):
-            return Linear(features, axes, self.init_std, self.precision, name=name)
+            return Linear(features, axes, self.model.init_std, self.precision, placement, name=name)
 
         def norm(name):
-            return RMSNorm(self.latent_norm_eps, name=name)
+            return RMSNorm(self.model.latent_norm_eps, name=name)
 
         query_features = heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -118,28 +191,27 @@ class LatentAttention(nn.Module):
         else:
             latent_q = norm("q_a_norm")(linear("q_a", config.q_lora_rank, ("embed", "q_lora"))(x_BTD))
             q_BTHk = linear("q_b", query_features, ("q_lora", "heads"))(latent_q)
-        q_BTHk = q_BTHk.reshape(*x_BTD.shape[:2], heads, config.qk_head_dim)
+        q_BTHk = placement.constrain(q_BTHk.reshape(*x_BTD.shape[:2], heads, config.qk_head_dim), "batch", "length", "heads", None)
         q_nope_BTHn, q_rope_BTHr = q_BTHk[..., :nope], q_BTHk[..., nope:]
 
         kv_a = linear("kv_a", config.kv_lora_rank + config.qk_rope_head_dim, ("embed", "kv_lora"))(x_BTD)
         c_kv_BTc = norm("kv_a_norm")(kv_a[..., : config.kv_lora_rank])
 
-        cos_BTr, sin_BTr = rotary_angles(self.rope, config.qk_rope_head_dim, tokens.positions_BT)
-        k_rope_BTr = apply_rotary(kv_a[..., config.kv_lora_rank :], cos_BTr, sin_BTr, self.rope.interleaved)
-        q_rope_BTHr = apply_rotary(q_rope_BTHr, cos_BTr[:, :, None], sin_BTr[:, :, None], self.rope.interleaved)
+        cos_BTr, sin_BTr = rotary_angles(rope, config.qk_rope_head_dim, tokens.positions_BT)
+        k_rope_BTr = apply_rotary(kv_a[..., config.kv_lora_rank :], cos_BTr, sin_BTr, rope.interleaved)
+        q_rope_BTHr = apply_rotary(q_rope_BTHr, cos_BTr[:, :, None], sin_BTr[:, :, None], rope.interleaved)
 
-        kv_b = linear("kv_b", heads * (nope + value), ("kv_lora_rank", "heads"))
-        scale = softmax_scale(self.rope, config.qk_head_dim)
+        kv_b_cF = linear("kv_b", heads * (nope + value), ("kv_lora_rank", "heads")).weight(config.kv_lora_rank)
+        kv_b_cHm = kv_b_cF.reshape(config.kv_lora_rank, heads, nope + value)
+        scale = softmax_scale(rope, config.qk_head_dim)
 
         if cache_entry is None:  # expanded
-            kv_BTHk = kv_b(c_kv_BTc).reshape(*x_BTD.shape[:2], heads, nope + value)
-            k_rope_BTHr = jnp.broadcast_to(k_rope_BTr[:, :, None], q_rope_BTHr.shape)
-            k_BTHk = jnp.concatenate([kv_BTHk[..., :nope], k_rope_BTHr], axis=-1)
-            q_BTH1k = jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1)[:, :, :, None]
-            out_BTHv = self_attention(einsum, q_BTH1k, k_BTHk, kv_BTHk[..., nope:], tokens, scale, self.chunk)[:, :, :, 0]
+            core = SelfAttention(self.precision, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            queries = (jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1), tokens.segment_ids_BT)
+            keys = (c_kv_BTc, k_rope_BTr, tokens.segment_ids_BT)
+            out_BTHv = placement.attend(core.expanded_latents, queries, keys, kv_b_cHm)
         else:  # absorbed
-            kv_b_cHk = kv_b.weight(config.kv_lora_rank).reshape(config.kv_lora_rank, heads, nope + value)
-            key_cHn, value_cHv = kv_b_cHk[..., :nope], kv_b_cHk[..., nope:]
+            key_cHn, value_cHv = kv_b_cHm[..., :nope], kv_b_cHm[..., nope:]
             q_latent_BTHc = einsum("BTHn,cHn->BTHc", q_nope_BTHn, key_cHn)
 
             def scores(c_kv_BSc, k_rope_BSr):
@@ -162,14 +234,13 @@ class GroupedQueryAttention(nn.Module):
     """Multi-head (num_kv_heads = num_heads), grouped-query or multi-query (num_kv_heads = 1) attention, for ablations."""
 
     config: GQAConfig
-    rope: RopeConfig
-    init_std: float
-    chunk: int
+    model: ModelConfig
     precision: Recipe
+    placement: Placement
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, cache_entry: tuple[jax.Array, jax.Array] | None = None):
-        config, einsum = self.config, self.precision.einsum
+        config, rope, placement, einsum = self.config, self.model.rope, self.placement, self.precision.einsum
         kv_heads, dim = config.num_kv_heads, config.head_dim
         queries_per_kv = config.num_heads // kv_heads
 
@@ -177,18 +248,21 @@ class GroupedQueryAttention(nn.Module):
             features = dim
             for size in shape:
                 features *= size
-            y = Linear(features, ("embed", "heads"), self.init_std, self.precision, name=name)(x_BTD)
-            return y.reshape(*x_BTD.shape[:2], *shape, dim)
+            y = Linear(features, ("embed", "heads"), self.model.init_std, self.precision, placement, name=name)(x_BTD)
+            y = y.reshape(*x_BTD.shape[:2], *shape, dim)
+            return placement.constrain(y, "batch", "length", "heads", *(None,) * len(shape))
 
         q_BTGgk, k_BTGk, v_BTGk = heads("q", kv_heads, queries_per_kv), heads("k", kv_heads), heads("v", kv_heads)
-        cos_BTr, sin_BTr = rotary_angles(self.rope, dim, tokens.positions_BT)
+        cos_BTr, sin_BTr = rotary_angles(rope, dim, tokens.positions_BT)
         cos_BTr, sin_BTr = cos_BTr[:, :, None], sin_BTr[:, :, None]
-        q_BTGgk = apply_rotary(q_BTGgk, cos_BTr[:, :, None], sin_BTr[:, :, None], self.rope.interleaved)
-        k_BTGk = apply_rotary(k_BTGk, cos_BTr, sin_BTr, self.rope.interleaved)
-        scale = softmax_scale(self.rope, dim)
+        q_BTGgk = apply_rotary(q_BTGgk, cos_BTr[:, :, None], sin_BTr[:, :, None], rope.interleaved)
+        k_BTGk = apply_rotary(k_BTGk, cos_BTr, sin_BTr, rope.interleaved)
+        scale = softmax_scale(rope, dim)
 
         if cache_entry is None:
-            out_BTGgk = self_attention(einsum, q_BTGgk, k_BTGk, v_BTGk, tokens, scale, self.chunk)
+            core = SelfAttention(self.precision, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            queries, keys = (q_BTGgk, tokens.segment_ids_BT), (k_BTGk, v_BTGk, tokens.segment_ids_BT)
+            out_BTGgk = placement.attend(core.keys_and_values, queries, keys, ())
         else:
             old_k, old_v = (entry.reshape(*entry.shape[:2], kv_heads, dim) for entry in cache_entry)
             k_BGSk, v_BGSk = (jnp.concatenate(kv, axis=1).transpose(0, 2, 1, 3) for kv in ((old_k, k_BTGk), (old_v, v_BTGk)))
@@ -197,5 +271,5 @@ class GroupedQueryAttention(nn.Module):
             out_BTGgk = out_BGgTk.transpose(0, 3, 1, 2, 4)
 
         out_BTF = out_BTGgk.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)
-        y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.init_std, self.precision, name="o")(out_BTF)
+        y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.model.init_std, self.precision, placement, name="o")(out_BTF)
         return y_BTD, (k_BTGk.reshape(*x_BTD.shape[:2], -1), v_BTGk.reshape(*x_BTD.shape[:2], -1))

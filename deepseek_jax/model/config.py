@@ -171,7 +171,8 @@ class ModelConfig:
     code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none"
     keeps everything, "full" recomputes the layer from its input, "dots" keeps the results of products with weights.
     `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a
-    whole T x S score matrix. `scan_unroll` unrolls the scan over layers, which trades compile time for speed.
+    whole T x S score matrix; `attention_heads_at_once` (a common divisor of it and the heads; 0: all) expands the keys
+    and values of that many MLA heads at a time. `scan_unroll` unrolls the scan over layers, which trades compile time for speed.
     """
 
     vocab_size: int
@@ -189,6 +190,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     remat: str = "none"
     attention_chunk: int = 0
+    attention_heads_at_once: int = 0
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -202,7 +204,8 @@ class ModelConfig:
             f"ModelConfig: first_k_dense={self.first_k_dense} must lie between 0 and num_layers={self.num_layers}",
         )
         _require(self.mtp_depth >= 0, f"ModelConfig.mtp_depth={self.mtp_depth}: 0 or more")
-        _require(self.attention_chunk >= 0, f"ModelConfig.attention_chunk={self.attention_chunk}: 0 or more")
+        for field in ("attention_chunk", "attention_heads_at_once"):
+            _require(getattr(self, field) >= 0, f"ModelConfig.{field}={getattr(self, field)}: 0 or more")
 
     @property
     def num_dense_layers(self) -> int:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.precision import Recipe
 
 
@@ -30,10 +31,12 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     init_std: float
     precision: Recipe
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.precision.linear(x, self.weight(x.shape[-1]))
+        y = self.precision.linear(self.placement.flatten(x), self.weight(x.shape[-1]))
+        return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact
     def weight(self, in_features: int) -> jax.Array:
@@ -47,11 +50,12 @@ class SwiGLU(nn.Module):
     features: int
     init_std: float
     precision: Recipe
+    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def linear(name, features, axes):
-            return Linear(features, axes, self.init_std, self.precision, name=name)
+            return Linear(features, axes, self.init_std, self.precision, self.placement, name=name)
 
         gate = linear("gate", self.features, ("embed", "ffn"))(x)
         up = linear("up", self.features, ("embed", "ffn"))(x)

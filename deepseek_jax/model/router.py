@@ -19,6 +19,7 @@ class RoutingStats:
     counts_LBE: jax.Array  # float32, how often each sequence chose each expert
     probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalised over all experts
     tokens_LB: jax.Array  # float32, tokens in the sequence
+    overflows_L: jax.Array  # int32, devices whose expert buffers were too small and that took the slower way (see `Placement`)
 
 
 def scores(logits_E: jax.Array, scoring: str) -> jax.Array:

@@ -14,6 +14,7 @@ from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.router import RoutingStats
 from deepseek_jax.precision import Recipe, recipe
 
@@ -21,6 +22,9 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+RESIDUAL = ("batch", "length", None)  # logical axes of a hidden state [B, T, D]
 
 
 @flax.struct.dataclass
@@ -40,30 +44,28 @@ class Block(nn.Module):
     config: ModelConfig
     moe: MoEConfig | None
     precision: Recipe
+    placement: Placement
 
     @nn.compact
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
         """-> x [B, T, D], (routing of `MoE` or None, the two cache arrays of the new tokens)."""
-        config = self.config
-        common = dict(rope=config.rope, init_std=config.init_std, chunk=config.attention_chunk, precision=self.precision, name="attn")
-        if isinstance(config.attention, MLAConfig):
-            attention = LatentAttention(config.attention, latent_norm_eps=config.latent_norm_eps, **common)
-        else:
-            attention = GroupedQueryAttention(config.attention, **common)
+        config, placement = self.config, self.placement
+        kind = LatentAttention if isinstance(config.attention, MLAConfig) else GroupedQueryAttention
+        attention = kind(config.attention, config, self.precision, placement, name="attn")
         y_BTD, latents = attention(RMSNorm(config.rms_norm_eps, name="attn_norm")(x_BTD), tokens, cache_entry)
-        x_BTD += y_BTD
+        x_BTD = placement.constrain(x_BTD + y_BTD, *RESIDUAL)
 
         normed_BTD = RMSNorm(config.rms_norm_eps, name="ffn_norm")(x_BTD)
         if self.moe is None:
-            y_BTD, routing = SwiGLU(config.intermediate_size, config.init_std, self.precision, name="ffn")(normed_BTD), None
+            y_BTD, routing = SwiGLU(config.intermediate_size, config.init_std, self.precision, placement, name="ffn")(normed_BTD), None
         else:
-            moe = MoE(self.moe, config.init_std, self.precision, name="ffn")
+            moe = MoE(self.moe, config.init_std, self.precision, placement, name="ffn")
             y_BTD, routing = moe(normed_BTD, tokens.segment_ids_BT > 0, expert_ids_BTK)
-        return x_BTD + y_BTD, (routing, latents)
+        return placement.constrain(x_BTD + y_BTD, *RESIDUAL), (routing, latents)
 
 
 class Transformer(nn.Module):
-    """DeepSeek's network. `precision` is the recipe its products use.
+    """DeepSeek's network. `precision` is the recipe its products use, `placement` where its parts lie.
 
     Call: tokens [B, T] int32;
       segment_ids [B, T] int32, 0 = padding, attention stays inside a segment (default: one document);
@@ -76,6 +78,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     precision: Recipe = recipe("float32")
+    placement: Placement = Placement()
 
     def setup(self):
         config = self.config
@@ -83,12 +86,11 @@ class Transformer(nn.Module):
         self.embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
-            dtype=self.precision.compute_dtype,
             param_dtype=self.precision.param_dtype,
             embedding_init=nn.with_logical_partitioning(normal, ("vocab", "embed")),
         )
         if not config.tie_embeddings:
-            self.head = Linear(config.vocab_size, ("embed", "vocab"), config.init_std, self.precision)
+            self.head = Linear(config.vocab_size, ("embed", "vocab"), config.init_std, self.precision, self.placement)
         self.final_norm = RMSNorm(config.rms_norm_eps)
 
         def block(looped: bool):
@@ -106,13 +108,13 @@ class Transformer(nn.Module):
                 length=length,
                 unroll=min(config.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, moe, self.precision)
+            )(config, moe, self.precision, self.placement)
 
         if config.num_dense_layers:
             self.dense_layers = stack(config.num_dense_layers, None)
         if config.num_moe_layers:
             self.moe_layers = stack(config.num_moe_layers, config.moe)
-        self.mtp = [MTPModule(config, self.precision, block(looped=False), name=f"mtp_{k}") for k in range(config.mtp_depth)]
+        self.mtp = [MTPModule(config, self.precision, self.placement, block(looped=False), name=f"mtp_{k}") for k in range(config.mtp_depth)]
 
     def __call__(
         self,
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
         positions_BT = jnp.maximum(positions_BT, 0)  # padding may be marked -1
         tokens = Tokens(positions_BT, segment_ids_BT, None if cache is None else cache.positions_BS)
 
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         routing, latents = None, {}
         if self.config.num_dense_layers:
             entry = None if cache is None else cache.entries["dense_layers"]
@@ -149,6 +151,10 @@ class Transformer(nn.Module):
             mtp_hidden, mtp_routing = self._predict_ahead(hidden_BTD, tokens_BT, tokens)
         return Output(hidden_BTD, mtp_hidden, routing, mtp_routing, latents)
 
+    def _embed(self, tokens_BT):
+        table_VD = self.embed.embedding.astype(self.precision.compute_dtype)
+        return self.placement.constrain(self.placement.look_up(table_VD, tokens_BT), *RESIDUAL)
+
     def _predict_ahead(self, state_BTD, tokens_BT, tokens: Tokens):
         """Runs the chain of MTP modules. A position whose token i+k lies in another segment gets the embedding of token 0;
         its target is masked, and causality keeps it from every position that counts."""
@@ -156,7 +162,7 @@ class Transformer(nn.Module):
         for k, module in enumerate(self.mtp, start=1):
             same_BT = shift_left(tokens.segment_ids_BT, k) == tokens.segment_ids_BT
             ahead_BT = jnp.where(same_BT, shift_left(tokens_BT, k), 0)
-            state_BTD, head_BTD, routing = module(state_BTD, self.embed(ahead_BT), tokens)
+            state_BTD, head_BTD, routing = module(state_BTD, self._embed(ahead_BT), tokens)
             heads.append(head_BTD)
             routings.append(routing)
         if self.config.moe is None:
@@ -165,26 +171,32 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
-        flat_ND = hidden.reshape(-1, hidden.shape[-1])  # one plain matrix product (see Recipe.linear)
+        flat = self.placement.flatten(hidden)  # one plain matrix product where that is possible (see Recipe.linear)
         if self.config.tie_embeddings:
-            logits_NV = self.precision.einsum("ND,VD->NV", flat_ND, self.embed.embedding)
+            logits = self.precision.einsum("...D,VD->...V", flat, self.embed.embedding)
         else:
-            logits_NV = self.precision.einsum("ND,DV->NV", flat_ND, self.head.weight(hidden.shape[-1]))
-        return logits_NV.reshape(*hidden.shape[:-1], -1)
+            logits = self.precision.einsum("...D,DV->...V", flat, self.head.weight(hidden.shape[-1]))
+        return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def _boxed_init(model: Transformer, rng: jax.Array):
+    model = model.clone(placement=Placement())  # variables are the same wherever they lie
+
     def everything(module: Transformer, tokens_BT):
         return module.unembed(module(tokens_BT, mtp=True).hidden_BTD)
 
     return model.init(rng, jnp.zeros((1, 2), jnp.int32), method=everything)
 
 
-def init_variables(model: Transformer, rng: jax.Array) -> dict[str, Any]:
-    """Random weights {"params", "router_bias"}: normal with the config's init_std, norms 1, biases 0 (V3 §4.2)."""
+def init_variables(model: Transformer, rng: jax.Array, shardings: Any = None) -> dict[str, Any]:
+    """Random weights {"params", "router_bias"}: normal with the config's init_std, norms 1, biases 0 (V3 §4.2).
+
+    `shardings`, a tree like them, says where each is made.
+    """
     # Dozens of small samplers: on CPU, optimising their code takes far longer than running it once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options)(rng)
+    init = jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options, out_shardings=shardings)
+    return init(rng)
 
 
 def abstract_variables(model: Transformer) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""More than one device: the mesh, what lies where on it, and the processes that hold it together."""
+"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, the experts' exchange, and the hosts."""

@@ -25,20 +25,18 @@ class Recipe:
     def linear(self, x: jax.Array, w_DF: jax.Array) -> jax.Array:
         """x [..., D] times w [D, F] in the compute dtype.
 
-        As one plain matrix product: with two batch axes XLA's CPU backend computes the weights' gradient twice as slowly.
+        Give x as [N, D] where you can: with two batch axes XLA's CPU backend computes the weights' gradient twice as slowly.
         """
-        x_ND = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
-        y_NF = jnp.matmul(x_ND, w_DF.astype(self.compute_dtype), precision=self.matmul_precision)
-        return y_NF.reshape(*x.shape[:-1], w_DF.shape[1])
+        return jnp.matmul(x.astype(self.compute_dtype), w_DF.astype(self.compute_dtype), precision=self.matmul_precision)
 
     def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
         """An activation-by-activation product (attention): operands in the compute dtype, result in float32."""
         operands = [x.astype(self.compute_dtype) for x in operands]
         return jnp.einsum(equation, *operands, precision=self.matmul_precision, preferred_element_type=jnp.float32)
 
-    def row_block(self, rows: int, num_groups: int) -> int:
-        """Row count that groups are padded to for `grouped_linear`; 1 means no padding."""
-        return row_block(rows, num_groups)
+    def row_block(self, rows: int, num_groups: int, platform: str) -> int:
+        """Row count that groups are padded to for `grouped_linear` on "cpu", "gpu" or "tpu"; 1 means no padding."""
+        return row_block(rows, num_groups, platform)
 
     def grouped_linear(self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int) -> jax.Array:
         """Rows of group e times w[e]; groups lie one after another, each a multiple of `block` rows long."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.shardings import constrain_state
 from deepseek_jax.rl.advantages import first_live_groups, group_advantages, group_metrics
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.losses import grpo_loss
@@ -42,9 +43,9 @@ class Samples:
     trajectories: Trajectories
 
 
-def grpo_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> GRPOState:
+def grpo_state(model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> GRPOState:
     """A state at step 0 whose reference is the policy it starts from."""
-    train = state_of(variables, optimizer, rng)
+    train = state_of(model, variables, optimizer, rng)
     fields = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
     return GRPOState(**fields, reference=jax.tree.map(jnp.copy, train.variables), rollouts=jnp.zeros((), jnp.int32))
 
@@ -117,7 +118,10 @@ class GRPO:
         rows_MB = rows_EB.reshape(config.steps_per_rollout, config.minibatch_size)
 
         def update(state, rows_B):
-            return self._update(state, *jax.tree.map(lambda x: x[rows_B], batch))
+            def own(x):  # on a mesh every device has its part of the minibatch
+                return self.model.placement.constrain(x[rows_B], "batch", *(None,) * (x.ndim - 1))
+
+            return self._update(state, *jax.tree.map(own, batch))
 
         skipped_before = state.skipped
         state, steps = jax.lax.scan(update, state, rows_MB)
@@ -126,7 +130,8 @@ class GRPO:
         metrics["first_ratio_error"] = jnp.maximum(steps["ratio_max"][0] - 1.0, 1.0 - steps["ratio_min"][0])
         metrics |= {"ratio_max": jnp.max(steps["ratio_max"]), "ratio_min": jnp.min(steps["ratio_min"])}
         metrics |= {"skipped": state.skipped, "skipped_updates": state.skipped - skipped_before}
-        return state.replace(rollouts=state.rollouts + 1), metrics, samples, rewards_B
+        state = constrain_state(self.model, state.replace(rollouts=state.rollouts + 1))
+        return state, metrics, samples, rewards_B
 
     def _update(self, state: GRPOState, trajectories: Trajectories, advantages_B: jax.Array, live_B: jax.Array):
         """One optimiser step on one minibatch -> (state, metrics)."""

@@ -62,7 +62,7 @@ def train_grpo(
     and raises `Terminated`. Raises RewardError for a reward that fails, after saving what was reached.
     """
     total, clock = grpo.config.rollouts, Goodput(workdir)
-    state = grpo_state(variables, grpo.optimizer, jax.random.key(seed))
+    state = grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(seed))
     store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
     with contextlib.closing(store):
         store.require_space(state)

@@ -29,7 +29,7 @@ from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all
 
 # Fields that say how the network is computed, not which network it is: they may differ between runs on one checkpoint.
-COMPUTED_AS = ("remat", "attention_chunk", "scan_unroll", "moe.implementation")
+COMPUTED_AS = ("remat", "attention_chunk", "attention_heads_at_once", "scan_unroll", "moe.implementation")
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.shardings import global_batch
 from deepseek_jax.training.objective import targets, token_log_probs
 
 Evaluate = Callable[[Mapping[str, Any], Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
@@ -31,7 +32,7 @@ def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None
         return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT), jnp.sum(batch["num_bytes"])
 
     def evaluate(variables, batches):
-        parts = [sums(variables, batch) for batch in itertools.islice(batches, max_batches)]
+        parts = [sums(variables, global_batch(model.placement, batch)) for batch in itertools.islice(batches, max_batches)]
         nats, count, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
         if not num_bytes:
             raise DataError("the held-out batches hold no text to predict: give longer documents or more of them")

@@ -12,15 +12,16 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.shardings import batch_shards, global_batch
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress
 from deepseek_jax.training.optimizer import build_optimizer
-from deepseek_jax.training.state import TrainState, create_state, state_of
+from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.stopping import Terminated, stop_signals
 
@@ -69,14 +70,16 @@ def train(
     clock = Goodput(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
-    state = create_state(model, optimizer, rng) if variables is None else state_of(variables, optimizer, rng)
     store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
     with contextlib.closing(store):
-        store.require_space(state)
-        restored, evaluation = store.restore(state), {}
+        wanted = abstract_state(model, optimizer)
+        store.require_space(wanted)
+        restored, evaluation = store.restore(wanted), {}
         if restored is not None:
             state, evaluation = restored.state, restored.metrics
             loader.set_state(restored.loader_state)
+        else:
+            state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
         step = int(state.step)
         if step >= config.steps:
             return TrainResult(state, evaluation)
@@ -91,7 +94,7 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = step_batches(loader, config, model.config.vocab_size, step)
+        batches = step_batches(loader, config, model.config.vocab_size, step, batch_shards(model.placement))
         writer = MetricsWriter(workdir, last_step=step)
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
         clock.begin(step)
@@ -101,7 +104,7 @@ def train(
             stop = None
             while step < config.steps and stop is None:
                 with clock("data", hidden=log.busy):
-                    batch = next(batches)
+                    batch = global_batch(model.placement, next(batches))
                 state, metrics = train_step(state, batch)
                 clock.started(metrics)
                 step += 1
@@ -135,30 +138,29 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int) -> Iterator[Batch]:
-    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says."""
+def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1) -> Iterator[Batch]:
+    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says, a multiple of the
+    microbatch and of the `shards` that a mesh divides it into."""
     for step in itertools.count(first_step):
         try:
             if config.batch_size is None:
                 batch = next(loader)
             else:
-                unit = max(config.microbatch, 1)
+                unit = math.lcm(max(config.microbatch, 1), shards)
                 batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
         except StopIteration:
             raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
-        yield check_batch(batch, config.microbatch, vocab_size)
+        yield check_batch(batch, vocab_size)
 
 
-def check_batch(batch: Batch, microbatch: int, vocab_size: int) -> Batch:
-    """The fields a step takes. Raises DataError or ConfigError for a batch that does not fit the model or the microbatch."""
+def check_batch(batch: Batch, vocab_size: int) -> Batch:
+    """The fields a step takes, of this process's rows. Raises DataError for a batch that does not fit the model."""
     missing = [field for field in FIELDS if field not in batch]
     if missing:
         raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
     largest = int(np.max(batch["tokens"]))
     if largest >= vocab_size:
         raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change tokenizer")
-    if microbatch and len(batch["tokens"]) % microbatch:
-        raise ConfigError(f"train.microbatch={microbatch} does not divide a batch of {len(batch['tokens'])} sequences")
     return {field: batch[field] for field in FIELDS}
 
 

@@ -59,6 +59,7 @@ class LossAux:
     parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance": before λ and α
     loads: dict[str, jax.Array]  # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
     tokens: jax.Array  # float32, tokens that are not padding
+    overflows: jax.Array  # int32, over all layers (see `RoutingStats`)
 
 
 def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
@@ -86,11 +87,12 @@ def uses_mtp(model: Transformer, objective: ObjectiveConfig) -> bool:
 def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
     """log p(target) and entropy of the next-token distribution, float32 [B, T] each, at temperature 1.
 
-    Works on about `chunk` tokens at a time and recomputes their logits in the backward pass: no array of
-    tokens x vocabulary exists, forward or backward. Chunks are cut along T, so that a sharded batch axis stays whole.
+    Works on about `chunk` tokens at a time (on each device, of those it holds) and recomputes their logits in the backward
+    pass: no array of tokens x vocabulary exists, forward or backward. Chunk i takes every `num_chunks`-th position, so that
+    a batch or a length divided among devices is divided in every chunk too.
     """
     batch, length, _ = hidden_BTD.shape
-    num_chunks = min(length, -(-batch * length // chunk))
+    num_chunks = min(length, -(-batch * length // (chunk * model.placement.token_shards)))
     width = -(-length // num_chunks)
 
     @jax.checkpoint
@@ -104,10 +106,11 @@ def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, target
 
     def split(x_BT):
         padding = ((0, 0), (0, num_chunks * width - length)) + ((0, 0),) * (x_BT.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(batch, num_chunks, width, *x_BT.shape[2:]), 1, 0)
+        x_NBC = jnp.moveaxis(jnp.pad(x_BT, padding).reshape(batch, width, num_chunks, *x_BT.shape[2:]), 2, 0)
+        return model.placement.constrain(x_NBC, None, "batch", "length", *(None,) * (x_BT.ndim - 2))
 
     def join(x_NBC):
-        return jnp.moveaxis(x_NBC, 0, 1).reshape(batch, num_chunks * width)[:, :length]
+        return jnp.moveaxis(x_NBC, 0, 2).reshape(batch, num_chunks * width)[:, :length]
 
     if num_chunks == 1:
         return one((hidden_BTD, targets_BT))
@@ -159,4 +162,5 @@ def loss_fn(
         parts["balance"] = share * BALANCE_LOSSES[objective.balance](all_layers, model.config.moe.top_k)
         loss += objective.balance_alpha * parts["balance"]
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-    return loss, LossAux(parts, jax.lax.stop_gradient(loads), tokens)
+    overflows = sum((jnp.sum(routing.overflows_L) for routing in routings), jnp.zeros((), jnp.int32))
+    return loss, LossAux(parts, jax.lax.stop_gradient(loads), tokens, overflows)

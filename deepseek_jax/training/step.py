@@ -10,6 +10,7 @@ import optax
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.router import max_violation, update_bias
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.shardings import constrain_state
 from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, uses_mtp
 from deepseek_jax.training.schedules import Schedule
 from deepseek_jax.training.state import TrainState
@@ -54,7 +55,8 @@ def make_train_step(
         if aux.loads:
             metrics["bias_rate"] = gamma
             metrics |= load_metrics(aux.loads)
-        return new_state, metrics
+            metrics["expert_overflows"] = aux.overflows
+        return constrain_state(model, new_state), metrics
 
     return train_step
 
@@ -103,6 +105,7 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, count, *x.shape[1:]), 0, 1), batch)
 
     def add(total, batch):
+        batch = jax.tree.map(lambda x: model.placement.constrain(x, "batch", "length"), batch)
         return jax.tree.map(jnp.add, total, part(batch)), None
 
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))

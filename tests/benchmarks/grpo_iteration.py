@@ -39,7 +39,7 @@ OURS = "deepseek_jax, one jitted call"
 class Ours:
     def __init__(self, grpo: GRPO, variables):
         self.grpo = grpo
-        self.state = grpo_state(variables, grpo.optimizer, jax.random.key(0))
+        self.state = grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(0))
 
     def __call__(self) -> None:
         self.state, metrics, _, _ = self.grpo.iteration(self.state)

@@ -32,7 +32,7 @@ class Ours:
         optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(LEARNING_RATE)))
         objective = ObjectiveConfig(mtp_weight=Schedule(0.0), balance="none")
         self.train_step = make_train_step(model, objective, optimizer, Schedule(LEARNING_RATE), Schedule(0.0))
-        self.state = state_of(variables, optimizer, jax.random.key(0))
+        self.state = state_of(model, variables, optimizer, jax.random.key(0))
         ones = np.ones_like(tokens_BT)
         positions = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
         self.batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": positions, "loss_mask": ones}

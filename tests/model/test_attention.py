@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import GQA, MHA, MQA, YARN, jit, random_like, tiny_mla
+from tiny_models import GQA, MHA, MQA, YARN, jit, random_like, tiny_config, tiny_mla
 
-from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention, Tokens, self_attention
+from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention, SelfAttention, Tokens
 from deepseek_jax.model.config import MLAConfig, RopeConfig
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import inverse_frequencies, softmax_scale
 from deepseek_jax.precision import recipe
 
@@ -29,9 +30,8 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, -1]], np.int32)
 
 def make(case):
     config, rope = CASES[case]
-    if isinstance(config, MLAConfig):
-        return LatentAttention(config, rope, 0.1, 1e-6, 0, recipe("float32"))
-    return GroupedQueryAttention(config, rope, 0.1, 0, recipe("float32"))
+    module = LatentAttention if isinstance(config, MLAConfig) else GroupedQueryAttention
+    return module(config, tiny_config(attention=config, rope=rope), recipe("float32"), Placement())
 
 
 @functools.cache
@@ -129,25 +129,50 @@ def test_cached_equals_expanded_at_every_position(case):
     np.testing.assert_allclose(several, y[:, 4:], atol=1e-5)
 
 
-def test_query_chunks_change_nothing():
-    """Seven queries in chunks of three, two and two of them in another segment or in padding."""
+@pytest.mark.parametrize("known", [True, False], ids=["first known", "first traced"])
+def test_query_chunks_change_nothing(known):
+    """Seven queries in chunks of three, two and two of them in another segment or in padding; five when they are a later part of
+    the sequence."""
     rng = np.random.default_rng(1)
     q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((B, T, 2, 2, 4), (B, T, 2, 4), (B, T, 2, 3)))
     weight = jnp.float32(rng.normal(size=(B, T, 2, 2, 3)))
-    tokens = Tokens(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+    first = 0 if known else 2
 
-    def loss(chunk, q, k, v):
-        out = self_attention(recipe("float32").einsum, q, k, v, tokens, 0.5, chunk)
-        return jnp.sum(out * weight), out
+    def loss(chunk, known, q, k, v, start):
+        core = SelfAttention(recipe("float32"), 0.5, chunk, 0)
+        out = core(q[:, first:], k, v, SEGMENTS[:, first:], jnp.asarray(SEGMENTS), first if known else start)
+        return jnp.sum(out * weight[:, first:]), out
 
-    def run(chunk):
-        return jit(jax.value_and_grad(functools.partial(loss, chunk), argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    def run(chunk, known):
+        return jit(jax.value_and_grad(functools.partial(loss, chunk, known), argnums=(0, 1, 2), has_aux=True))(q, k, v, jnp.int32(first))
 
-    ((_, whole), whole_gradients), ((_, out), gradients) = run(0), run(3)
+    ((_, whole), whole_gradients), ((_, out), gradients) = run(0, True), run(3, known)
     np.testing.assert_allclose(out, whole, atol=1e-6)
     for got, want in zip(gradients, whole_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
         assert np.abs(want).max() > 0.01
+
+
+def test_heads_at_once_change_nothing():
+    """Four heads, two at a time: 6 and 4 have that in common."""
+    rng = np.random.default_rng(2)
+    shapes = ((B, T, 4, 6), (B, T, 5), (B, T, 2), (5, 4, 7))
+    arguments = [jnp.float32(rng.normal(size=shape)) for shape in shapes]
+
+    def loss(heads_at_once, q, latents, k_rope, kv_b):
+        core = SelfAttention(recipe("float32"), 0.5, 3, heads_at_once)
+        segments = jnp.asarray(SEGMENTS)
+        out = core.expanded_latents((q, segments), (latents, k_rope, segments), kv_b, 0)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(heads_at_once):
+        return jit(jax.value_and_grad(functools.partial(loss, heads_at_once), argnums=(0, 1, 2, 3), has_aux=True))(*arguments)
+
+    ((_, whole), whole_gradients), ((_, out), gradients) = run(0), run(6)
+    assert out.shape == (B, T, 4, 3)
+    np.testing.assert_allclose(out, whole, atol=1e-6)
+    for got, want in zip(gradients, whole_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_row_without_anything_to_see_stays_finite():

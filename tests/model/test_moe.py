@@ -7,7 +7,9 @@ import pytest
 from tiny_models import jit, random_like, tiny_moe
 
 from deepseek_jax.model.config import MoEConfig
-from deepseek_jax.model.moe import Experts, MoE, from_rows, lay_out, to_rows
+from deepseek_jax.model.moe import Experts, MoE
+from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.rows import from_rows, lay_out, to_rows
 from deepseek_jax.precision import Recipe, recipe
 
 E, K, D, F = 4, 2, 5, 3
@@ -22,8 +24,8 @@ CHOICES = {
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_pair_has_its_own_row_in_its_experts_group(block, choice):
     ids = CHOICES[choice](33).astype(np.int32)
-    layout = lay_out(jnp.asarray(ids), E, block)
-    rows, pairs, sizes = np.asarray(layout.rows_NK).reshape(-1), np.asarray(layout.pairs_R), np.asarray(layout.group_sizes_E)
+    layout, sizes = lay_out(jnp.asarray(ids), E, block)
+    rows, pairs, sizes = np.asarray(layout.rows_NK).reshape(-1), np.asarray(layout.pairs_R), np.asarray(sizes)
     assert len(set(rows)) == ids.size  # nothing shares a row: nothing is dropped
     np.testing.assert_array_equal(pairs[rows], np.arange(ids.size))
     assert np.sum(pairs == ids.size) == len(pairs) - ids.size  # all other rows are padding
@@ -35,7 +37,7 @@ def test_every_pair_has_its_own_row_in_its_experts_group(block, choice):
 
 def test_moving_to_rows_and_back():
     ids = CHOICES["random"](7).astype(np.int32)
-    layout = lay_out(jnp.asarray(ids), E, 8)
+    layout, _ = lay_out(jnp.asarray(ids), E, 8)
     x = np.random.default_rng(0).normal(size=(7, D)).astype(np.float32)
     rows = np.asarray(to_rows(jnp.asarray(x), layout))
     np.testing.assert_array_equal(from_rows(jnp.asarray(rows), layout), np.repeat(x[:, None], K, axis=1))
@@ -46,7 +48,7 @@ def test_moving_to_rows_and_back():
 class Ragged(Recipe):
     """The recipe as it is off the CPU: no padding to blocks."""
 
-    def row_block(self, rows, num_groups):
+    def row_block(self, rows, num_groups, platform):
         return 1
 
 
@@ -57,10 +59,10 @@ RECIPES = {"dense": float32, "grouped": float32, "ragged": Ragged("ragged", *(jn
 def experts_call(implementation):
     """Compiled (params, x, ids, gates, dy) -> (y, gradients of params, x and gates)."""
     config = MoEConfig(E, K, F, implementation="dense" if implementation == "dense" else "grouped")
-    module = Experts(config, 0.1, RECIPES[implementation])
+    module = Experts(config, 0.1, RECIPES[implementation], Placement())
 
     def call(params, x, ids, gates, dy):
-        y, pull = jax.vjp(lambda p, x, g: module.apply({"params": p}, x, ids, g), params, x, gates)
+        y, pull = jax.vjp(lambda p, x, g: module.apply({"params": p}, x[None], ids[None], g[None])[0][0], params, x, gates)
         return y, pull(dy)
 
     return jit(call)
@@ -95,7 +97,7 @@ def test_dense_and_grouped_equal_a_loop_over_tokens(n):
 def test_replay_of_a_permuted_choice_keeps_gates_and_router_gradient():
     """Gates are recomputed for the experts that are replayed, in their order; they never come out of a masked score."""
     config = tiny_moe()
-    module = MoE(config, 0.1, recipe("float32"))
+    module = MoE(config, 0.1, recipe("float32"), Placement())
     x = jnp.float32(np.random.default_rng(0).normal(size=(1, 9, D)))
     valid = jnp.ones((1, 9), bool)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, valid, None))

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.precision import grouped
 from deepseek_jax.precision.grouped import grouped_matmul, row_block
 
 GROUP_SIZES = [[8, 16, 0, 24], [0, 0, 48, 0], [8, 8, 8, 8], [48, 0, 0, 0], [0, 0, 0, 0]]
@@ -48,12 +47,10 @@ def test_ragged_takes_any_group_sizes():
 
 
 @pytest.mark.parametrize(("rows", "groups", "block"), [(1, 8, 8), (256, 8, 16), (1024, 16, 32), (8192, 8, 128), (100_000, 4, 128)])
-def test_blocks_are_half_a_mean_group_on_cpu(rows, groups, block, monkeypatch):
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "cpu")
-    assert row_block(rows, groups) == block
+def test_blocks_are_half_a_mean_group_on_cpu(rows, groups, block):
+    assert row_block(rows, groups, "cpu") == block
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_no_blocks_elsewhere(backend, monkeypatch):
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: backend)
-    assert row_block(8192, 8) == 1
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_no_blocks_elsewhere(platform):
+    assert row_block(8192, 8, platform) == 1

@@ -87,7 +87,7 @@ def grpo():
 @pytest.fixture(scope="module")
 def first(grpo, variables):
     """(state, metrics, samples, rewards) after one iteration."""
-    return grpo.iteration(grpo_state(variables, grpo.optimizer, jax.random.key(2)))
+    return grpo.iteration(grpo_state(MODEL, variables, grpo.optimizer, jax.random.key(2)))
 
 
 def test_first_ratio_is_one_with_and_without_replay(first, grpo, variables):
@@ -143,7 +143,7 @@ def test_reference_is_refreshed_when_due(first, grpo, variables):
 
 def test_python_rewards_give_what_in_graph_rewards_give(first, grpo, variables):
     host = grpo_of(rewards=rewards_of(digit_share, False))
-    state = grpo_state(variables, host.optimizer, jax.random.key(2))
+    state = grpo_state(MODEL, variables, host.optimizer, jax.random.key(2))
     samples = host.sample(state)
     texts = to_texts(samples.trajectories.completions_BN, samples.trajectories.mask_BN)
     parts = host.rewards.text_parts([""] * len(texts), texts, [""] * len(texts))
@@ -155,7 +155,7 @@ def test_python_rewards_give_what_in_graph_rewards_give(first, grpo, variables):
     assert parts["digits"].shape == in_graph.shape and np.isfinite(parts["digits"]).all()
 
     # All rewards fail: the weights stay, and it is counted.
-    before = grpo_state(variables, host.optimizer, jax.random.key(2))
+    before = grpo_state(MODEL, variables, host.optimizer, jax.random.key(2))
     after, metrics, _, _ = host.learn(before, samples, {"digits": jnp.full(16, jnp.nan)})
     assert float(metrics["non_finite_rewards"]) == 16 and float(metrics["zero_variance_fraction"]) == 1
     chex.assert_trees_all_equal(after.params, variables["params"])
@@ -224,7 +224,7 @@ def test_rollouts_differ_and_stay_in_the_training_split(first, grpo):
 def test_in_graph_rewards_of_the_task_run_in_one_call(variables):
     """Random weights never hold the format: reward 0, zero variance, and the weights stay (KL of the reference is 0)."""
     grpo = grpo_of(CONFIG.replace(oversampling=2, num_minibatches=2, replay_experts=False), build_rewards(CONFIG, TASK))
-    state, metrics, samples, rewards_B = grpo.iteration(grpo_state(variables, grpo.optimizer, jax.random.key(3)))
+    state, metrics, samples, rewards_B = grpo.iteration(grpo_state(MODEL, variables, grpo.optimizer, jax.random.key(3)))
     assert int(state.step) == 2 and float(metrics["first_ratio_error"]) < 1e-5
     assert rewards_B.shape == (16,) and float(rewards_B.max()) == 0
     assert float(metrics["zero_variance_fraction"]) == 1 and float(metrics["all_wrong_fraction"]) == 1

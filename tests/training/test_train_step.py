@@ -112,12 +112,12 @@ def test_no_optimizer_leaf_and_no_decay_for_the_bias(steps, state, batch):
 
 
 @pytest.mark.parametrize("microbatch", [0, 2])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(steps, state, optimizer, batch, microbatch):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(steps, small, state, optimizer, batch, microbatch):
     poisoned = {name: array.copy() for name, array in batch.items()}
     poisoned["tokens"][1, 7] = POISON
     variables = state.variables
     variables["params"]["embed"]["embedding"] = variables["params"]["embed"]["embedding"].at[POISON].set(jnp.inf)
-    state = state_of(variables, optimizer, state.rng)
+    state = state_of(small, variables, optimizer, state.rng)
     state, _ = steps[microbatch](state, batch)
     before = copies((state.params, state.router_bias, state.opt_state))
     state, metrics = steps[microbatch](state, poisoned)
@@ -139,9 +139,9 @@ def test_metrics_of_the_loads(steps, state, batch):
     assert float(metrics["tokens"]) == 3 + 16 + 2 + 16
 
 
-def test_the_state_is_donated_and_given_weights_are_not(steps, state, optimizer, batch):
+def test_the_state_is_donated_and_given_weights_are_not(steps, small, state, optimizer, batch):
     given = state.variables
-    mine = state_of(given, optimizer, state.rng)
+    mine = state_of(small, given, optimizer, state.rng)
     steps[0](mine, batch)
     assert mine.params["head"]["kernel"].is_deleted()
     assert not given["params"]["head"]["kernel"].is_deleted()

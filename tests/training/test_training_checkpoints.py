@@ -14,6 +14,7 @@ import pytest
 
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model.config import preset
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables
 from deepseek_jax.training.state import state_of
 
@@ -27,7 +28,7 @@ def state_at(step, width=300):
     """A state of three arrays that depend on the step, as training would leave it."""
     numbers = np.random.default_rng(step).normal(size=(width, 40)).astype(np.float32)
     params = {"a": {"kernel": jnp.asarray(numbers)}, "b": {"scale": jnp.ones(3, jnp.bfloat16)}}
-    state = state_of({"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step))
+    state = state_of(Transformer(CONFIG), {"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step))
     return state.replace(step=jnp.int32(step))
 
 
@@ -112,7 +113,7 @@ def test_another_state_is_refused_by_its_first_array(saved):
     message = r"state.params/a/kernel is 'float32\[300, 40\]' in the checkpoint and 'float32\[301, 40\]' here"
     with pytest.raises(CheckpointError, match=message):
         saved.restore(state_at(0, width=301))
-    other = state_of(state_at(0).variables, optax.sgd(0.1, momentum=0.9), jax.random.key(0))
+    other = state_of(Transformer(CONFIG), state_at(0).variables, optax.sgd(0.1, momentum=0.9), jax.random.key(0))
     with pytest.raises(CheckpointError, match="opt_state/0/trace/a/kernel"):
         saved.restore(other)
 

@@ -1,0 +1,235 @@
+"""Tokens to the devices that hold their experts, and back. Everything here runs inside `shard_map`, on one device's arrays.
+
+    N tokens on this device      K choices of a token      P peers, the devices among which the experts are divided
+    E experts on this device     S rows sent               R rows received
+
+A round sends the pairs whose rank among this device's pairs for the same peer lies in a window. Buffers have a fixed size;
+where everything fits, which is the rule, one round does it all. Where it does not, on any device, all devices take rounds
+of small windows until every pair has been served: slower, exact, and in no more memory. No pair is ever dropped.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.model.placement import combine
+from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
+from deepseek_jax.parallel._compat import varying_axes
+from deepseek_jax.precision.tiles import dequantise_tiles, quantise_tiles
+
+EXCHANGES = ("auto", "ragged", "padded", "gather")
+FORMATS = ("compute", "fp8")
+Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchConfig:
+    """How tokens travel to their experts; whichever way, the result is the same.
+
+    `exchange`: "ragged" sends exactly the rows there are (`ragged_all_to_all`; TPU and GPU), "padded" a fixed number to each
+    peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which suits few
+    peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold `buffer_factor` times the
+    rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a power-of-two scale for each 1 x 128
+    tile on the way to the experts, forward and backward, as V3 does (§3.3.3); the way back stays in the compute dtype.
+    """
+
+    exchange: str = "auto"
+    buffer_factor: float = 2.0
+    format: str = "compute"
+
+    def __post_init__(self):
+        for field, allowed in (("exchange", EXCHANGES), ("format", FORMATS)):
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"mesh.dispatch.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}")
+        if self.buffer_factor < 1:
+            raise ConfigError(f"mesh.dispatch.buffer_factor={self.buffer_factor}: at least 1, what a balanced load needs")
+
+    def on(self, platform: str) -> str:
+        """The exchange that runs on a platform."""
+        if self.exchange != "auto":
+            return self.exchange
+        return "padded" if platform == "cpu" else "ragged"
+
+
+def vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Marks arrays as different from device to device along `axes`, so that their gradients are summed over them."""
+
+    def one(x):
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """Sum over all devices on which `x` differs."""
+    axes = tuple(varying_axes(x))
+    return lax.psum(x, axes) if axes else x
+
+
+@flax.struct.dataclass
+class Plan:
+    """One round: where every pair's row lies, and how many rows go where."""
+
+    layout: Layout  # pairs <-> S rows sent
+    ids_S: jax.Array  # int32, the row's expert on its peer; E for an empty row
+    sent_P: jax.Array  # int32, rows to each peer and, where they are ragged, their offsets here and at the peer
+    sent_offsets_P: jax.Array
+    sent_at_peer_P: jax.Array
+    received_P: jax.Array  # int32, likewise for the rows that come in
+    received_offsets_P: jax.Array
+    received_at_peer_P: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion."""
+
+    axis: str
+    peers: int
+    rows: int
+    ragged: bool
+    fp8: bool
+
+    def plan(self, dest_NK, rank_NK, ids_NK, sizes_P, low: jax.Array | int, whole: bool) -> Plan:
+        """The round of ranks low … low + rows - 1; with `whole` of every rank, which ragged buffers can take."""
+        width = dest_NK.size if whole and self.ragged else self.rows
+        sent_P = jnp.clip(sizes_P - low, 0, width)
+        if self.ragged:
+            num_rows = dest_NK.size if whole else self.peers * self.rows
+            starts_P = jnp.cumsum(sent_P) - sent_P
+        else:
+            num_rows = self.peers * self.rows
+            starts_P = jnp.arange(self.peers, dtype=jnp.int32) * self.rows
+        inside_NK = (rank_NK >= low) & (rank_NK < low + width) & (dest_NK < self.peers)
+        rows_NK = jnp.where(inside_NK, starts_P[jnp.minimum(dest_NK, self.peers - 1)] + rank_NK - low, num_rows)
+        layout = invert(rows_NK, num_rows)
+        # The id beyond the last expert marks an empty row.
+        padded_ids = jnp.concatenate([ids_NK.reshape(-1), jnp.full((1,), jnp.iinfo(jnp.int32).max, jnp.int32)])
+        received_P = self._to_peers(sent_P)
+        received_offsets_P = jnp.cumsum(received_P) - received_P
+        return Plan(
+            layout=layout,
+            ids_S=padded_ids[layout.pairs_R],
+            sent_P=sent_P,
+            sent_offsets_P=starts_P,
+            sent_at_peer_P=self._to_peers(received_offsets_P),
+            received_P=received_P,
+            received_offsets_P=received_offsets_P,
+            received_at_peer_P=self._to_peers(starts_P),
+        )
+
+    def _to_peers(self, x_P: jax.Array) -> jax.Array:
+        return lax.all_to_all(x_P, self.axis, 0, 0, tiled=True)
+
+    def move(self, plan: Plan, x_S: jax.Array, fill: int = 0) -> jax.Array:
+        """Rows to their peers: [S, …] -> [R, …]."""
+        if not self.ragged:
+            return lax.all_to_all(x_S, self.axis, 0, 0, tiled=True)
+        empty_R = vary(jnp.full((self.peers * self.rows, *x_S.shape[1:]), fill, x_S.dtype), tuple(varying_axes(x_S)))
+        return lax.ragged_all_to_all(
+            x_S, empty_R, plan.sent_offsets_P, plan.sent_P, plan.sent_at_peer_P, plan.received_P, axis_name=self.axis
+        )
+
+    def move_back(self, plan: Plan, y_R: jax.Array) -> jax.Array:
+        """Results to where their rows came from: [R, …] -> [S, …]."""
+        if not self.ragged:
+            return lax.all_to_all(y_R, self.axis, 0, 0, tiled=True)
+        empty_S = vary(jnp.zeros((plan.layout.pairs_R.shape[0], *y_R.shape[1:]), y_R.dtype), tuple(varying_axes(y_R)))
+        return lax.ragged_all_to_all(
+            y_R, empty_S, plan.received_offsets_P, plan.received_P, plan.received_at_peer_P, plan.sent_P, axis_name=self.axis
+        )
+
+    def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array:
+        """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
+        if not self.fp8:
+            return self.move(plan, x_SD)
+        values, scales = quantise_tiles(x_SD)
+        return dequantise_tiles(self.move(plan, values), self.move(plan, scales), x_SD.dtype)
+
+    def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
+        """What the experts make of this round's pairs, weighted and summed: [N, D]."""
+        x_RD = send(self, plan, to_rows(x_ND, plan.layout))
+        ids_R = self.move(plan, plan.ids_S, jnp.iinfo(jnp.int32).max)
+        y_RD = apply(weights, x_RD, ids_R[:, None])[:, 0].astype(x_ND.dtype)
+        return combine(from_rows(send_back(self, plan, y_RD), plan.layout), gates_NK, x_ND.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array:
+    """Dispatch: [S, D] -> [R, D]. Its gradient is a combine, in x's dtype."""
+    return exchange.move_tokens(plan, x_SD)
+
+
+send.defvjp(
+    lambda exchange, plan, x_SD: (send(exchange, plan, x_SD), plan),
+    lambda exchange, plan, dx_RD: (None, exchange.move_back(plan, dx_RD)),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def send_back(exchange: Exchange, plan: Plan, y_RD: jax.Array) -> jax.Array:
+    """Combine: [R, D] -> [S, D], in y's dtype. Its gradient is a dispatch."""
+    return exchange.move_back(plan, y_RD)
+
+
+send_back.defvjp(
+    lambda exchange, plan, y_RD: (send_back(exchange, plan, y_RD), plan),
+    lambda exchange, plan, dy_SD: (None, exchange.move_tokens(plan, dy_SD)),
+)
+
+
+def buffer_rows(pairs: int, peers: int, factor: float) -> int:
+    """Rows for each peer: `factor` times a balanced share, and never fewer than 16, below which shares vary too much."""
+    return min(pairs, max(-(-int(factor * pairs) // peers), 16))
+
+
+def dispatched(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axis: str, config: DispatchConfig, kind: str) -> tuple[jax.Array, jax.Array]:
+    """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit, int32.
+
+    weights: this device's E experts of the P · E; ids_NK are numbered over all of them.
+    """
+    peers, experts = lax.axis_size(axis), jax.tree.leaves(weights)[0].shape[0]
+    exchange = Exchange(axis, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8")
+    dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
+    rank_NK, sizes_P = rank_in_group(dest_NK, peers)
+    arriving = jnp.sum(lax.all_to_all(sizes_P, axis, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)
+    overflows = total((arriving > exchange.rows * (peers if exchange.ragged else 1)).astype(jnp.int32))
+
+    def one_round(x_ND, gates_NK, low, whole):
+        plan = exchange.plan(dest_NK, rank_NK, local_ids_NK, sizes_P, low, whole)
+        return exchange.round(apply, weights, x_ND, gates_NK, plan)
+
+    def rounds(x_ND, gates_NK):
+        def add(y_ND, low):
+            wanted = total(jnp.max(sizes_P) > low) > 0
+            y_ND += lax.cond(
+                wanted, jax.checkpoint(lambda: one_round(x_ND, gates_NK, low, False).astype(jnp.float32)), lambda: jnp.zeros_like(y_ND)
+            )
+            return y_ND, None
+
+        lows = jnp.arange(0, ids_NK.size, exchange.rows, dtype=jnp.int32)
+        zeros_ND = vary(jnp.zeros(x_ND.shape, jnp.float32), varying)
+        return lax.scan(add, zeros_ND, lows)[0].astype(x_ND.dtype)
+
+    whole_round = functools.partial(one_round, low=0, whole=True)
+    varying = tuple(frozenset().union(*(varying_axes(x) for x in (x_ND, gates_NK, *jax.tree.leaves(weights)))))
+    return lax.cond(overflows > 0, rounds, whole_round, x_ND, gates_NK), overflows
+
+
+def gathered(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axis: str, divided: bool) -> jax.Array:
+    """The same by bringing all tokens to all devices of the expert axis; `divided` says that each has its own tokens so far."""
+    experts, first = jax.tree.leaves(weights)[0].shape[0], lax.axis_index(axis) * jax.tree.leaves(weights)[0].shape[0]
+    if divided:
+        x_ND, ids_NK, gates_NK = (lax.all_gather(x, axis, tiled=True) for x in (x_ND, ids_NK, gates_NK))
+    here_NK = (ids_NK >= first) & (ids_NK < first + experts)
+    local_ids_NK = jnp.where(here_NK, ids_NK - first, experts)
+    y_ND = combine(apply(weights, *vary((x_ND, local_ids_NK), (axis,))), gates_NK, x_ND.dtype)
+    return lax.psum_scatter(y_ND, axis, tiled=True) if divided else lax.psum(y_ND, axis)

@@ -1,0 +1,163 @@
+"""The network on a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.model.placement import Placement, combine
+from deepseek_jax.parallel._compat import varying_axes
+from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
+from deepseek_jax.parallel.rules import Rules, build_rules, divide
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlacement(Placement):
+    """Places by `rules`; the compiler (GSPMD) moves whatever a product needs. What it can't know or gets wrong is written out with
+    `shard_map`: experts that tokens travel to, attention over a divided sequence, and the look-up in a divided embedding. A
+    dimension that the mesh does not divide evenly stays whole."""
+
+    mesh: Mesh
+    rules: Rules = build_rules()
+    dispatch: DispatchConfig = DispatchConfig()
+
+    @property
+    def platform(self) -> str:
+        return {"cuda": "gpu"}.get(platform := self.mesh.devices.flat[0].platform, platform)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
+    @property
+    def token_shards(self) -> int:
+        rules = dict(self.rules)
+        return math.prod(self.sizes[axis] for name in ("batch", "length") for axis in rules[name])
+
+    def mesh_axes(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> tuple[tuple[str, ...], ...]:
+        """The mesh axes that divide each dimension of an array; `prefix` looks rows up under another name first."""
+        return divide(dict(self.rules), self.sizes, names, shape, prefix)
+
+    def spec(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> PartitionSpec:
+        return PartitionSpec(*(axes or None for axes in self.mesh_axes(names, shape, prefix)))
+
+    def sharding(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(names, shape, prefix))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def flatten(self, x_BTD: jax.Array) -> jax.Array:
+        """Two divided axes can't become one without moving their parts."""
+        divided_length = math.prod(self.sizes[axis] for axis in dict(self.rules)["length"]) > 1
+        return x_BTD if divided_length else super().flatten(x_BTD)
+
+    def look_up(self, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        """Every device looks up its columns of the embedding for the tokens of all its peers, and they exchange what they found:
+        as many numbers as the result has, where gathering the table would move all of it."""
+        vocab_axes, width_axes = self.mesh_axes(("vocab", "embed"), table_VD.shape)
+        token_spec = self.spec(("batch", "length"), ids_BT.shape)
+        token_axes = sum(self.mesh_axes(("batch", "length"), ids_BT.shape), ())
+        width_axes = tuple(axis for axis in width_axes if axis in token_axes)  # the others' tokens are the same: gathered
+
+        def local(table_vd, ids_bt):
+            ids_PN = ids_bt.reshape(1, -1)
+            if width_axes:
+                ids_PN = lax.all_gather(ids_PN, width_axes, tiled=True)
+            if vocab_axes:
+                ids_PN = ids_PN - lax.axis_index(vocab_axes) * table_vd.shape[0]
+            found_PNd = table_vd.at[ids_PN].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+            if vocab_axes:
+                found_PNd = lax.psum(found_PNd, vocab_axes)
+            if width_axes:
+                found_PNd = lax.all_to_all(found_PNd, width_axes, split_axis=0, concat_axis=2, tiled=True)
+            return found_PNd.reshape(*ids_bt.shape, -1)
+
+        table_spec = PartitionSpec(vocab_axes or None, width_axes or None)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(table_spec, token_spec), out_specs=PartitionSpec(*token_spec, None))(
+            table_VD, ids_BT
+        )
+
+    def attend(self, core: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
+        """Every device keeps its queries; what the keys are made of is gathered: for MLA c_kv and the rotary key, 576 numbers
+        a token in V3, not the keys and values of 128 heads."""
+        names = ("batch", "length", "heads")
+        first_query = jax.tree.leaves(queries)[0]
+        length_axes = self.mesh_axes(names[:2], first_query.shape[:2])[1]
+        if not length_axes:
+            return super().attend(core, queries, keys, weights)
+
+        def local(queries, keys, weights):
+            keys = jax.tree.map(lambda x: lax.all_gather(x, length_axes, axis=1, tiled=True), keys)
+            local_queries = jax.tree.leaves(queries)[0].shape[1]
+            return core(queries, keys, weights, lax.axis_index(length_axes) * local_queries)
+
+        def along(x):
+            """[B, T], [B, T, ·], or [B, T, heads, …]"""
+            axes = (names if x.ndim > 3 else names[:2]) + (None,) * (x.ndim - 3 if x.ndim > 3 else x.ndim - 2)
+            return self.spec(axes, x.shape)
+
+        out_shape = jax.eval_shape(lambda *args: core(*args, 0), queries, keys, weights).shape
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(
+                jax.tree.map(along, queries),
+                jax.tree.map(along, keys),
+                jax.tree.map(lambda x: self.spec((None, "heads", None), x.shape), weights),
+            ),
+            out_specs=self.spec((*names, *(None,) * (len(out_shape) - 3)), out_shape),
+        )(queries, keys, weights)
+
+    def experts(
+        self, apply: Callable[..., jax.Array], weights: Any, axes: Any, x_BTD: jax.Array, ids_BTK: jax.Array, gates_BTK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens travel to their experts (see `dispatch`). Weights divided otherwise than by expert or feed-forward width are
+        gathered, and their gradients summed and divided again on the way back."""
+        by_expert = self.mesh_axes(("experts",), weights[0].shape[:1])[0]
+        by_width = {axis for axis in dict(self.rules)["expert_ffn"] if self.sizes[axis] > 1}
+        token_spec = self.spec(("batch", "length", None), x_BTD.shape)
+        token_axes = sum(self.mesh_axes(("batch", "length"), x_BTD.shape[:2]), ())
+
+        def divided(w, names):
+            """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it."""
+            kept = ("experts", "expert_ffn")
+            parts = zip(names, self.mesh_axes(names, w.shape), strict=True)
+            return tuple(part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
+
+        weight_axes = tuple(divided(w, names) for w, names in zip(weights, axes, strict=True))
+        weight_specs = tuple(PartitionSpec(*(part or None for part in parts)) for parts in weight_axes)
+        kind = self.dispatch.on(self.platform)
+
+        def local(weights, x_BTD, ids_BTK, gates_BTK):
+            weights = tuple(self._whole(w, *where) for w, *where in zip(weights, axes, weight_axes, strict=True))
+            weights = vary(weights, token_axes)
+            width_axes = tuple(axis for axis in by_width if any(axis in varying_axes(w) for w in weights))
+            x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
+            x_ND, overflows = vary(x_ND, width_axes), jnp.zeros((), jnp.int32)
+            if not by_expert:
+                y_ND = combine(apply(weights, x_ND, ids_NK), gates_NK, x_ND.dtype)
+            elif kind == "gather" or by_expert[0] not in token_axes:
+                y_ND = gathered(apply, weights, x_ND, ids_NK, gates_NK, axis=by_expert[0], divided=by_expert[0] in token_axes)
+            else:
+                y_ND, overflows = dispatched(
+                    apply, weights, x_ND, ids_NK, gates_NK, axis=by_expert[0], config=self.dispatch, kind=kind
+                )
+            y_ND = lax.psum(y_ND, width_axes) if width_axes else y_ND
+            return y_ND.reshape(x_BTD.shape), overflows
+
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=(weight_specs, token_spec, token_spec, token_spec), out_specs=(token_spec, PartitionSpec())
+        )(weights, x_BTD, ids_BTK, gates_BTK)
+
+    def _whole(self, w: jax.Array, names: Sequence[str], axes: Sequence[tuple[str, ...]]) -> jax.Array:
+        """This device's experts with all their rows, and its part of their feed-forward width."""
+        for dimension, (name, mesh_axes) in enumerate(zip(names, axes, strict=True)):
+            if mesh_axes and name not in ("experts", "expert_ffn"):
+                w = lax.all_gather(w, mesh_axes, axis=dimension, tiled=True)
+        return w

@@ -1,0 +1,118 @@
+"""Which part of every array lies on which device: variables, training state and batches of a placed network.
+
+Without a mesh the functions below give None, which `jax.jit` and `jax.device_put` take for "as it comes".
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.transformer import Transformer, abstract_variables, logical_axes
+from deepseek_jax.parallel.placement import MeshPlacement
+from deepseek_jax.parallel.rules import OPTIMIZER
+
+
+def variables_sharding(model: Transformer) -> Any:
+    """A NamedSharding for every leaf of `abstract_variables(model)`."""
+    if not isinstance(model.placement, MeshPlacement):
+        return None
+    return jax.tree.map(
+        lambda leaf, axes: model.placement.sharding(tuple(axes), leaf.shape), abstract_variables(model), dict(logical_axes(model))
+    )
+
+
+def state_sharding(model: Transformer, abstract_state: Any) -> Any:
+    """A NamedSharding for every leaf of a training state, of whatever kind.
+
+    A leaf is known by the end of its path: moments, references and copies of a parameter lie where the parameter does, but
+    for the optimiser's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all devices.
+    """
+    if not isinstance(model.placement, MeshPlacement):
+        return None
+    axes_of = {}
+    for collection in dict(logical_axes(model)).values():
+        for path, axes in jax.tree_util.tree_leaves_with_path(collection, is_leaf=lambda x: isinstance(x, PartitionSpec)):
+            axes_of[tuple(key.key for key in path)] = tuple(axes)
+
+    def one(path, leaf):
+        names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
+        prefix = OPTIMIZER if "opt_state" in names else ""
+        axes = next((axes_of[names[i:]] for i in range(len(names)) if names[i:] in axes_of), (None,) * len(leaf.shape))
+        return model.placement.sharding(axes, leaf.shape, prefix)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_state)
+
+
+def constrain_state(model: Transformer, state: Any) -> Any:
+    """Inside a jitted function: the state laid out as `state_sharding` says, so that it comes back as it went in."""
+    shardings = state_sharding(model, state)
+    return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
+
+
+def with_sharding(abstract: Any, shardings: Any) -> Any:
+    """jax.ShapeDtypeStruct leaves that carry their sharding."""
+    if shardings is None:
+        return abstract
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+
+
+def batch_shards(placement: Placement) -> int:
+    """Among how many devices the rows of a batch are divided; a batch has to be a multiple of it."""
+    if not isinstance(placement, MeshPlacement):
+        return 1
+    return math.prod(placement.sizes[axis] for axis in dict(placement.rules)["batch"])
+
+
+def batch_sharding(placement: Placement, shape: tuple[int, ...]) -> NamedSharding | None:
+    """Of an array of a batch, [B] or [B, T]."""
+    if not isinstance(placement, MeshPlacement):
+        return None
+    return placement.sharding(("batch", "length")[: len(shape)], shape)
+
+
+def host_share(placement: Placement, process: int | None = None) -> tuple[int, int]:
+    """(index, count): the rows of a batch fall into `count` equal blocks, of which this process (or `process`) holds block `index`.
+
+    Several processes hold the same block where an axis that doesn't divide rows runs across them. Raises ConfigError for
+    a mesh on which a host's rows are no such block.
+    """
+    if not isinstance(placement, MeshPlacement):
+        return 0, 1
+    process = jax.process_index() if process is None else process
+    mesh, axes = placement.mesh, dict(placement.rules)["batch"]
+    coordinates = np.indices(mesh.devices.shape)
+    sizes = [mesh.shape[axis] for axis in axes]
+    shard_of_device = np.ravel_multi_index([coordinates[mesh.axis_names.index(axis)] for axis in axes], sizes) if axes else 0 * coordinates[0]
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    mine = np.unique(shard_of_device[owners == process])
+    shards = math.prod(sizes)
+    if len(mine) == 0 or shards % len(mine) or mine[0] % len(mine) or np.any(np.diff(mine) != 1):
+        raise ConfigError(
+            f"mesh {placement.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one block; "
+            "put the axes that divide the batch across hosts, and the others inside"
+        )
+    return int(mine[0]) // len(mine), shards // len(mine)
+
+
+def global_batch(placement: Placement, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """This process's rows [B / count, …] as arrays of the whole batch [B, …], each device with its own part."""
+    if not isinstance(placement, MeshPlacement):
+        return batch
+    index, count = host_share(placement)
+
+    def one(local: np.ndarray) -> jax.Array:
+        shape, first = (len(local) * count, *local.shape[1:]), len(local) * index
+
+        def part(where: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = where[0].indices(shape[0])
+            return local[(slice(start - first, stop - first), *where[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(placement, shape), part)
+
+    return {name: one(np.asarray(array)) for name, array in batch.items()}
