@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": model.to_dict(),
-            "mesh": {"data": 2, "fsdp": 2, "expert": 2},
+            "mesh": {"fsdp": 8},
             "stages": ("pretrain",),
             "pretrain": {
                 "kind": "pretrain",
