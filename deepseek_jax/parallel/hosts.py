@@ -95,6 +95,12 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
     """
     if hosts is None or hosts.num_processes == 1:
         return
+    me = f"process {hosts.process_id} of {hosts.num_processes}"
+    alone = (
+        f"{me} could not join the others at {hosts.coordinator} within {CONNECT_SECONDS} s: start all of them with the same --coordinator, "
+        "a free port of process 0's machine that the others can reach"
+    )
+    _explain_abort(lambda: alone, status=2)
     try:
         jax.distributed.initialize(
             hosts.coordinator,
@@ -107,11 +113,9 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"process {hosts.process_id} of {hosts.num_processes} could not join the others at {hosts.coordinator} within {CONNECT_SECONDS} s: "
-            f"start all of them with the same --coordinator, a free port of process 0's machine that the others can reach ({str(error).splitlines()[0]})"
-        ) from error
-    _explain_loss(saved)
+        raise ConfigError(f"{alone} ({str(error).splitlines()[0]})") from error
+    lost = f"{me} stops because another process of this run was killed, failed or cannot be reached; the lines above name it"
+    _explain_abort(lambda: f"{lost}. {saved()} Start all {hosts.num_processes} processes again to go on.", status=LOST)
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
 
@@ -150,21 +154,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
-def _explain_loss(saved: Callable[[], str]) -> None:
-    """Adds what to do to jax's own end.
+def _explain_abort(message: Callable[[], str], status: int) -> None:
+    """Has the process say something and exit with `status` when jax aborts it, as it does when the others are not to be found.
 
-    When a process is lost jax aborts the others from a thread of its own. It takes a callback for this, but 0.10.2
-    fails to convert the callback's argument; so the abort itself is caught.
+    It aborts from a thread of its own, whatever the others are doing. It takes a callback for this, but 0.10.2 fails to
+    convert the callback's argument; so the signal of the abort is caught.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(_):
-        sys.stderr.write(
-            f"error: process {jax.process_index()} stops because another process of this run was killed, failed or cannot be reached; "
-            f"the lines above name it. {saved()} Start all {jax.process_count()} processes again to go on.\n"
-        )
+        sys.stderr.write(f"error: {message()}\n")
         sys.stderr.flush()
-        os._exit(LOST)
+        os._exit(status)
 
-    _explain_loss.handler = explain  # ctypes does not keep it alive
     ctypes.CDLL(None).signal(signal.SIGABRT, explain)
+    _explain_abort.handler = explain  # ctypes does not keep it alive

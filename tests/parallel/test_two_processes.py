@@ -136,8 +136,8 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
     finish([first, second], 128 + signal.SIGTERM)
     stopped = max(int(folder.name) for folder in (workdir / "pretrain/checkpoints").iterdir())
     assert f"SIGTERM: saved step {stopped} of {STEPS}" in first.out() and reached < stopped < STEPS
-    assert "going on from step" in first.out() "[Gloo]" in second.out()
-    assert all(line.startswith("[Gloo]") for line in second.out().splitlines())  # process 0 alone prints; that is the library's own
+    assert "going on from step" in first.out()
+    assert all(line.startswith("[Gloo]") for line in second.out().splitlines())  # process 0 alone prints; Gloo has a voice of its own
 
     finish(train(start, workdir, 1))
     assert_same(workdir, alone)
@@ -152,3 +152,28 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
 def test_two_processes_compute_what_one_does(root, start, alone):
     finish(train(start, root / "two", 2))
     assert_same(root / "two", alone)
+
+
+def test_they_agree_and_the_loss_of_the_first_ends_the_second(root, start):
+    """Process 0 holds the service by which the processes hear of each other, so that its loss takes another way."""
+    folder = root / "met"
+    folder.mkdir()
+    first, second = pair(start, HERE / "hosts_worker.py", folder, "120")
+    deadline = time.monotonic() + 2 * MINUTES
+    while not all((folder / f"{i}.json").exists() for i in range(2)):
+        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None, first.err() + second.err()
+        time.sleep(0.05)
+    for i in range(2):
+        assert json.loads((folder / f"{i}.json").read_text()) == ["from 0, é", True, False]
+    assert (folder / "written.txt").read_text() == "by 0"
+    assert "process 0 speaks" in first.out() and "speaks" not in second.out()
+    first.kill()
+    finish([second], LOST, within=60)
+    assert "process 1 of 2 stops because another process" in second.err() and "Step 7 is safe. Start all 2 processes again" in second.err()
+
+
+def test_nobody_at_the_coordinators_address(root, start):
+    process = start(1, HERE / "hosts_worker.py", root, "3", f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--process_id=1")
+    finish([process], 2)
+    assert "process 1 of 2 could not join the others at localhost:" in process.err() and "within 3 s" in process.err()
+    assert "Traceback" not in process.err()
