@@ -2,6 +2,9 @@
 
 Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything
 and prints the plan without allocating a weight.
+
+On several machines start it on each, with the same workdir on a file system that all see. SLURM, Open MPI, GKE and Cloud
+TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=I.
 """
 
 import json
@@ -16,8 +19,10 @@ from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.parallel import hosts
 from deepseek_jax.report import comparison_table, samples_table
 from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
+from deepseek_jax.training.checkpoints import saved_steps
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -26,7 +31,9 @@ def main(argv: Sequence[str]) -> int | None:
         return 0 if argv else 2
     begin = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    given, argv = hosts.split_flags(argv)
     config, name, workdir, dry = read_flags(argv)
+    hosts.join(given or hosts.detect(), lambda: saved_steps(workdir))
     experiment = build_experiment(config, name, workdir)
     stages = build_stages(experiment)
     if dry:
@@ -56,6 +63,8 @@ def print_plan(experiment: Experiment, stages: Sequence[Stage]) -> None:
 
 def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
     """The evaluations side by side, and where the curves are. Also kept as results.txt."""
+    if not hosts.is_primary():
+        return
     evaluations = {stage.name: json.loads(stage.path.read_text()) for stage in stages if isinstance(stage, EvalStage)}
     if not evaluations:
         return

@@ -19,9 +19,10 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.checkpoints import load_variables
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
-from deepseek_jax.training.loop import Terminated, step_batches, train
+from deepseek_jax.training.loop import step_batches, train
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.objective import targets
+from deepseek_jax.training.stopping import Terminated
 
 STEPS, VOCAB = 40, 61
 
@@ -102,7 +103,7 @@ def test_learns_evaluates_and_leaves_its_files(uninterrupted):
     assert result.metrics["bits_per_byte"] == lines[-1]["bits_per_byte"] < lines[10]["bits_per_byte"]
     assert lines[-2]["mfu"] == pytest.approx(lines[-2]["tokens_per_second"] * 1e-3)
     assert lines[-2]["tokens"] == 48 and len(lines[-2]["max_violation_per_layer"]) == 1
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "goodput.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"]
     assert int(result.state.step) == STEPS
 
 
