@@ -20,10 +20,10 @@ from deepseek_jax.training.schedules import V3_BATCH, V3_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v3_671b").replace(rope=RopeConfig()).to_dict()
+    config.model = preset("v3_671b").replace(rope=RopeConfig(), attention_heads_at_once=16).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 64}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",
@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
         "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V3_BATCH.step_at(V3_TOKENS),
-            # 3072 -> 15360 sequences over the first 469B tokens, in nine sizes: multiples of the microbatch.
+            # 3072 -> 15360 sequences over the first 469B tokens, in thirteen sizes: multiples of the microbatch.
             "batch_size": {"kind": "ramp", "start": V3_BATCH.start, "end": V3_BATCH.end, "steps": round(V3_BATCH.ramp_steps)},
-            "microbatch": 1536,
+            "microbatch": 1024,
             "optimizer": {
                 "learning_rate": {"kind": "deepseek_v3", "steps": None},
                 "b1": 0.9,
