@@ -17,7 +17,7 @@ from deepseek_jax.generation.generate import advance, start
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import batch_sharding, batch_shards, state_sharding, variables_sharding, with_sharding
+from deepseek_jax.parallel.shardings import batch_sharding, state_sharding, variables_sharding, with_sharding
 from deepseek_jax.rl.grpo import GRPOState
 from deepseek_jax.stages import GRPOStage, TrainStage
 from deepseek_jax.training.objective import uses_mtp
@@ -72,9 +72,9 @@ def train(experiment: Experiment, stage: str | None) -> Program:
 def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
     """One token for each of `rows` sequences (default: 8 a device) that have `context` tokens in the cache."""
     model = experiment.model
-    rows = rows or 8 * batch_shards(model.placement)
-    if rows % batch_shards(model.placement):
-        raise ConfigError(f"--rows={rows}: the mesh divides them among {batch_shards(model.placement)} devices; give a multiple")
+    rows = rows or 8 * model.placement.batch_shards
+    if rows % model.placement.batch_shards:
+        raise ConfigError(f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple")
     sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
     variables = with_sharding(abstract_variables(model), variables_sharding(model))
     prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, context - 1), (rows,)))

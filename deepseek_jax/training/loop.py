@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from deepseek_jax.data.position import gather
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import batch_shards, global_batch
+from deepseek_jax.parallel.shardings import global_batch
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
@@ -94,7 +95,7 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = step_batches(loader, config, model.config.vocab_size, step, batch_shards(model.placement))
+        batches = step_batches(loader, config, model.config.vocab_size, step, model.placement.batch_shards)
         writer = MetricsWriter(workdir, last_step=step)
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
         clock.begin(step)
@@ -122,7 +123,7 @@ def train(
                     log.evaluation(step, evaluation)
                 if save_now:
                     with clock("checkpoint"):
-                        store.save(state, loader.get_state(), evaluation if evaluate_now else None)
+                        store.save(state, gather(loader.get_state()), evaluation if evaluate_now else None)
                         if last:
                             store.wait()
                 if line or save_now:

@@ -34,7 +34,7 @@ MODEL = Transformer(
         init_std=0.2,
     )
 )
-TASK = build_task({"name": "parity", "bits": 3})
+TASK = build_task({"name": "parity", "bits": 8})
 CONFIG = GRPOConfig(
     group_size=4,
     prompts_per_rollout=4,

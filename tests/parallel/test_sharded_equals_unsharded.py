@@ -37,6 +37,7 @@ def one_device():
 CASES = {
     **{name: (sizes, {}) for name, sizes in MESHES.items()},
     "gathered tokens": ({"fsdp": 2, "expert": 4}, {"exchange": "gather"}),
+    "two microbatches": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"overlap": True}),
     "experts not divided": ({"fsdp": 2, "expert": 4}, {"rules": {"experts": None}}),
     "experts across nodes": ({"data": 2, "expert": 4}, {"dcn": {"data": 2, "expert": 2}}),
 }
