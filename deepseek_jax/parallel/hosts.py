@@ -1,6 +1,9 @@
 """Several processes as one run: how they find each other, which of them writes, and what happens when one is lost.
 
 A run of one process needs none of this, and for it every function here is the identity or does nothing.
+
+Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more, collectives over
+different axes run side by side, in no fixed order, and the processes can wait for each other for ever (jaxlib 0.10.2).
 """
 
 import argparse

@@ -1,5 +1,8 @@
 """An experiment that a test runs in one process and in two: a network that compiles in seconds, on eight devices.
 
+The mesh has one axis. With several, two CPU processes may start collectives over different axes in different orders and wait for
+each other for ever (jaxlib 0.10.2 with Gloo).
+
 The data comes from $HOSTS_TEST_DATA, a file of JSON lines.
 """
 
@@ -17,7 +20,7 @@ def get_config() -> ConfigDict:
         num_layers=1,
         intermediate_size=16,
         attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
-        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=8),
+        moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=8),
         init_std=0.1,
     )
     return ConfigDict(
