@@ -19,10 +19,10 @@ from deepseek_jax.training.schedules import V2_LITE_BATCH, V2_LITE_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v2_lite_16b").replace(rope=RopeConfig()).to_dict()
+    config.model = preset("v2_lite_16b").replace(rope=RopeConfig(), attention_heads_at_once=8).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 8}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",

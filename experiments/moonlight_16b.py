@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.model = preset("moonlight_16b").to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 8}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",

@@ -1,6 +1,5 @@
 """Reinforcement learning and generation on a mesh: the same tokens, the same update."""
 
-import dataclasses
 import functools
 
 import jax
@@ -71,7 +70,7 @@ def rollout(variables):
 def update_on(sizes, variables, trajectories):
     grpo = grpo_on(sizes)
     state = grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(3))
-    advantages, live = jnp.linspace(-1.0, 1.0, 16), jnp.ones(16, bool)
+    advantages, live = jnp.linspace(-1.0, 2.0, 16), jnp.ones(16, bool)  # no zero sum: a loss to compare
     state, metrics = jit(grpo._update)(state, trajectories, advantages, live)
     return state.params, state.router_bias, {name: metrics[name] for name in ("loss", "grad_norm", "kl", "entropy")}
 
@@ -114,7 +113,6 @@ def test_a_whole_iteration_is_the_same(variables):
         if sizes is not None:
             assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places))
         np.testing.assert_allclose(metrics["first_ratio_error"], 0, atol=1e-5)
-        results.append((samples.trajectories.completions_BN, rewards_B, state.params, metrics["loss"], metrics["grad_norm"]))
+        results.append((samples.trajectories.completions_BN, rewards_B, state.params, metrics["grad_norm"]))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert_close(results[1][1:], results[0][1:], 1e-5)
-    assert dataclasses.is_dataclass(grpo)
