@@ -5,7 +5,7 @@
 
 Hardware: every sequence is divided among 32 devices, every expert layer among 32; 1,024 devices take 32 sequences at a time. What
 it needs on a v5p pod is in `deepseek_jax/parallel/README.md`; it has not been run.
-Start it from the weights of the 32K phase: put them where `pretrain` finds a checkpoint, or name a stage before this one.
+No stage loads the weights of the 32K phase yet; the file is the program, its batches and its mesh.
 """
 
 from deepseek_v3_671b import get_config as deepseek_v3
@@ -22,8 +22,9 @@ def get_config() -> ConfigDict:
     config.pretrain.batch_size = 480
     config.pretrain.data.streams = 32
     train = config.pretrain.train
-    train.steps, train.microbatch, train.batch_size = 1000, 32, None
-    train.optimizer.learning_rate = 7.3e-6
-    train.objective.mtp_weight = 0.1
-    train.router_bias_rate = 0.0
+    with train.ignore_type():  # schedules become numbers
+        train.steps, train.microbatch, train.batch_size = 1000, 32, None
+        train.optimizer.learning_rate = 7.3e-6
+        train.objective.mtp_weight = 0.1
+        train.router_bias_rate = 0.0
     return config
