@@ -1,9 +1,10 @@
 """DeepSeek-V2-Lite's pre-training at full size: network, optimiser and schedules of the report (V2 appendix B), 5.7T tokens.
 
     python -m deepseek_jax --config=experiments/deepseek_v2_lite_16b.py --dry      validates and prints the plan, allocates nothing
+    python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x4 --config.pretrain.train.microbatch=16
 
 Hardware: weights, gradients and float32 moments are 251 GB: four 80 GB accelerators for the state alone, some hundreds to
-finish. This code trains on one device so far, so the file documents the run and is what a mesh will start from.
+finish. It has been compiled for v6e:4x4 with a microbatch of 16 (see `deepseek_jax/parallel/README.md`) and never run.
 Cost: 9.4e22 FLOPs (16.41 GFLOPs a token): 67,500 GPU-hours, $135,000 at $2 an hour, if each sustains V3's 385 TFLOP/s.
 Differences: the corpus is not public, so C4 stands in, read with the byte tokenizer until `tokenizer` is the released
 checkpoint's folder. Pre-training has no YaRN; context extension to 32K switches on `rope.yarn` of the preset.

@@ -3,7 +3,7 @@
     python -m deepseek_jax --config=experiments/moonlight_16b.py --dry      validates and prints the plan, allocates nothing
 
 Hardware: weights, gradients and float32 moments are 255 GB: four 80 GB accelerators for the state alone, some hundreds to
-finish. This code trains on one device so far, so the file documents the run and is what a mesh will start from.
+finish. It has never been run.
 Cost: 1.1e23 FLOPs (18.87 GFLOPs a token at 8K): 77,600 GPU-hours, $155,000 at $2 an hour, if each sustains V3's 385 TFLOP/s.
 Differences: the optimiser is AdamW, that of the report's baseline Moonlight-A (trained to 1.2T tokens); Moonlight itself uses
 Muon, which is not here yet. The corpus is not public, so C4 stands in, read with the byte tokenizer until `tokenizer` is the

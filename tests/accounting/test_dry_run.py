@@ -1,12 +1,13 @@
 """Dry runs of the real training step against golden figures, and what is wrong with wrong requests.
 
-The default run compiles for NVIDIA; compiling for a TPU takes minutes: `pytest tests/accounting -m big_dry_run`.
+The default run compiles one layer for every TPU generation and for NVIDIA; the published networks take minutes each:
+`pytest tests/accounting -m big_dry_run`.
 """
 
 import json
 
 import pytest
-from dry_run_cases import CASES, GOLDEN, V3, figures
+from dry_run_cases import BIG, CASES, GOLDEN, V3, figures
 
 from deepseek_jax.accounting.chips import CHIPS
 from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
@@ -16,10 +17,8 @@ from deepseek_jax.accounting.topologies import installed
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
 
-STORED = sorted(path.stem for path in GOLDEN.glob("*.json"))
 
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "small_h100" else pytest.mark.big_dry_run) for case in STORED])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.big_dry_run if case in BIG else ()) for case in CASES])
 def test_golden_figures(case):
     """Memory, FLOPs and traffic, one by one: a sharding that changed shows as a number. FLOPs are exact, what XLA decides may move by a few percent."""
     chip = CASES[case][0].partition(":")[0]
