@@ -1,7 +1,10 @@
 """python -m deepseek_jax --config=experiments/….py [--workdir=…] [--config.any.field=value] [--dry]
 
-Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything
-and prints the plan without allocating a weight.
+Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything but
+whether the mesh fits this machine, and prints the plan without allocating a weight.
+
+On several machines start it on each, with the same workdir on a file system that all see. SLURM, Open MPI, GKE and Cloud
+TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=I.
 """
 
 import json
@@ -9,15 +12,20 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.parallel import hosts
+from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.report import comparison_table, samples_table
 from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
+from deepseek_jax.training.checkpoints import saved_steps
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -26,12 +34,14 @@ def main(argv: Sequence[str]) -> int | None:
         return 0 if argv else 2
     begin = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    given, argv = hosts.split_flags(argv)
     config, name, workdir, dry = read_flags(argv)
+    if dry:
+        print_plan(config, name, workdir)
+        return 0
+    hosts.join(given or hosts.detect(), lambda: saved_steps(workdir))
     experiment = build_experiment(config, name, workdir)
     stages = build_stages(experiment)
-    if dry:
-        print_plan(experiment, stages)
-        return 0
     claim_workdir(experiment)
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
@@ -45,17 +55,27 @@ def main(argv: Sequence[str]) -> int | None:
     return 0
 
 
-def print_plan(experiment: Experiment, stages: Sequence[Stage]) -> None:
-    """What would run, and on what network."""
+def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
+    """What would run, and on what network and mesh; the machine it is meant for need not be this one."""
+    mesh = config.to_dict().get("mesh")
+    MeshConfig.from_dict(mesh or {})
+    with config.unlocked():
+        config.mesh = {}
+    experiment = build_experiment(config, name, workdir)
+    stages = build_stages(experiment)
     console = Console(highlight=False)
     console.print(model_table(experiment.name, model_report(experiment.model.config)))
     for index, stage in enumerate(stages, start=1):
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
+    if mesh:
+        console.print(f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run", markup=False)
     console.print("The experiment is valid. Nothing was allocated.")
 
 
 def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
     """The evaluations side by side, and where the curves are. Also kept as results.txt."""
+    if not hosts.is_primary():
+        return
     evaluations = {stage.name: json.loads(stage.path.read_text()) for stage in stages if isinstance(stage, EvalStage)}
     if not evaluations:
         return

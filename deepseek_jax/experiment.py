@@ -30,6 +30,7 @@ from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.fit import fits
+from deepseek_jax.parallel.hosts import from_primary, write_text
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
@@ -176,28 +177,26 @@ def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig
 
 
 def claim_workdir(experiment: Experiment) -> None:
-    """Notes the configuration in the workdir; a run that is started again has to be the same experiment.
+    """Notes the configuration in the workdir; a run that is started again, and every process of it, has to be the same experiment.
 
-    Raises ConfigError naming the first fields that differ.
+    On which mesh it runs may change: checkpoints don't depend on it. Raises ConfigError naming the first fields that differ.
     """
     path = experiment.workdir / "config.json"
-    if path.exists():
-        try:
-            before = _flat(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}); pass another --workdir, or restore it") from None
-        now = _flat(experiment.config)
-        changed = [f"{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in sorted({*before, *now}) if before.get(field) != now.get(field)]
-        if changed:
-            raise ConfigError(
-                f"{experiment.workdir} holds a run of another configuration: {', '.join(changed[:3])}"
-                f"{' and more' if len(changed) > 3 else ''}. Pass another --workdir, or the settings it was started with"
-            )
-        return
-    experiment.workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(experiment.config, indent=1) + "\n")
-    partial.replace(path)
+    text = from_primary(path.read_text() if path.exists() else json.dumps(experiment.config, indent=1) + "\n")
+    try:
+        before = _flat(json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); pass another --workdir, or restore it") from None
+    now = _flat(experiment.config)
+    fields = sorted(field for field in {*before, *now} if field.split(".")[1] != "mesh" and before.get(field) != now.get(field))
+    changed = [f"{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in fields]
+    if changed:
+        raise ConfigError(
+            f"{experiment.workdir} holds a run of another configuration: {', '.join(changed[:3])}"
+            f"{' and more' if len(changed) > 3 else ''}. Pass another --workdir, or the settings it was started with"
+        )
+    if not path.exists():
+        write_text(path, text)
 
 
 def _flat(node: Any, path: str = "config") -> dict[str, Any]:

@@ -18,8 +18,9 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
+from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.model.transformer import init_variables
-from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.parallel.shardings import host_share, variables_sharding
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
@@ -115,8 +116,7 @@ class TrainStage:
             self.seq_len,
             self.batch_size,
             seed=_seed(experiment, self.name, "order"),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share=host_share(experiment.model.placement),
             in_memory=in_memory,
         )
         text = tuple(source for source in self.data.sources if source.name != "task")
@@ -177,7 +177,8 @@ class GRPOStage:
         experiment, folder = self.experiment, self.experiment.workdir / self.name
         variables = _weights(variables, experiment)
         state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, seed=_seed(experiment, self.name, "sampling"), name=self.name)
-        plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
+        if is_primary():
+            plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
         return state.variables
 
 
@@ -220,7 +221,7 @@ class EvalStage:
     def run(self, variables: Variables | None) -> Variables:
         experiment = self.experiment
         variables = _weights(variables, experiment)
-        if self.path.exists():
+        if from_primary(str(self.path.exists())) == "True":
             return variables
         result = {}
         if self.data is not None:
@@ -228,10 +229,7 @@ class EvalStage:
             measured = make_evaluate(experiment.model, max_batches=self.eval_batches)(variables, batches)
             result["bits_per_byte"] = measured["bits_per_byte"]
         result |= evaluate(experiment.model, variables, experiment.task, self.evaluation)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(self.path)
+        write_text(self.path, json.dumps(result, indent=1) + "\n")
         print(f"{self.name}: greedy accuracy {result['greedy_accuracy']:.3f}, response length {result['response_length']:.1f}", flush=True)
         return variables
 
@@ -253,7 +251,8 @@ def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, bat
     """-> a function that starts one ordered pass over the held-out documents."""
 
     def start() -> Loader:
-        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation")
+        share = host_share(experiment.model.placement)
+        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share)
 
     return start
 

@@ -19,16 +19,17 @@ from deepseek_jax.training.schedules import V2_LITE_BATCH, V2_LITE_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v2_lite_16b").replace(rope=RopeConfig()).to_dict()
+    config.model = preset("v2_lite_16b").replace(rope=RopeConfig(), attention_heads_at_once=8).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 8}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",
         "seq_len": V2_LITE_BATCH.sequence_length,
         "batch_size": V2_LITE_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V2_LITE_BATCH.step_at(V2_LITE_TOKENS),
             "microbatch": 512,

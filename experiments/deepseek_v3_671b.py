@@ -20,21 +20,22 @@ from deepseek_jax.training.schedules import V3_BATCH, V3_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v3_671b").replace(rope=RopeConfig()).to_dict()
+    config.model = preset("v3_671b").replace(rope=RopeConfig(), attention_heads_at_once=16).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 64}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",
         "seq_len": V3_BATCH.sequence_length,
         "batch_size": V3_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V3_BATCH.step_at(V3_TOKENS),
-            # 3072 -> 15360 sequences over the first 469B tokens, in nine sizes: multiples of the microbatch.
+            # 3072 -> 15360 sequences over the first 469B tokens, in thirteen sizes: multiples of the microbatch.
             "batch_size": {"kind": "ramp", "start": V3_BATCH.start, "end": V3_BATCH.end, "steps": round(V3_BATCH.ramp_steps)},
-            "microbatch": 1536,
+            "microbatch": 1024,
             "optimizer": {
                 "learning_rate": {"kind": "deepseek_v3", "steps": None},
                 "b1": 0.9,

@@ -24,13 +24,14 @@ def get_config() -> ConfigDict:
     config.model = preset("moonlight_16b").to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
-    config.mesh = {}
+    config.mesh = {"fsdp": -1, "expert": 8}
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",
         "seq_len": MOONLIGHT_BATCH.sequence_length,
         "batch_size": MOONLIGHT_BATCH.end,
-        "data": {"sources": [{"name": "tfds:c4/en"}]},
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": steps,
             # 2048 sequences for the first 200B tokens, then 4096.

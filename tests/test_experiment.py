@@ -91,7 +91,7 @@ def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, 
         (lambda c: c.grpo.grpo.update(clip_eps=0.2), "unknown field grpo.clip_eps: did you mean 'clip_epsilon'"),
         (lambda c: c.grpo.grpo.update(rewards={"acuracy": 1.0}), "unknown reward 'acuracy'"),
         (lambda c: c.__delattr__("task"), "works on a task"),
-        (lambda c: c.update(mesh={"data": 3}), "data 3 does not make up 8 devices; the nearest mesh that works is data 2 × fsdp"),
+        (lambda c: c.update(mesh={"data": 3}), "data 3 does not make up 8 devices; the nearest mesh that works is data 8"),
         (lambda c: c.pretrain.data.update(sources=({"name": "/nowhere/*.jsonl"},)), None),
     ],
 )

@@ -64,10 +64,13 @@ class DataConfig:
     long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or are
         'cut' into pieces of a row: long texts and short dialogues mix in one loader, and no dialogue is torn.
     shuffle: a new order of the documents in every epoch. Where long documents are cut, one of them fills many
-        successive rows, so rows are shuffled too, within `shuffle_window` of them: a batch should not be one document.
+        successive rows, so rows are shuffled too, within `shuffle_window` of a stream's: a batch should not be one document.
     num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
         whatever the weights.
-    open_rows: with packing='whole', how many rows are filled at the same time; more rows, less padding.
+    streams: the data is dealt into this many streams, each packed on its own, and each gives an equal part of every batch's rows.
+        A host reads only the streams that its rows come from, so hosts share the work if there are at least as many streams as
+        hosts. The batches depend on `streams` and not on the number of hosts: choose what the largest machine will need.
+    open_rows: with packing='whole', how many rows a stream fills at the same time; more rows, less padding.
     read_threads: threads that read and tokenise for each source; 0 does it inside the prefetch thread. The batches never depend on it.
     prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked.
     data_dir: where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or $TFDS_DATA_DIR).
@@ -79,6 +82,7 @@ class DataConfig:
     shuffle: bool = True
     shuffle_window: int = 1024
     num_epochs: int | None = None
+    streams: int = 1
     open_rows: int = 32
     read_threads: int = 1
     prefetch_rows: int = 64
@@ -89,7 +93,7 @@ class DataConfig:
         _choice("data.long_documents", self.long_documents, LONG_DOCUMENTS)
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source, for example {'name': 'stdlib'}")
-        for field, minimum in (("open_rows", 1), ("shuffle_window", 1), ("read_threads", 0), ("prefetch_rows", 0)):
+        for field, minimum in (("streams", 1), ("open_rows", 1), ("shuffle_window", 1), ("read_threads", 0), ("prefetch_rows", 0)):
             if getattr(self, field) < minimum:
                 raise ConfigError(f"data.{field}={getattr(self, field)}: at least {minimum}")
         if self.num_epochs is not None:
@@ -99,6 +103,11 @@ class DataConfig:
                 raise ConfigError(
                     f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot differ; "
                     "set num_epochs=None to mix by weight"
+                )
+            if self.streams > 1:
+                raise ConfigError(
+                    f"data.num_epochs={self.num_epochs} ends, and the data.streams={self.streams} streams would not end together; "
+                    "set num_epochs=None, or streams=1, where every host reads all of the data"
                 )
 
     @classmethod

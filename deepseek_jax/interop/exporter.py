@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -14,6 +15,7 @@ from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.atomic import new_folder
 from deepseek_jax.interop.fp8_blocks import quantise
 from deepseek_jax.interop.hf_config import CONFIG_NAME, QUANTISATION, config_to_hf
+from deepseek_jax.interop.parts import overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.model.config import ModelConfig
@@ -32,13 +34,14 @@ def export_folder(
     companions: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `variables` (jax or numpy arrays) as config.json and safetensors, split into shards of at most `max_shard_bytes` each.
+    """Writes `variables` (numpy arrays, or jax arrays with any sharding over this process's devices) as config.json and safetensors,
+    split into shards of at most `max_shard_bytes` each.
 
     `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in float32,
     and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json whose token ids
     are kept; `companions` are files (tokenizer.json and the like) to copy along. At most one tensor is held in memory.
     The folder appears complete or not at all. Raises CheckpointError if it exists, the disk is too small, the variables
-    are not those of `config`, or no config.json can express the network.
+    are not those of `config` or partly on other hosts, or no config.json can express the network.
     """
     if dtype not in EXPORT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, EXPORT_DTYPES)}")
@@ -78,6 +81,8 @@ def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -
         found = list(leaves[path].shape) if path in leaves else "no such variable"
         if found != list(shape):
             raise CheckpointError(f"{'/'.join(path)}: expected shape {list(shape)} for a model of this config, found {found}")
+        if not getattr(leaves[path], "is_fully_addressable", True):
+            raise CheckpointError(f"{'/'.join(path)} lies partly on other hosts: save a checkpoint, and export that on one host")
     return leaves
 
 
@@ -110,7 +115,7 @@ def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
 
 
 def _write_tensor(writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any]) -> None:
-    value = np.asarray(leaves[spec.path][spec.index])
+    value = _gathered(leaves[spec.path], spec)
     value = value.T if spec.transposed else value
     stored_dtype = DTYPES[entries[spec.name][0]]
     if spec.scale_name in entries:
@@ -119,3 +124,16 @@ def _write_tensor(writer: ShardWriter, spec: TensorSpec, entries: _Entries, leav
         writer.write(spec.scale_name, scale_inv)
     else:
         writer.write(spec.name, value.astype(stored_dtype, copy=False))
+
+
+def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:
+    """One tensor out of a variable, in our orientation. Of a jax array only what each device holds of the tensor is moved."""
+    if not isinstance(leaf, jax.Array):
+        return leaf[spec.index]
+    value = np.empty(leaf.shape[len(spec.index) :], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        part = part_of(shard.index, leaf.shape)
+        if shard.replica_id == 0 and overlaps(spec, part):
+            index = tuple(i - axis.start for i, axis in zip(spec.index, part))
+            value[tuple(slice(axis.start, axis.stop) for axis in part[len(spec.index) :])] = np.asarray(shard.data[index])
+    return value

@@ -21,12 +21,17 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
-def dequantise_rows(values: np.ndarray, scale_inv: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)] -> (rows, float32 [128, in]), one row of blocks at a time."""
-    columns = np.arange(values.shape[1]) // BLOCK
-    for block_row, scales in enumerate(scale_inv):
-        rows = slice(block_row * BLOCK, min((block_row + 1) * BLOCK, values.shape[0]))
+def dequantise_rows(values: np.ndarray, scale_inv: np.ndarray, corner: tuple[int, int] = (0, 0)) -> Iterator[tuple[slice, np.ndarray]]:
+    """values e4m3 [rows, columns] -> (rows, float32 [at most 128, columns]), one row of blocks at a time.
+
+    `corner` is where the values start in their matrix; scale_inv, float32, has the scales of the blocks that they touch.
+    """
+    columns = (corner[1] % BLOCK + np.arange(values.shape[1])) // BLOCK
+    start = -(corner[0] % BLOCK)
+    for scales in scale_inv:
+        rows = slice(max(start, 0), min(start + BLOCK, values.shape[0]))
         yield rows, _VALUES[values[rows].view(np.uint8)] * scales[columns]
+        start += BLOCK
 
 
 def quantise(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

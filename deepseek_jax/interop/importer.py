@@ -1,67 +1,117 @@
-"""Hugging Face folder -> our variables, tensor by tensor.
+"""Hugging Face folder -> our variables, one after the other, each from the stored tensors that it stacks.
 
-The result is allocated once; every stored tensor is read on its own, converted in slices of rows straight into its
-place, and forgotten. Peak host memory is the result plus about one tensor.
+A stored tensor is read on its own, converted in slices of rows straight into its place, and forgotten. As numpy arrays, peak host
+memory is the result plus about one tensor. As sharded jax arrays, each device's part of a variable is read on its own: peak
+host memory is about one such part, and a host reads only what its devices hold.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.folder import Folder, open_folder
-from deepseek_jax.interop.fp8_blocks import dequantise_rows
-from deepseek_jax.interop.safetensors_io import StoredTensor, read_tensor
+from deepseek_jax.interop.parts import Part, fill, overlaps, part_of, whole
+from deepseek_jax.interop.safetensors_io import StoredTensor
 from deepseek_jax.interop.tensors import TensorSpec
 from deepseek_jax.model.config import ModelConfig
 
 PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_ROWS = 128
 
 
 def import_folder(
-    folder: str | Path, dtype: str = "float32", progress: Callable[[int, int], None] | None = None
+    folder: str | Path,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    shardings: Callable[[ModelConfig], Mapping[str, Any]] | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a DeepSeek checkpoint in Hugging Face's layout.
 
-    Returns its ModelConfig and {"params": …, "router_bias": …} as numpy arrays: parameters in `dtype` ("float32" or "bfloat16"), the
-    routers' correction biases in float32. FP8 weights are dequantised by their block scales. `progress(done, total)` is
-    called after every tensor. Raises CheckpointError naming every tensor that is missing, extra, of another shape or
-    dtype, or cut off, before anything is allocated.
+    Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the routers'
+    correction biases in float32. FP8 weights are dequantised by their block scales. They are numpy arrays, or with `shardings` jax
+    arrays: `shardings(config)` is a tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)`
+    is called after every tensor, or part of one, that is read. Raises CheckpointError naming every tensor that is missing, extra, of
+    another shape or dtype, or cut off, before anything is allocated.
     """
     opened = open_folder(folder)
     opened.raise_problems()
-    return opened.config, read_variables(opened, dtype, progress)
+    return opened.config, read_variables(opened, dtype, progress, shardings(opened.config) if shardings else None)
 
 
-def read_variables(folder: Folder, dtype: str = "float32", progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """The variables of a folder without problems (see `import_folder`)."""
+def read_variables(
+    folder: Folder,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The variables of a folder without problems (see `import_folder`; here `shardings` is the tree itself)."""
     if dtype not in PARAM_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, PARAM_DTYPES)}")
-    leaves: dict[tuple[str, ...], np.ndarray] = {}
-    present = [spec for spec in folder.table if spec.name in folder.stored]
-    for done, spec in enumerate(present, start=1):
-        if spec.path not in leaves:
-            leaf_dtype = np.dtype(np.float32) if spec.is_router_bias else PARAM_DTYPES[dtype]
-            leaves[spec.path] = _aligned_empty(spec.leaf_shape, leaf_dtype)
-        place = leaves[spec.path][spec.index]
-        target = place.T if spec.transposed else place  # a view in the stored orientation
-        for rows, values in _converted_rows(spec, folder.stored):
-            if spec.duplicate:
-                _check_duplicate(spec, target[rows], values)
-            else:
-                target[rows] = values
+    specs = specs_by_path(folder)
+    shapes = {path: tensors[0].leaf_shape for path, tensors in specs.items()}
+    if shardings is None:
+        parts = {path: {whole(shape): []} for path, shape in shapes.items()}
+    else:
+        shardings = traverse_util.flatten_dict(shardings)
+        _check_paths(shardings, specs)
+        parts = {path: _devices_of_parts(shardings[path], shape) for path, shape in shapes.items()}
+    total = sum(overlaps(spec, part) for path, tensors in specs.items() for part in parts[path] for spec in tensors)
+    count = itertools.count(1)
+
+    def done() -> None:
         if progress:
-            progress(done, len(present))
+            progress(next(count), total)
+
+    leaves = {}
+    for path, tensors in specs.items():
+        leaf_dtype = np.dtype(np.float32) if tensors[0].is_router_bias else PARAM_DTYPES[dtype]
+        if shardings is None:
+            leaves[path] = read_part(tensors, folder.stored, whole(shapes[path]), leaf_dtype, done)
+            continue
+        arrays = []
+        for part, devices in parts[path].items():
+            # Waiting lets go of this part, unless the device shares the host's memory, before the next is read.
+            arrays += _put(read_part(tensors, folder.stored, part, leaf_dtype, done), devices)
+        leaves[path] = jax.make_array_from_single_device_arrays(shapes[path], shardings[path], arrays, dtype=leaf_dtype)
     return traverse_util.unflatten_dict(leaves)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def specs_by_path(folder: Folder) -> dict[tuple[str, ...], list[TensorSpec]]:
+    """The tensors that are there, for each variable; duplicates come after what they repeat."""
+    specs: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in folder.table:
+        if spec.name in folder.stored:
+            specs.setdefault(spec.path, []).append(spec)
+    return specs
+
+
+def read_part(
+    specs: Sequence[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    part: Part,
+    dtype: np.dtype,
+    done: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """One part of the variable that `specs` fill; `done()` is called after each tensor.
+
+    Raises CheckpointError where a duplicate differs within the part: hosts that read all parts have compared all of it.
+    """
+    target = _aligned_empty([len(axis) for axis in part], dtype)
+    for spec in specs:
+        if overlaps(spec, part):
+            fill(spec, stored, part, target)
+            done()
+    return target
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """np.empty on a 64-byte boundary: there jax on CPU takes an array over without copying it."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
@@ -69,19 +119,19 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _converted_rows(spec: TensorSpec, stored: dict[str, StoredTensor]) -> Iterator[tuple[slice, np.ndarray]]:
-    values = read_tensor(stored[spec.name])
-    if stored[spec.name].dtype == "F8_E4M3":
-        yield from dequantise_rows(values, read_tensor(stored[spec.scale_name]))
-        return
-    for start in range(0, values.shape[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, values.shape[0]))
-        yield rows, values[rows]
+def _devices_of_parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[jax.Device]]:
+    """The parts that this process's devices hold, each once."""
+    devices: dict[Part, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(part_of(index, shape), []).append(device)
+    return devices
 
 
-def _check_duplicate(spec: TensorSpec, ours: np.ndarray, values: np.ndarray) -> None:
-    if not np.array_equal(ours, values.astype(ours.dtype)):
-        raise CheckpointError(
-            f"{spec.name}: expected a copy of the tensor stored as {'/'.join(spec.path)}, found other values; embedding and head are "
-            "shared between the main model and its MTP modules here"
-        )
+def _put(values: np.ndarray, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    return jax.block_until_ready([jax.device_put(values, device) for device in devices])
+
+
+def _check_paths(shardings: Mapping[tuple[str, ...], Any], specs: Mapping[tuple[str, ...], Any]) -> None:
+    for path in sorted(set(specs) ^ set(shardings)):
+        has, lacks = ("folder", "tree of shardings") if path in specs else ("tree of shardings", "folder")
+        raise CheckpointError(f"{'/'.join(path)}: in the {has} and not in the {lacks}; make the shardings for the folder's own config")

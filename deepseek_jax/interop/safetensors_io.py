@@ -9,7 +9,7 @@ ever unpickled.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -79,13 +79,29 @@ def _check_bytes(name: str, tensor: StoredTensor, data_start: int, file_size: in
             )
 
 
-def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """The tensor in its stored dtype and shape, in memory of its own. Raises CheckpointError if the file has become shorter."""
-    dtype = DTYPES[tensor.dtype]
-    flat = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
-    if flat.size != tensor.nbytes:
-        raise CheckpointError(f"{tensor.file}: expected {tensor.nbytes} bytes at byte {tensor.offset}, found {flat.size}; it is truncated")
-    return flat.view(dtype).reshape(tensor.shape)
+def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np.ndarray:
+    """The tensor, or the rectangle `part` of it (for each axis a range of step 1), in its stored dtype, in memory of its own.
+
+    Of a part only its own bytes are read: whole rows in one piece, cut rows one by one. Raises CheckpointError if the file has
+    become shorter.
+    """
+    part = [range(size) for size in tensor.shape] if part is None else part
+    values = np.empty([len(axis) for axis in part], DTYPES[tensor.dtype])
+    if not values.size:
+        return values
+    runs = values.reshape(1, -1) if values.shape[1:] == tensor.shape[1:] else values
+    first = int(np.ravel_multi_index([axis.start for axis in part], tensor.shape))
+    row = math.prod(tensor.shape[1:])
+    with open(tensor.file, "rb", buffering=0) as stream:
+        for i, run in enumerate(runs):
+            stream.seek(tensor.offset + (first + i * row) * values.itemsize)
+            missing = memoryview(run.view(np.uint8))
+            while missing:
+                count = stream.readinto(missing)
+                if not count:
+                    raise CheckpointError(f"{tensor.file}: ends {len(missing)} bytes too early; it is truncated: download it again")
+                missing = missing[count:]
+    return values
 
 
 def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:

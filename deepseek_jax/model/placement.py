@@ -26,9 +26,18 @@ class Placement:
         return jax.default_backend()
 
     @property
-    def token_shards(self) -> int:
-        """Among how many devices the tokens of a batch are divided."""
+    def batch_shards(self) -> int:
+        """Among how many devices the rows of a batch are divided."""
         return 1
+
+    @property
+    def token_shards(self) -> int:
+        """Among how many devices the tokens of a batch are divided: its rows, and the positions in them."""
+        return 1
+
+    def schedule(self, block: type) -> type:
+        """The layer that runs in the place of `block`: the same fields and parameters, in another order of work."""
+        return block
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """`x`, laid out as the rules say for its logical axes; None is an axis nobody divides."""

@@ -95,9 +95,10 @@ class Transformer(nn.Module):
 
         def block(looped: bool):
             """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the forward pass."""
+            layer = self.placement.schedule(Block)
             if config.remat == "none":
-                return Block
-            return nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=not looped)
+                return layer
+            return nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not looped)
 
         def stack(length, moe):
             return nn.scan(

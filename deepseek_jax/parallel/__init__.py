@@ -1,1 +1,1 @@
-"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, and the experts' exchange."""
+"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, the experts' exchange, and the hosts."""

@@ -38,11 +38,13 @@ class DispatchConfig:
     peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold `buffer_factor` times the
     rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a power-of-two scale for each 1 x 128
     tile on the way to the experts, forward and backward, as V3 does (§3.3.3); the way back stays in the compute dtype.
+    `overlap` runs every layer on two halves of the rows side by side (see `overlap.TwoMicrobatches`).
     """
 
     exchange: str = "auto"
     buffer_factor: float = 2.0
     format: str = "compute"
+    overlap: bool = False
 
     def __post_init__(self):
         for field, allowed in (("exchange", EXCHANGES), ("format", FORMATS)):

@@ -88,14 +88,18 @@ def resolve(config: MeshConfig, num_devices: int, fits: Fits = lambda sizes: Non
 
 
 def nearest_mesh(wanted: Mapping[str, int], num_devices: int, fits: Fits) -> dict[str, int] | None:
-    """Of all meshes of `num_devices` that fit, the one whose sizes differ from `wanted` by the smallest factors, unused axes last."""
+    """Of all meshes of `num_devices` that fit, the one whose sizes differ from `wanted` by the smallest factors.
+
+    Among equals, one that uses no further axis, else fsdp rather than the others.
+    """
+    further = ("fsdp", "data", "expert", "context", "tensor")
 
     def distance(sizes: Mapping[str, int]) -> tuple[float, int]:
         apart = sum(abs(math.log2(sizes[axis] / wanted[axis])) for axis in AXES)
-        return apart, sum(sizes[axis] != wanted[axis] for axis in AXES)
+        return apart, sum(1 + further.index(axis) for axis in AXES if wanted[axis] == 1 < sizes[axis])
 
     candidates = (dict(zip(AXES, sizes, strict=True)) for sizes in _factorisations(num_devices, len(AXES)))
-    return min((sizes for sizes in sorted(candidates, key=distance) if fits(sizes) is None), key=distance, default=None)
+    return min((sizes for sizes in candidates if fits(sizes) is None), key=distance, default=None)
 
 
 def _factorisations(number: int, parts: int) -> list[tuple[int, ...]]:

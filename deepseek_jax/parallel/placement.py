@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.model.placement import Placement, combine
 from deepseek_jax.parallel._compat import varying_axes
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
+from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
 
 
@@ -34,10 +35,19 @@ class MeshPlacement(Placement):
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
 
+    def _shards(self, *names: str) -> int:
+        return math.prod(self.sizes[axis] for name in names for axis in dict(self.rules)[name])
+
+    @property
+    def batch_shards(self) -> int:
+        return self._shards("batch")
+
     @property
     def token_shards(self) -> int:
-        rules = dict(self.rules)
-        return math.prod(self.sizes[axis] for name in ("batch", "length") for axis in rules[name])
+        return self._shards("batch", "length")
+
+    def schedule(self, block: type) -> type:
+        return TwoMicrobatches if self.dispatch.overlap else block
 
     def mesh_axes(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> tuple[tuple[str, ...], ...]:
         """The mesh axes that divide each dimension of an array; `prefix` looks rows up under another name first."""
@@ -54,8 +64,7 @@ class MeshPlacement(Placement):
 
     def flatten(self, x_BTD: jax.Array) -> jax.Array:
         """Two divided axes can't become one without moving their parts."""
-        divided_length = math.prod(self.sizes[axis] for axis in dict(self.rules)["length"]) > 1
-        return x_BTD if divided_length else super().flatten(x_BTD)
+        return x_BTD if self._shards("length") > 1 else super().flatten(x_BTD)
 
     def look_up(self, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """Every device looks up its columns of the embedding for the tokens of all its peers, and they exchange what they found:

@@ -62,13 +62,6 @@ def with_sharding(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 
 
-def batch_shards(placement: Placement) -> int:
-    """Among how many devices the rows of a batch are divided; a batch has to be a multiple of it."""
-    if not isinstance(placement, MeshPlacement):
-        return 1
-    return math.prod(placement.sizes[axis] for axis in dict(placement.rules)["batch"])
-
-
 def batch_sharding(placement: Placement, shape: tuple[int, ...]) -> NamedSharding | None:
     """Of an array of a batch, [B] or [B, T]."""
     if not isinstance(placement, MeshPlacement):

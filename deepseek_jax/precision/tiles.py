@@ -15,7 +15,8 @@ def quantise_tiles(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     tile = min(TILE, x.shape[-1])
     tiles = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, tile)
     amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=-1), 1e-4)
-    scales = jnp.exp2(jnp.ceil(jnp.log2(amax / E4M3_MAX)))
+    mantissa, exponent = jnp.frexp(amax / E4M3_MAX)  # in [0.5, 1): exact, which exp2 and log2 are not
+    scales = jnp.ldexp(jnp.ones_like(amax), jnp.where(mantissa == 0.5, exponent - 1, exponent))
     values = jnp.clip(tiles / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)  # the cast itself overflows to NaN
     return values.reshape(x.shape), scales
 

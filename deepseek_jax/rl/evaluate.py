@@ -62,7 +62,7 @@ def answer(model: Transformer, variables, task: Task, instances, key: jax.Array,
     return generation, right_B.reshape(-1, samples)
 
 
-def answers(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int = 1):
+def answer_everywhere(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int = 1):
     """As `answer`, whole on every host, as numpy arrays."""
     return process_allgather(answer(model, variables, task, instances, key, sampling, samples), tiled=True)
 
@@ -80,7 +80,7 @@ def sampling_of(config: EvalConfig, task: Task, temperature: float) -> SamplingC
 def greedy(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, float]:
     """Accuracy and mean length of greedy answers: the short evaluation, for curves."""
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
-    generation, right = answers(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0))
+    generation, right = answer_everywhere(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0))
     return {"greedy_accuracy": float(right.mean()), "greedy_length": float(generation.lengths_B.mean())}
 
 
@@ -95,7 +95,7 @@ def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> d
     asked = jax.tree.map(lambda x: x[: config.sampled_problems], problems)
     k = config.samples
     sampling = sampling_of(config, task, config.temperature)
-    generation, right_QK = answers(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
+    generation, right_QK = answer_everywhere(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
     right_QK = right_QK > 0
     texts = to_texts(generation.tokens_BN, generation.mask_BN)
     answers = [answer_in(text) for text in texts]

@@ -10,15 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 
 from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.parallel.hosts import is_primary, write_text
 from deepseek_jax.rl.evaluate import EvalConfig, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, grpo_state
 from deepseek_jax.rl.health import Health
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
-from deepseek_jax.training.loop import Terminated, stop_signals
-from deepseek_jax.training.metrics import MetricsWriter, Progress
+from deepseek_jax.training.goodput import Goodput
+from deepseek_jax.training.metrics import MetricsWriter, Progress, read_lines
+from deepseek_jax.training.stopping import Terminated, stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +57,11 @@ def train_grpo(
 ) -> GRPOState:
     """Trains from `variables` until `grpo.config.steps` optimiser steps are made, or goes on from `workdir`'s newest checkpoint.
 
-    Leaves metrics.jsonl, samples.jsonl, tensorboard/ and checkpoints/ in `workdir`. Weights, optimiser, reference and
+    Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in `workdir`. Weights, optimiser, reference and
     random state are all in the checkpoint, so that a run that was killed goes on bit for bit. SIGTERM or Ctrl-C saves
     and raises `Terminated`. Raises RewardError for a reward that fails, after saving what was reached.
     """
-    total = grpo.config.rollouts
+    total, clock = grpo.config.rollouts, Goodput(workdir)
     state = grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(seed))
     store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
     with contextlib.closing(store):
@@ -72,49 +75,61 @@ def train_grpo(
         writer = MetricsWriter(workdir, last_step=int(state.step) if done else -1)
         samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))
         progress, health = Progress(name, total, done), Health()
+        clock.begin(done)
 
         def held_out() -> dict[str, float]:
-            values = greedy(grpo.model, state.variables, grpo.task, evaluation)
+            with clock("evaluation"):
+                values = greedy(grpo.model, state.variables, grpo.task, evaluation)
             return {"heldout_accuracy": values["greedy_accuracy"], "heldout_length": values["greedy_length"]}
 
-        with contextlib.closing(writer), progress, stop_signals() as received:
+        def save() -> None:
+            with clock("checkpoint"):
+                store.save(state)
+                if done == total or stop is not None:
+                    store.wait()
+
+        with contextlib.closing(writer), progress, stop_signals() as asked_to_stop:
             if done:
                 progress.say(f"going on from rollout {done} of {total}")
             elif config.eval_every:
                 writer.write(0, held_out())
-            saved = done
-            while done < total:
+            saved, stop = done, None
+            while done < total and stop is None:
                 begin = time.monotonic()
                 try:
                     state, metrics, samples, rewards_B = iterate(grpo, state)
                 except Exception:
                     if done > saved:
-                        store.save(state)
+                        save()
                         store.wait()
                     raise
                 values = jax.device_get(metrics)
+                clock.started(metrics)
                 done += 1
                 step = int(state.step)
-                stop = received[0] if received else None
+                stop = asked_to_stop()
                 last = done == total or stop is not None
                 values["rollout_seconds"] = time.monotonic() - begin
                 if config.eval_every and (done == total or done % config.eval_every == 0):
                     values |= held_out()
                 progress.advance(done)
-                if last or done % config.log_every == 0:
+                line = last or done % config.log_every == 0
+                if line:
                     writer.write(step, values)
                     progress.report(headline(values))
-                    with samples_path.open("a") as file:
-                        file.writelines(json.dumps({"step": step} | row) + "\n" for row in sample_rows(grpo, samples, rewards_B, config.show))
+                    _append(samples_path, [{"step": step} | row for row in sample_rows(grpo, samples, rewards_B, config.show)])
                 for sentence in health.observe(values):
                     progress.say(f"rollout {done}: {sentence}")
-                if last or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                    store.save(state)
+                save_now = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                if save_now:
+                    save()
                     saved = done
-                if stop is not None:
-                    store.wait()
-                    progress.say(f"{stop.name}: saved rollout {done} of {total} in {store.directory}; start again to go on")
-                    raise Terminated(128 + stop)
+                if line or save_now:
+                    clock.reached(done)
+            progress.say(clock.report())
+            if stop is not None:
+                progress.say(f"{stop.name}: saved rollout {done} of {total} in {store.directory}; start again to go on")
+                raise Terminated(128 + stop)
     return state
 
 
@@ -126,17 +141,18 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     if grpo.rewards.in_graph:
         return grpo.iteration(state)
     samples = grpo.sample(state)
-    completions = to_texts(samples.trajectories.completions_BN, samples.trajectories.mask_BN)
-    parts = grpo.rewards.text_parts(grpo.task.prompt_text(samples.instances), completions, grpo.task.answer_text(samples.instances))
+    here = process_allgather(samples, tiled=True)  # every process judges all completions: a reward is a function of its text
+    completions = to_texts(here.trajectories.completions_BN, here.trajectories.mask_BN)
+    parts = grpo.rewards.text_parts(grpo.task.prompt_text(here.instances), completions, grpo.task.answer_text(here.instances))
     return grpo.learn(state, samples, jax.tree.map(jnp.asarray, parts))
 
 
 def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) -> list[dict[str, Any]]:
     """The first completions of the first `count` groups, to be read."""
     rows = [i * grpo.config.group_size for i in range(min(count, len(rewards_B) // grpo.config.group_size))]
-    first = jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples) if rows else None
-    if first is None:
+    if not rows:
         return []
+    first, rewards_B = process_allgather((jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples), rewards_B), tiled=True)
     texts = to_texts(first.trajectories.completions_BN, first.trajectories.mask_BN)
     prompts = grpo.task.prompt_text(first.instances)
     return [
@@ -144,13 +160,15 @@ def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) 
     ]
 
 
+def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    if is_primary():
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
     """Drops the samples of steps that will be made again, and a last line cut short."""
-    if path.exists():
-        lines = path.read_text().split("\n")[:-1]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-        partial.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step))
     return path
 
 

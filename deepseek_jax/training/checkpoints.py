@@ -4,6 +4,9 @@ A checkpoint is a folder named by its step with three parts: `variables` (weight
 needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, metrics, and the shape,
 dtype and checksum of every array). Orbax writes to a temporary folder and renames it, so that a killed process leaves
 the earlier checkpoints as they were.
+
+Of several processes each writes and reads what its devices hold, in one folder that all of them see; all call the same
+functions and come to the same decisions. Nothing on disk depends on the mesh: any other can read it.
 """
 
 import base64
@@ -12,17 +15,18 @@ import errno
 import json
 import logging
 import pathlib
+import math
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all
 
 # Fields that say how the network is computed, not which network it is: they may differ between runs on one checkpoint.
 COMPUTED_AS = ("remat", "attention_chunk", "attention_heads_at_once", "scan_unroll", "moe.implementation")
@@ -35,6 +39,13 @@ class Restored:
     state: Any
     loader_state: Any
     metrics: dict[str, float]
+
+
+class _Manager(ocp.CheckpointManager):
+    """Doesn't ask whether to stop: the training loop does, and jax counts who has asked how often."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -55,7 +66,7 @@ class Checkpoints:
             kept.append(best)
         self.metric = metric
         self._remove_unfinished()
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept)),
         )
@@ -98,9 +109,9 @@ class Checkpoints:
         self._manager.close()
 
     def require_space(self, state) -> None:
-        """Raises CheckpointError if the disk has no room for a checkpoint of this state."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_split(state)))
-        free = shutil.disk_usage(self.directory).free
+        """Raises CheckpointError if the disk has no room for a checkpoint of this state, which may be abstract."""
+        needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(_split(state)))
+        free = int(from_primary(str(shutil.disk_usage(self.directory).free)))
         if free < needed:
             raise CheckpointError(
                 f"a checkpoint takes {needed / 1e9:.3g} GB and the disk of {self.directory} has {free / 1e9:.3g} GB left; "
@@ -110,18 +121,14 @@ class Checkpoints:
     def restore(self, like) -> Restored | None:
         """The newest readable checkpoint, placed as `like` is; None if there is none.
 
-        A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it is used. Raises
+        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it is used. Raises
         CheckpointError for a checkpoint of another model or optimiser, naming the first difference, and if every
         checkpoint is damaged: training anew over them is the caller's decision.
         """
         damaged = []
-        for step in reversed(self.steps()):
-            try:
-                restored = self._read(step, like)
-            except CheckpointError:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                log.warning("checkpoint %s is damaged and will not be used: %s", self.directory / str(step), _first_line(error))
+        for step in reversed(json.loads(from_primary(json.dumps(self.steps())))):
+            restored = self._read(step, like)
+            if restored is None:
                 damaged.append(step)
                 continue
             for bad in damaged:
@@ -133,25 +140,42 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, like) -> Restored:
+    def _read(self, step: int, like) -> Restored | None:
+        """One checkpoint; None if it is damaged for any of the processes."""
         where = self.directory / str(step)
-        meta = _read_meta(where)
-        differs = _first_difference(_identity(meta["model"]), _identity(self.config.to_dict()), "model")
-        if differs:
-            raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
         variables, training = _split(like)
-        for part, tree in (("variables", variables), ("training", training)):
-            _refuse_other_leaves(meta[part], tree, where)
-        fields = {"router_bias": {}} | _read_part(where, "variables", meta, variables) | _read_part(where, "training", meta, training)
+
+        def read():
+            meta = _read_meta(where)
+            differs = _first_difference(_identity(meta["model"]), _identity(self.config.to_dict()), "model")
+            if differs:
+                raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
+            parts = {"variables": variables, "training": training}
+            for part, tree in parts.items():
+                _refuse_other_leaves(meta[part], tree, where)
+            return meta, {part: _read_part(where / part, tree) for part, tree in parts.items()}
+
+        read_here, damage = _attempt(read)
+        if not all_true(damage is None):
+            log.warning("checkpoint %s is damaged and will not be used: %s", where, damage or "another process cannot read it")
+            return None
+        meta, parts = read_here
+        damage = _changed_bytes(meta, parts)
+        if damage is not None:
+            log.warning("checkpoint %s is damaged and will not be used: %s", where, damage)
+            return None
+        fields = {"router_bias": {}} | parts["variables"] | parts["training"]
         return Restored(like.replace(**fields), _decode(meta["loader"]), meta["metrics"])
 
     def _set_aside(self, step: int) -> None:
-        (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        if is_primary():
+            (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+        wait_for_all("a damaged checkpoint is set aside")
         self._manager.reload()
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed process or a failed write left. Orbax would do it in a thread, beside the next write."""
-        if jax.process_index() == 0:
+        if is_primary():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -171,8 +195,11 @@ class Checkpoints:
         return f"Checkpoints of steps {steps} are untouched; start again to go on from there." if steps else "Nothing was saved yet."
 
 
-def load_variables(path, best: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
+def load_variables(path, best: bool = False, shardings: Callable[[ModelConfig], Any] | None = None) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, {"params", "router_bias"}) of a checkpoint, without its optimiser state: for inference and later stages.
+
+    `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where it
+    gives None, the first device gets all.
 
     `path` is a stage's folder, its `checkpoints` folder, or one checkpoint in it. Of several, the newest is read, or
     with `best` the one with the lowest metric if any was saved with one. Raises CheckpointError if there is none or it is damaged.
@@ -193,11 +220,27 @@ def load_variables(path, best: bool = False) -> tuple[ModelConfig, dict[str, Any
             ranks = {step: _read_meta(directory / str(step))["rank"] for step in steps}
             step = min((s for s in steps if ranks[s] is not None), key=ranks.get, default=step)
         meta = _read_meta(directory / str(step))
-        abstract = _nested({name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in meta["variables"].items()})
-        variables = _read_part(directory / str(step), "variables", meta, abstract)
-    except Exception as error:  # as in `Checkpoints.restore`
+    except Exception as error:
         raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {_first_line(error)}; use an earlier one") from error
-    return ModelConfig.from_dict(meta["model"]), {"router_bias": {}} | variables
+    config = ModelConfig.from_dict(meta["model"])
+    places = _leaves(shardings(config)) if shardings is not None else {}
+    abstract = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=places.get(name)) for name, leaf in meta["variables"].items()}
+    variables, damage = _attempt(lambda: _read_part(directory / str(step) / "variables", _nested(abstract)))
+    if not all_true(damage is None):
+        damage = damage or "another process cannot read it"
+    else:
+        damage = _changed_bytes(meta, {"variables": variables})
+    if damage is not None:
+        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {damage}; use an earlier one")
+    return config, {"router_bias": {}} | variables
+
+
+def saved_steps(workdir) -> str:
+    """A sentence on what the stages of a run have left to go on from."""
+    folders = sorted(pathlib.Path(workdir).glob("*/checkpoints"))
+    steps = {folder.parent.name: sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) for folder in folders}
+    found = [f"{stage} {', '.join(map(str, numbers))}" for stage, numbers in steps.items() if numbers]
+    return f"Checkpoints in {workdir} are complete and safe: steps {'; '.join(found)}." if found else f"Nothing was saved in {workdir} yet."
 
 
 def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,14 +254,36 @@ def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta" / "metadata").read_text())
 
 
-def _read_part(checkpoint: pathlib.Path, part: str, meta: Mapping[str, Any], like) -> Any:
-    """One tree of arrays, placed as `like`. Raises whatever Orbax raises, and ValueError for bytes that have changed."""
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(checkpoint / part, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-    for name, leaf in _leaves(tree).items():
-        if meta[part][name]["crc32"] not in (None, _checksum(leaf)):
-            raise ValueError(f"the bytes of {name} are not those that were saved")
-    return tree
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(what it gives, None), or (None, what is damaged). A CheckpointError is no damage: it is passed on."""
+    try:
+        return read(), None
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+        return None, _first_line(error)
+
+
+def _read_part(folder: pathlib.Path, like) -> Any:
+    """One tree of arrays, placed as `like`: each process reads what it holds and waits for no other. Raises whatever Orbax raises."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here))
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
+        return reader.restore(folder, jax.tree.map(_placed, like))
+
+
+def _placed(leaf) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _changed_bytes(meta: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
+    """The first array whose bytes are not those that were saved, on whatever device; the same answer on every process."""
+    for part, tree in parts.items():
+        for name, checksum in _checksums(tree).items():
+            if checksum != meta[part][name].get("checksum", checksum):  # checkpoints of old have another kind
+                return f"the bytes of {name} are not those that were saved"
+    return None
 
 
 def _leaves(tree) -> dict[str, Any]:
@@ -238,16 +303,32 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe(tree) -> dict[str, dict[str, Any]]:
-    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": _checksum(leaf)} for name, leaf in _leaves(tree).items()}
+    checksums = _checksums(tree)
+    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksums[name]} for name, leaf in _leaves(tree).items()}
 
 
-def _checksum(leaf) -> int | None:
-    """CRC-32 of an array's bytes; None if part of it lives on another host. TensorStore does not notice a flipped bit."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if not leaf.is_fully_addressable:
-        return None
-    return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8))
+def _checksums(tree) -> dict[str, int]:
+    """A checksum of each array, computed where it lies. TensorStore does not notice a flipped bit."""
+    return {name: int(checksum) for name, checksum in jax.device_get({name: _checksum(leaf) for name, leaf in _leaves(tree).items()}).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum modulo 2³² of an array's words, each times an odd number that depends on its place. uint32 [].
+
+    A flipped bit always changes it, words that change places nearly always. Unlike a CRC it is the same however the array
+    is divided among devices.
+    """
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype != jnp.bool:
+        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+    weight = jnp.uint32(1)
+    for axis in range(x.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(0x9E3779B9 * (axis + 1) % 2**32)
+        mixed = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
+        weight *= (mixed ^ (mixed >> 13)) | 1
+    return jnp.sum(x.astype(jnp.uint32) * weight, dtype=jnp.uint32)
 
 
 def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where: pathlib.Path) -> None:

@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -14,16 +12,19 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.data.position import gather
+from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import batch_shards, global_batch
+from deepseek_jax.parallel.shardings import global_batch
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
+from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress
 from deepseek_jax.training.optimizer import build_optimizer
-from deepseek_jax.training.state import TrainState, create_state, state_of
+from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
 from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.stopping import Terminated, stop_signals
 
 Batch = Mapping[str, np.ndarray]
 FIELDS = ("tokens", "segment_ids", "positions", "loss_mask")
@@ -36,10 +37,6 @@ class Loader(Protocol):
     def take(self, num_rows: int) -> Batch: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
-
-
-class Terminated(SystemExit):
-    """A signal asked the run to stop and everything is saved; left alone it ends the process with 128 + the signal's number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +60,27 @@ def train(
 ) -> TrainResult:
     """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest checkpoint.
 
-    Leaves `metrics.jsonl`, `tensorboard/` and `checkpoints/` in `workdir`. A run that was killed and is started again
+    Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is started again
     with the same arguments gives bit-identical weights and log lines. `held_out()` starts a pass over held-out
     batches. `flops_per_token` (forward and backward) adds FLOP/s to the log, `peak_flops` the utilisation.
 
-    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way; a second one ends at once. Raises
+    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). Raises
     DataError for data that cannot be trained on, CheckpointError for a checkpoint that cannot be used or written.
     """
     workdir = pathlib.Path(workdir)
+    clock = Goodput(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
-    state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
     store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
     with contextlib.closing(store):
-        store.require_space(state)
-        restored, evaluation = store.restore(state), {}
+        wanted = abstract_state(model, optimizer)
+        store.require_space(wanted)
+        restored, evaluation = store.restore(wanted), {}
         if restored is not None:
             state, evaluation = restored.state, restored.metrics
             loader.set_state(restored.loader_state)
+        else:
+            state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
         step = int(state.step)
         if step >= config.steps:
             return TrainResult(state, evaluation)
@@ -95,31 +95,43 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = step_batches(loader, config, model.config.vocab_size, step, batch_shards(model.placement))
+        batches = step_batches(loader, config, model.config.vocab_size, step, model.placement.batch_shards)
         writer = MetricsWriter(workdir, last_step=step)
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
-        with contextlib.closing(writer), log.progress, stop_signals() as received:
+        clock.begin(step)
+        with contextlib.closing(writer), log.progress, stop_signals() as asked_to_stop:
             if restored is not None:
                 log.progress.say(f"going on from step {step} of {config.steps}")
-            while step < config.steps:
-                state, metrics = train_step(state, global_batch(model.placement, next(batches)))
+            stop = None
+            while step < config.steps and stop is None:
+                with clock("data", hidden=log.busy):
+                    batch = global_batch(model.placement, next(batches))
+                state, metrics = train_step(state, batch)
+                clock.started(metrics)
                 step += 1
-                stop = received[0] if received else None
+                stop = asked_to_stop()
                 last = step == config.steps or stop is not None
-                log.add(step, metrics, line=last or _due(step, config.log_every))
+                line = last or _due(step, config.log_every)
+                log.add(step, metrics, line)
                 evaluate_now = held_out is not None and (step == config.steps or _due(step, config.eval_every))
                 save_now = last or _due(step, config.checkpoint_every)
                 if evaluate_now or save_now:
                     log.flush()
                 if evaluate_now:
-                    evaluation = evaluate(state.variables, held_out())
+                    with clock("evaluation"):
+                        evaluation = evaluate(state.variables, held_out())
                     log.evaluation(step, evaluation)
                 if save_now:
-                    store.save(state, loader.get_state(), evaluation if evaluate_now else None)
-                if stop is not None:
-                    store.wait()
-                    log.progress.say(f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on")
-                    raise Terminated(128 + stop)
+                    with clock("checkpoint"):
+                        store.save(state, gather(loader.get_state()), evaluation if evaluate_now else None)
+                        if last:
+                            store.wait()
+                if line or save_now:
+                    clock.reached(step)
+            log.progress.say(clock.report())
+            if stop is not None:
+                log.progress.say(f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on")
+                raise Terminated(128 + stop)
     return TrainResult(state, evaluation)
 
 
@@ -139,45 +151,18 @@ def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_ste
                 batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
         except StopIteration:
             raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
-        yield check_batch(batch, config.microbatch, vocab_size)
+        yield check_batch(batch, vocab_size)
 
 
-def check_batch(batch: Batch, microbatch: int, vocab_size: int) -> Batch:
-    """The fields a step takes. Raises DataError or ConfigError for a batch that does not fit the model or the microbatch."""
+def check_batch(batch: Batch, vocab_size: int) -> Batch:
+    """The fields a step takes, of this process's rows. Raises DataError for a batch that does not fit the model."""
     missing = [field for field in FIELDS if field not in batch]
     if missing:
         raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
     largest = int(np.max(batch["tokens"]))
     if largest >= vocab_size:
         raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change tokenizer")
-    if microbatch and len(batch["tokens"]) % microbatch:
-        raise ConfigError(f"train.microbatch={microbatch} does not divide a batch of {len(batch['tokens'])} sequences")
     return {field: batch[field] for field in FIELDS}
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Gives a list that receives SIGTERM or SIGINT; a second signal acts as if nobody listened. Main thread only."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def receive(number, _):
-        received.append(signal.Signals(number))
-        restore()
-
-    for number in handlers:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 class Log:
@@ -197,6 +182,10 @@ class Log:
     def add(self, step: int, metrics: dict[str, jax.Array], line: bool) -> None:
         self.flush()
         self._pending = (step, metrics, line)
+
+    def busy(self) -> bool:
+        """Whether the device is still at the pending step."""
+        return self._pending is not None and not self._pending[1]["loss"].is_ready()
 
     def flush(self) -> None:
         """Waits for the pending step and writes its line, if it has one."""

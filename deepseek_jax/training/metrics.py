@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -15,10 +14,11 @@ import rich.progress
 from tensorboardX import SummaryWriter
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.hosts import is_primary, write_text
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard files in `workdir`.
+    """Appends to `metrics.jsonl` and TensorBoard files in `workdir`; of several processes the first alone does.
 
     `last_step` is where a run resumes: what was logged after it belongs to steps that will be run again, and is dropped,
     as is a last line cut short. An array is a JSON list, and one TensorBoard curve per element.
@@ -26,16 +26,18 @@ class MetricsWriter:
 
     def __init__(self, workdir, last_step: int = 0):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._writes = is_primary()
+        if not self._writes:
+            return
         kept = [line for line in read_metrics(workdir) if line["step"] <= last_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_json_line(line) for line in kept))
-        os.replace(partial, self.path)
+        write_text(self.path, "".join(_json_line(line) for line in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=last_step + 1, write_to_disk=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raises UserError if the disk is full."""
+        if not self._writes:
+            return
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         try:
             self._file.write(_json_line({"step": step} | values))
@@ -48,8 +50,9 @@ class MetricsWriter:
             raise UserError(f"could not write {self.path}: {error.strerror}; free some space or choose another workdir") from error
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def enumerate_leaves(value: Any) -> Iterable[tuple[str, float]]:
@@ -60,8 +63,12 @@ def enumerate_leaves(value: Any) -> Iterable[tuple[str, float]]:
 
 
 def read_metrics(workdir) -> list[dict[str, Any]]:
-    """The lines of a workdir's `metrics.jsonl`, oldest first; [] without a file. A last line cut short is left out."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    """The lines of a workdir's `metrics.jsonl`, oldest first."""
+    return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """A file of JSON lines; [] without a file. A last line cut short is left out."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut short

@@ -54,9 +54,17 @@ def create_state(model: Transformer, optimizer: optax.GradientTransformation, rn
 
 
 def _placed(model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    shardings = state_sharding(model, jax.eval_shape(lambda variables, rng: _fresh(variables, optimizer.init, rng), variables, rng))
-    init = jax.jit(optimizer.init, out_shardings=None if shardings is None else shardings.opt_state)
-    return jax.device_put(_fresh(variables, init, rng), shardings)
+    """The weights, where they are, and the rest made around them: in a jitted function, since no process can put an array on
+    the devices of another."""
+
+    def rest(params, rng):
+        return _fresh({"params": params}, optimizer.init, rng).replace(params=None, router_bias=None)
+
+    abstract = jax.eval_shape(lambda variables, rng: _fresh(variables, optimizer.init, rng), variables, rng)
+    shardings = state_sharding(model, abstract)
+    places = None if shardings is None else shardings.replace(params=None, router_bias=None)
+    state = jax.jit(rest, out_shardings=places)(variables["params"], rng)
+    return state.replace(params=variables["params"], router_bias=variables.get("router_bias", {}))
 
 
 def _fresh(variables: dict[str, Any], init: Callable[[Any], optax.OptState], rng: jax.Array) -> TrainState:

@@ -26,10 +26,10 @@ def make(documents, byte_tokenizer):
     texts = [{"text": f"text number {i}"} for i in range(30)]
     memory = {"ids": {"train": documents, "validation": documents}, "texts": {"train": texts, "validation": texts}}
 
-    def build(split="train", seed=0, process=(0, 1), seq_len=T, batch_size=B, **config):
+    def build(split="train", seed=0, share=(0, 1), seq_len=T, batch_size=B, **config):
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
         config = DataConfig(**({"sources": sources, "shuffle_window": 8} | config))
-        return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, *process, in_memory=memory)
+        return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, share, in_memory=memory)
 
     return build
 
@@ -64,7 +64,7 @@ def test_resuming_anywhere_is_bit_identical(make, kwargs):
 
 @pytest.mark.parametrize("kwargs", [ENDLESS_SPLIT, FINITE_SPLIT, HELD_OUT], ids=["split", "finite", "held-out"])
 def test_slices_of_the_hosts_make_up_the_same_global_batches(make, kwargs):
-    whole, *hosts = make(**kwargs), *(make(process=(i, 2), **kwargs) for i in range(2))
+    whole, *hosts = make(**kwargs), *(make(share=(i, 2), **kwargs) for i in range(2))
     for _ in range(8):
         parts = [next(host) for host in hosts]
         assert all(len(part["tokens"]) == B // 2 for part in parts)
@@ -153,6 +153,8 @@ def test_a_position_of_other_data_is_refused(make):
         ({"sources": []}, r"data.sources is empty"),
         ({"sources": {"name": "x"}}, r"data.sources must be a list of sources, not dict"),
         ({"num_epochs": 0}, r"data.num_epochs=0: at least 1"),
+        ({"streams": 0}, r"data.streams=0: at least 1"),
+        ({"num_epochs": 1, "streams": 4}, r"the data.streams=4 streams would not end together; set num_epochs=None, or streams=1"),
         ({"num_epochs": 1, "sources": [{"name": "x"}, {"name": "y", "weight": 2}]}, r"weights cannot differ"),
     ],
 )
@@ -169,10 +171,10 @@ def test_config_from_dict():
 def test_loader_arguments_are_checked(make):
     with pytest.raises(ConfigError, match="split='test'"):
         make(split="test")
-    with pytest.raises(ConfigError, match="batch_size=4 must be a positive multiple of the number of processes, 3"):
-        make(process=(0, 3))
-    with pytest.raises(ConfigError, match="process_index=2"):
-        make(process=(2, 2))
+    with pytest.raises(ConfigError, match="batch_size=4 must be a positive multiple of 3, such as 3: .* the hosts hold 3 equal blocks"):
+        make(share=(0, 3))
+    with pytest.raises(ConfigError, match=r"share=\(2, 2\): its first number goes from 0 to 1"):
+        make(share=(2, 2))
 
 
 PROGRAM = """

@@ -44,13 +44,14 @@ def test_published_figures(name):
     total, tokens, peak, final = PUBLISHED[name]
     config = load(name)
     train = TrainConfig.from_dict(config["pretrain"]["train"])
-    DataConfig.from_dict(config["pretrain"]["data"])
+    streams = DataConfig.from_dict(config["pretrain"]["data"]).streams
     optimizer = train.optimizer
     assert count_parameters(ModelConfig.from_dict(config["model"])).total == total
     assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
     assert float(optimizer.learning_rate(2000)) == pytest.approx(peak, rel=1e-6)
     assert float(optimizer.learning_rate(train.steps)) == pytest.approx(final, rel=1e-5, abs=1e-9)
     assert config["pretrain"]["batch_size"] % train.microbatch == 0
+    assert streams > 1 and train.microbatch % streams == 0, "batches of a ramp are multiples of the microbatch"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

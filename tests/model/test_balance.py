@@ -45,7 +45,7 @@ def routed(top_k, seed=0, layers=2, rows=3, length=7):
 def stats_of(scores, ids, valid):
     sums = [routing_sums(jnp.asarray(s), jnp.asarray(i), jnp.asarray(valid)) for s, i in zip(scores, ids, strict=True)]
     counts, probs, tokens = (jnp.stack(parts) for parts in zip(*sums, strict=True))
-    return RoutingStats(jnp.asarray(ids), counts, probs, tokens)
+    return RoutingStats(jnp.asarray(ids), counts, probs, tokens, jnp.zeros(2, jnp.int32))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -91,7 +91,7 @@ def test_loss_and_gradient_do_not_depend_on_the_bias():
     def loss(kernel, bias):
         variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias}}
         _, _, sums = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
-        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums)), 2)
+        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums), None), 2)
 
     value_and_grads = jit(jax.value_and_grad(loss, argnums=(0, 1)))
     first, (grad_kernel, grad_bias) = value_and_grads(kernel, np.zeros(E, np.float32))

@@ -19,9 +19,10 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.checkpoints import load_variables
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
-from deepseek_jax.training.loop import Terminated, step_batches, train
-from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.loop import step_batches, train
+from deepseek_jax.training.metrics import read_lines, read_metrics
 from deepseek_jax.training.objective import targets
+from deepseek_jax.training.stopping import Terminated
 
 STEPS, VOCAB = 40, 61
 
@@ -102,7 +103,7 @@ def test_learns_evaluates_and_leaves_its_files(uninterrupted):
     assert result.metrics["bits_per_byte"] == lines[-1]["bits_per_byte"] < lines[10]["bits_per_byte"]
     assert lines[-2]["mfu"] == pytest.approx(lines[-2]["tokens_per_second"] * 1e-3)
     assert lines[-2]["tokens"] == 48 and len(lines[-2]["max_violation_per_layer"]) == 1
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "goodput.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"]
     assert int(result.state.step) == STEPS
 
 
@@ -145,6 +146,13 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     # The stop at step 33 wrote a line of its own.
     assert json.dumps([line for line in lines if line["step"] != 33]) == json.dumps(expected_lines)
     jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
+
+    goodput, events = json.loads((tmp_path / "goodput.json").read_text()), read_lines(tmp_path / "goodput.jsonl")
+    starts = [event["start"] for event in events if "start" in event]
+    assert starts[0] == 0 and starts[1] % 5 == 0 and starts[2] == 33 and goodput["restarts"] == 2
+    assert goodput["wall_seconds"] == pytest.approx(events[-1]["time"] - events[0]["time"])
+    assert min(goodput["seconds"][cause] for cause in ("step", "start-up", "down", "checkpoint", "evaluation")) > 0
+    assert goodput["seconds"]["data"] > 25 * 0.03  # the loader of the killed run pauses, and no step is as long
 
 
 def test_batch_size_follows_its_schedule(tmp_path):

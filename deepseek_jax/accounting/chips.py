@@ -1,0 +1,68 @@
+"""The chips that a program can be compiled for: peak rates, memory and links, each with its source.
+
+All figures are per chip and dense (no sparsity): FLOP/s, bytes, bytes/s in one direction. JAX shows some chips as several devices
+(`devices`): a TPU v4 and a TPU7x as their two cores, each with half of the chip.
+"""
+
+import dataclasses
+
+from deepseek_jax.errors import ConfigError, nearest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    `bf16`, `fp8`, `int8` are peak operations per second, None where the matrix unit has no such mode (it then runs at the bf16 rate
+    or not at all). `hbm_bytes` is what a program may use: the compiler's own limit for TPUs, the device's memory for GPUs.
+    `links` go to neighbours in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a host's chips; each carries `link_bandwidth`
+    each way. `host_bandwidth` is a chip's share of the network between slices (TPU) or hosts (GPU). `dollars_per_hour` is a rental
+    price with a public source, or None.
+    """
+
+    name: str
+    devices: int
+    bf16: float
+    fp8: float | None
+    int8: float | None
+    hbm_bytes: int
+    hbm_bandwidth: float
+    links: int
+    link_bandwidth: float
+    torus_axes: int
+    host_bandwidth: float
+    sources: str
+    dollars_per_hour: float | None = None
+
+    def peak(self, number_format: str = "bf16") -> float:
+        """FLOP/s of matrix products in `number_format`; a format that the matrix unit lacks runs as bf16."""
+        return getattr(self, number_format) or self.bf16
+
+
+_HOPPER = dict(devices=1, bf16=989.5e12, fp8=1979e12, int8=1979e12, torus_axes=0, host_bandwidth=50e9)  # host: one 400 Gb/s port a GPU
+_CLOUD = "docs.cloud.google.com/tpu/docs/"
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 2, 275e12, None, 275e12, round(2 * 15.25 * GIB), 1228e9, 6, 50e9, 3, 3.1e9, f"{_CLOUD}v4; HBM: libtpu 0.0.42"),
+        Chip("v5e", 1, 197e12, None, 393e12, round(15.75 * GIB), 819e9, 4, 50e9, 2, 3.1e9, f"{_CLOUD}v5e; HBM: libtpu 0.0.42"),
+        Chip("v5p", 1, 459e12, None, 918e12, round(95.74 * GIB), 2765e9, 6, 100e9, 3, 6.25e9, f"{_CLOUD}v5p; int8: jax tpu_info; HBM: libtpu 0.0.42"),
+        Chip("v6e", 1, 918e12, None, 1836e12, round(31.25 * GIB), 1640e9, 4, 100e9, 2, 12.5e9, f"{_CLOUD}v6e; HBM: libtpu 0.0.42"),
+        Chip("tpu7x", 2, 2307e12, 4614e12, None, round(2 * 94.75 * GIB), 7380e9, 6, 100e9, 3, 12.5e9, f"{_CLOUD}tpu7x; HBM: libtpu 0.0.42"),
+        Chip("h100", hbm_bytes=84_929_347_584, hbm_bandwidth=3352e9, links=18, link_bandwidth=25e9, sources="NVIDIA H100 SXM data sheet; memory: OpenXLA h100_sxm target", **_HOPPER),
+        Chip("h200", hbm_bytes=151_397_597_184, hbm_bandwidth=4800e9, links=18, link_bandwidth=25e9, sources="NVIDIA H200 SXM data sheet; memory: OpenXLA h200 target", **_HOPPER),
+        # V3's machine: an H100 with less NVLink (§3.1-3.2 and "Insights into DeepSeek-V3": 160 GB/s that arrive, IB 50 GB/s) and the price of its Table 1.
+        Chip("h800", hbm_bytes=84_929_347_584, hbm_bandwidth=3352e9, links=8, link_bandwidth=25e9, sources="V3 §3.2, Table 1; otherwise H100", dollars_per_hour=2.0, **_HOPPER),
+        Chip("b200", 1, 2250e12, 4500e12, 4500e12, 191_514_411_008, 7672e9, 18, 50e9, 0, 50e9, "NVIDIA HGX B200 data sheet (1000 W); memory: OpenXLA b200 target"),
+    )
+}  # fmt: skip
+
+
+def chip(name: str) -> Chip:
+    """The chip called `name`; raises ConfigError with the nearest name."""
+    if name not in CHIPS:
+        raise ConfigError(f"unknown chip {name!r}: {nearest(name, CHIPS)}")
+    return CHIPS[name]

@@ -1,0 +1,104 @@
+"""One jitted program compiled for one topology, and everything that can be read off without running it."""
+
+import re
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.accounting import hlo
+from deepseek_jax.accounting.collectives import traffic
+from deepseek_jax.accounting.hbm import memory_traffic
+from deepseek_jax.accounting.program_flops import Assumptions, jaxpr_flops
+from deepseek_jax.accounting.roofline import TERMS, roofline
+from deepseek_jax.accounting.topologies import Topology
+
+# Nothing runs, so XLA need not search for the fastest schedule of each instruction.
+QUICK = {"exec_time_optimization_effort": -1.0}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def measure(
+    program: Callable,
+    arguments: Sequence[Any],
+    topology: Topology,
+    mesh: jax.sharding.Mesh,
+    *,
+    named: dict[str, Any] | None = None,
+    assumptions: Assumptions = Assumptions(branch="least"),
+) -> dict[str, Any]:
+    """Compiles the jitted `program` for `arguments` (jax.ShapeDtypeStruct with shardings on `mesh`, whose devices are the topology's).
+
+    `named` picks parts of the arguments, such as {"parameters": state.params}, whose bytes are reported apart. Returns fields fit
+    for JSON: "flops" by number format for the whole mesh, "memory_bytes_per_device", "fits", "hbm_bytes" (traffic per device), "collective_bytes"
+    ({axes: {kind: bytes per device on the wire}}), "roofline" (seconds), "assumed_loops", "compile_seconds", "peak_host_bytes".
+    Where the compiler finds that the program does not fit, what only the compiled text tells is None.
+    """
+    started = time.monotonic()
+    traced = program.trace(*arguments)
+    flops = jaxpr_flops(traced.jaxpr.jaxpr, assumptions)
+    parts = {name: sharded_bytes(tree) for name, tree in (named or {}).items()}
+    capacity = topology.hbm_bytes_per_device
+    report: dict[str, Any] = {"flops": dict(flops), "hbm_capacity": capacity}
+    try:
+        compiled = traced.lower().compile(compiler_options=QUICK)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory = {**parts, "total": needed_bytes(str(error))}
+        report |= {"memory_bytes_per_device": memory, "fits": False, "hbm_bytes": None, "collective_bytes": None, "roofline": None, "assumed_loops": []}
+    else:
+        report |= _compiled_report(compiled, parts, flops, topology, mesh, assumptions)
+    return report | {"compile_seconds": time.monotonic() - started, "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _compiled_report(compiled, parts: dict[str, int], flops, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
+    memory = memory_bytes(compiled.memory_analysis(), parts)
+    module = hlo.parse(compiled.as_text())
+    choices = {"while_trips": assumptions.while_trips, "branch": assumptions.branch}
+    moved = traffic(module, mesh.size, **choices)
+    hbm_bytes = memory_traffic(module, **choices)
+    bound = roofline(flops, hbm_bytes, moved.collectives, topology, mesh.devices)
+    return {
+        "memory_bytes_per_device": memory,
+        "fits": memory["total"] <= topology.hbm_bytes_per_device,
+        "hbm_bytes": hbm_bytes,
+        "collective_bytes": moved.by_axes(dict(mesh.shape)),
+        "roofline": {
+            **{f"{term}_seconds": getattr(bound, term) for term in TERMS},
+            "binding": bound.binding,
+            "seconds": bound.seconds,
+            "seconds_without_overlap": bound.seconds_without_overlap,
+        },
+        "assumed_loops": list(moved.assumed_loops),
+    }
+
+
+def memory_bytes(analysis, parts: dict[str, int]) -> dict[str, int]:
+    """XLA's buffer sizes of one device: named parts of the arguments, other arguments, outputs that reuse no argument, temporaries, code, total."""
+    memory = dict(parts)
+    memory["other arguments"] = analysis.argument_size_in_bytes - sum(parts.values())
+    memory["outputs"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory["temporaries"] = analysis.temp_size_in_bytes
+    memory["code"] = analysis.generated_code_size_in_bytes
+    return memory | {"total": sum(memory.values())}
+
+
+def sharded_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of jax.ShapeDtypeStruct with shardings."""
+
+    def leaf_bytes(leaf) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return int(np.prod(shape, dtype=np.int64)) * itemsize
+
+    return sum(map(leaf_bytes, jax.tree.leaves(tree)))
+
+
+def needed_bytes(message: str) -> int | None:
+    """What a program would need, from the compiler's complaint that it does not fit."""
+    match = re.search(r"(?:Used|temporaries \(|hbm usage >=|program requires) *([\d.]+)([KMGT]?)", message)
+    return round(float(match[1]) * _UNITS[match[2]]) if match else None

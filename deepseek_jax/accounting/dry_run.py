@@ -1,0 +1,125 @@
+"""python -m deepseek_jax.accounting.dry_run --config=experiments/x.py --topology=v5p:8x8x16 [--program=train|decode|grpo] [--config.any.field=value]
+
+Compiles the real program for hardware that is not there: does it fit, what does it move, how fast can it be at most, what does that cost.
+Nothing is allocated and nothing runs; a host without accelerators will do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from deepseek_jax import cli
+from deepseek_jax.accounting import cost
+from deepseek_jax.accounting.compiled import measure
+from deepseek_jax.accounting.dry_run_table import table
+from deepseek_jax.accounting.programs import PROGRAMS, Program
+from deepseek_jax.accounting.topologies import Topology, prepare, topology
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.experiment import build_experiment, read_flags
+
+MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = cli.parser("deepseek_jax.accounting.dry_run", "Compiles an experiment's program for a topology that is not there and reports what it needs.")
+    parser.add_argument("--config", required=True, help="an experiment file; --config.field=value overrides")
+    parser.add_argument("--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x8, v6e:16x16*2 (two slices), h100:64, …")
+    parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
+    parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
+    parser.add_argument("--dollars_per_chip_hour", type=float, help="for the cost (default: the chip's price where it is public)")
+    parser.add_argument("--rows", type=int, help="sequences that are decoded at once (default: 8 a device)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens in the cache while decoding")
+    parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    flags = parser.parse_args([argument for argument in argv if argument not in overrides])
+    prepare()
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in it
+    config, name, *_ = read_flags([f"--config={flags.config}", *overrides])
+    options = {"rows": flags.rows, "context": flags.context} if flags.program == "decode" else {}
+    figures = dry_run(
+        config, name, flags.topology, stage=flags.stage, program=flags.program, dollars_per_chip_hour=flags.dollars_per_chip_hour, **options
+    )
+    if flags.json == "-":
+        print(json.dumps(figures, indent=2))
+        return
+    Console(width=110).print(table(figures))
+    if flags.json:
+        path = Path(flags.json)
+        partial = path.with_suffix(path.suffix + ".partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
+        partial.replace(path)
+
+
+def dry_run(
+    config: ConfigDict,
+    name: str,
+    topology_name: str,
+    *,
+    stage: str | None = None,
+    program: str = "train",
+    dollars_per_chip_hour: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """All figures of one program on one topology, fit for JSON; `options` are those of the program (rows and context of "decode").
+
+    Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire
+    by mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known. For a program that
+    does not fit, what depends on the compiled text is None. Raises ConfigError for names that mean nothing and for an experiment
+    that does not fit the mesh, UserError where libtpu or the CUDA plugin is missing.
+    """
+    if program not in PROGRAMS:
+        raise ConfigError(f"--program={program}: {nearest(program, PROGRAMS)}")
+    target = topology(topology_name)
+    config = config.copy_and_resolve_references()
+    if not config.get("mesh"):
+        with config.unlocked():
+            config.mesh = {"fsdp": -1}
+    experiment = build_experiment(config, name, Path("runs") / name, devices=target.devices)
+    plan = PROGRAMS[program](experiment, stage, **options)
+    mesh = experiment.model.placement.mesh
+    measured = measure(plan.jitted, plan.arguments, target, mesh, named=plan.named, assumptions=plan.assumptions)
+    price = target.chip.dollars_per_hour if dollars_per_chip_hour is None else dollars_per_chip_hour
+    return {
+        "experiment": name,
+        "program": program,
+        "topology": topology_name,
+        "num_devices": len(target.devices),
+        "num_chips": target.num_chips,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "assumptions": dataclasses.asdict(plan.assumptions),
+        "tokens_per_step": plan.tokens,
+        "steps": plan.calls,
+        "model_flops": plan.model_flops,
+        **measured,
+        **bounds(plan, target, measured, price),
+    }
+
+
+def bounds(plan: Program, target: Topology, measured: dict[str, Any], price: float | None) -> dict[str, Any]:
+    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit."""
+    seconds = measured["roofline"]["seconds"] if measured["roofline"] else None
+    result: dict[str, Any] = {"step_seconds_lower_bound": seconds, "dollars_per_chip_hour": price}
+    speed = None if seconds is None else plan.tokens / seconds
+    result["tokens_per_second_upper_bound"] = speed
+    result["mfu_upper_bound"] = None if seconds is None else plan.model_flops / (seconds * target.chip.bf16 * target.num_chips)
+    hours = None if seconds is None or plan.calls is None else seconds * plan.calls / 3600
+    v3_hours = None if speed is None else cost.V3_TOKENS / speed / 3600
+    result |= {"hours_lower_bound": hours, "dollars_lower_bound": _dollars(hours, target, price)}
+    result["v3_tokens"] = {"tokens": cost.V3_TOKENS, "hours_lower_bound": v3_hours, "dollars_lower_bound": _dollars(v3_hours, target, price)}
+    stated = sum(cost.V3_GPU_HOURS.values())
+    result["v3_bill"] = {"h800_hours": stated, "dollars": cost.dollars(stated)}
+    return result
+
+
+def _dollars(hours: float | None, target: Topology, price: float | None) -> float | None:
+    return None if hours is None or price is None else cost.dollars(hours * target.num_chips, price)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,145 @@
+"""The programs that an experiment runs, as something to compile: the jitted function itself and abstract arguments where they will lie."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.accounting.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
+from deepseek_jax.accounting.program_flops import Assumptions
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.experiment import Experiment
+from deepseek_jax.generation.generate import advance, start
+from deepseek_jax.generation.sampling import SamplingConfig
+from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.parallel.placement import MeshPlacement
+from deepseek_jax.parallel.shardings import batch_sharding, state_sharding, variables_sharding, with_sharding
+from deepseek_jax.rl.grpo import GRPOState
+from deepseek_jax.stages import GRPOStage, TrainStage
+from deepseek_jax.training.objective import uses_mtp
+from deepseek_jax.training.optimizer import build_optimizer
+from deepseek_jax.training.state import TrainState, abstract_state
+from deepseek_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`tokens` are processed by one call (training) or drawn by it (decoding, RL), `calls` are made in all; None: as many as one likes.
+
+    `named` are parts of the arguments to report apart, `model_flops` the useful work of a call by the closed formulas.
+    """
+
+    jitted: Callable
+    arguments: tuple
+    named: dict[str, Any]
+    tokens: int
+    calls: float | None
+    model_flops: float
+    assumptions: Assumptions
+
+
+def train(experiment: Experiment, stage: str | None) -> Program:
+    """The optimiser step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
+    name = _stage(experiment, stage, ("pretrain", "sft"))
+    section = TrainStage.build(name, experiment, experiment.sections[name])
+    model, config = experiment.model, section.config
+    optimizer = build_optimizer(config.optimizer)
+    state = abstract_state(model, optimizer)
+    shape = (section.batch_size, section.seq_len)
+    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(model.placement, shape))
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions", "loss_mask"), field)
+    step = make_train_step(
+        model,
+        config.objective,
+        optimizer,
+        config.optimizer.learning_rate,
+        config.router_bias_rate,
+        microbatch=config.microbatch,
+        centred=config.router_bias_centred,
+    )
+    calls = float(config.steps)
+    if config.batch_size is not None:  # smaller batches first: as many tokens take fewer of the largest
+        calls = float(np.sum(np.asarray(config.batch_size(np.arange(config.steps)), np.float64))) / section.batch_size
+    tokens = section.batch_size * section.seq_len
+    per_token = training_flops_per_token(model.config, section.seq_len, mtp=uses_mtp(model, config.objective))
+    return Program(step, (state, batch), _parts(state), tokens, calls, tokens * per_token, assumptions(experiment))
+
+
+def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
+    """One token for each of `rows` sequences (default: 8 a device) that have `context` tokens in the cache."""
+    model = experiment.model
+    rows = rows or 8 * model.placement.batch_shards
+    if rows % model.placement.batch_shards:
+        raise ConfigError(f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple")
+    sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
+    variables = with_sharding(abstract_variables(model), variables_sharding(model))
+    prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, context - 1), (rows,)))
+    single = Transformer(model.config, model.precision)  # where things lie is decided below
+    state = jax.eval_shape(lambda *args: start(single, *args, jax.random.key(0), sampling), abstract_variables(single), prompts, lengths)
+    state = with_sharding(state, jax.tree.map(functools.partial(_row_sharding, model, rows), state))
+    program = jax.jit(lambda variables, state: advance(model, variables, state, sampling, 1), donate_argnums=1)
+    named = {"parameters": variables["params"], "cache": state.cache}
+    return Program(program, (variables, state), named, rows, None, rows * decode_flops_per_token(model.config, context), assumptions(experiment))
+
+
+def grpo(experiment: Experiment, stage: str | None) -> Program:
+    """One rollout with its updates, every completion at its full length; with rewards in Python, the updates alone."""
+    name = _stage(experiment, stage, ("grpo",))
+    section = GRPOStage.build(name, experiment, experiment.sections[name])
+    program, config, model = section.grpo, section.grpo.config, experiment.model
+    train_state = abstract_state(model, program.optimizer)
+    fields = {field.name: getattr(train_state, field.name) for field in dataclasses.fields(train_state)}
+    state = GRPOState(**fields, reference=train_state.variables, rollouts=train_state.step)
+    state = with_sharding(state, state_sharding(model, state))
+    rows, drawn = config.completions_per_rollout, config.max_completion_length
+    length = config.max_prompt_length + drawn
+    passes = 3 * config.inner_epochs + (config.kl_coefficient > 0) * config.inner_epochs
+    useful = passes * rows * length * forward_flops_per_token(model.config, length)
+    if program.rewards.in_graph:
+        jitted, arguments = type(program).iteration, (program, state)
+        sampled = rows * config.oversampling
+        useful += sampled * sum(decode_flops_per_token(model.config, context) for context in range(length - drawn, length))
+        useful += sampled // config.group_size * (length - drawn) * forward_flops_per_token(model.config, length - drawn)
+    else:
+        samples = jax.eval_shape(lambda state: program.sample(state), state)
+        parts = {reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32) for reward in program.rewards.rewards if not reward.in_graph}
+        jitted, arguments = type(program).learn, (program, state, samples, parts)
+    named = _parts(state) | {"reference": state.reference}
+    return Program(jitted, arguments, named, rows * drawn, float(config.rollouts), useful, assumptions(experiment, while_trips=drawn - 1))
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode, "grpo": grpo}
+
+
+def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
+    """A balanced load: it fits the receive buffers, of which it fills one part in `buffer_factor`."""
+    placement, fill = experiment.model.placement, 1.0
+    if isinstance(placement, MeshPlacement) and placement.sizes["expert"] > 1 and placement.dispatch.on(placement.platform) != "gather":
+        fill = 1 / placement.dispatch.buffer_factor
+    return Assumptions(branch="least", ragged_fill=fill, **changes)
+
+
+def _stage(experiment: Experiment, stage: str | None, kinds: tuple[str, ...]) -> str:
+    fitting = [name for name, fields in experiment.sections.items() if fields["kind"] in kinds]
+    if not fitting:
+        raise ConfigError(f"{experiment.name} has no stage of kind {' or '.join(kinds)}; its stages: {', '.join(experiment.sections) or 'none'}")
+    if stage is not None and stage not in fitting:
+        raise ConfigError(f"stage {stage!r}: {nearest(stage, fitting)}")
+    return stage or fitting[0]
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {"parameters": state.params, "optimizer": state.opt_state}
+
+
+def _row_sharding(model: Transformer, rows: int, leaf: jax.ShapeDtypeStruct):
+    """Rows are divided like those of a batch; a cache has them behind its layers."""
+    if not isinstance(model.placement, MeshPlacement):
+        return None
+    axis = next((axis for axis, size in enumerate(leaf.shape) if size == rows and axis == (len(leaf.shape) > 3)), None)
+    names = ["batch" if i == axis else None for i in range(len(leaf.shape))]
+    return model.placement.sharding(names, leaf.shape)

@@ -1,0 +1,61 @@
+"""Any rectangular part of one of our variables, from the bytes of the stored tensors that it overlaps and no others.
+
+A part is one range (step 1) for each axis of the variable; layers and experts are leading axes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from deepseek_jax.errors import CheckpointError
+from deepseek_jax.interop.fp8_blocks import BLOCK, dequantise_rows
+from deepseek_jax.interop.safetensors_io import StoredTensor, read_tensor
+from deepseek_jax.interop.tensors import TensorSpec
+
+Part = tuple[range, ...]
+
+
+def part_of(index: Sequence[slice], shape: Sequence[int]) -> Part:
+    """The part that `index` selects, in slices of step 1, as shardings give them."""
+    return tuple(range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True))
+
+
+def whole(shape: Sequence[int]) -> Part:
+    return tuple(map(range, shape))
+
+
+def overlaps(spec: TensorSpec, part: Part) -> bool:
+    """Whether the stored tensor holds anything of this part of its variable: whether its layer and expert are in it."""
+    return all(i in axis for i, axis in zip(spec.index, part))
+
+
+def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], part: Part, target: np.ndarray) -> None:
+    """Reads what the tensor holds of `part`, which it overlaps, and converts it in slices of rows into its place in `target`.
+
+    `target` has the shape of the part and the dtype of the variable. A duplicate is compared with what is there instead, and
+    CheckpointError raised if it differs.
+    """
+    place = target[tuple(i - axis.start for i, axis in zip(spec.index, part))]
+    within = part[len(spec.index) :]
+    if spec.transposed:
+        place, within = place.T, within[::-1]  # a view in the stored orientation
+    for rows, values in _converted_rows(spec, stored, within):
+        if not spec.duplicate:
+            place[rows] = values
+        elif not np.array_equal(place[rows], values.astype(place.dtype)):
+            raise CheckpointError(
+                f"{spec.name}: expected a copy of the tensor stored as {'/'.join(spec.path)}, found other values; embedding and head are "
+                "shared between the main model and its MTP modules here"
+            )
+
+
+def _converted_rows(spec: TensorSpec, stored: Mapping[str, StoredTensor], within: Part) -> Iterator[tuple[slice, np.ndarray]]:
+    """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time."""
+    values = read_tensor(stored[spec.name], within)
+    if stored[spec.name].dtype == "F8_E4M3":
+        blocks = tuple(range(axis.start // BLOCK, -(-axis.stop // BLOCK)) for axis in within)
+        yield from dequantise_rows(values, read_tensor(stored[spec.scale_name], blocks), corner=(within[0].start, within[1].start))
+        return
+    for start in range(0, len(values), BLOCK):
+        rows = slice(start, start + BLOCK)
+        yield rows, values[rows]

@@ -1,0 +1,174 @@
+"""Several processes as one run: how they find each other, which of them writes, and what happens when one is lost.
+
+A run of one process needs none of this, and for it every function here is the identity or does nothing.
+
+Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more, collectives over
+different axes run side by side, in no fixed order, and the processes can wait for each other for ever (jaxlib 0.10.2).
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax._src.clusters import GceTpuCluster, GkeTpuCluster, OmpiCluster, SlurmCluster
+from jax.experimental import multihost_utils
+
+from deepseek_jax.errors import ConfigError
+
+CONNECT_SECONDS = 300  # how long the first process waits for the last one to start
+HEARTBEAT_SECONDS = 30  # a process that has not been heard of for so long is lost
+SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others to end
+LOST = 75  # exit status when another process is lost: EX_TEMPFAIL of sysexits.h, start again
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Process `process_id` of `num_processes`; process 0 listens at `coordinator`, HOST:PORT, the same on all.
+
+    `local_device_ids` are the devices of its machine that belong to this process; None: all of them.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        host, colon, port = self.coordinator.rpartition(":")
+        if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(f"--coordinator={self.coordinator}: give HOST:PORT, the address of process 0 and a free port there")
+        if self.num_processes < 1:
+            raise ConfigError(f"--num_processes={self.num_processes}: at least 1")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(f"--process_id={self.process_id}: from 0 to num_processes - 1 = {self.num_processes - 1}")
+
+
+def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:
+    """-> (what --coordinator, --num_processes and --process_id say, None without them; the other arguments)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    given, rest = parser.parse_known_args(argv)
+    missing = [f"--{name}" for name, value in vars(given).items() if value is None]
+    if len(missing) == len(vars(given)):
+        return None, rest
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together, all three or none")
+    return Hosts(**vars(given)), rest
+
+
+def detect(environment: Mapping[str, str] = os.environ) -> Hosts | None:
+    """What SLURM, Open MPI, GKE or a Cloud TPU's metadata say; None for a process on its own.
+
+    A shell inside a SLURM job inherits the job's number of tasks without being one of them: the step's number counts.
+    Processes that share a machine get one device each, in order, unless the launcher has already given each its own.
+    """
+    for cluster in (OmpiCluster, SlurmCluster, GkeTpuCluster, GceTpuCluster):
+        if cluster.is_env_present():
+            break
+    else:
+        return None
+    count = cluster.get_process_count()
+    if cluster is SlurmCluster:
+        count = int(environment.get("SLURM_STEP_NUM_TASKS", count))
+    if count == 1:
+        return None
+    coordinator = cluster.get_coordinator_address(timeout_secs=CONNECT_SECONDS, override_coordinator_port=environment.get("JAX_COORDINATOR_PORT"))
+    sharing = environment.get("SLURM_STEP_TASKS_PER_NODE" if cluster is SlurmCluster else "OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    own = len(environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
+    local = cluster.get_local_process_id()
+    together = local is not None and sharing.partition("(")[0] != "1" and not own
+    return Hosts(coordinator, count, cluster.get_process_id(), (local,) if together else None)
+
+
+def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
+    """Connects this process with the others, before anything asks jax for a device. One process does nothing.
+
+    From here on only process 0 prints to stdout, and a process that is killed ends all others within a minute, with a
+    message that ends in `saved()`, which says what there is to go on from, and exit status `LOST`. SIGTERM is
+    left to jax, see `training.stopping`. Raises ConfigError if the others are not there within CONNECT_SECONDS.
+    """
+    if hosts is None or hosts.num_processes == 1:
+        return
+    me = f"process {hosts.process_id} of {hosts.num_processes}"
+    alone = (
+        f"{me} could not join the others at {hosts.coordinator} within {CONNECT_SECONDS} s: start all of them with the same --coordinator, "
+        "a free port of process 0's machine that the others can reach"
+    )
+    _explain_abort(lambda: alone, status=2)
+    try:
+        jax.distributed.initialize(
+            hosts.coordinator,
+            hosts.num_processes,
+            hosts.process_id,
+            local_device_ids=hosts.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"{alone} ({str(error).splitlines()[0]})") from error
+    lost = f"{me} stops because another process of this run was killed, failed or cannot be reached; the lines above name it"
+    _explain_abort(lambda: f"{lost}. {saved()} Start all {hosts.num_processes} processes again to go on.", status=LOST)
+    if not is_primary():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def from_primary(text: str) -> str:
+    """Process 0's text on every process. All have to call; what the others give is ignored."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return bytes(multihost_utils.broadcast_one_to_all(np.resize(data, size))).decode()
+
+
+def all_true(here: bool) -> bool:
+    """Whether it is true on every process. All have to call."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here."""
+    multihost_utils.sync_global_devices(where)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """A file written by process 0 alone, whole or not at all; its folder is made if needed."""
+    if not is_primary():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _explain_abort(message: Callable[[], str], status: int) -> None:
+    """Has the process say something and exit with `status` when jax aborts it, as it does when the others are not to be found.
+
+    It aborts from a thread of its own, whatever the others are doing. It takes a callback for this, but 0.10.2 fails to
+    convert the callback's argument; so the signal of the abort is caught.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def explain(_):
+        sys.stderr.write(f"error: {message()}\n")
+        sys.stderr.flush()
+        os._exit(status)
+
+    ctypes.CDLL(None).signal(signal.SIGABRT, explain)
+    _explain_abort.handler = explain  # ctypes does not keep it alive

@@ -1,0 +1,61 @@
+"""What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every machine.
+
+    python tests/accounting/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
+    pytest tests/accounting -m big_dry_run                 compiles the big ones again and compares
+"""
+
+import json
+import pathlib
+import sys
+
+from deepseek_jax.accounting.dry_run import MACHINE_DEPENDENT, dry_run
+from deepseek_jax.experiment import read_flags
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parents[2]
+V3 = f"--config={ROOT}/experiments/deepseek_v3_671b.py"
+SMALL_V3 = (
+    V3,
+    "--config.model.num_layers=2",
+    "--config.model.first_k_dense=1",
+    "--config.model.mtp_depth=0",
+    "--config.model.remat=full",
+    "--config.model.hidden_size=512",
+    "--config.model.intermediate_size=1024",
+    "--config.model.vocab_size=2048",
+    "--config.model.attention.num_heads=8",
+    "--config.model.attention.q_lora_rank=256",
+    "--config.model.attention.kv_lora_rank=128",
+    "--config.model.moe.num_experts=32",
+    "--config.model.moe.intermediate_size=256",
+    "--config.pretrain.seq_len=512",
+    "--config.pretrain.batch_size=8",
+    "--config.pretrain.train.microbatch=8",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.expert=4",
+)
+FULL = ("--config.model.remat=full", "--config.model.attention_chunk=1024")
+BIG = {
+    "v3_v5p": ("v5p:8x8x16", (V3, *FULL, "--config.mesh.fsdp=16", "--config.mesh.expert=64", "--config.pretrain.batch_size=8192", "--config.pretrain.train.microbatch=1024")),
+}
+SMALL = {f"small_{name.partition(':')[0]}": (name, SMALL_V3) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")}
+CASES = BIG | SMALL
+
+
+def figures(case: str) -> dict:
+    """The report of a case without what depends on the machine that compiles."""
+    topology, arguments = CASES[case]
+    config, name, *_ = read_flags(arguments)
+    report = dry_run(config, name, topology)
+    return {key: value for key, value in report.items() if key not in MACHINE_DEPENDENT}
+
+
+def write(case: str, report: dict) -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    (GOLDEN / f"{case}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:] or BIG:
+        write(case, figures(case))
+        print(case, flush=True)

@@ -1,0 +1,74 @@
+"""Dry runs of the real training step against golden figures, and what is wrong with wrong requests.
+
+The default run compiles for NVIDIA; compiling for a TPU takes minutes: `pytest tests/accounting -m big_dry_run`.
+"""
+
+import json
+
+import pytest
+from dry_run_cases import CASES, GOLDEN, V3, figures
+
+from deepseek_jax.accounting.chips import CHIPS
+from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
+from deepseek_jax.accounting.dry_run import dry_run
+from deepseek_jax.accounting.dry_run_table import table
+from deepseek_jax.accounting.topologies import installed
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.experiment import read_flags
+
+STORED = sorted(path.stem for path in GOLDEN.glob("*.json"))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "small_h100" else pytest.mark.big_dry_run) for case in STORED])
+def test_golden_figures(case):
+    """Memory, FLOPs and traffic, one by one: a sharding that changed shows as a number. FLOPs are exact, what XLA decides may move by a few percent."""
+    chip = CASES[case][0].partition(":")[0]
+    if not installed(CHIPS[chip]):
+        pytest.skip(f"nothing here compiles for {chip}: pip install -e '.[aot]'")
+    stored, now = json.loads((GOLDEN / f"{case}.json").read_text()), figures(case)
+    for name in ("num_devices", "num_chips", "mesh", "tokens_per_step", "steps", "flops", "model_flops", "fits"):
+        assert now[name] == stored[name], name
+    for name in ("parameters", "optimizer"):
+        assert now["memory_bytes_per_device"][name] == stored["memory_bytes_per_device"][name], name
+    assert now["memory_bytes_per_device"]["total"] == pytest.approx(stored["memory_bytes_per_device"]["total"], rel=0.05)
+    assert now["collective_bytes"].keys() == stored["collective_bytes"].keys()
+    for axes, kinds in stored["collective_bytes"].items():
+        assert sum(now["collective_bytes"][axes].values()) == pytest.approx(sum(kinds.values()), rel=0.05), axes
+    assert table(now | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}).row_count > 10
+
+
+def test_state_is_divided_among_all_devices():
+    """Weights in float32, both moments in bfloat16: 8 bytes a parameter, over the devices of the mesh but for what does not divide."""
+    stored = json.loads((GOLDEN / "small_h100.json").read_text())
+    memory = stored["memory_bytes_per_device"]
+    assert memory["optimizer"] == pytest.approx(memory["parameters"], rel=1e-5)
+    assert stored["v3_bill"] == {"h800_hours": 2_788_000, "dollars": 5_576_000.0}
+
+
+@pytest.mark.parametrize("options, message", [({"program": "trian"}, "did you mean 'train'"), ({"program": "grpo"}, "no stage of kind grpo"), ({"stage": "sft"}, "pretrain")])
+def test_wrong_requests_are_refused_before_compiling(options, message):
+    if not installed(CHIPS["h100"]):
+        pytest.skip("the CUDA plugin is not installed: pip install -e '.[aot]'")
+    config, name, *_ = read_flags([V3])
+    with pytest.raises(ConfigError, match=message):
+        dry_run(config, name, "h100:8", **options)
+
+
+@pytest.mark.parametrize(
+    "message, size",
+    [
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.50G) exceeds available HBM (15.25G).", 3 * 2**29),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.00G of 31.25G hbm.", 40 * 2**30),
+        ("something else", None),
+    ],
+)
+def test_need_of_what_does_not_fit(message, size):
+    assert needed_bytes(message) == size
+
+
+def test_memory_adds_up():
+    class Analysis:
+        argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 100, 70, 60
+        temp_size_in_bytes, generated_code_size_in_bytes = 30, 5
+
+    assert memory_bytes(Analysis, {"parameters": 80}) == {"parameters": 80, "other arguments": 20, "outputs": 10, "temporaries": 30, "code": 5, "total": 145}

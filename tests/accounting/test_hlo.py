@@ -1,0 +1,219 @@
+"""Compiled programs as text: trip counts, device groups, and the traffic of programs whose traffic is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from deepseek_jax.accounting import hlo
+from deepseek_jax.accounting.chips import CHIPS
+from deepseek_jax.accounting.collectives import replica_groups, traffic
+from deepseek_jax.accounting.hbm import memory_traffic
+from deepseek_jax.accounting.topologies import installed, topology
+
+MESH = {"x": 2, "y": 4}
+TARGETS = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8"]
+
+
+def target_mesh(name: str) -> Mesh:
+    if not installed(CHIPS[name.partition(":")[0]]):
+        pytest.skip(f"nothing here compiles for {name}: pip install -e '.[aot]'")
+    return Mesh(np.array(topology(name).devices).reshape(2, 4), ("x", "y"))
+
+
+def compiled(name: str, fn, shape, spec, out_spec, dtype=jnp.float32) -> hlo.Module:
+    mesh = target_mesh(name)
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=out_spec)
+    return hlo.parse(jax.jit(mapped).lower(x).compile().as_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("{{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("{}", [[0, 1, 2, 3]]),
+        ("[2,2]<=[4], ", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0), ", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'b'}, dimensions", [[0, 1], [2, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'b','a'}", [[0, 2, 1, 3]]),
+        ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+    ],
+)
+def test_replica_groups(text, groups):
+    assert replica_groups(f"all-gather(%x), replica_groups={text}", 4).tolist() == groups
+
+
+def test_unknown_groups_are_refused():
+    with pytest.raises(ValueError, match="unknown form"):
+        replica_groups("replica_groups=everybody", 4)
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("not a module")
+
+
+LOOP = """
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+%next (p0: s32[], p1: s32[]) -> s32[] {{
+  %p0 = s32[] parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %add.1 = s32[] add(%p0, %p1)
+}}
+
+%body (carry: (s32[], f32[8], s32[], s32[])) -> (s32[], f32[8], s32[], s32[]) {{
+  %carry = (s32[], f32[8]{{0}}, s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[8]{{0}} get-tuple-element(%carry), index=1
+  %step = s32[] get-tuple-element(%carry), index=2
+  %limit = s32[] get-tuple-element(%carry), index=3
+  %sum.1 = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%add
+  %fusion = s32[] fusion(%i, %step), kind=kLoop, calls=%next
+  ROOT %out = (s32[], f32[8]{{0}}, s32[], s32[]) tuple(%fusion, %sum.1, %step, {limit})
+}}
+
+%condition (carry.1: (s32[], f32[8], s32[], s32[])) -> pred[] {{
+  %carry.1 = (s32[], f32[8]{{0}}, s32[], s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %limit.1 = s32[] get-tuple-element(%carry.1), index=3
+  ROOT %compare = pred[] compare(%i.1, %limit.1), direction={direction}
+}}
+
+ENTRY %main (x.1: f32[8]) -> f32[8] {{
+  %x.1 = f32[8]{{0}} parameter(0)
+  %start = s32[] constant(1)
+  %two = s32[] constant(2)
+  %copy = s32[] copy(%two)
+  %ten = s32[] constant(10)
+  %tuple = (s32[], f32[8]{{0}}, s32[], s32[]) tuple(%start, %x.1, %copy, %ten)
+  %while = (s32[], f32[8]{{0}}, s32[], s32[]) while(%tuple), condition=%condition, body=%body{noted}
+  ROOT %result = f32[8]{{0}} get-tuple-element(%while), index=1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "changes, trips",
+    [
+        ({}, 5),  # 1, 3, 5, 7, 9
+        ({"direction": "LE"}, 5),
+        ({"noted": ', backend_config={"known_trip_count":{"n":"3"}}'}, 3),
+        ({"limit": "%fusion"}, None),  # the bound moves with the loop
+        ({"direction": "NE"}, 5),
+        ({"direction": "GT"}, None),  # ends at once, or never
+    ],
+)
+def test_trip_counts(changes, trips):
+    module = hlo.parse(LOOP.format(**{"limit": "%limit", "direction": "LT", "noted": ""} | changes))
+    scope = hlo.entry_scope(module)
+    assert hlo.trip_count(module["main"].instructions["while"], scope) == trips
+    found = traffic(module, 8, while_trips=100)
+    assert found.by_axes(MESH) == {"y": {"all-reduce": 2 * 32 * 3 // 4 * (trips or 100)}}
+    assert found.assumed_loops == (("while",) if trips is None else ())
+
+
+def test_arrays_of_a_shape():
+    assert hlo.shape_bytes("(bf16[4,256]{1,0:T(8,128)(2,1)}, s4[3]{0}, u32[]{:S(2)}, token[], f8e4m3fn[2,2])") == 2048 + 2 + 4 + 0 + 4
+    assert list(hlo.arrays("(f32[2]{0:T(128)S(1)}, pred[3])")) == [(8, False), (3, True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real programs. Sizes are large enough that XLA leaves the collectives as they are.
+
+ROWS, WIDTH = 4096, 1024
+LOCAL = ROWS // 8 * WIDTH * 4  # bytes on one device
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_collectives_in_a_loop(target):
+    """One of every kind, three times, with something between them that XLA can't move across. A sum of which every device keeps its part
+    may come out as a TPU's own fusion of an all-reduce and a slice."""
+
+    def body(x, _):
+        x = lax.pcast(lax.psum(x, "y"), "y", to="varying") ** 2
+        x = lax.all_to_all(x, "y", 0, 0, tiled=True) ** 2
+        x = lax.all_to_all(x, ("x", "y"), 0, 0, tiled=True) ** 2
+        x = lax.ppermute(x, "x", [(0, 1), (1, 0)]) ** 2
+        return lax.psum_scatter(lax.all_gather(x, "y", tiled=True) ** 2, "y", tiled=True) ** 2, None
+
+    module = compiled(target, lambda x: lax.scan(body, x, None, length=3)[0], (ROWS, WIDTH), P(("x", "y")), P(("x", "y")))
+    found = traffic(module, 8)
+    assert found.by_axes(MESH) == {
+        "y": {
+            "all-gather": 3 * 4 * LOCAL * 3 // 4,
+            "all-reduce": 3 * 2 * LOCAL * 3 // 4,
+            "all-to-all": 3 * LOCAL * 3 // 4,
+            "reduce-scatter": 3 * 4 * LOCAL * 3 // 4,
+        },
+        "x": {"collective-permute": 3 * LOCAL},
+        "x+y": {"all-to-all": 3 * LOCAL * 7 // 8},
+    }
+    assert found.assumed_loops == ()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ragged_exchange_counts_full_buffers(target):
+    def fn(x):
+        out = lax.pcast(jnp.zeros((2 * x.shape[0], x.shape[1]), x.dtype), ("x", "y"), to="varying")
+        sizes = jnp.full((4,), x.shape[0] // 4, jnp.int32)
+        offsets = jnp.arange(4, dtype=jnp.int32) * sizes
+        at_peer = lax.axis_index("y").astype(jnp.int32) * sizes
+        return lax.ragged_all_to_all(x, out, offsets, sizes, at_peer, sizes, axis_name="y")
+
+    moved = traffic(compiled(target, fn, (ROWS, WIDTH), P(("x", "y")), P(("x", "y"))), 8).by_axes(MESH)
+    assert moved["y"]["ragged-all-to-all"] == LOCAL * 3 // 4
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
+def test_memory_traffic_of_products_in_a_loop(target):
+    """Products with one matrix of a stack after another: each matrix is read once, by a TPU that keeps x on the chip no more than that; at most
+    XLA copies the matrix first, then x, and reads and writes all of them."""
+    n, trips = 4096, 6
+    sharding = NamedSharding(target_mesh(target), P())
+    x = jax.ShapeDtypeStruct((n, n), jnp.bfloat16, sharding=sharding)
+    w = jax.ShapeDtypeStruct((trips, n, n), jnp.bfloat16, sharding=sharding)
+    program = jax.jit(lambda x, w: lax.scan(lambda x, w: (x @ w, None), x, w)[0])
+    moved = memory_traffic(hlo.parse(program.lower(x, w).compile().as_text())) / (n * n * 2)
+    assert trips + 2 <= moved <= 7 * trips + 3
+
+
+def test_slices_and_updates_in_place_cost_what_they_touch():
+    text = """
+%read (p0: f32[100,8], p1: s32[]) -> f32[1,8] {
+  %p0 = f32[100,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %copy = f32[100,8]{0,1} copy(%p0)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{0,1} dynamic-slice(%copy, %p1, %zero), dynamic_slice_sizes={1,8}
+}
+
+%write (q0: f32[100,8], q1: f32[1,8], q2: s32[]) -> f32[100,8] {
+  %q0 = f32[100,8]{1,0} parameter(0)
+  %q1 = f32[1,8]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %update = f32[100,8]{1,0} dynamic-update-slice(%q0, %q1, %q2, %zero.1)
+}
+
+ENTRY %main (a: f32[100,8], i: s32[]) -> f32[100,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[1,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%read
+  %near = f32[1,8]{1,0:T(8,128)S(1)} negate(%row)
+  ROOT %new = f32[100,8]{1,0} fusion(%a, %near, %i), kind=kLoop, calls=%write
+}
+"""
+    row, index = 8 * 4, 4
+    # The row is read and written; then read again to be negated on the chip; then written from there. Both fusions read the index.
+    assert memory_traffic(hlo.parse(text)) == (row + index + row) + row + (index + row)

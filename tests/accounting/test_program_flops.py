@@ -1,0 +1,151 @@
+"""FLOPs of traced programs against counts by hand and against XLA's own count of loop-free programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec as P
+
+from deepseek_jax.accounting.program_flops import Assumptions, traced_flops
+from deepseek_jax.errors import ConfigError
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def count(fn, *args, **kwargs) -> int:
+    return traced_flops(fn, *args, **kwargs).total()
+
+
+@pytest.mark.parametrize(
+    "spec, shapes",
+    [("md,df->mf", [(6, 8), (8, 10)]), ("btd,btf->bdf", [(2, 3, 4), (2, 3, 5)]), ("bthk,bshk->bhts", [(2, 6, 3, 8), (2, 5, 3, 8)])],
+)
+def test_products_as_xla_counts_them(spec, shapes):
+    args = [f32(*shape) for shape in shapes]
+    fn = lambda *x: jnp.einsum(spec, *x)  # noqa: E731
+    assert count(fn, *args) == jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution(groups):
+    """Every output element is a dot product over the kernel's window and the input features of its group."""
+    images, kernel = f32(2, 4, 9, 9), f32(6, 4 // groups, 3, 3)
+    fn = lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "VALID", feature_group_count=groups)  # noqa: E731
+    assert count(fn, images, kernel) == 2 * (2 * 6 * 7 * 7) * (4 // groups * 9)
+
+
+def test_grouped_product_forward_and_backward():
+    """One product forward; two backward, each as large: the weights' gradient and the rows'."""
+    rows, width, features, groups = 24, 8, 10, 3
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    args = (f32(rows, width), f32(groups, width, features), sizes)
+    forward = 2 * rows * width * features
+    assert count(lax.ragged_dot, *args) == forward
+    loss = lambda x, w, n: jnp.sum(lax.ragged_dot(x, w, n) ** 2)  # noqa: E731
+    assert count(jax.grad(loss, argnums=(0, 1)), *args) == 3 * forward
+    assert count(lax.ragged_dot, *args, assumptions=Assumptions(ragged_fill=0.25)) == forward // 4
+
+
+def test_loops_count_as_often_as_they_run():
+    x = f32(4, 4)
+    once = 2 * 4**3
+    assert count(lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=7)[0], x) == 7 * once
+    assert count(lambda x: lax.fori_loop(0, 5, lambda i, c: c @ c, x), x) == 5 * once
+    loop = lambda x: lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c @ c, x)  # noqa: E731
+    assert count(loop, x) == once
+    assert count(loop, x, assumptions=Assumptions(while_trips=9)) == 9 * once
+    nested = lambda x: lax.scan(lambda c, _: (lax.scan(lambda d, _: (d @ d, None), c, None, length=3)[0], None), x, None, length=2)[0]  # noqa: E731
+    assert count(nested, x) == 6 * once
+
+
+def test_branches():
+    x = f32(4, 4)
+    fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
+    assert count(fn, x) == 2 * 2 * 4**3
+    assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
+
+
+def test_a_branch_is_compared_at_its_worst():
+    """A slow path that may do nothing is still the slow path."""
+    x = f32(4, 4)
+
+    def slow(x):
+        return lax.scan(lambda c, _: (lax.cond(c[0, 0] > 0, lambda c: c @ c, lambda c: c, c), None), x, None, length=4)[0]
+
+    fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)  # noqa: E731
+    assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
+    assert count(fn, x) == 4 * 2 * 4**3
+
+
+def test_unknown_branch_is_refused():
+    with pytest.raises(ConfigError, match="most"):
+        Assumptions(branch="mots")
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Assumptions(ragged_fill=2.0)
+
+
+@pytest.mark.parametrize("remat, products", [(False, 6), (True, 7)])
+def test_recomputation_is_work(remat, products):
+    """Two products forward and four backward; recomputing needs the first one again, of the second only its input."""
+    n, d = 8, 16
+
+    def layer(x, w):
+        return x + jnp.tanh(x @ w[0]) @ w[1]
+
+    layer = jax.checkpoint(layer) if remat else layer
+    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)  # noqa: E731
+    args = (f32(n, d), (f32(3, d, d), f32(3, d, d)))
+    assert count(jax.grad(loss, argnums=(0, 1)), *args) == 3 * products * 2 * n * d * d
+
+
+def test_custom_derivatives():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    args = (f32(4, 6), f32(6, 8))
+    assert count(product, *args) == 2 * 4 * 6 * 8
+    assert count(jax.grad(lambda x, w: jnp.sum(product(x, w) ** 2), argnums=(0, 1)), *args) == 3 * 2 * 4 * 6 * 8
+
+
+def test_what_nothing_depends_on_is_not_counted():
+    assert count(jax.grad(lambda x, w: jnp.sum(x @ w), argnums=1), f32(4, 6), f32(6, 8)) == 2 * 4 * 6 * 8
+
+
+@pytest.mark.parametrize("spec, repeated", [(P("data", None), 1), (P(None, None), 4)])
+def test_shard_map_counts_every_device(spec, repeated):
+    """Rows divided among 4 of 8 devices; the other axis repeats the work, and so do equal rows on all of them."""
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    fn = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, P()), out_specs=spec)
+    assert count(fn, f32(16, 8), f32(8, 8)) == 2 * 16 * 8 * 8 * 2 * repeated
+
+
+def test_shard_map_over_some_axes():
+    """Axes that stay automatic divide the work of the body among them, and count once."""
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    fn = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})
+    assert count(fn, f32(16, 8), f32(8, 8)) == 2 * 16 * 8 * 8
+
+
+def test_number_formats_apart():
+    def fn(x, y):
+        return x @ x, lax.dot_general(y, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    fp8 = jax.ShapeDtypeStruct((4, 4), jnp.float8_e4m3fn)
+    assert dict(traced_flops(fn, jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), fp8)) == {"bfloat16": 2 * 8**3, "float8_e4m3fn": 2 * 4**3}
+
+
+def test_kernels_count_their_grid():
+    from jax.experimental import pallas as pl
+
+    def kernel(x_ref, w_ref, out_ref):
+        out_ref[...] = x_ref[...] @ w_ref[...]
+
+    def fn(x, w):
+        block = pl.BlockSpec((8, 16), lambda i: (i, 0))
+        return pl.pallas_call(kernel, grid=(4,), in_specs=[block, pl.BlockSpec((16, 16), lambda i: (0, 0))], out_specs=block, out_shape=x)(x, w)
+
+    assert count(fn, f32(32, 16), f32(16, 16)) == 2 * 32 * 16 * 16

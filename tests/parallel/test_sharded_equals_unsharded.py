@@ -1,0 +1,115 @@
+"""The same weights and the same batch give the same loss and gradients on one device and on every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import CONFIG, MESHES, assert_close, jit, on, placed, placed_batch
+
+from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
+from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
+from deepseek_jax.training.schedules import Schedule
+from deepseek_jax.training.state import create_state, state_of
+from deepseek_jax.training.step import make_train_step
+
+OBJECTIVE = ObjectiveConfig(balance_alpha=0.01, loss_chunk=16)
+
+
+def loss_and_gradients(model):
+    variables = placed(model)
+
+    def call(params, router_bias, batch):
+        loss = functools.partial(loss_fn, model, OBJECTIVE)
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, router_bias, batch, jnp.zeros((), jnp.int32))
+        return value, aux.parts, aux.loads, aux.overflows, grads
+
+    return jit(call)(variables["params"], variables["router_bias"], placed_batch(model))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return loss_and_gradients(on(None))
+
+
+CASES = {
+    **{name: (sizes, {}) for name, sizes in MESHES.items()},
+    "gathered tokens": ({"fsdp": 2, "expert": 4}, {"exchange": "gather"}),
+    "two microbatches": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"overlap": True}),
+    "experts not divided": ({"fsdp": 2, "expert": 4}, {"rules": {"experts": None}}),
+    "experts across nodes": ({"data": 2, "expert": 4}, {"dcn": {"data": 2, "expert": 2}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_every_gradient(name, one_device):
+    sizes, options = CASES[name]
+    model = on(sizes, **options)
+    got = loss_and_gradients(model)
+    for x, y in zip(jax.tree.leaves(got[2]), jax.tree.leaves(one_device[2]), strict=True):
+        np.testing.assert_array_equal(x, y)  # the same experts were chosen
+    assert_close((got[:2], got[4]), (one_device[:2], one_device[4]))
+    wanted = variables_sharding(model)["params"]
+    weights = placed(model)["params"]
+    assert jax.tree.all(jax.tree.map(lambda w, s: w.sharding.is_equivalent_to(s, w.ndim), weights, wanted))
+    divided = [w for w in jax.tree.leaves(weights) if not w.sharding.is_fully_replicated]
+    assert bool(divided) == (name != "data8")
+
+
+def test_no_token_is_lost_where_everything_goes_to_one_expert():
+    """Biases that force every token to the same experts: buffers overflow on every device, and nothing changes but the time."""
+
+    def forced(model):
+        variables = placed(model)
+        biases = jax.tree.map(lambda b: jnp.zeros_like(b).at[..., 0].set(30.0).at[..., 1].set(20.0).at[..., 2].set(10.0), variables["router_bias"])
+        call = jit(jax.value_and_grad(functools.partial(loss_fn, model, OBJECTIVE), has_aux=True))
+        (value, aux), grads = call(variables["params"], biases, placed_batch(model), jnp.zeros((), jnp.int32))
+        return value, aux, grads
+
+    _, aux, grads = forced(on(None))
+    value, sharded_aux, sharded_grads = forced(on({"fsdp": 2, "expert": 4}, buffer_factor=1.0))
+    load = np.asarray(aux.loads["moe_layers"][0])
+    assert np.count_nonzero(load) == CONFIG.moe.top_k and int(aux.overflows) == 0
+    assert int(sharded_aux.overflows) > 0
+    assert_close((sharded_aux.parts, sharded_grads), (aux.parts, grads))
+
+
+def test_bias_is_the_same_on_every_device_after_a_hundred_steps():
+    """Every device's copy, bit for bit, is what the loads of the whole global batch make of it."""
+    model, gamma = on({"fsdp": 2, "expert": 4}), 0.01
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(0.003)))
+    step = make_train_step(model, OBJECTIVE, optimizer, Schedule(0.003), Schedule(gamma), microbatch=0)
+    state, batch = create_state(model, optimizer, jax.random.key(0)), placed_batch(model)
+    for _ in range(100):
+        state, metrics = step(state, batch)
+    assert int(state.step) == 100 and np.isfinite(metrics["loss"])
+    for bias in jax.tree.leaves(state.router_bias):
+        copies = [np.asarray(shard.data).view(np.int32) for shard in bias.addressable_shards]
+        assert len(copies) == 8 and np.any(copies[0])
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])
+        moves = np.asarray(bias) / gamma
+        np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)  # whole steps of γ: no mean of devices' signs
+
+
+@pytest.mark.parametrize("rules", [{}, {"embed": None, "optimizer.embed": ("fsdp", "expert")}], ids=["zero3", "zero1"])
+def test_a_step_in_microbatches_keeps_every_array_in_its_place(rules):
+    """The state comes back as it went in, so that the next step is the same program; one step equals one device's."""
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(0.01), eps=1e-3))
+    after = {}
+    for name, sizes in (("one", None), ("mesh", {"fsdp": 2, "expert": 2, "data": 2})):
+        model = on(sizes, rules=rules)
+        step = make_train_step(model, OBJECTIVE, optimizer, Schedule(0.01), Schedule(0.01), microbatch=0 if sizes is None else 8)
+        state = state_of(model, placed(model), optimizer, jax.random.key(0))
+        places = jax.tree.map(lambda x: x.sharding, state)
+        state, metrics = step(state, placed_batch(model))
+        if sizes is not None:
+            assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places))
+            moment = state.opt_state[1].mu["embed"]["embedding"]
+            assert moment.sharding.shard_shape(moment.shape)[1] == CONFIG.hidden_size // 4
+            weight = state.params["embed"]["embedding"]
+            assert weight.sharding.is_fully_replicated == bool(rules)
+        after[name] = (metrics["loss"], metrics["grad_norm"], state.params, state.router_bias)
+    assert_close(after["mesh"], after["one"], 2e-5)
