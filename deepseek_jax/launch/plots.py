@@ -4,6 +4,7 @@ Where every point has the same seeds, the spread is that of the paired differenc
 taken out of it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ matplotlib.use("Agg")  # figures go to files, on machines without a screen too
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator  # noqa: E402
 
 from deepseek_jax.launch.results import Row  # noqa: E402
 from deepseek_jax.launch.sweep import Sweep  # noqa: E402
@@ -82,7 +84,7 @@ def _curves(panel, sweep: Sweep, points: Points) -> None:
     counts = sorted({len(seeds) for seeds in points.values()})
     seeds = f"\nmean and range of {'-'.join(map(str, counts))} {'paired ' if paired else ''}seeds" if counts[-1] > 1 else ""
     panel.set(xlabel=_label(sweep.x), ylabel=_label(sweep.metric) + seeds)
-    panel.grid(alpha=0.3, which="both" if sweep.x == "flops" else "major")
+    panel.grid(alpha=0.3)
     if sweep.by is not None:
         panel.legend(frameon=False)
 
@@ -97,7 +99,7 @@ def _names(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
 
 def _scale(panel, xs: Sequence[Any]) -> bool:
     """Logarithmic where numbers span a factor of 4 (returns whether), with a tick on each value where there are few."""
-    panel.margins(x=0.12)
+    panel.margins(x=0.12, y=0.1)
     if not all(map(_is_number, xs)):
         return False
     xs = sorted(set(xs))
@@ -106,6 +108,10 @@ def _scale(panel, xs: Sequence[Any]) -> bool:
         panel.set_xscale("log")
     if xs[-1] < 1e5 and len(xs) <= 8:
         panel.set_xticks(xs, [f"{x:g}" for x in xs])
+        panel.minorticks_off()
+    elif logarithmic:
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if xs[-1] / xs[0] < 1e3 else (1,)))
+        panel.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
         panel.minorticks_off()
     return logarithmic
 

@@ -38,7 +38,7 @@ class Resources:
         if kind == "cpu" and shape:
             raise ConfigError(f"topology={self.topology!r}: 'cpu' is one machine and takes no shape")
         if kind != "cpu" and not re.fullmatch(r"[1-9]\d*" if kind in GPUS else r"[1-9]\d*(x[1-9]\d*)+(\*[1-9]\d*)?", shape):
-            raise ConfigError(f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' and 'v6e:16x16*2', or a number of GPUs, 'h100:64'")
+            raise ConfigError(f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' or 'v6e:16x16*2', or a number of GPUs")
         if self.hours <= 0:
             raise ConfigError(f"hours={self.hours}: must be above 0")
         if kind in GPUS and self.num_devices > self.gpus_per_node and self.num_devices % self.gpus_per_node:

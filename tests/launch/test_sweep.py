@@ -54,10 +54,10 @@ def test_a_rung_becomes_the_model_it_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(runs=[]), "at least one run"),
-        (dict(runs=[Run("a", {}), Run("a", {})]), "several runs are called 'a'"),
-        (dict(runs=[Run("a", {"seed": 1})], x="sead"), "'sead' is no overridden field: seed"),
-        (dict(runs=[Run("a", {"seed": 1})], best="smallest"), "'lowest' or 'highest'"),
+        ({"runs": []}, "at least one run"),
+        ({"runs": [Run("a", {}), Run("a", {})]}, "several runs are called 'a'"),
+        ({"runs": [Run("a", {"seed": 1})], "x": "sead"}, "'sead' is no overridden field: seed"),
+        ({"runs": [Run("a", {"seed": 1})], "best": "smallest"}, "'lowest' or 'highest'"),
     ],
 )
 def test_a_sweep_that_makes_no_sense(arguments, message):
@@ -81,12 +81,17 @@ def test_resources_count_devices_and_nodes():
     assert Resources("v6e:4x4*2").num_devices == 32
     for topology, message in (("v6e:4x4*2", "one slice"), ("tpu7x:4x4x4", "does not offer tpu7x")):
         with pytest.raises(ConfigError, match=message):
-            Resources(topology).accelerators
+            print(Resources(topology).accelerators)
 
 
 @pytest.mark.parametrize(
     ("topology", "message"),
-    [("v5x:2x2", "did you mean 'v5"), ("cpu:2", "takes no shape"), ("v5p:", "come sizes"), ("v5p:4xx4", "come sizes"), ("v5p:64", "come sizes"), ("h100:8x8", "come sizes"), ("h100:12", "no whole number of nodes")],
+    [
+        ("v5x:2x2", "did you mean 'v5"),
+        ("cpu:2", "takes no shape"),
+        *((topology, "come sizes") for topology in ("v5p:", "v5p:4xx4", "v5p:64", "h100:8x8")),
+        ("h100:12", "no whole number of nodes"),
+    ],
 )
 def test_resources_that_do_not_exist(topology, message):
     with pytest.raises(ConfigError, match=message):
