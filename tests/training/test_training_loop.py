@@ -152,7 +152,6 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     assert starts[0] == 0 and starts[1] % 5 == 0 and starts[2] == 33 and goodput["restarts"] == 2
     assert goodput["wall_seconds"] == pytest.approx(events[-1]["time"] - events[0]["time"])
     assert min(goodput["seconds"][cause] for cause in ("step", "start-up", "down", "checkpoint", "evaluation")) > 0
-    assert goodput["seconds"]["data"] > 25 * 0.03  # the loader of the killed run pauses, and no step is as long
 
 
 def test_batch_size_follows_its_schedule(tmp_path):
