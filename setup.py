@@ -32,7 +32,7 @@ setup(
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
         "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
-        "aot": ["libtpu>=0.0.42", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],  # compile for TPUs and GPUs that are not there
+        "aot": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],  # compile for TPUs and GPUs that are not there
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["jupyterlab>=4.4"],

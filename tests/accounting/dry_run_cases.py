@@ -14,11 +14,13 @@ from deepseek_jax.experiment import read_flags
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[2]
 V3 = f"--config={ROOT}/experiments/deepseek_v3_671b.py"
+# name: (topology, arguments) or (topology, arguments, options of `dry_run`)
 BIG = {
     "v3_v5p": ("v5p:8x8x16", (V3,)),
     "v3_tpu7x": ("tpu7x:4x8x8", (V3, "--config.pretrain.train.microbatch=512")),
     "v3_128k_v5p": ("v5p:8x8x16", (f"--config={ROOT}/experiments/deepseek_v3_128k.py",)),
     "v2_lite_v6e": ("v6e:4x4", (f"--config={ROOT}/experiments/deepseek_v2_lite_16b.py", "--config.pretrain.train.microbatch=16")),
+    "r1_tiny_grpo_h100": ("h100:8", (f"--config={ROOT}/experiments/r1_tiny.py", "--config.mesh.fsdp=2", "--config.mesh.expert=4"), {"program": "grpo"}),
 }
 # One MoE layer of V3's shape: a TPU compiler takes tens of seconds for each layer that is written out.
 ONE_LAYER = (
@@ -40,14 +42,15 @@ ONE_LAYER = (
     "--config.mesh.expert=4",
 )
 SMALL = {f"small_{name.partition(':')[0]}": (name, ONE_LAYER) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")}
+SMALL["small_decode_h100"] = ("h100:8", ONE_LAYER, {"program": "decode", "context": 512})
 CASES = BIG | SMALL
 
 
 def figures(case: str) -> dict:
     """The report of a case without what depends on the machine that compiles."""
-    topology, arguments = CASES[case]
+    topology, arguments, *options = CASES[case]
     config, name, *_ = read_flags(arguments)
-    report = dry_run(config, name, topology)
+    report = dry_run(config, name, topology, **dict(*options))
     return {key: value for key, value in report.items() if key not in MACHINE_DEPENDENT}
 
 

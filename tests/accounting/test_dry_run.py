@@ -27,13 +27,19 @@ def test_golden_figures(case):
     stored, now = json.loads((GOLDEN / f"{case}.json").read_text()), figures(case)
     for name in ("num_devices", "num_chips", "mesh", "tokens_per_step", "steps", "flops", "model_flops", "fits"):
         assert now[name] == stored[name], name
-    for name in ("parameters", "optimizer"):
+    for name in {"parameters", "optimizer", "cache"} & set(stored["memory_bytes_per_device"]):
         assert now["memory_bytes_per_device"][name] == stored["memory_bytes_per_device"][name], name
     assert now["memory_bytes_per_device"]["total"] == pytest.approx(stored["memory_bytes_per_device"]["total"], rel=0.05)
     assert now["collective_bytes"].keys() == stored["collective_bytes"].keys()
     for axes, kinds in stored["collective_bytes"].items():
         assert sum(now["collective_bytes"][axes].values()) == pytest.approx(sum(kinds.values()), rel=0.05), axes
     assert table(now | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}).row_count > 10
+
+
+def test_decoding_computes_what_the_closed_formula_says():
+    """Absorbed attention over the cache, one token a row: nothing is computed twice, on any device."""
+    stored = json.loads((GOLDEN / "small_decode_h100.json").read_text())
+    assert sum(stored["flops"].values()) == pytest.approx(stored["model_flops"], rel=0.01)
 
 
 def test_state_is_divided_among_all_devices():
