@@ -121,9 +121,9 @@ class Checkpoints:
     def restore(self, like) -> Restored | None:
         """The newest readable checkpoint, placed as `like` is; None if there is none.
 
-        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it is used. Raises
-        CheckpointError for a checkpoint of another model or optimiser, naming the first difference, and if every
-        checkpoint is damaged: training anew over them is the caller's decision.
+        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is reported, set aside as
+        `<step>.damaged`, and the one before it is used. Raises CheckpointError for a checkpoint of another model or optimiser,
+        naming the first difference, and if every checkpoint is damaged: training anew over them is the caller's decision.
         """
         damaged = []
         for step in reversed(json.loads(from_primary(json.dumps(self.steps())))):
