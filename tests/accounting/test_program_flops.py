@@ -6,8 +6,13 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
+from deepseek_jax.accounting.flops import attention_pair_flops, forward_flops_per_token
 from deepseek_jax.accounting.program_flops import Assumptions, traced_flops
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.precision import recipe
 
 
 def f32(*shape):
@@ -149,3 +154,39 @@ def test_kernels_count_their_grid():
         return pl.pallas_call(kernel, grid=(4,), in_specs=[block, pl.BlockSpec((16, 16), lambda i: (0, 0))], out_specs=block, out_shape=x)(x, w)
 
     assert count(fn, f32(32, 16), f32(16, 16)) == 2 * 32 * 16 * 16
+
+
+class _OnTPU(Placement):
+    """One TPU: grouped products without padding."""
+
+    platform = "tpu"
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_the_network_computes_what_the_closed_formula_says(mtp):
+    """V3's layers at a tenth of their width. The formula's parameters include those of norms and the correction biases, which
+    are in no product, its attention sees half the sequence, where the program masks the other half, and it leaves out the sum of a
+    token's expert results, weighted by the gates: three exact terms."""
+    config = ModelConfig(
+        vocab_size=500,
+        hidden_size=96,
+        num_layers=3,
+        intermediate_size=192,
+        attention=MLAConfig(num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
+        moe=MoEConfig(num_experts=16, top_k=4, intermediate_size=32, num_shared_experts=1, num_groups=4, topk_groups=2),
+        first_k_dense=1,
+        mtp_depth=1,
+    )
+    model, length = Transformer(config, recipe("bfloat16"), _OnTPU()), 64
+
+    def forward(variables, tokens_BT):
+        output = model.apply(variables, tokens_BT, mtp=mtp)
+        return [model.apply(variables, hidden, method="unembed") for hidden in (output.hidden_BTD, *output.mtp_hidden)]
+
+    counted = count(forward, abstract_variables(model), jax.ShapeDtypeStruct((2, length), jnp.int32))
+    layers, moe_layers, modules = config.num_layers + mtp, config.num_moe_layers + mtp, int(mtp)
+    masked = layers * attention_pair_flops(config.attention) * length // 2
+    norms = layers * (2 * 96 + 48 + 32) + 96 + modules * 3 * 96
+    in_no_product = 2 * (norms + moe_layers * 16)
+    gates = 2 * moe_layers * 4 * 96
+    assert counted == 2 * length * (forward_flops_per_token(config, length, mtp=mtp) + masked + gates - in_no_product)
