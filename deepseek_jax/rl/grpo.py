@@ -47,7 +47,7 @@ def grpo_state(model: Transformer, variables: dict[str, Any], optimizer: optax.G
     """A state at step 0 whose reference is the policy it starts from."""
     train = state_of(model, variables, optimizer, rng)
     fields = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    return GRPOState(**fields, reference=jax.tree.map(jnp.copy, train.variables), rollouts=jnp.zeros((), jnp.int32))
+    return GRPOState(**fields, reference=jax.tree.map(jnp.copy, train.variables), rollouts=jnp.copy(train.step))
 
 
 def learning_rate(config: GRPOConfig) -> Schedule:
