@@ -7,7 +7,7 @@ The default run compiles one layer for every TPU generation and for NVIDIA; the 
 import json
 
 import pytest
-from dry_run_cases import BIG, CASES, GOLDEN, V3, figures
+from dry_run_cases import BIG, CASES, GOLDEN, ONE_LAYER, figures
 
 from deepseek_jax.accounting.chips import CHIPS
 from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
@@ -54,7 +54,7 @@ def test_state_is_divided_among_all_devices():
 def test_wrong_requests_are_refused_before_compiling(options, message):
     if not installed(CHIPS["h100"]):
         pytest.skip("the CUDA plugin is not installed: pip install -e '.[aot]'")
-    config, name, *_ = read_flags([V3])
+    config, name, *_ = read_flags(ONE_LAYER)
     with pytest.raises(ConfigError, match=message):
         dry_run(config, name, "h100:8", **options)
 
