@@ -36,6 +36,7 @@ from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.precision import recipe
 from deepseek_jax.rl.tasks import Task, build_task
+from deepseek_jax.training.checkpoints import COMPUTED_AS
 
 FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
 
@@ -179,7 +180,8 @@ def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig
 def claim_workdir(experiment: Experiment) -> None:
     """Notes the configuration in the workdir; a run that is started again, and every process of it, has to be the same experiment.
 
-    On which mesh it runs may change: checkpoints don't depend on it. Raises ConfigError naming the first fields that differ.
+    On which mesh it runs, and how the network is computed, may change: checkpoints don't depend on it. Raises ConfigError naming
+    the first fields that differ.
     """
     path = experiment.workdir / "config.json"
     text = from_primary(path.read_text() if path.exists() else json.dumps(experiment.config, indent=1) + "\n")
@@ -188,7 +190,8 @@ def claim_workdir(experiment: Experiment) -> None:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); pass another --workdir, or restore it") from None
     now = _flat(experiment.config)
-    fields = sorted(field for field in {*before, *now} if field.split(".")[1] != "mesh" and before.get(field) != now.get(field))
+    free = {f"config.model.{field}" for field in COMPUTED_AS}
+    fields = sorted(field for field in {*before, *now} - free if field.split(".")[1] != "mesh" and before.get(field) != now.get(field))
     changed = [f"{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in fields]
     if changed:
         raise ConfigError(

@@ -18,8 +18,8 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
-from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.model.transformer import init_variables
+from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.parallel.shardings import host_share, variables_sharding
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
@@ -157,6 +157,12 @@ class GRPOStage:
         config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | fields["grpo"])
         if config.max_prompt_length < task.prompt_length:
             raise ConfigError(f"{name}.grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
+        rows, shards = config.minibatch_size, experiment.model.placement.batch_shards
+        if rows % shards:
+            raise ConfigError(
+                f"{name}.grpo: an update of {rows} completions does not divide among the mesh's {shards} parts of a batch; make "
+                "prompts_per_rollout × group_size / num_minibatches a multiple of it"
+            )
         optimizer = build(OptimizerConfig, {"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}), f"config.{name}.optimizer")
         return cls(
             name=name,

@@ -91,6 +91,7 @@ def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, 
         (lambda c: c.grpo.grpo.update(clip_eps=0.2), "unknown field grpo.clip_eps: did you mean 'clip_epsilon'"),
         (lambda c: c.grpo.grpo.update(rewards={"acuracy": 1.0}), "unknown reward 'acuracy'"),
         (lambda c: c.__delattr__("task"), "works on a task"),
+        (lambda c: (c.update(mesh={"fsdp": 8}), c.grpo.grpo.update(prompts_per_rollout=3, group_size=4)), "update of 6 completions does not divide among the mesh's 8"),
         (lambda c: c.update(mesh={"data": 3}), "data 3 does not make up 8 devices; the nearest mesh that works is data 8"),
         (lambda c: c.pretrain.data.update(sources=({"name": "/nowhere/*.jsonl"},)), None),
     ],
@@ -112,6 +113,9 @@ def test_an_experiment_file_is_checked_as_a_whole(change, message, tmp_path):
 def test_a_workdir_belongs_to_one_configuration(tmp_path):
     config = ConfigDict(read_flags([f"--config={R1_TINY}"])[0])
     claim_workdir(build_experiment(config, "x", tmp_path))
+    claim_workdir(build_experiment(config, "x", tmp_path))
+    with config.unlocked():  # another way to compute the same network, on another mesh
+        config.model.remat, config.mesh = "full", {"fsdp": 8}
     claim_workdir(build_experiment(config, "x", tmp_path))
     config.seed = 7
     with pytest.raises(UserError, match=r"config.seed \(0 -> 7\).*another --workdir"):

@@ -23,7 +23,7 @@ from deepseek_jax.data.packing import empty_row
 from deepseek_jax.data.pipeline import check_lengths, held_out_rows, training_rows
 from deepseek_jax.data.sources import InMemory, open_source
 from deepseek_jax.data.tokenizers import Tokenizer
-from deepseek_jax.errors import ConfigError, DataError, nearest
+from deepseek_jax.errors import ConfigError, nearest
 
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]

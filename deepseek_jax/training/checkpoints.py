@@ -14,8 +14,8 @@ import dataclasses
 import errno
 import json
 import logging
-import pathlib
 import math
+import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any

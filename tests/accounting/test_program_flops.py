@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.accounting.flops import attention_pair_flops, forward_flops_per_token
 from deepseek_jax.accounting.program_flops import Assumptions, traced_flops

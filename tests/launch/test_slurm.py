@@ -19,7 +19,6 @@ from deepseek_jax.launch.node import RunOnNode  # noqa: E402
 from deepseek_jax.launch.slurm import SlurmLauncher, job_parameters  # noqa: E402
 
 
-
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
     """With the handles of submitted jobs, which submitit's local executor needs to find its processes again."""

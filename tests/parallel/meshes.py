@@ -1,9 +1,10 @@
 """A V3-shaped tiny network with MTP, a batch for it, and the meshes of eight devices on which it is tested."""
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
@@ -41,7 +42,7 @@ CONFIG = ModelConfig(
 MODEL = Transformer(CONFIG)
 
 
-def placement(sizes: dict | None, dcn: dict = {}, rules: dict = {}, **dispatch) -> Placement:
+def placement(sizes: dict | None, dcn: Mapping = MappingProxyType({}), rules: Mapping = MappingProxyType({}), **dispatch) -> Placement:
     """On one device (None) or on a mesh of eight."""
     if sizes is None:
         return Placement()
@@ -85,6 +86,3 @@ def assert_close(got, want, tolerance: float = 1e-5):
         error = np.max(np.abs(x - y), initial=0.0) / max(np.max(np.abs(y), initial=0.0), 1e-30)
         assert error < tolerance or np.array_equal(x, y), f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
-
-def zeros_like(tree):
-    return jax.tree.map(jnp.zeros_like, tree)

@@ -1,7 +1,5 @@
 """Tokens to their experts and back: every way of sending them is the same function, and none of them loses a token."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes

@@ -11,8 +11,8 @@ import pytest
 from deepseek_jax.errors import RewardError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
-from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl import loop
+from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig
 from deepseek_jax.rl.grpo import GRPO, grpo_state
 from deepseek_jax.rl.rewards import Reward, RewardSet, build_rewards
