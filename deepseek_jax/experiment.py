@@ -35,6 +35,7 @@ from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.precision import recipe
+from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import Task, build_task
 from deepseek_jax.training.checkpoints import COMPUTED_AS
 
@@ -174,6 +175,8 @@ def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig
             field = "train.microbatch" if train.get("microbatch") else "batch_size"
             rows[f"{stage}.{field}"] = train.get("microbatch") or fields[stage]["batch_size"]
             lengths[f"{stage}.seq_len"] = fields[stage].get("seq_len", 1)
+        if fields[stage].get("grpo"):
+            rows[f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches"] = GRPOConfig.from_dict(fields[stage]["grpo"]).minibatch_size
     return resolve(config, num_devices, fits(config, model, rows, lengths))
 
 

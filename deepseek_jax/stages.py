@@ -157,12 +157,6 @@ class GRPOStage:
         config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | fields["grpo"])
         if config.max_prompt_length < task.prompt_length:
             raise ConfigError(f"{name}.grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
-        rows, shards = config.minibatch_size, experiment.model.placement.batch_shards
-        if rows % shards:
-            raise ConfigError(
-                f"{name}.grpo: an update of {rows} completions does not divide among the mesh's {shards} parts of a batch; make "
-                "prompts_per_rollout × group_size / num_minibatches a multiple of it"
-            )
         optimizer = build(OptimizerConfig, {"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}), f"config.{name}.optimizer")
         return cls(
             name=name,

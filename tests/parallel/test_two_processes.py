@@ -137,7 +137,8 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
     stopped = max(int(folder.name) for folder in (workdir / "pretrain/checkpoints").iterdir())
     assert f"SIGTERM: saved step {stopped} of {STEPS}" in first.out() and reached < stopped < STEPS
     assert "going on from step" in first.out()
-    assert all(line.startswith("[Gloo]") for line in second.out().splitlines())  # process 0 alone prints; Gloo has a voice of its own
+    spoken = {line for line in first.out().splitlines() if line and "[Gloo]" not in line}  # process 0 alone prints; Gloo has a voice of its own
+    assert len(spoken) > 2 and not spoken & set(second.out().splitlines())
 
     finish(train(start, workdir, 1))
     assert_same(workdir, alone)
