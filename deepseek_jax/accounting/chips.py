@@ -19,7 +19,7 @@ class Chip:
     or not at all). `hbm_bytes` is what a program may use: the compiler's own limit for TPUs, the device's memory for GPUs.
     `links` go to neighbours in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a host's chips; each carries `link_bandwidth`
     each way. `host_bandwidth` is a chip's share of the network between slices (TPU) or hosts (GPU). `dollars_per_hour` is a rental
-    price with a public source, or None.
+    price with a public source, or None. `offloads`: the compiler moves collectives, gathers and sorts to SparseCores unless it is told not to.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Chip:
     host_bandwidth: float
     sources: str
     dollars_per_hour: float | None = None
+    offloads: bool = False
 
     def peak(self, number_format: str = "bf16") -> float:
         """FLOP/s of matrix products in `number_format`; a format that the matrix unit lacks runs as bf16."""
@@ -51,7 +52,7 @@ CHIPS = {
         Chip("v5e", 1, 197e12, None, 393e12, round(15.75 * GIB), 819e9, 4, 50e9, 2, 3.1e9, f"{_CLOUD}v5e; HBM: libtpu 0.0.42"),
         Chip("v5p", 1, 459e12, None, 918e12, round(95.74 * GIB), 2765e9, 6, 100e9, 3, 6.25e9, f"{_CLOUD}v5p; int8: jax tpu_info; HBM: libtpu 0.0.42"),
         Chip("v6e", 1, 918e12, None, 1836e12, round(31.25 * GIB), 1640e9, 4, 100e9, 2, 12.5e9, f"{_CLOUD}v6e; HBM: libtpu 0.0.42"),
-        Chip("tpu7x", 2, 2307e12, 4614e12, None, round(2 * 94.75 * GIB), 7380e9, 6, 100e9, 3, 12.5e9, f"{_CLOUD}tpu7x; HBM: libtpu 0.0.42"),
+        Chip("tpu7x", 2, 2307e12, 4614e12, None, round(2 * 94.75 * GIB), 7380e9, 6, 100e9, 3, 12.5e9, f"{_CLOUD}tpu7x; HBM: libtpu 0.0.42", offloads=True),
         Chip("h100", hbm_bytes=84_929_347_584, hbm_bandwidth=3352e9, links=18, link_bandwidth=25e9, sources="NVIDIA H100 SXM data sheet; memory: OpenXLA h100_sxm target", **_HOPPER),
         Chip("h200", hbm_bytes=151_397_597_184, hbm_bandwidth=4800e9, links=18, link_bandwidth=25e9, sources="NVIDIA H200 SXM data sheet; memory: OpenXLA h200 target", **_HOPPER),
         # V3's machine: an H100 with less NVLink (§3.1-3.2 and "Insights into DeepSeek-V3": 160 GB/s that arrive, IB 50 GB/s) and the price of its Table 1.

@@ -18,6 +18,19 @@ from deepseek_jax.accounting.topologies import Topology
 
 # Nothing runs, so XLA need not search for the fastest schedule of each instruction.
 QUICK = {"exec_time_optimization_effort": -1.0}
+# Every offloaded collective is a SparseCore program of its own, hundreds of them, compiled one after another. They move the same bytes between
+# the same chips from where the rest of the program runs.
+_COLLECTIVES = ("all_gather", "2d_all_gather", "3d_all_gather", "all_reduce", "reduce_scatter", "nd_reduce_scatter", "dense_all_to_all", "ragged_all_to_all")
+_OPERATIONS = ("copy", "gather", "reduce", "reshape", "scatter", "sort")
+_OFFLOADS = ("compute_offload", "async_all_to_all", "collective_aggregator", "hierarchical_all_reduce", *(f"collective_offload_{name}" for name in _COLLECTIVES))
+WITHOUT_SPARSE_CORES = dict.fromkeys(
+    (
+        *(f"xla_tpu_enable_sparse_core_{name}" for name in _OFFLOADS),
+        *(f"xla_tpu_enable_offloading_{name}_to_sparsecore" for name in _OPERATIONS),
+        "xla_tpu_enable_conditional_sparse_core_collective_offload",
+    ),
+    "false",
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -44,7 +57,7 @@ def measure(
     capacity = topology.hbm_bytes_per_device
     report: dict[str, Any] = {"flops": dict(flops), "hbm_capacity": capacity}
     try:
-        compiled = traced.lower().compile(compiler_options=QUICK)
+        compiled = traced.lower().compile(compiler_options=QUICK | (WITHOUT_SPARSE_CORES if topology.chip.offloads else {}))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
