@@ -1,0 +1,59 @@
+"""Products of experts: what a user calls."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.grouped import reference
+from kernels_pallas.implementations import choose
+from kernels_pallas.matmul.accumulation import Accumulation
+from kernels_pallas.qtensor import QTensor
+
+GROUPED_MATMUL = {"xla": (reference.grouped_matmul, lambda *_: None)}
+GROUPED_WEIGHT_GRADIENT = {"xla": (reference.grouped_weight_gradient, lambda *_: None)}
+
+
+def fp8_grouped_matmul(
+    a: QTensor,
+    b: QTensor,
+    group_sizes: jax.Array,
+    *,
+    alignment: int = 1,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    accumulation: Accumulation = Accumulation(),
+    implementation: str | None = None,
+) -> jax.Array:
+    """Rows of group g of a [R, K] times b[g] of b [G, N, K] transposed -> [R, N] in `out_dtype`.
+
+    `group_sizes` int32 [G]; groups lie one after another from row 0 and may be empty; rows past the last give zero. `alignment` promises that
+    every group size, and R, is a multiple of it. Raises ValueError for shapes that do not match.
+    """
+    if len(a.shape) != 2 or len(b.shape) != 3 or a.shape[1] != b.shape[2] or group_sizes.shape != (b.shape[0],):
+        raise ValueError(f"fp8_grouped_matmul: a {a.shape}, b {b.shape}, group_sizes {group_sizes.shape} must be [R, K], [G, N, K], [G]")
+    if a.shape[0] % alignment:
+        raise ValueError(f"fp8_grouped_matmul: alignment={alignment} does not divide the {a.shape[0]} rows")
+    arguments = (a, b, group_sizes, alignment, accumulation, out_dtype)
+    return choose("fp8_grouped_matmul", GROUPED_MATMUL, implementation, *arguments)(*arguments)
+
+
+def fp8_grouped_weight_gradient(
+    x: QTensor,
+    dy: QTensor,
+    group_sizes: jax.Array,
+    *,
+    alignment: int = 128,
+    out_dtype: jnp.dtype = jnp.float32,
+    accumulation: Accumulation = Accumulation(),
+    implementation: str | None = None,
+) -> jax.Array:
+    """Columns of group g of x [D, P] times those of dy [F, P] transposed -> [G, D, F]; zero for an empty group.
+
+    Every group size, and P, is a multiple of `alignment` and that of the tiles along P, so that none lies across two groups
+    (`layout.pad_groups`). Raises ValueError where shapes or tiles do not match.
+    """
+    if len(x.shape) != 2 or x.shape[1:] != dy.shape[1:] or x.shape[1] % alignment:
+        raise ValueError(f"fp8_grouped_weight_gradient: x {x.shape} and dy {dy.shape} must be [D, P] and [F, P], P a multiple of alignment={alignment}")
+    for name, q in (("x", x), ("dy", dy)):
+        if alignment % min(q.tile[1], alignment):
+            raise ValueError(f"fp8_grouped_weight_gradient: {name}'s tiles {q.tile} lie across groups of multiples of alignment={alignment}")
+    arguments = (x, dy, group_sizes, alignment, accumulation, out_dtype)
+    return choose("fp8_grouped_weight_gradient", GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)

@@ -1,0 +1,152 @@
+"""y = x W in FP8, forward and backward, for one matrix or one for each group of rows (V3 §3.3.1, Fig. 6)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
+from kernels_pallas.grouped.layout import pad_groups, take_quantized, take_rows
+from kernels_pallas.matmul.accumulation import Accumulation
+from kernels_pallas.matmul.api import fp8_matmul
+from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer
+from kernels_pallas.quantize.api import dequantize, quantize, quantize_transposed, requantize_transposed
+from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
+
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearFormat:
+    """How a Linear multiplies; the defaults are V3's. Hashable.
+
+    input, weight, gradient   quantisers of x, of W and of dy
+    saved                     what is kept of x for the weight gradient: another quantiser, or None for x as it was multiplied
+    products                  which of "forward", "input_gradient", "weight_gradient" run in FP8; the others in the dtype of x
+    accumulation              how partial sums are kept
+    """
+
+    input: Quantizer = TILE
+    weight: Quantizer = BLOCK
+    gradient: Quantizer = TILE
+    saved: Quantizer | None = None
+    products: tuple[str, ...] = PRODUCTS
+    accumulation: Accumulation = Accumulation()
+
+    def __post_init__(self):
+        for product in self.products:
+            if product not in PRODUCTS:
+                raise ValueError(f"products={self.products}: {product!r} is none of {', '.join(PRODUCTS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """A Linear's static arguments; `alignment` divides all group sizes."""
+
+    format: LinearFormat = LinearFormat()
+    alignment: int = 1
+    implementation: str | None = None
+
+
+def product(how: How, name: str, a, b, sizes_G: jax.Array | None, out_dtype: jnp.dtype) -> jax.Array:
+    """a [R, K] times b [N, K] or [G, N, K] transposed; quantised operands if the product called `name` runs in FP8."""
+    fields = dict(out_dtype=out_dtype, accumulation=how.format.accumulation, implementation=how.implementation)
+    if name not in how.format.products:
+        return _plain(a, b, sizes_G).astype(out_dtype)
+    if sizes_G is None:
+        return fp8_matmul(a, b, **fields)
+    return fp8_grouped_matmul(a, b, sizes_G, alignment=how.alignment, **fields)
+
+
+def _plain(a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    b = b.astype(a_RK.dtype).mT
+    return a_RK @ b if sizes_G is None else jax.lax.ragged_dot(a_RK, b, sizes_G)
+
+
+def quantized(how: How, name: str, x: jax.Array, quantizer: Quantizer):
+    """x as the product called `name` reads it."""
+    return quantize(x, quantizer, implementation=how.implementation) if name in how.format.products else x
+
+
+def save(how: How, x_RD: jax.Array, multiplied):
+    """What is kept of x for the weight gradient; `multiplied` is x as the forward product read it."""
+    if how.format.saved is not None:
+        return quantize(x_RD, how.format.saved, implementation=how.implementation)
+    return multiplied if "weight_gradient" in how.format.products else x_RD
+
+
+def input_gradient(how: How, dy_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    """dy Wᵀ [R, D]: W [D, F] has the product's K = F last already."""
+    dy, weight = (quantized(how, "input_gradient", x, q) for x, q in ((dy_RF, how.format.gradient), (w, how.format.weight)))
+    return product(how, "input_gradient", dy, weight, sizes_G, dy_RF.dtype)
+
+
+def weight_gradient(how: How, saved, dy_RF: jax.Array, sizes_G: jax.Array | None, out_dtype: jnp.dtype) -> jax.Array:
+    """xᵀ dy [D, F] or [G, D, F]: K runs over rows, so that both operands are scaled again in tiles along them."""
+    if "weight_gradient" not in how.format.products:
+        x_RD = dequantize(saved, dy_RF.dtype) if isinstance(saved, QTensor) else saved
+        return _plain_weight_gradient(x_RD, dy_RF, sizes_G).astype(out_dtype)
+    fields = dict(implementation=how.implementation)
+    if sizes_G is not None and how.alignment % how.format.gradient.size:
+        padding = pad_groups(sizes_G, dy_RF.shape[0], how.format.gradient.size)
+        saved = take_quantized(saved, padding.source_P) if isinstance(saved, QTensor) else take_rows(saved, padding.source_P)
+        dy_RF, sizes_G = take_rows(dy_RF, padding.source_P), padding.sizes_G
+    x_DR = (requantize_transposed if isinstance(saved, QTensor) else quantize_transposed)(saved, how.format.input, **fields)
+    dy_FR = quantize_transposed(dy_RF, how.format.gradient, **fields)
+    fields |= dict(out_dtype=out_dtype, accumulation=how.format.accumulation)
+    if sizes_G is None:
+        return fp8_matmul(x_DR, dy_FR, **fields)
+    return fp8_grouped_weight_gradient(x_DR, dy_FR, sizes_G, alignment=how.format.gradient.size, **fields)
+
+
+def _plain_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    if sizes_G is None:
+        return x_RD.T @ dy_RF
+    over_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
+    return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_G, over_rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear(how: How, x_RD: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    """x W, [R, F]: one matrix [D, F], or [G, D, F] and the group sizes."""
+    return _linear_fwd(how, x_RD, w, sizes_G)[0]
+
+
+def _linear_fwd(how, x_RD, w, sizes_G):
+    x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
+    return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), (save(how, x_RD, x), w, sizes_G)
+
+
+def _linear_bwd(how, residuals, dy_RF):
+    saved, w, sizes_G = residuals
+    return input_gradient(how, dy_RF, w, sizes_G), weight_gradient(how, saved, dy_RF, sizes_G, w.dtype), None
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantised; their product is computed again in the backward pass (V3 §3.3.3)."""
+    return _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G)[0]
+
+
+def _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G):
+    if "forward" in how.format.products:
+        hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)
+    else:
+        hidden = swiglu(gate_RF, up_RF)
+    weight = quantized(how, "forward", w, how.format.weight)
+    saved = tuple(quantize(x, how.format.saved or how.format.input, implementation=how.implementation) for x in (gate_RF, up_RF))
+    return product(how, "forward", hidden, weight.mT, sizes_G, gate_RF.dtype), (saved, w, sizes_G)
+
+
+def _swiglu_linear_bwd(how, residuals, dy_RD):
+    saved, w, sizes_G = residuals
+    hidden_RF, pull_back = jax.vjp(swiglu, *(dequantize(q, dy_RD.dtype) for q in saved))
+    dw = weight_gradient(how, hidden_RF, dy_RD, sizes_G, w.dtype)
+    return *pull_back(input_gradient(how, dy_RD, w, sizes_G)), dw, None
+
+
+swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)

@@ -1,0 +1,64 @@
+"""How a product's partial sums are kept: in float32, or as a Hopper tensor core keeps them, promoted to float32 now and then (V3 §3.3.2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+ACCUMULATORS = ("float32", "hopper_fp22", "fp22_register")
+STEP = 32  # products that Hopper's FP8 tensor core adds at once
+FRACTION_BITS = 13  # of the accumulator: 1 sign + 8 exponent + 13 fraction = "FP22"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulation:
+    """`promote_every` numbers of K are summed in `accumulator`, then added to a float32 total; None never promotes.
+
+    float32         what a TPU or XLA does
+    hopper_fp22     a Hopper tensor core, emulated: of 32 products and the sum so far each is cut to 13 fraction bits below the largest exponent
+                    among them ("Insights into DeepSeek-V3" §3.1), and so is the result
+    fp22_register   of that only the last part, many times faster: sums of 32 are exact, the running sum is cut to 13 fraction bits
+    """
+
+    promote_every: int | None = 128
+    accumulator: str = "float32"
+
+    def __post_init__(self):
+        if self.accumulator not in ACCUMULATORS:
+            raise ValueError(f"accumulator={self.accumulator!r}: one of {', '.join(ACCUMULATORS)}")
+        if self.promote_every is not None and (self.promote_every < STEP or self.promote_every % STEP):
+            raise ValueError(f"promote_every={self.promote_every}: a multiple of {STEP}, or None for never")
+
+
+def partial_product(a_MK: jax.Array, b_NK: jax.Array, accumulator: str) -> jax.Array:
+    """a bᵀ as `accumulator` sums it, float32 [M, N]; operands in float32."""
+    if accumulator == "float32":
+        return _dot(a_MK, b_NK)
+    a_SMk, b_SNk = (_steps(x, STEP) for x in (a_MK, b_NK))
+    add = _add_aligned if accumulator == "hopper_fp22" else lambda sum_MN, a, b: truncate(sum_MN + _dot(a, b))
+    start_MN = jnp.zeros((a_MK.shape[0], b_NK.shape[0]), jnp.float32)
+    return jax.lax.scan(lambda sum_MN, ab: (add(sum_MN, *ab), None), start_MN, (a_SMk, b_SNk))[0]
+
+
+def _add_aligned(sum_MN: jax.Array, a_Mk: jax.Array, b_Nk: jax.Array) -> jax.Array:
+    products_MNk = a_Mk[:, None, :] * b_Nk[None, :, :]
+    addends_MNk = jnp.concatenate([products_MNk, sum_MN[..., None]], axis=-1)
+    _, exponents_MN = jnp.frexp(jnp.max(jnp.abs(addends_MNk), axis=-1))  # largest = mantissa in [0.5, 1) · 2^exponent
+    quantum_MN = jnp.ldexp(jnp.ones_like(sum_MN), exponents_MN - 1 - FRACTION_BITS)
+    return truncate(jnp.sum(jnp.trunc(addends_MNk / quantum_MN[..., None]), axis=-1) * quantum_MN)
+
+
+def truncate(x: jax.Array) -> jax.Array:
+    """float32 cut, not rounded, to 13 fraction bits."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFF << (23 - FRACTION_BITS) & 0xFFFFFFFF)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
+
+
+def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(a_MK, b_NK, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _steps(x_RK: jax.Array, step: int) -> jax.Array:
+    """[R, K] -> [ceil(K/step), R, step], padded with zeros."""
+    x_RK = jnp.pad(x_RK, ((0, 0), (0, -x_RK.shape[1] % step)))
+    return x_RK.reshape(x_RK.shape[0], -1, step).swapaxes(0, 1)

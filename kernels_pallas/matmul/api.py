@@ -1,0 +1,25 @@
+"""The product of two quantised matrices: what a user calls."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.implementations import choose
+from kernels_pallas.matmul import reference
+from kernels_pallas.matmul.accumulation import Accumulation
+from kernels_pallas.qtensor import QTensor
+
+MATMUL = {"xla": (reference.matmul, lambda *_: None)}
+
+
+def fp8_matmul(
+    a: QTensor, b: QTensor, *, out_dtype: jnp.dtype = jnp.bfloat16, accumulation: Accumulation = Accumulation(), implementation: str | None = None
+) -> jax.Array:
+    """a [M, K] times b [N, K] transposed -> [M, N] in `out_dtype`; both have K last, as FP8 tensor cores read them.
+
+    Partial sums over 128 numbers of K are multiplied with their scales and added in float32 (V3 §3.3.2, Fig. 7b). Use `q.mT` where an
+    operand lies the other way. Raises ValueError for shapes that do not match and Unsupported for an implementation that cannot do it.
+    """
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"fp8_matmul: a {a.shape} and b {b.shape} must be [M, K] and [N, K]")
+    arguments = (a, b, accumulation, out_dtype)
+    return choose("fp8_matmul", MATMUL, implementation, *arguments)(*arguments)

@@ -1,0 +1,69 @@
+"""Numbers in eight bits with a scale for each tile, and how they are made."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+E4M3 = "float8_e4m3fn"
+# Largest finite magnitude, and what holds the format: E5M6 (V3 §3.3.3) has no type of its own and fits into bfloat16.
+FORMATS = {E4M3: (448.0, jnp.float8_e4m3fn), "float8_e5m2": (57344.0, jnp.float8_e5m2), "e5m6": (65024.0, jnp.bfloat16)}
+SCOPES = ("tile", "block", "tensor")
+MIN_AMAX = 1e-4  # the released quantiser takes no tile's largest magnitude to be smaller
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """values · scales: `values` [..., R, C] in a narrow format; `scales` float32 [..., ceil(R/tile[0]), ceil(C/tile[1])], each for a tile of
+    tile = (rows, columns) of the last two axes. Tiles at the end may be cut off. A pytree; `tile` is static."""
+
+    values: jax.Array
+    scales: jax.Array
+    tile: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def mT(self) -> "QTensor":
+        """The last two axes swapped: (1, 128) tiles become (128, 1)."""
+        return QTensor(self.values.mT, self.scales.mT, self.tile[::-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How an array becomes a QTensor, one field for each choice an ablation may make. Hashable.
+
+    scope          numbers that share a scale: "tile" 1 × size along the last axis, "block" size × size, "tensor" the whole matrix
+    size           128 in V3; 256 suits matrix units that are 256 wide
+    format         "float8_e4m3fn" (V3), "float8_e5m2", or "e5m6" (what V3 keeps of the attention's output for the backward pass)
+    power_of_two   round the scale up to a power of two, so that scaling is exact
+    """
+
+    scope: str = "tile"
+    size: int = 128
+    format: str = E4M3
+    power_of_two: bool = False
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r}: one of {', '.join(SCOPES)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r}: one of {', '.join(FORMATS)}")
+        if self.size not in (128, 256):
+            raise ValueError(f"size={self.size}: 128 or 256")
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The tile for an array of this shape."""
+        return {"tile": (1, self.size), "block": (self.size, self.size), "tensor": (max(shape[-2], 1), max(shape[-1], 1))}[self.scope]
+
+
+TILE = Quantizer("tile")  # activations and their gradients (V3 §3.3.2)
+BLOCK = Quantizer("block")  # weights

@@ -1,0 +1,54 @@
+"""Scales and quantised values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantiser (`inference/kernel.py`)."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.qtensor import FORMATS, MIN_AMAX, QTensor, Quantizer
+
+
+def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor of the same shape; scale = max(amax, 1e-4) / (largest magnitude of the format), values clipped before the cast.
+
+    A NaN or an infinity in a tile makes the whole tile NaN.
+    """
+    x, tile = x.astype(jnp.float32), quantizer.tile(x.shape)
+    largest, dtype = FORMATS[quantizer.format]
+    scales = scale_of(jnp.max(jnp.abs(_tiles(x, tile)), axis=(-3, -1)), largest, quantizer.power_of_two)
+    scaled = jnp.clip(x / spread(scales, tile, x.shape), -largest, largest)  # the cast itself overflows to NaN
+    if quantizer.format == "e5m6":
+        scaled = jax.lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=6)
+    return QTensor(scaled.astype(dtype), scales, tile)
+
+
+def scale_of(amax: jax.Array, largest: float, power_of_two: bool) -> jax.Array:
+    """float32 scales of tiles whose largest magnitudes are `amax`; `power_of_two` rounds them up."""
+    scale = jnp.maximum(amax, MIN_AMAX) / largest
+    if not power_of_two:
+        return scale
+    mantissa, exponent = jnp.frexp(scale)  # mantissa in [0.5, 1): exact, which exp2 and log2 are not
+    rounded = jnp.ldexp(jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    return jnp.where(jnp.isfinite(scale), rounded, scale)
+
+
+def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """values · scales, [..., R, C]."""
+    return (q.values.astype(jnp.float32) * spread(q.scales, q.tile, q.shape)).astype(dtype)
+
+
+def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor [..., C, R]: the same numbers scaled along the other axis, as the weight gradient's product needs them."""
+    return quantize(dequantize(q).mT, quantizer)
+
+
+def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
+    """Each tile's scale at each of its numbers: [..., R, C]."""
+    for axis, size in ((-2, tile[0]), (-1, tile[1])):
+        scales = jnp.repeat(scales, size, axis=axis) if size > 1 else scales
+    return scales[..., : shape[-2], : shape[-1]]
+
+
+def _tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+    """[..., R, C] -> [..., R/r, r, C/c, c], padded with zeros."""
+    rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
+    return x.reshape(*x.shape[:-2], x.shape[-2] // tile[0], tile[0], x.shape[-1] // tile[1], tile[1])

@@ -1,0 +1,21 @@
+"""SwiGLU and its quantisation in one: what a user calls."""
+
+import jax
+
+from kernels_pallas.implementations import choose
+from kernels_pallas.qtensor import TILE, QTensor, Quantizer
+from kernels_pallas.swiglu import reference
+
+SWIGLU_QUANTIZE = {"xla": (reference.swiglu_quantize, lambda *_: None)}
+
+swiglu = reference.swiglu
+
+
+def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | None = None) -> QTensor:
+    """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantised.
+
+    Raises ValueError if shapes or dtypes differ and Unsupported for an implementation that cannot do it.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu_quantize: gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must be alike")
+    return choose("swiglu_quantize", SWIGLU_QUANTIZE, implementation, gate, up, quantizer)(gate, up, quantizer)
