@@ -13,7 +13,7 @@ class Unsupported(ValueError):
 
 
 def device_kind(device: jax.Device | None = None) -> str:
-    """"sm90" for NVIDIA Hopper, "tpu" for any TPU, else the platform's name; of `device`, by default the first there is."""
+    """sm90 for NVIDIA Hopper, tpu for any TPU, else the platform's name; of `device`, by default the first there is."""
     device = device or jax.devices()[0]
     if device.platform in ("gpu", "cuda"):
         major = str(getattr(device, "compute_capability", "0")).partition(".")[0]
@@ -21,22 +21,32 @@ def device_kind(device: jax.Device | None = None) -> str:
     return device.platform
 
 
-def choose(operation: str, implementations: Mapping[str, tuple[Callable, Callable[..., str | None]]], implementation: str | None, *args: Any) -> Callable:
+def preferred(kind: str) -> tuple[str, ...]:
+    """Implementations for a kind of device, best first."""
+    return (PREFERRED[kind], "xla") if kind in PREFERRED else ("xla",)
+
+
+def choose(
+    operation: str,
+    implementations: Mapping[str, tuple[Callable, Callable[..., str | None]]],
+    implementation: str | tuple[str, ...] | None,
+    *args: Any,
+) -> Callable:
     """The function to call for `args`. `implementations` maps names to (function, reason), where reason(*args) says what it cannot do, or None.
 
-    `implementation` None takes the kernel made for the first device there is, where it supports the arguments, and else "xla". A name takes
-    that one, or raises Unsupported with the reason and the names of those that would do it.
+    Of several names the first that supports the arguments is taken; None stands for those preferred on the first device there is. Raises
+    Unsupported, with the reasons and the names of those that would do it, if none of the names does.
     """
-    if implementation is None:
-        preferred = PREFERRED.get(device_kind())
-        if preferred in implementations and implementations[preferred][1](*args) is None:
-            return implementations[preferred][0]
-        return implementations["xla"][0]
-    if implementation not in implementations:
-        raise Unsupported(f"{operation}: no implementation {implementation!r}; there are {', '.join(implementations)}")
-    function, reason = implementations[implementation]
-    why = reason(*args)
-    if why is not None:
-        able = [name for name, (_, other) in implementations.items() if other(*args) is None]
-        raise Unsupported(f"{operation}: {implementation} {why}; {', '.join(able) or 'no implementation'} would do it")
-    return function
+    names = preferred(device_kind()) if implementation is None else (implementation,) if isinstance(implementation, str) else implementation
+    reasons = []
+    for name in names:
+        if name not in implementations:
+            reasons.append(f"there is no implementation {name!r}, but {', '.join(implementations)}")
+            continue
+        function, reason = implementations[name]
+        why = reason(*args)
+        if why is None:
+            return function
+        reasons.append(f"{name} {why}")
+    able = [name for name, (_, reason) in implementations.items() if reason(*args) is None]
+    raise Unsupported(f"{operation}: {'; '.join(reasons)}. These would do it: {', '.join(able) or 'none'}")

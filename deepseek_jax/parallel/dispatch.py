@@ -21,7 +21,7 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from deepseek_jax.parallel._compat import varying_axes
+from kernels_pallas._compat import varying_axes
 from deepseek_jax.precision.tiles import dequantise_tiles, quantise_tiles
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.model.placement import Placement, combine
-from deepseek_jax.parallel._compat import varying_axes
+from kernels_pallas._compat import varying_axes
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
 from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide

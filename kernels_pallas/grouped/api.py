@@ -20,7 +20,7 @@ def fp8_grouped_matmul(
     alignment: int = 1,
     out_dtype: jnp.dtype = jnp.bfloat16,
     accumulation: Accumulation = Accumulation(),
-    implementation: str | None = None,
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Rows of group g of a [R, K] times b[g] of b [G, N, K] transposed -> [R, N] in `out_dtype`.
 
@@ -43,7 +43,7 @@ def fp8_grouped_weight_gradient(
     alignment: int = 128,
     out_dtype: jnp.dtype = jnp.float32,
     accumulation: Accumulation = Accumulation(),
-    implementation: str | None = None,
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Columns of group g of x [D, P] times those of dy [F, P] transposed -> [G, D, F]; zero for an empty group.
 

@@ -12,9 +12,7 @@ from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import spread
 
 
-def grouped_matmul(
-    a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
-) -> jax.Array:
+def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
     """Rows of group g times b[g] transposed: [R, N]; zero past the last group."""
     num_rows, num_groups = a_RK.shape[0], b_GNK.shape[0]
     block = alignment if alignment > 1 else _block(num_rows, num_groups)
@@ -36,9 +34,7 @@ def _block(num_rows: int, num_groups: int) -> int:
     return min(128, max(8, 1 << (max(num_rows // (2 * num_groups), 1).bit_length() - 1)))
 
 
-def grouped_weight_gradient(
-    x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
-) -> jax.Array:
+def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
     """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
     num_groups = sizes_G.shape[0]
     x_DP, dy_FP = (retile(q, min(q.tile[1], alignment)) for q in (x_DP, dy_FP))

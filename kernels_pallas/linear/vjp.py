@@ -46,7 +46,7 @@ class How:
 
     format: LinearFormat = LinearFormat()
     alignment: int = 1
-    implementation: str | None = None
+    implementation: str | tuple[str, ...] | None = None
 
 
 def product(how: How, name: str, a, b, sizes_G: jax.Array | None, out_dtype: jnp.dtype) -> jax.Array:
@@ -65,7 +65,9 @@ def _plain(a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -> jax.Arra
 
 
 def quantized(how: How, name: str, x: jax.Array, quantizer: Quantizer):
-    """x as the product called `name` reads it."""
+    """x as the product called `name` reads it; weights may come quantised."""
+    if isinstance(x, QTensor):
+        return x if name in how.format.products else dequantize(x)
     return quantize(x, quantizer, implementation=how.implementation) if name in how.format.products else x
 
 
@@ -110,12 +112,18 @@ def _plain_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear(how: How, x_RD: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
     """x W, [R, F]: one matrix [D, F], or [G, D, F] and the group sizes."""
-    return _linear_fwd(how, x_RD, w, sizes_G)[0]
+    return forward(how, x_RD, w, sizes_G)[0]
+
+
+def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor, sizes_G: jax.Array | None):
+    """-> x W, and x as it was multiplied."""
+    x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
+    return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), x
 
 
 def _linear_fwd(how, x_RD, w, sizes_G):
-    x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
-    return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), (save(how, x_RD, x), w, sizes_G)
+    y_RF, x = forward(how, x_RD, w, sizes_G)
+    return y_RF, (save(how, x_RD, x), w, sizes_G)
 
 
 def _linear_bwd(how, residuals, dy_RF):
@@ -129,17 +137,20 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
     """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantised; their product is computed again in the backward pass (V3 §3.3.3)."""
-    return _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G)[0]
+    return swiglu_forward(how, gate_RF, up_RF, w, sizes_G)
 
 
-def _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G):
+def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor, sizes_G: jax.Array | None) -> jax.Array:
     if "forward" in how.format.products:
         hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)
     else:
         hidden = swiglu(gate_RF, up_RF)
-    weight = quantized(how, "forward", w, how.format.weight)
+    return product(how, "forward", hidden, quantized(how, "forward", w, how.format.weight).mT, sizes_G, gate_RF.dtype)
+
+
+def _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G):
     saved = tuple(quantize(x, how.format.saved or how.format.input, implementation=how.implementation) for x in (gate_RF, up_RF))
-    return product(how, "forward", hidden, weight.mT, sizes_G, gate_RF.dtype), (saved, w, sizes_G)
+    return swiglu_forward(how, gate_RF, up_RF, w, sizes_G), (saved, w, sizes_G)
 
 
 def _swiglu_linear_bwd(how, residuals, dy_RD):

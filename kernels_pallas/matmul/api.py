@@ -12,7 +12,12 @@ MATMUL = {"xla": (reference.matmul, lambda *_: None)}
 
 
 def fp8_matmul(
-    a: QTensor, b: QTensor, *, out_dtype: jnp.dtype = jnp.bfloat16, accumulation: Accumulation = Accumulation(), implementation: str | None = None
+    a: QTensor,
+    b: QTensor,
+    *,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    accumulation: Accumulation = Accumulation(),
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """a [M, K] times b [N, K] transposed -> [M, N] in `out_dtype`; both have K last, as FP8 tensor cores read them.
 

@@ -16,7 +16,7 @@ QUANTIZE_TRANSPOSED = {"xla": (lambda x, quantizer: reference.quantize(x.mT, qua
 REQUANTIZE_TRANSPOSED = {"xla": (reference.requantize_transposed, _any)}
 
 
-def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | None = None) -> QTensor:
+def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """[..., R, C] of any float dtype -> QTensor [..., R, C].
 
     scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantiser does it; other
@@ -26,22 +26,22 @@ def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str |
     return choose("quantize", QUANTIZE, implementation, x, quantizer)(x, quantizer)
 
 
-def quantize_tile(x: jax.Array, *, implementation: str | None = None, **fields) -> QTensor:
+def quantize_tile(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
     """1 × 128 tiles along the last axis: activations and their gradients (V3 §3.3.2). `fields` are those of Quantizer."""
     return quantize(x, Quantizer(**({"scope": "tile"} | fields)), implementation=implementation)
 
 
-def quantize_block(x: jax.Array, *, implementation: str | None = None, **fields) -> QTensor:
+def quantize_block(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
     """128 × 128 blocks: weights (V3 §3.3.2). `fields` are those of Quantizer."""
     return quantize(x, Quantizer(**({"scope": "block"} | fields)), implementation=implementation)
 
 
-def quantize_transposed(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | None = None) -> QTensor:
+def quantize_transposed(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """[..., R, C] -> QTensor [..., C, R] with tiles along R: an operand of the weight gradient's product."""
     return choose("quantize_transposed", QUANTIZE_TRANSPOSED, implementation, x, quantizer)(x, quantizer)
 
 
-def requantize_transposed(q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | None = None) -> QTensor:
+def requantize_transposed(q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: what was kept for the backward pass, as its product needs it."""
     return choose("requantize_transposed", REQUANTIZE_TRANSPOSED, implementation, q, quantizer)(q, quantizer)
 

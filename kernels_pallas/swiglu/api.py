@@ -11,7 +11,7 @@ SWIGLU_QUANTIZE = {"xla": (reference.swiglu_quantize, lambda *_: None)}
 swiglu = reference.swiglu
 
 
-def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | None = None) -> QTensor:
+def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantised.
 
     Raises ValueError if shapes or dtypes differ and Unsupported for an implementation that cannot do it.

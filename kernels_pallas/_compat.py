@@ -1,0 +1,22 @@
+"""Where versions of jax differ."""
+
+import jax
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which `x` may differ from device to device, inside `shard_map`."""
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)  # jax 0.10; `vma` before and after
+    return aval.vma if kind is None else kind.varying
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, each marked as different along every mesh axis along which any of them is: what a custom gradient needs inside `shard_map`,
+    where the gradient of an array that is the same everywhere is summed over devices by the mark, not by the rule."""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
+
+    def mark(x):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, arrays)
