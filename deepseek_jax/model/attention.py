@@ -76,6 +76,7 @@ class SelfAttention:
     """
 
     precision: Recipe
+    device_kind: str
     scale: float
     chunk: int
     heads_at_once: int
@@ -91,7 +92,8 @@ class SelfAttention:
 
         def some_heads(q_BThk, kv_b_chm):
             heads = kv_b_chm.shape[1]
-            kv_NF = self.precision.linear(c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1))
+            latent_Nc, kv_b_cf = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1)
+            kv_NF = self.precision.linear(latent_Nc, kv_b_cf, kind=self.device_kind)
             kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
             k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*k_rope_BSr.shape[:2], heads, k_rope_BSr.shape[-1]))
             k_BShk = jnp.concatenate([kv_BShm[..., :nope], k_rope_BShr], axis=-1)
@@ -179,8 +181,8 @@ class LatentAttention(nn.Module):
         config, rope, placement, einsum = self.config, self.model.rope, self.placement, self.precision.einsum
         heads, nope, value = config.num_heads, config.qk_nope_head_dim, config.v_head_dim
 
-        def linear(name, features, axes):
-            return Linear(features, axes, self.model.init_std, self.precision, placement, name=name)
+        def linear(name, features, axes, role="linear"):
+            return Linear(features, axes, self.model.init_std, self.precision, placement, role, name=name)
 
         def norm(name):
             return RMSNorm(self.model.latent_norm_eps, name=name)
@@ -202,11 +204,12 @@ class LatentAttention(nn.Module):
         q_rope_BTHr = apply_rotary(q_rope_BTHr, cos_BTr[:, :, None], sin_BTr[:, :, None], rope.interleaved)
 
         kv_b_cF = linear("kv_b", heads * (nope + value), ("kv_lora_rank", "heads")).weight(config.kv_lora_rank)
+        kv_b_cF = self.precision.dense(kv_b_cF)
         kv_b_cHm = kv_b_cF.reshape(config.kv_lora_rank, heads, nope + value)
         scale = softmax_scale(rope, config.qk_head_dim)
 
         if cache_entry is None:  # expanded
-            core = SelfAttention(self.precision, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(self.precision, placement.device_kind, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
             queries = (jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1), tokens.segment_ids_BT)
             keys = (c_kv_BTc, k_rope_BTr, tokens.segment_ids_BT)
             out_BTHv = placement.attend(core.expanded_latents, queries, keys, kv_b_cHm)
@@ -226,7 +229,7 @@ class LatentAttention(nn.Module):
             out_BTHv = einsum("BHTc,cHv->BTHv", out_BHTc, value_cHv)
 
         out_BTF = out_BTHv.reshape(*x_BTD.shape[:2], heads * value).astype(x_BTD.dtype)
-        y_BTD = linear("o", x_BTD.shape[-1], ("heads", "embed"))(out_BTF)
+        y_BTD = linear("o", x_BTD.shape[-1], ("heads", "embed"), "attention_output")(out_BTF)
         return y_BTD, (c_kv_BTc, k_rope_BTr)
 
 
@@ -260,7 +263,7 @@ class GroupedQueryAttention(nn.Module):
         scale = softmax_scale(rope, dim)
 
         if cache_entry is None:
-            core = SelfAttention(self.precision, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(self.precision, placement.device_kind, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
             queries, keys = (q_BTGgk, tokens.segment_ids_BT), (k_BTGk, v_BTGk, tokens.segment_ids_BT)
             out_BTGgk = placement.attend(core.keys_and_values, queries, keys, ())
         else:
@@ -271,5 +274,5 @@ class GroupedQueryAttention(nn.Module):
             out_BTGgk = out_BGgTk.transpose(0, 3, 1, 2, 4)
 
         out_BTF = out_BTGgk.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)
-        y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.model.init_std, self.precision, placement, name="o")(out_BTF)
+        y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.model.init_std, self.precision, placement, "attention_output", name="o")(out_BTF)
         return y_BTD, (k_BTGk.reshape(*x_BTD.shape[:2], -1), v_BTGk.reshape(*x_BTD.shape[:2], -1))

@@ -25,17 +25,18 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes."""
+    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes, `role` whose product it is."""
 
     features: int
     axes: tuple[str, str]
     init_std: float
     precision: Recipe
     placement: Placement
+    role: str = "linear"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.precision.linear(self.placement.flatten(x), self.weight(x.shape[-1]))
+        y = self.precision.linear(self.placement.flatten(x), self.weight(x.shape[-1]), self.role, self.placement.device_kind)
         return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact
@@ -57,6 +58,7 @@ class SwiGLU(nn.Module):
         def linear(name, features, axes):
             return Linear(features, axes, self.init_std, self.precision, self.placement, name=name)
 
-        gate = linear("gate", self.features, ("embed", "ffn"))(x)
-        up = linear("up", self.features, ("embed", "ffn"))(x)
-        return linear("down", x.shape[-1], ("ffn", "embed"))(nn.silu(gate) * up)
+        flat, kind = self.placement.flatten(x), self.placement.device_kind
+        gate, up = (linear(name, self.features, ("embed", "ffn"))(flat) for name in ("gate", "up"))
+        down_FD = linear("down", x.shape[-1], ("ffn", "embed")).weight(self.features)
+        return self.precision.swiglu_linear(gate, up, down_FD, kind).reshape(x.shape)

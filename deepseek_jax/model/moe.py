@@ -17,23 +17,21 @@ from deepseek_jax.precision import Recipe
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
-def grouped_experts(precision: Recipe, platform: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
+def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
     """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or more."""
     gate_EDF, up_EDF, down_EFD = weights
-    block = precision.row_block(expert_ids_NK.size, gate_EDF.shape[0], platform)
+    block = precision.row_block(expert_ids_NK.size, gate_EDF.shape[0], kind)
     layout, sizes_E = lay_out(expert_ids_NK, gate_EDF.shape[0], block)
     x_RD = to_rows(x_ND, layout)
 
-    def grouped(x, w):
-        return precision.grouped_linear(x, w, sizes_E, block)
-
-    return from_rows(grouped(nn.silu(grouped(x_RD, gate_EDF)) * grouped(x_RD, up_EDF), down_EFD), layout)
+    gate_RF, up_RF = (precision.grouped_linear(x_RD, w_EDF, sizes_E, block, kind) for w_EDF in (gate_EDF, up_EDF))
+    return from_rows(precision.grouped_swiglu_linear(gate_RF, up_RF, down_EFD, sizes_E, block, kind), layout)
 
 
-def dense_experts(precision: Recipe, platform: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
+def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
     """The same with every token through every expert: the oracle."""
-    del platform
-    gate_EDF, up_EDF, down_EFD = weights
+    del kind
+    gate_EDF, up_EDF, down_EFD = map(precision.dense, weights)
     hidden_NEF = nn.silu(precision.einsum("ND,EDF->NEF", x_ND, gate_EDF)) * precision.einsum("ND,EDF->NEF", x_ND, up_EDF)
     y_NED = precision.einsum("NEF,EFD->NED", hidden_NEF, down_EFD)
     return jnp.einsum("NED,NKE->NKD", y_NED, jax.nn.one_hot(expert_ids_NK, gate_EDF.shape[0]))
@@ -60,7 +58,7 @@ class Experts(nn.Module):
 
         def weight(name, shape, axes):
             init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), axes)
-            return self.param(name, init, (config.num_experts, *shape), precision.param_dtype).astype(precision.compute_dtype)
+            return self.param(name, init, (config.num_experts, *shape), precision.param_dtype).astype(precision.expert_dtype)
 
         into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
         weights = (
@@ -70,7 +68,7 @@ class Experts(nn.Module):
         )
 
         def apply(weights, x_ND, expert_ids_NK):
-            return IMPLEMENTATIONS[config.implementation](precision, self.placement.platform, weights, x_ND, expert_ids_NK)
+            return IMPLEMENTATIONS[config.implementation](precision, self.placement.device_kind, weights, x_ND, expert_ids_NK)
 
         return self.placement.experts(apply, weights, (into, into, out), x_BTD, expert_ids_BTK, gates_BTK)
 

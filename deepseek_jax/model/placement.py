@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.implementations import device_kind
+
 
 def combine(y_NKD: jax.Array, gates_NK: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Each token's K expert results weighted by its gates and summed in float32: [N, D] in `dtype`."""
@@ -21,9 +23,9 @@ class Placement:
     """
 
     @property
-    def platform(self) -> str:
-        """What the program is compiled for: "cpu", "gpu" or "tpu"."""
-        return jax.default_backend()
+    def device_kind(self) -> str:
+        """The kind of device it is compiled for: "cpu", "tpu", "sm90" (NVIDIA Hopper), …"""
+        return device_kind(jax.devices()[0])
 
     @property
     def batch_shards(self) -> int:

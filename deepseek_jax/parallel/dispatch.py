@@ -21,8 +21,8 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
+from kernels_pallas import QTensor, dequantize, quantize_tile
 from kernels_pallas._compat import varying_axes
-from deepseek_jax.precision.tiles import dequantise_tiles, quantise_tiles
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
 FORMATS = ("compute", "fp8")
@@ -53,11 +53,11 @@ class DispatchConfig:
         if self.buffer_factor < 1:
             raise ConfigError(f"mesh.dispatch.buffer_factor={self.buffer_factor}: at least 1, what a balanced load needs")
 
-    def on(self, platform: str) -> str:
-        """The exchange that runs on a platform."""
+    def on(self, kind: str) -> str:
+        """The exchange that runs on a kind of device."""
         if self.exchange != "auto":
             return self.exchange
-        return "padded" if platform == "cpu" else "ragged"
+        return "padded" if kind == "cpu" else "ragged"
 
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -153,8 +153,8 @@ class Exchange:
         """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
         if not self.fp8:
             return self.move(plan, x_SD)
-        values, scales = quantise_tiles(x_SD)
-        return dequantise_tiles(self.move(plan, values), self.move(plan, scales), x_SD.dtype)
+        q_SD = quantize_tile(x_SD, power_of_two=True)
+        return dequantize(QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile), x_SD.dtype)
 
     def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
         """What the experts make of this round's pairs, weighted and summed: [N, D]."""

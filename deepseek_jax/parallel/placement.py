@@ -11,10 +11,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.model.placement import Placement, combine
-from kernels_pallas._compat import varying_axes
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
 from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
+from kernels_pallas._compat import varying_axes
+from kernels_pallas.implementations import device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,8 @@ class MeshPlacement(Placement):
     dispatch: DispatchConfig = DispatchConfig()
 
     @property
-    def platform(self) -> str:
-        return {"cuda": "gpu"}.get(platform := self.mesh.devices.flat[0].platform, platform)
+    def device_kind(self) -> str:
+        return device_kind(self.mesh.devices.flat[0])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -141,7 +142,7 @@ class MeshPlacement(Placement):
 
         weight_axes = tuple(divided(w, names) for w, names in zip(weights, axes, strict=True))
         weight_specs = tuple(PartitionSpec(*(part or None for part in parts)) for parts in weight_axes)
-        kind = self.dispatch.on(self.platform)
+        kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):
             weights = tuple(self._whole(w, *where) for w, *where in zip(weights, axes, weight_axes, strict=True))

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 
-def row_block(rows: int, num_groups: int, platform: str) -> int:
+def row_block(rows: int, num_groups: int, kind: str) -> int:
     """Block for `rows` rows spread over `num_groups` groups: 1 off the CPU; there about half a mean group.
 
     A smaller block wastes fewer padded rows, a larger one reads each weight matrix less often.
     """
-    if platform != "cpu":
+    if kind != "cpu":
         return 1
     half_mean = max(rows // (2 * num_groups), 1)
     return min(128, max(8, 1 << (half_mean.bit_length() - 1)))

@@ -12,7 +12,7 @@ from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.precision import recipe
-from deepseek_jax.precision.tiles import dequantise_tiles, quantise_tiles
+from kernels_pallas import dequantize, quantize_tile
 
 B, T, D, E, K, F = 8, 5, 128, 8, 3, 4
 CONFIG = MoEConfig(E, K, F)
@@ -108,7 +108,8 @@ def test_tiles_are_e4m3_with_powers_of_two():
     """Against ml_dtypes' own rounding, written out; outliers, zeros and tiny numbers included."""
     x = np.float32(RNG.normal(size=(6, 384)) * np.array([1, 1e-3, 1e3, 1e-6, 0, 1])[:, None])
     x[5, 200] = 1e4
-    values, scales = quantise_tiles(jnp.asarray(x))
+    q = quantize_tile(jnp.asarray(x), power_of_two=True)
+    values, scales = q.values, q.scales
     assert values.dtype == jnp.float8_e4m3fn and scales.shape == (6, 3)
     for row in range(6):
         for tile in range(3):
@@ -116,7 +117,7 @@ def test_tiles_are_e4m3_with_powers_of_two():
             scale = 2.0 ** np.ceil(np.log2(max(np.abs(part).max(), 1e-4) / 448))
             assert float(scales[row, tile]) == scale
             np.testing.assert_array_equal(values[row, tile * 128 : tile * 128 + 128].astype(np.float32), (part / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    back = np.asarray(dequantise_tiles(values, scales, jnp.float32))
+    back = np.asarray(dequantize(q))
     tiles = np.abs(x).reshape(6, 3, 128).max(-1).repeat(128, -1).reshape(6, 384)
     assert np.all(np.abs(back - x) <= np.maximum(tiles, 1e-4) * 2**-4)
 
@@ -127,7 +128,7 @@ def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     ids = IDS["random"]
     y, _, gradients = call(ids)
     want, _, want_gradients = reference(ids)
-    rounded = dequantise_tiles(*quantise_tiles(X), jnp.float32)
+    rounded = dequantize(quantize_tile(X, power_of_two=True))
 
     def exact(x):
         module = Experts(CONFIG, 0.1, recipe("float32"), Placement())

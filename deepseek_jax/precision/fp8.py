@@ -1,0 +1,88 @@
+"""FP8 as DeepSeek-V3 trains with it (V3 §3.3): the recipe `fp8_deepseek`, with a field for each choice of the paper."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.precision.recipe import Recipe
+from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear
+from kernels_pallas.implementations import preferred
+
+ROLES = ("linear", "attention_output", "experts", "mtp_projection")
+# V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
+ATTENTION_OUTPUT = LinearFormat(input=Quantizer(power_of_two=True), saved=Quantizer(format="e5m6", power_of_two=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8Recipe(Recipe):
+    """All three products of every Linear and expert in E4M3. Embedding, head, router, norms and attention's own products stay in
+    `compute_dtype` or float32, as in the other recipes.
+
+    format             how Linears and experts multiply
+    attention_output   how the Linear after attention does
+    keep_swiglu_input  keep gate and up, quantised, and compute their product again in the backward pass; else the product is kept
+    high_precision     roles that multiply in `compute_dtype` after all: "linear", "attention_output", "experts", "mtp_projection"
+    """
+
+    format: LinearFormat = LinearFormat()
+    attention_output: LinearFormat = ATTENTION_OUTPUT
+    keep_swiglu_input: bool = True
+    high_precision: tuple[str, ...] = ("mtp_projection",)  # it is not quantised in the released weights either
+
+    def __post_init__(self):
+        for role in self.high_precision:
+            if role not in ROLES:
+                raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
+
+    @property
+    def expert_dtype(self) -> jnp.dtype:
+        """Experts are quantised from their master copies."""
+        return self.param_dtype
+
+    def dense(self, w: jax.Array | QTensor) -> jax.Array:
+        return dequantize(w, self.compute_dtype) if isinstance(w, QTensor) else w
+
+    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor, role: str = "linear", kind: str = "cpu") -> jax.Array:
+        if role in self.high_precision:
+            return super().linear(x, self.dense(w_DF))
+        format = self.attention_output if role == "attention_output" else self.format
+        multiply = functools.partial(fp8_linear, format=format, implementation=preferred(kind))
+        return _by_rows(multiply, w_DF, x.astype(self.compute_dtype))
+
+    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor, kind: str = "cpu") -> jax.Array:
+        if "linear" in self.high_precision or not self.keep_swiglu_input:
+            return super().swiglu_linear(gate, up, w_FD, kind)
+        multiply = functools.partial(fp8_swiglu_linear, format=self.format, implementation=preferred(kind))
+        return _by_rows(multiply, w_FD, gate, up)
+
+    def row_block(self, rows: int, num_groups: int, kind: str) -> int:
+        """Groups of whole tiles, but on a CPU, where rows are dear."""
+        return super().row_block(rows, num_groups, kind) if kind == "cpu" else self.format.gradient.size
+
+    def grouped_linear(
+        self, x_RD: jax.Array, w_EDF: jax.Array | QTensor, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+    ) -> jax.Array:
+        if "experts" in self.high_precision:
+            return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block)
+        fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
+        return fp8_grouped_linear(x_RD.astype(self.compute_dtype), w_EDF, group_sizes_E, **fields)
+
+    def grouped_swiglu_linear(
+        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+    ) -> jax.Array:
+        if "experts" in self.high_precision or not self.keep_swiglu_input:
+            return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, block, kind)
+        fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
+        return fp8_grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, **fields)
+
+
+def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor, *x: jax.Array) -> jax.Array:
+    """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and stay apart."""
+    if x[0].ndim == 1:
+        return multiply(*(part[None] for part in x), w)[0]
+    for _ in range(x[0].ndim - 2):
+        multiply = jax.vmap(multiply, in_axes=(*(0 for _ in x), None))
+    return multiply(*x, w)

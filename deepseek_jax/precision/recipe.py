@@ -1,0 +1,69 @@
+"""A recipe: what the network multiplies with.
+
+Master weights are float32 in every recipe; `compute_dtype` is what activations are and what the products read. Norms, softmax,
+routing, logits and losses are float32 whatever the recipe.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.precision.grouped import grouped_matmul, row_block
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named number format for the network's products. Hashable, so that it can be a static argument.
+
+    `role` says whose product it is: "linear", "attention_output", "mtp_projection" or "experts". `kind` is the kind of device that it is
+    compiled for, as `Placement.device_kind` has it. A recipe may treat each differently.
+    """
+
+    name: str
+    param_dtype: jnp.dtype
+    compute_dtype: jnp.dtype
+    matmul_precision: jax.lax.Precision
+
+    @property
+    def expert_dtype(self) -> jnp.dtype:
+        """What the experts' weights are sent in to where they are multiplied."""
+        return self.compute_dtype
+
+    def dense(self, w) -> jax.Array:
+        """A weight as a plain array, for a product that is none of a recipe's."""
+        return w
+
+    def linear(self, x: jax.Array, w_DF: jax.Array, role: str = "linear", kind: str = "cpu") -> jax.Array:
+        """x [..., D] times w [D, F] in the compute dtype.
+
+        Give x as [N, D] where you can: with two batch axes XLA's CPU backend computes the weights' gradient twice as slowly.
+        """
+        del role, kind
+        return jnp.matmul(x.astype(self.compute_dtype), w_DF.astype(self.compute_dtype), precision=self.matmul_precision)
+
+    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array, kind: str = "cpu") -> jax.Array:
+        """silu(gate) · up [..., F] times w [F, D]."""
+        return self.linear(nn.silu(gate) * up, w_FD, kind=kind)
+
+    def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
+        """An activation-by-activation product (attention): operands in the compute dtype, result in float32."""
+        operands = [x.astype(self.compute_dtype) for x in operands]
+        return jnp.einsum(equation, *operands, precision=self.matmul_precision, preferred_element_type=jnp.float32)
+
+    def row_block(self, rows: int, num_groups: int, kind: str) -> int:
+        """Row count that groups are padded to for the grouped products; 1 means no padding."""
+        return row_block(rows, num_groups, kind)
+
+    def grouped_linear(self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu") -> jax.Array:
+        """Rows of group e times w[e]; groups lie one after another, each a multiple of `block` rows long."""
+        del kind
+        x_RD, w_EDF = x_RD.astype(self.compute_dtype), w_EDF.astype(self.compute_dtype)
+        return grouped_matmul(x_RD, w_EDF, group_sizes_E, block, self.matmul_precision)
+
+    def grouped_swiglu_linear(
+        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+    ) -> jax.Array:
+        """Rows of group e of silu(gate) · up times w[e]."""
+        return self.grouped_linear(nn.silu(gate_RF) * up_RF, w_EFD, group_sizes_E, block, kind)
