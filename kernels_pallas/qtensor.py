@@ -10,7 +10,6 @@ E4M3 = "float8_e4m3fn"
 # Largest finite magnitude, and what holds the format: E5M6 (V3 §3.3.3) has no type of its own and fits into bfloat16.
 FORMATS = {E4M3: (448.0, jnp.float8_e4m3fn), "float8_e5m2": (57344.0, jnp.float8_e5m2), "e5m6": (65024.0, jnp.bfloat16)}
 SCOPES = ("tile", "block", "tensor")
-MIN_AMAX = 1e-4  # the released quantiser takes no tile's largest magnitude to be smaller
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
@@ -45,12 +44,15 @@ class Quantizer:
     size           128 in V3; 256 suits matrix units that are 256 wide
     format         "float8_e4m3fn" (V3), "float8_e5m2", or "e5m6" (what V3 keeps of the attention's output for the backward pass)
     power_of_two   round the scale up to a power of two, so that scaling is exact
+    min_amax       no tile's largest magnitude is taken to be smaller; 1e-4 in the released quantiser. Gradients of a mean over millions of
+                   tokens are all smaller than that, and would lose most of their bits
     """
 
     scope: str = "tile"
     size: int = 128
     format: str = E4M3
     power_of_two: bool = False
+    min_amax: float = 1e-4
 
     def __post_init__(self):
         if self.scope not in SCOPES:
@@ -59,11 +61,14 @@ class Quantizer:
             raise ValueError(f"format={self.format!r}: one of {', '.join(FORMATS)}")
         if self.size not in (128, 256):
             raise ValueError(f"size={self.size}: 128 or 256")
+        if not 1e-30 <= self.min_amax:
+            raise ValueError(f"min_amax={self.min_amax}: at least 1e-30, whose scale float32 still holds with all its bits")
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The tile for an array of this shape."""
         return {"tile": (1, self.size), "block": (self.size, self.size), "tensor": (max(shape[-2], 1), max(shape[-1], 1))}[self.scope]
 
 
-TILE = Quantizer("tile")  # activations and their gradients (V3 §3.3.2)
+TILE = Quantizer("tile")  # activations (V3 §3.3.2)
 BLOCK = Quantizer("block")  # weights
+GRADIENT = Quantizer("tile", min_amax=1e-30)  # gradients of activations

@@ -21,11 +21,12 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from kernels_pallas import QTensor, dequantize, quantize_tile
+from kernels_pallas import QTensor, Quantizer, dequantize, quantize
 from kernels_pallas._compat import varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
 FORMATS = ("compute", "fp8")
+SENT = Quantizer(power_of_two=True, min_amax=1e-30)  # activations and their gradients
 Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
@@ -153,7 +154,7 @@ class Exchange:
         """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
         if not self.fp8:
             return self.move(plan, x_SD)
-        q_SD = quantize_tile(x_SD, power_of_two=True)
+        q_SD = quantize(x_SD, SENT)
         return dequantize(QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile), x_SD.dtype)
 
     def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:

@@ -10,7 +10,7 @@ from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gr
 from kernels_pallas.grouped.layout import pad_groups, take_quantized, take_rows
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
-from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer
+from kernels_pallas.qtensor import BLOCK, GRADIENT, TILE, QTensor, Quantizer
 from kernels_pallas.quantize.api import dequantize, quantize, quantize_transposed, requantize_transposed
 from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
 
@@ -29,7 +29,7 @@ class LinearFormat:
 
     input: Quantizer = TILE
     weight: Quantizer = BLOCK
-    gradient: Quantizer = TILE
+    gradient: Quantizer = GRADIENT
     saved: Quantizer | None = None
     products: tuple[str, ...] = PRODUCTS
     accumulation: Accumulation = Accumulation()

@@ -3,7 +3,7 @@
 import jax
 
 from kernels_pallas.implementations import choose
-from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer
+from kernels_pallas.qtensor import TILE, QTensor, Quantizer
 from kernels_pallas.quantize import reference
 
 
@@ -47,5 +47,3 @@ def requantize_transposed(q: QTensor, quantizer: Quantizer = TILE, *, implementa
 
 
 dequantize = reference.dequantize
-
-__all__ = ["BLOCK", "TILE", "Quantizer", "dequantize", "quantize", "quantize_block", "quantize_tile", "quantize_transposed", "requantize_transposed"]

@@ -3,27 +3,27 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.qtensor import FORMATS, MIN_AMAX, QTensor, Quantizer
+from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
 
 
 def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
-    """[..., R, C] -> QTensor of the same shape; scale = max(amax, 1e-4) / (largest magnitude of the format), values clipped before the cast.
+    """[..., R, C] -> QTensor of the same shape; scale = max(amax, min_amax) / (largest magnitude of the format), values clipped before the cast.
 
     A NaN or an infinity in a tile makes the whole tile NaN.
     """
     x, tile = x.astype(jnp.float32), quantizer.tile(x.shape)
     largest, dtype = FORMATS[quantizer.format]
-    scales = scale_of(jnp.max(jnp.abs(_tiles(x, tile)), axis=(-3, -1)), largest, quantizer.power_of_two)
+    scales = scale_of(jnp.max(jnp.abs(_tiles(x, tile)), axis=(-3, -1)), quantizer)
     scaled = jnp.clip(x / spread(scales, tile, x.shape), -largest, largest)  # the cast itself overflows to NaN
     if quantizer.format == "e5m6":
         scaled = jax.lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=6)
     return QTensor(scaled.astype(dtype), scales, tile)
 
 
-def scale_of(amax: jax.Array, largest: float, power_of_two: bool) -> jax.Array:
-    """float32 scales of tiles whose largest magnitudes are `amax`; `power_of_two` rounds them up."""
-    scale = jnp.maximum(amax, MIN_AMAX) / largest
-    if not power_of_two:
+def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """float32 scales of tiles whose largest magnitudes are `amax`."""
+    scale = jnp.maximum(amax, quantizer.min_amax) / FORMATS[quantizer.format][0]
+    if not quantizer.power_of_two:
         return scale
     mantissa, exponent = jnp.frexp(scale)  # mantissa in [0.5, 1): exact, which exp2 and log2 are not
     rounded = jnp.ldexp(jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent))
