@@ -1,6 +1,7 @@
 """Where versions of jax differ."""
 
 import jax
+import jax.numpy as jnp
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -20,3 +21,8 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, arrays)
+
+
+def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
+    """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh axes."""
+    return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
