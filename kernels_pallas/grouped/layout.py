@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import spread
+from kernels_pallas.quantize.reference import retile
 
 
 @flax.struct.dataclass
@@ -44,8 +44,3 @@ def take_quantized(q_RD: QTensor, rows: jax.Array) -> QTensor:
     """The rows of a QTensor, with a scale for each row and tile of columns."""
     q_RD = retile(q_RD, q_RD.tile[1])
     return QTensor(take_rows(q_RD.values, rows), take_rows(q_RD.scales, rows), q_RD.tile)
-
-
-def retile(q: QTensor, size: int) -> QTensor:
-    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are."""
-    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, q.tile, q.shape)[..., ::size], (1, size))

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas._compat import zeros
-from kernels_pallas.grouped.layout import group_of, pad_groups, retile, take_quantized, take_rows
+from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, take_rows
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.reference import matmul
 from kernels_pallas.qtensor import QTensor
+from kernels_pallas.quantize.reference import retile
 
 
 def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:

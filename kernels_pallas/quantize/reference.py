@@ -47,6 +47,12 @@ def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> 
     return scales[..., : shape[-2], : shape[-1]]
 
 
+def retile(q: QTensor, size: int) -> QTensor:
+    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers all columns."""
+    parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
+    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
+
+
 def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     """The largest magnitude in each tile, NaN if there is one. Compared as integers, which order alike: XLA's maximum loses a NaN now and then on CPU."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
