@@ -1,6 +1,7 @@
 """Where versions of jax differ."""
 
 import jax
+import jax.numpy as jnp
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -20,3 +21,11 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, arrays)
+
+
+def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel writes, marked as different along every mesh axis along which any of its operands is."""
+    axes = frozenset().union(*map(varying_axes, operands))
+    if hasattr(jax.sharding, "ManualAxisType"):  # jax 0.10 and 0.11
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
