@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._compat import zeros
 from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, take_rows
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.reference import matmul
@@ -47,7 +48,7 @@ def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, a
         return total_GDF.at[group].add(matmul(x_Dp, dy_Fp, accumulation, jnp.float32), mode="drop"), None
 
     parts = jax.tree.map(lambda x: x.reshape(x.shape[0], group_J.size, -1).swapaxes(0, 1), (x_DP, dy_FP))
-    total_GDF = jnp.zeros((num_groups, x_DP.shape[0], dy_FP.shape[0]), jnp.float32)
+    total_GDF = zeros((num_groups, x_DP.shape[0], dy_FP.shape[0]), x_DP, dy_FP, sizes_G)
     return jax.lax.scan(add, total_GDF, (*parts, group_J))[0].astype(out_dtype)
 
 

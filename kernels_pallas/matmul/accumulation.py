@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._compat import zeros
+
 ACCUMULATORS = ("float32", "hopper_fp22", "fp22_register")
 STEP = 32  # products that Hopper's FP8 tensor core adds at once
 FRACTION_BITS = 13  # of the accumulator: 1 sign + 8 exponent + 13 fraction = "FP22"
@@ -36,7 +38,7 @@ def partial_product(a_MK: jax.Array, b_NK: jax.Array, accumulator: str) -> jax.A
         return _dot(a_MK, b_NK)
     a_SMk, b_SNk = (_steps(x, STEP) for x in (a_MK, b_NK))
     add = _add_aligned if accumulator == "hopper_fp22" else lambda sum_MN, a, b: truncate(sum_MN + _dot(a, b))
-    start_MN = jnp.zeros((a_MK.shape[0], b_NK.shape[0]), jnp.float32)
+    start_MN = zeros((a_MK.shape[0], b_NK.shape[0]), a_MK, b_NK)
     return jax.lax.scan(lambda sum_MN, ab: (add(sum_MN, *ab), None), start_MN, (a_SMk, b_SNk))[0]
 
 

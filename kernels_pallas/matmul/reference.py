@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._compat import zeros
 from kernels_pallas.matmul.accumulation import Accumulation, partial_product
 from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import spread
@@ -35,7 +36,7 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
         return total_MN + partial_product(a_Mk, b_Nk, accumulation.accumulator) * a_M[:, None] * b_N[None, :], None
 
     operands = (operand(a_MK), operand(b_NK))
-    total_MN = jnp.zeros((rows, columns), jnp.float32)
+    total_MN = zeros((rows, columns), a_MK, b_NK)
     if depth <= part:
         total_MN = add(total_MN, jax.tree.map(lambda x: x[0], operands))[0]
     else:

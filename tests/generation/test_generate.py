@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from generation_cases import EOS, LENGTHS, N, P, PAD, SAMPLING, V
+from generation_cases import EOS, LENGTHS, PAD, SAMPLING, N, P, V
 
 from deepseek_jax.errors import DataError
 from deepseek_jax.generation.generate import advance, feed, finish, generate, start

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_cases import GQA, MLA, N, SAMPLING, build_case
+from generation_cases import GQA, MLA, SAMPLING, N, build_case
 
 from deepseek_jax import cli
 from deepseek_jax.data.tokenizers import StreamDecoder, load_tokenizer

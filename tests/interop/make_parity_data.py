@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import hf_models
-import numpy as np
 import jax_side
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 

@@ -1,14 +1,16 @@
 """The same weights and the same batch give the same loss and gradients on one device and on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import CONFIG, MESHES, assert_close, jit, on, placed, placed_batch
+from meshes import CONFIG, MESHES, MODEL, assert_close, jit, on, placed, placed_batch
 
 from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.precision import recipe
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
@@ -56,6 +58,17 @@ def test_loss_and_every_gradient(name, one_device):
     assert jax.tree.all(jax.tree.map(lambda w, s: w.sharding.is_equivalent_to(s, w.ndim), weights, wanted))
     divided = [w for w in jax.tree.leaves(weights) if not w.sharding.is_fully_replicated]
     assert bool(divided) == (name != "data8")
+
+
+def test_fp8():
+    """The same choices, scales and roundings; only the gradients of experts' weights take scales over rows, which lie in another order."""
+    model = MODEL.clone(precision=dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32)))
+    got, want = (loss_and_gradients(on(sizes, model)) for sizes in ({"fsdp": 2, "expert": 4}, None))
+    jax.tree.map(np.testing.assert_array_equal, got[2], want[2])
+    apart = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), got[4], want[4])
+    for path, distance in jax.tree_util.tree_leaves_with_path(apart):
+        assert distance < (0.06 if "experts" in jax.tree_util.keystr(path) else 1e-5), path
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
 
 
 def test_no_token_is_lost_where_everything_goes_to_one_expert():
