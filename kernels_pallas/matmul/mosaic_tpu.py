@@ -20,12 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output
+from kernels_pallas.grouped.reference import retile
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import retile
-
-LANES, SUBLANES = 128, 8  # of a float32 register
-ROWS = 32  # of eight-bit numbers in one tile of VMEM
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, from_column, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ def choose_blocks(rows: int, columns: int, depth: int, tile: int) -> Blocks:
     """Blocks for a product of this size; they divide `depth` in whole tiles."""
     blocks = SMALL if rows <= SMALL.m else LARGE
     tiles = math.gcd(blocks.k // tile, pl.cdiv(depth, tile))
-    return Blocks(min(blocks.m, _round_up(rows, ROWS)), min(blocks.n, _round_up(columns, LANES)), tiles * tile)
+    return Blocks(min(blocks.m, round_up(rows, ROWS)), min(blocks.n, round_up(columns, LANES)), tiles * tile)
 
 
 def multiplied(a: QTensor, b: QTensor) -> tuple[jnp.dtype, jnp.dtype]:
@@ -88,7 +86,7 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
     arrays = operands(a_MK, b_NK, tile)
     grid = (pl.cdiv(rows, blocks.m), pl.cdiv(columns, blocks.n), arrays[0].shape[1] // blocks.k)
     return pl.pallas_call(
-        functools.partial(_kernel, tile=tile, dtypes=multiplied(a_MK, b_NK)),
+        functools.partial(kernel, tile=tile, dtypes=multiplied(a_MK, b_NK)),
         out_shape=output((rows, columns), out_dtype, *arrays),
         grid=grid,
         in_specs=[
@@ -104,14 +102,17 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
     )(*arrays)
 
 
-def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, y_ref, total_ref, *, tile, dtypes):
+def kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, y_ref, total_ref, *, tile, dtypes, wanted=True):
+    """One step of the grid (M, N, K); the product is zero where it is not `wanted`."""
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         total_ref[...] = jnp.zeros_like(total_ref)
 
-    add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, tile=tile, dtypes=dtypes)
+    @pl.when(wanted)
+    def _():
+        add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, tile=tile, dtypes=dtypes)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -121,7 +122,7 @@ def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, y_ref, total_ref, *, tile,
 def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, tile, dtypes):
     """Adds the product of the blocks of a and b at `step` along K, tile by tile, each with its scales."""
     tiles = a_ref.shape[1] // tile
-    a_scales = pltpu.roll(a_scales_ref[...], -step * tiles % LANES, axis=1)  # those of this step now come first, at a fixed place
+    a_scales = from_column(a_scales_ref, step * tiles)
     for t in range(tiles):
         k = slice(t * tile, (t + 1) * tile)
         partial = jax.lax.dot_general(
@@ -134,6 +135,3 @@ def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:
     missing = -values_RK.shape[-1] % tile
     return jnp.pad(values_RK, [(0, 0)] * (values_RK.ndim - 1) + [(0, missing)]) if missing else values_RK
 
-
-def _round_up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple
