@@ -83,7 +83,7 @@ def _kernel(group_ref, *refs, num_groups, tile, dtypes):
 
 def _rows_at_once(num_rows: int, num_groups: int) -> int:
     """About half a mean group: more would be padding for the most part, fewer read each matrix more often."""
-    return min(dense.LARGE.m, max(ROWS, 1 << (num_rows // (2 * num_groups)).bit_length()))
+    return min(dense.LARGE.m, max(ROWS, (1 << (num_rows // num_groups).bit_length()) // 4))
 
 
 def grouped_weight_gradient(

@@ -53,8 +53,9 @@ def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, a
 
 
 def retile(q: QTensor, size: int) -> QTensor:
-    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are."""
-    return QTensor(q.values, spread(q.scales, q.tile, q.shape)[..., ::size], (1, size))
+    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers all columns."""
+    parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
+    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
 
 
 def _masked(x_DP: QTensor, kept_P: jax.Array) -> QTensor:
