@@ -133,9 +133,8 @@ def test_compiles_and_multiplies_what_the_chip_does(topology, shape, a_tile, b_t
 
 @needs_libtpu
 def test_too_large_blocks_are_refused(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "LARGE", mosaic_tpu.Blocks(m=4096, n=4096, k=1024))
-    program = lower(
-        "tpu7x:2x2x1", lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), described((4096, 7168), TILE), described((4096, 7168), BLOCK), sharded=1
-    )
+    monkeypatch.setattr(mosaic_tpu, "SMALL", mosaic_tpu.Blocks(m=32, n=40960, k=1024))  # 40 MiB of b, twice
+    a, b = described((8, 1024), TILE_256), described((40960, 1024), TILE_256)
+    program = lower("tpu7x:2x2x1", lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), a, b, sharded=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         program.compile()
