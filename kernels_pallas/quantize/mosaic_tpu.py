@@ -24,6 +24,7 @@ from kernels_pallas.tpu import LANES, ROWS, SUBLANES, from_column, round_up
 
 ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
 TILES = {"tile": 64, "block": 16}  # side by side at once
+COLUMNS = 512  # at once, where tiles run along 128 rows
 
 
 def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
@@ -117,7 +118,7 @@ def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quan
     *batch, rows, columns = arrays[0].shape
     arrays, size = tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays), quantizer.size
     tiles = min(pl.cdiv(rows, size), SUBLANES)
-    height, columns_at_once = tiles * size, min(512 * LANES // size, round_up(columns, width))
+    height, columns_at_once = tiles * size, min(max(COLUMNS * LANES // size, width), round_up(columns, width))
     grid = (arrays[0].shape[0], pl.cdiv(rows, height), pl.cdiv(columns, columns_at_once))
     values, scales = pl.pallas_call(
         functools.partial(_columns_kernel, width=width, quantizer=quantizer, rows=rows),
