@@ -20,7 +20,7 @@ from kernels_pallas.grouped.layout import group_of, pad_groups, take_rows
 from kernels_pallas.matmul import mosaic_tpu as dense
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
-from kernels_pallas.tpu import LANES, ROWS, SUBLANES
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of
 
 SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
@@ -62,10 +62,10 @@ def grouped_matmul(
             grid=(group_J.size, pl.cdiv(columns, blocks.n), a_PK.shape[1] // blocks.k),
             in_specs=[
                 pl.BlockSpec((block, blocks.k), lambda i, j, k, group: (i, k)),
-                pl.BlockSpec((block, LANES), lambda i, j, k, group: (i, k * tiles // LANES)),
+                pl.BlockSpec((block, LANES), lambda i, j, k, group: (i, block_of(k * tiles, LANES))),
                 pl.BlockSpec((None, blocks.n, blocks.k), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), j, k)),
                 pl.BlockSpec(
-                    (None, SUBLANES, blocks.n), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), k * tiles // SUBLANES, j)
+                    (None, SUBLANES, blocks.n), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), block_of(k * tiles, SUBLANES), j)
                 ),
             ],
             out_specs=pl.BlockSpec((block, blocks.n), lambda i, j, k, group: (i, j)),
@@ -103,9 +103,9 @@ def grouped_weight_gradient(
             grid=(pl.cdiv(rows, blocks.m), pl.cdiv(columns, blocks.n), arrays[0].size),
             in_specs=[
                 pl.BlockSpec((blocks.m, blocks.k), lambda i, j, s, group, k, visit: (i, k[s])),
-                pl.BlockSpec((blocks.m, LANES), lambda i, j, s, group, k, visit: (i, k[s] * tiles // LANES)),
+                pl.BlockSpec((blocks.m, LANES), lambda i, j, s, group, k, visit: (i, block_of(k[s] * tiles, LANES))),
                 pl.BlockSpec((blocks.n, blocks.k), lambda i, j, s, group, k, visit: (j, k[s])),
-                pl.BlockSpec((SUBLANES, blocks.n), lambda i, j, s, group, k, visit: (k[s] * tiles // SUBLANES, j)),
+                pl.BlockSpec((SUBLANES, blocks.n), lambda i, j, s, group, k, visit: (block_of(k[s] * tiles, SUBLANES), j)),
             ],
             out_specs=pl.BlockSpec((None, blocks.m, blocks.n), lambda i, j, s, group, k, visit: (group[s], i, j)),
             scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],

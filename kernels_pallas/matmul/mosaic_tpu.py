@@ -23,7 +23,7 @@ from kernels_pallas._compat import output
 from kernels_pallas.grouped.reference import retile
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
-from kernels_pallas.tpu import LANES, ROWS, SUBLANES, from_column, round_up
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
         grid=grid,
         in_specs=[
             pl.BlockSpec((blocks.m, blocks.k), lambda i, j, k: (i, k)),
-            pl.BlockSpec((blocks.m, LANES), lambda i, j, k: (i, k * (blocks.k // tile) // LANES)),
+            pl.BlockSpec((blocks.m, LANES), lambda i, j, k: (i, block_of(k * (blocks.k // tile), LANES))),
             pl.BlockSpec((blocks.n, blocks.k), lambda i, j, k: (j, k)),
-            pl.BlockSpec((SUBLANES, blocks.n), lambda i, j, k: (k * (blocks.k // tile) // SUBLANES, j)),
+            pl.BlockSpec((SUBLANES, blocks.n), lambda i, j, k: (block_of(k * (blocks.k // tile), SUBLANES), j)),
         ],
         out_specs=pl.BlockSpec((blocks.m, blocks.n), lambda i, j, k: (i, j)),
         scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],
@@ -128,7 +128,7 @@ def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, ti
         partial = jax.lax.dot_general(
             a_ref[:, k].astype(dtypes[0]), b_ref[:, k].astype(dtypes[1]), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[pl.ds(step * tiles % SUBLANES + t, 1), :]
+        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[pl.ds((step * tiles & (SUBLANES - 1)) + t, 1), :]
 
 
 def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:

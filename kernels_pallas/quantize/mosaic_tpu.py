@@ -20,7 +20,7 @@ from kernels_pallas._compat import output
 from kernels_pallas.grouped.reference import retile
 from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
 from kernels_pallas.quantize.reference import scale_of
-from kernels_pallas.tpu import LANES, ROWS, SUBLANES, from_column, round_up
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
 
 ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
 TILES = {"tile": 64, "block": 16}  # side by side at once
@@ -129,7 +129,7 @@ def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quan
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, height, columns_at_once), lambda b, i, j: (b, i, j)),
-            pl.BlockSpec((None, height, LANES), lambda b, i, j: (b, i, j * (columns_at_once // width) // LANES)),
+            pl.BlockSpec((None, height, LANES), lambda b, i, j: (b, i, block_of(j * (columns_at_once // width), LANES))),
         ][: len(arrays)],
         out_specs=(
             pl.BlockSpec((None, columns_at_once, height), lambda b, i, j: (b, j, i)),

@@ -43,6 +43,7 @@ def extreme(shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
         ((70, 576), POWERS, jnp.float32),  # ragged rows, a last tile that is cut off
         ((2, 40, 300), Quantizer("tile", 256, min_amax=1e-30), jnp.bfloat16),
         ((40, 256), Quantizer("tile", format="float8_e5m2"), jnp.float32),
+        ((1, 200), TILE, jnp.bfloat16),
         ((200, 300), BLOCK, jnp.float32),
         ((2, 260, 130), Quantizer("block", 256, power_of_two=True), jnp.bfloat16),
     ],
