@@ -46,24 +46,14 @@ def test_swiglu_forward():
 def test_results_vary_where_operands_do(split, out_spec, accepted):
     """What a kernel makes of an operand that differs between devices is not taken to be the same on all of them. Lowered for any TPU."""
     a, b = whole_numbers(0, (64, 256), (1, 128)), whole_numbers(1, (64, 256), (1, 128))
-    multiply = on_two_devices([0 in split, 1 in split], out_spec)
+    specs = dict(in_specs=tuple(PartitionSpec("data" if index in split else None) for index in range(2)), out_specs=PartitionSpec(out_spec))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    multiply = jax.shard_map(lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), mesh=mesh, **specs)
     if accepted:
         assert "tpu_custom_call" in jax.jit(multiply).trace(a, b).lower(lowering_platforms=("tpu",)).as_text()
     else:
         with pytest.raises(ValueError, match="out_specs"):
             jax.jit(multiply).trace(a, b)
-
-
-def test_rows_split_over_devices():
-    a, b = whole_numbers(0, (80, 256), (1, 128)), whole_numbers(1, (72, 256), (128, 128))
-    np.testing.assert_array_equal(run(on_two_devices([True, False], "data"), a, b), fp8_matmul(a, b, implementation="xla"))
-
-
-def on_two_devices(split, out_spec):
-    """fp8_matmul in a `shard_map` with its check; the operands that are `split` lie in parts."""
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    specs = dict(in_specs=tuple(PartitionSpec("data" if part else None) for part in split), out_specs=PartitionSpec(out_spec))
-    return jax.shard_map(lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), mesh=mesh, **specs)
 
 
 @needs_libtpu
