@@ -132,7 +132,10 @@ SIZES = jax.ShapeDtypeStruct((8,), jnp.int32)
 @pytest.mark.parametrize(
     "function, args",
     [
-        (lambda a, sizes, b, **name: fp8_grouped_matmul(a, b, sizes, alignment=128, **name), [described((4096, 7168), TILE), SIZES, described((8, 4096, 7168), BLOCK)]),
+        (
+            lambda a, sizes, b, **name: fp8_grouped_matmul(a, b, sizes, alignment=128, **name),
+            [described((4096, 7168), TILE), SIZES, described((8, 4096, 7168), BLOCK)],
+        ),
         (
             lambda x, sizes, dy, **name: fp8_grouped_weight_gradient(x, dy, sizes, **name),
             [described((7168, 4096), TILE), SIZES, described((2048, 4096), TILE)],
