@@ -23,6 +23,14 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return jax.tree.map(mark, arrays)
 
 
+def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel writes, marked as different along every mesh axis along which any of its operands is."""
+    axes = frozenset().union(*map(varying_axes, operands))
+    if hasattr(jax.sharding, "ManualAxisType"):  # jax 0.10 and 0.11
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+
+
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
     """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh axes."""
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]

@@ -3,13 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped import reference
+from kernels_pallas.grouped import mosaic_tpu, reference
 from kernels_pallas.implementations import choose
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
-GROUPED_MATMUL = {"xla": (reference.grouped_matmul, lambda *_: None)}
-GROUPED_WEIGHT_GRADIENT = {"xla": (reference.grouped_weight_gradient, lambda *_: None)}
+GROUPED_MATMUL = {
+    "xla": (reference.grouped_matmul, lambda *_: None),
+    "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.reason),
+}
+GROUPED_WEIGHT_GRADIENT = {
+    "xla": (reference.grouped_weight_gradient, lambda *_: None),
+    "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.reason_weight_gradient),
+}
 
 
 def fp8_grouped_matmul(

@@ -4,16 +4,25 @@ import jax
 
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
-from kernels_pallas.quantize import reference
+from kernels_pallas.quantize import mosaic_tpu, reference
 
 
 def _any(*_) -> None:
     return None
 
 
-QUANTIZE = {"xla": (reference.quantize, _any)}
-QUANTIZE_TRANSPOSED = {"xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any)}
-REQUANTIZE_TRANSPOSED = {"xla": (reference.requantize_transposed, _any)}
+QUANTIZE = {
+    "xla": (reference.quantize, _any),
+    "mosaic_tpu": (mosaic_tpu.quantize, mosaic_tpu.reason),
+}
+QUANTIZE_TRANSPOSED = {
+    "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
+    "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.reason_transposed),
+}
+REQUANTIZE_TRANSPOSED = {
+    "xla": (reference.requantize_transposed, _any),
+    "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.reason_requantize),
+}
 
 
 def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
