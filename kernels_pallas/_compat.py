@@ -3,6 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError:  # jax 0.10 wants absl-py for it, which it does not bring
+    plgpu = None
+
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which `x` may differ from device to device, inside `shard_map`."""
@@ -23,6 +28,19 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return jax.tree.map(mark, arrays)
 
 
+def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel writes, marked as different along every mesh axis along which any of its operands is."""
+    axes = frozenset().union(*map(varying_axes, operands))
+    if hasattr(jax.sharding, "ManualAxisType"):  # jax 0.10 and 0.11
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+
+
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
     """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh axes."""
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
+
+
+def load(ref, layout) -> jax.Array:
+    """From shared memory into the registers of a warpgroup."""
+    return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout)

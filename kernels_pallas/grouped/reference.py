@@ -10,7 +10,7 @@ from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, 
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.reference import matmul
 from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import spread
+from kernels_pallas.quantize.reference import retile
 
 
 def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
@@ -50,11 +50,6 @@ def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, a
     parts = jax.tree.map(lambda x: x.reshape(x.shape[0], group_J.size, -1).swapaxes(0, 1), (x_DP, dy_FP))
     total_GDF = zeros((num_groups, x_DP.shape[0], dy_FP.shape[0]), x_DP, dy_FP, sizes_G)
     return jax.lax.scan(add, total_GDF, (*parts, group_J))[0].astype(out_dtype)
-
-
-def retile(q: QTensor, size: int) -> QTensor:
-    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are."""
-    return QTensor(q.values, spread(q.scales, q.tile, q.shape)[..., ::size], (1, size))
 
 
 def _masked(x_DP: QTensor, kept_P: jax.Array) -> QTensor:

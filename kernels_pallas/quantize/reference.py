@@ -47,6 +47,12 @@ def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> 
     return scales[..., : shape[-2], : shape[-1]]
 
 
+def retile(q: QTensor, size: int) -> QTensor:
+    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers all columns."""
+    parts = (q.tile[0], -(-q.tile[1] // size))
+    return QTensor(q.values, spread(q.scales, parts, (q.shape[-2], -(-q.shape[-1] // size))), (1, size))
+
+
 def _tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     """[..., R, C] -> [..., R/r, r, C/c, c], padded with zeros."""
     rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
