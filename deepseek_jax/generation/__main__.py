@@ -17,7 +17,7 @@ from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
 from deepseek_jax.interop import import_folder
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import RECIPES, recipe
+from deepseek_jax.precision import RECIPES, FP8Recipe, recipe
 from deepseek_jax.training.checkpoints import load_variables
 
 
@@ -32,9 +32,13 @@ def main(argv: Sequence[str]) -> None:
         top_k=flags.top_k,
         top_p=flags.top_p,
     )
-    config, variables = import_folder(flags.checkpoint) if _is_hugging_face(flags.checkpoint) else load_variables(flags.checkpoint)
+    precision = recipe(flags.precision)
+    if _is_hugging_face(flags.checkpoint):
+        config, variables = import_folder(flags.checkpoint, "fp8" if isinstance(precision, FP8Recipe) else "float32")
+    else:
+        config, variables = load_variables(flags.checkpoint)
     check_vocabulary(tokenizer, config.vocab_size)
-    model, variables = Transformer(config, recipe(flags.precision)), jax.device_put(variables)
+    model, variables = Transformer(config, precision), jax.device_put(variables)
     rng = jax.random.key(flags.seed)
 
     def completion(prompt_ids: Sequence[int], turn: int) -> Iterator[list[int]]:

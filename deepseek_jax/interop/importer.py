@@ -18,12 +18,16 @@ from flax import traverse_util
 
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.folder import Folder, open_folder
+from deepseek_jax.interop.fp8_blocks import BLOCK
 from deepseek_jax.interop.parts import Part, fill, overlaps, part_of, whole
 from deepseek_jax.interop.safetensors_io import StoredTensor
 from deepseek_jax.interop.tensors import TensorSpec
 from deepseek_jax.model.config import ModelConfig
+from kernels_pallas import QTensor
 
 PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_KEPT = "fp8"  # matrices that are stored in E4M3 stay so
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def import_folder(
@@ -35,7 +39,8 @@ def import_folder(
     """Reads a DeepSeek checkpoint in Hugging Face's layout.
 
     Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the routers'
-    correction biases in float32. FP8 weights are dequantised by their block scales. They are numpy arrays, or with `shardings` jax
+    correction biases in float32. FP8 weights are dequantised by their block scales; with `dtype` "fp8" they stay as they are, a QTensor
+    of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies with, and the others are bfloat16. They are numpy arrays, or with `shardings` jax
     arrays: `shardings(config)` is a tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)`
     is called after every tensor, or part of one, that is read. Raises CheckpointError naming every tensor that is missing, extra, of
     another shape or dtype, or cut off, before anything is allocated.
@@ -52,15 +57,23 @@ def read_variables(
     shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The variables of a folder without problems (see `import_folder`; here `shardings` is the tree itself)."""
-    if dtype not in PARAM_DTYPES:
-        raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, PARAM_DTYPES)}")
+    if dtype not in (*PARAM_DTYPES, _KEPT):
+        raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, (*PARAM_DTYPES, _KEPT))}")
     specs = specs_by_path(folder)
+    if shardings is not None:
+        shardings = traverse_util.flatten_dict(shardings)
+        _check_paths(shardings, specs)
+    kept = {path for path, tensors in specs.items() if dtype == _KEPT and all(folder.stored[spec.name].dtype == "F8_E4M3" for spec in tensors)}
+    for path in kept:  # values and scales are two arrays
+        tensors = specs.pop(path)
+        specs[*path, "values"], specs[*path, "scales"] = tensors, [spec.scales for spec in tensors]
+        if shardings is not None:
+            shardings[*path, "values"] = sharding = shardings.pop(path)
+            shardings[*path, "scales"] = _sharding_of_scales(sharding, len(tensors[0].stack))
     shapes = {path: tensors[0].leaf_shape for path, tensors in specs.items()}
     if shardings is None:
         parts = {path: {whole(shape): []} for path, shape in shapes.items()}
     else:
-        shardings = traverse_util.flatten_dict(shardings)
-        _check_paths(shardings, specs)
         parts = {path: _devices_of_parts(shardings[path], shape) for path, shape in shapes.items()}
     total = sum(overlaps(spec, part) for path, tensors in specs.items() for part in parts[path] for spec in tensors)
     count = itertools.count(1)
@@ -71,7 +84,9 @@ def read_variables(
 
     leaves = {}
     for path, tensors in specs.items():
-        leaf_dtype = np.dtype(np.float32) if tensors[0].is_router_bias else PARAM_DTYPES[dtype]
+        leaf_dtype = PARAM_DTYPES.get(dtype, PARAM_DTYPES["bfloat16"])
+        if tensors[0].is_router_bias or path[:-1] in kept:
+            leaf_dtype = _E4M3 if path[-1] == "values" else PARAM_DTYPES["float32"]
         if shardings is None:
             leaves[path] = read_part(tensors, folder.stored, whole(shapes[path]), leaf_dtype, done)
             continue
@@ -80,7 +95,16 @@ def read_variables(
             # Waiting lets go of this part, unless the device shares the host's memory, before the next is read.
             arrays += _put(read_part(tensors, folder.stored, part, leaf_dtype, done), devices)
         leaves[path] = jax.make_array_from_single_device_arrays(shapes[path], shardings[path], arrays, dtype=leaf_dtype)
+    for path in kept:
+        leaves[path] = QTensor(leaves.pop((*path, "values")), leaves.pop((*path, "scales")), (BLOCK, BLOCK))
     return traverse_util.unflatten_dict(leaves)
+
+
+def _sharding_of_scales(sharding: jax.sharding.Sharding, stacked: int) -> jax.sharding.Sharding:
+    """Divided as the values are by layer and expert; where these are cut inside a matrix, cuts need not meet the blocks."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:stacked]))
 
 
 def specs_by_path(folder: Folder) -> dict[tuple[str, ...], list[TensorSpec]]:

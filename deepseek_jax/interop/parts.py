@@ -39,7 +39,7 @@ def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], part: Part, targe
     within = part[len(spec.index) :]
     if spec.transposed:
         place, within = place.T, within[::-1]  # a view in the stored orientation
-    for rows, values in _converted_rows(spec, stored, within):
+    for rows, values in _converted_rows(spec, stored, within, place.dtype):
         if not spec.duplicate:
             place[rows] = values
         elif not np.array_equal(place[rows], values.astype(place.dtype)):
@@ -49,10 +49,10 @@ def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], part: Part, targe
             )
 
 
-def _converted_rows(spec: TensorSpec, stored: Mapping[str, StoredTensor], within: Part) -> Iterator[tuple[slice, np.ndarray]]:
-    """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time."""
+def _converted_rows(spec: TensorSpec, stored: Mapping[str, StoredTensor], within: Part, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+    """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time; dequantised unless `dtype` is E4M3."""
     values = read_tensor(stored[spec.name], within)
-    if stored[spec.name].dtype == "F8_E4M3":
+    if stored[spec.name].dtype == "F8_E4M3" and values.dtype != dtype:
         blocks = tuple(range(axis.start // BLOCK, -(-axis.stop // BLOCK)) for axis in within)
         yield from dequantise_rows(values, read_tensor(stored[spec.scale_name], blocks), corner=(within[0].start, within[1].start))
         return

@@ -48,6 +48,11 @@ class TensorSpec:
     def scale_shape(self) -> tuple[int, int]:
         return scale_shape(self.shape)
 
+    @property
+    def scales(self) -> "TensorSpec":
+        """The stored scales as a tensor of their own, at the same place."""
+        return dataclasses.replace(self, name=self.scale_name, shape=self.scale_shape, quantised=False)
+
 
 class _Part(NamedTuple):
     """A line of a block's table: stored name and our path below the block; `experts` > 0 for one line per expert."""

@@ -58,7 +58,7 @@ class Experts(nn.Module):
 
         def weight(name, shape, axes):
             init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), axes)
-            return self.param(name, init, (config.num_experts, *shape), precision.param_dtype).astype(precision.expert_dtype)
+            return precision.expert_weight(self.param(name, init, (config.num_experts, *shape), precision.param_dtype))
 
         into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
         weights = (

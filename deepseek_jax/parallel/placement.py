@@ -134,20 +134,24 @@ class MeshPlacement(Placement):
         token_spec = self.spec(("batch", "length", None), x_BTD.shape)
         token_axes = sum(self.mesh_axes(("batch", "length"), x_BTD.shape[:2]), ())
 
-        def divided(w, names):
+        def divided(w, names) -> PartitionSpec:
             """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it."""
             kept = ("experts", "expert_ffn")
             parts = zip(names, self.mesh_axes(names, w.shape), strict=True)
-            return tuple(part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
+            axes = (part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
+            return PartitionSpec(*(part or None for part in axes))
 
-        weight_axes = tuple(divided(w, names) for w, names in zip(weights, axes, strict=True))
-        weight_specs = tuple(PartitionSpec(*(part or None for part in parts)) for parts in weight_axes)
+        # A weight may be several arrays, such as values and scales.
+        weight_specs = tuple(jax.tree.map(lambda leaf, names=names: divided(leaf, names), w) for w, names in zip(weights, axes, strict=True))
         kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):
-            weights = tuple(self._whole(w, *where) for w, *where in zip(weights, axes, weight_axes, strict=True))
+            weights = tuple(
+                jax.tree.map(lambda leaf, spec, names=names: self._whole(leaf, names, spec), w, specs)
+                for w, names, specs in zip(weights, axes, weight_specs, strict=True)
+            )
             weights = vary(weights, token_axes)
-            width_axes = tuple(axis for axis in by_width if any(axis in varying_axes(w) for w in weights))
+            width_axes = tuple(axis for axis in by_width if any(axis in varying_axes(w) for w in jax.tree.leaves(weights)))
             x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
             x_ND, overflows = vary(x_ND, width_axes), jnp.zeros((), jnp.int32)
             if not by_expert:
@@ -165,9 +169,9 @@ class MeshPlacement(Placement):
             local, mesh=self.mesh, in_specs=(weight_specs, token_spec, token_spec, token_spec), out_specs=(token_spec, PartitionSpec())
         )(weights, x_BTD, ids_BTK, gates_BTK)
 
-    def _whole(self, w: jax.Array, names: Sequence[str], axes: Sequence[tuple[str, ...]]) -> jax.Array:
+    def _whole(self, w: jax.Array, names: Sequence[str], spec: PartitionSpec) -> jax.Array:
         """This device's experts with all their rows, and its part of their feed-forward width."""
-        for dimension, (name, mesh_axes) in enumerate(zip(names, axes, strict=True)):
+        for dimension, (name, mesh_axes) in enumerate(zip(names, spec, strict=True)):
             if mesh_axes and name not in ("experts", "expert_ffn"):
                 w = lax.all_gather(w, mesh_axes, axis=dimension, tiled=True)
         return w

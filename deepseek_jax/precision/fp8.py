@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.precision.recipe import Recipe
 from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear
@@ -37,10 +36,9 @@ class FP8Recipe(Recipe):
             if role not in ROLES:
                 raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
 
-    @property
-    def expert_dtype(self) -> jnp.dtype:
-        """Experts are quantised from their master copies."""
-        return self.param_dtype
+    def expert_weight(self, w: jax.Array | QTensor) -> jax.Array | QTensor:
+        """Quantised from the master copy, or as it came."""
+        return w
 
     def dense(self, w: jax.Array | QTensor) -> jax.Array:
         return dequantize(w, self.compute_dtype) if isinstance(w, QTensor) else w

@@ -26,10 +26,9 @@ class Recipe:
     compute_dtype: jnp.dtype
     matmul_precision: jax.lax.Precision
 
-    @property
-    def expert_dtype(self) -> jnp.dtype:
-        """What the experts' weights are sent in to where they are multiplied."""
-        return self.compute_dtype
+    def expert_weight(self, w: jax.Array) -> jax.Array:
+        """Weights [E, D, F] as they are sent to where they are multiplied."""
+        return w.astype(self.compute_dtype)
 
     def dense(self, w) -> jax.Array:
         """A weight as a plain array, for a product that is none of a recipe's."""
