@@ -3,13 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped import reference
+from kernels_pallas.grouped import mosaic_gpu_sm90, reference
 from kernels_pallas.implementations import choose
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
-GROUPED_MATMUL = {"xla": (reference.grouped_matmul, lambda *_: None)}
-GROUPED_WEIGHT_GRADIENT = {"xla": (reference.grouped_weight_gradient, lambda *_: None)}
+GROUPED_MATMUL = {
+    "xla": (reference.grouped_matmul, lambda *_: None),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_matmul, mosaic_gpu_sm90.grouped_matmul_reason),
+}
+GROUPED_WEIGHT_GRADIENT = {
+    "xla": (reference.grouped_weight_gradient, lambda *_: None),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, mosaic_gpu_sm90.grouped_weight_gradient_reason),
+}
 
 
 def fp8_grouped_matmul(

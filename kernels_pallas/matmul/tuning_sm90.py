@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 ROWS = 64  # of the output in one warpgroup's hands: what one matrix instruction covers
 STEP = 128  # of K at a time: four instructions, one promotion
@@ -49,18 +50,19 @@ class Config:
         return dataclasses.replace(self, stages=min(8, free // stage))
 
 
-def choose_config(operation: str, m: int, n: int, k: int, out_dtype: jnp.dtype) -> Config:
-    """For one product [m, k] · [n, k]ᵀ of `operation`; m is a group's mean where there are groups."""
+def choose_config(operation: str, m: int, n: int, k: int, out_dtype: jnp.dtype, groups: int = 1) -> Config:
+    """For `groups` products [m, k] · [n, k]ᵀ; where groups differ, m or k is their mean."""
     kind, cores = device()
     measured = _table(kind).get(operation, {}).get(f"{m}x{n}x{k}")
-    return Config(**measured) if measured else rule(m, n, cores).fitting(out_dtype)
+    return Config(**measured) if measured else rule(m, n, cores, groups).fitting(out_dtype)
 
 
-def rule(m: int, n: int, cores: int) -> Config:
+def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
     """For up to 64 rows, where reading b is what takes time, tiles that are wide rather than tall; and of those the ones with which the busiest
     core reads least: rows of a and b for each of its tiles."""
     split = "n" if m <= ROWS else "m"
-    reads = lambda config: -(-(-(-m // config.tile_m) * -(-n // config.tile_n)) // cores) * (config.tile_m + config.tile_n)
+    tiles = lambda config: groups * pl.cdiv(m, config.tile_m) * pl.cdiv(n, config.tile_n)
+    reads = lambda config: pl.cdiv(tiles(config), cores) * (config.tile_m + config.tile_n)
     return min((Config(columns, split) for columns in (128, 64, 32, 16)), key=reads)
 
 
