@@ -41,6 +41,6 @@ def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
 
 
-def load(ref, layout) -> jax.Array:
-    """From shared memory into the registers of a warpgroup."""
-    return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout)
+def load(ref, layout, optimized: bool = True) -> jax.Array:
+    """From shared memory into the registers of a warpgroup; not `optimized`: however it can be done."""
+    return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout, optimized=optimized)

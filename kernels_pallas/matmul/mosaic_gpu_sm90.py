@@ -89,16 +89,17 @@ def operand(q: QTensor, multiple: int) -> Operand:
     """Rows padded to a `multiple` and K to whole steps."""
     rows, depth = q.shape[-2:]
     missing = (-rows % multiple, -depth % STEP)
-    values = _pad(q.values, *missing)
+    values = pad(q.values, *missing)
     parts = min(q.tile[1], values.shape[-1]) // STEP if q.tile[1] < depth else values.shape[-1] // STEP
     block = min(q.tile[0], rows)
     if multiple == 64 and (block % STEP == 0 or block == rows):  # the right operand: every tile lies in one block
         return Operand(values, q.scales, block, parts)
     scales = retile(q, parts * STEP).scales if q.tile[0] > 1 else q.scales
-    return Operand(values, _pad(scales, missing[0], 0).mT, None, parts)
+    return Operand(values, pad(scales, missing[0], 0).mT, None, parts)
 
 
-def _pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Zeros after the last row and column."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)]) if rows or columns else x
 
 

@@ -4,16 +4,25 @@ import jax
 
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
-from kernels_pallas.quantize import reference
+from kernels_pallas.quantize import mosaic_gpu_sm90, reference
 
 
 def _any(*_) -> None:
     return None
 
 
-QUANTIZE = {"xla": (reference.quantize, _any)}
-QUANTIZE_TRANSPOSED = {"xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any)}
-REQUANTIZE_TRANSPOSED = {"xla": (reference.requantize_transposed, _any)}
+QUANTIZE = {
+    "xla": (reference.quantize, _any),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize, mosaic_gpu_sm90.reason),
+}
+QUANTIZE_TRANSPOSED = {
+    "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize_transposed, mosaic_gpu_sm90.reason),
+}
+REQUANTIZE_TRANSPOSED = {
+    "xla": (reference.requantize_transposed, _any),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.requantize_transposed, mosaic_gpu_sm90.requantize_reason),
+}
 
 
 def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:

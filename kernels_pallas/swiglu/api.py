@@ -4,9 +4,12 @@ import jax
 
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
-from kernels_pallas.swiglu import reference
+from kernels_pallas.swiglu import mosaic_gpu_sm90, reference
 
-SWIGLU_QUANTIZE = {"xla": (reference.swiglu_quantize, lambda *_: None)}
+SWIGLU_QUANTIZE = {
+    "xla": (reference.swiglu_quantize, lambda *_: None),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.swiglu_quantize, mosaic_gpu_sm90.reason),
+}
 
 swiglu = reference.swiglu
 
