@@ -190,8 +190,8 @@ def scale_of(amax: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, jax.Arra
         scale = amax / LARGEST
         return scale, 1 / scale
     bits = lax.bitcast_convert_type(amax, jnp.int32)
-    up = lax.bitcast_convert_type((bits + (FRACTION - 0x600000)) & ~FRACTION, jnp.float32)
+    rounded = lax.bitcast_convert_type(((bits + (FRACTION - 0x600000)) & ~FRACTION) - (8 << 23), jnp.float32)
     finite = amax < jnp.inf
-    scale = jnp.where(finite, up * 2.0**-8, amax)
+    scale = jnp.where(finite, rounded, amax)
     inverse = lax.bitcast_convert_type(0x7F000000 - lax.bitcast_convert_type(scale, jnp.int32), jnp.float32)
     return scale, jnp.where(finite, inverse, 1 / amax)
