@@ -7,6 +7,7 @@ setup(
     version="0.1.0",
     description="DeepSeek-V3 and R1 in JAX: from random weights or a released checkpoint to a reasoning model",
     packages=find_packages(include=["deepseek_jax", "deepseek_jax.*", "kernels_pallas", "kernels_pallas.*"]),
+    package_data={"kernels_pallas": ["tuning/*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",  # arrays, automatic differentiation, compilation
@@ -32,7 +33,8 @@ setup(
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
         "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
-        "aot": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2"],  # compile for TPUs and GPUs that are not there
+        # compile for TPUs and GPUs that are not there; the last one reads the GPUs' machine code
+        "aot": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2", "nvidia-cuda-nvdisasm>=13.0"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["jupyterlab>=4.4"],

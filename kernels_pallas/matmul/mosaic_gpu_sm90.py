@@ -176,21 +176,21 @@ def product_tiles(a: Operand, b: Operand, y_ref, config: Config, num_tiles, loca
 
             def step(indices, a_values, a_scales, b_values, *rest):
                 *b_scales, total = rest
-                if b.block:  # read before the instructions are issued, so as to arrive while they run
+                # Scales are read before the instructions are issued, so as to arrive while they run.
+                scale = load(a_scales.at[0, rows], plgpu.Layout.WGMMA.reduce(1))
+                if b.block:
                     block = lax.min(lax.div(column, jnp.int32(b.block)), jnp.int32(b_group.scales.shape[0] - 1))
                     b_scale = b_group.scales[block, (tile.first + indices[0]) // b.parts]
+                    scale = lax.broadcast_in_dim(scale * b_scale, shape, [0])
+                else:
+                    b_scale = load(b_scales[0].at[0, columns], plgpu.Layout.WGMMA.reduce(0))
+                    scale = lax.broadcast_in_dim(scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
 
                 def multiply(accumulator):
                     plgpu.wgmma(accumulator, a_values.at[rows], b_values.at[columns].T)
                     return accumulator[...]
 
                 partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                scale = load(a_scales.at[0, rows], plgpu.Layout.WGMMA.reduce(1))
-                if b.block:
-                    scale = lax.broadcast_in_dim(scale * b_scale, shape, [0])
-                else:
-                    b_scale = load(b_scales[0].at[0, columns], plgpu.Layout.WGMMA.reduce(0))
-                    scale = lax.broadcast_in_dim(scale, shape, [0]) * lax.broadcast_in_dim(b_scale, shape, [1])
                 plgpu.commit_smem()
                 return total + partial * scale
 

@@ -69,7 +69,7 @@ def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
 def device() -> tuple[str, int]:
     """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two cores do."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
+    if abstract is not None and abstract.num_cores:
         return abstract.device_kind, abstract.num_cores
     real = jax.devices()[0]
     return real.device_kind, real.core_count if real.platform == "gpu" else 2

@@ -22,12 +22,12 @@ def product(a, b, implementation=hopper.SM90, **fields):
 @pytest.mark.parametrize(
     "m, n, k, a_tile, b_tile, out_dtype",
     [
-        pytest.param(136, 192, 384, ROW, BLOCK, jnp.bfloat16, id="activations-weights"),
-        pytest.param(136, 64, 256, ROW, ROW, jnp.float32, id="weight-gradient"),
+        pytest.param(136, 136, 384, ROW, BLOCK, jnp.bfloat16, id="activations-weights"),
+        pytest.param(72, 40, 256, ROW, ROW, jnp.float32, id="weight-gradient"),
         pytest.param(1, 72, 128, ROW, BLOCK, jnp.float32, id="one-row"),
         pytest.param(77, 40, 300, ROW, BLOCK, jnp.float32, id="nothing-divides"),
-        pytest.param(33, 64, 512, (1, 256), (256, 256), jnp.float32, id="scales-of-256"),
-        pytest.param(33, 72, 200, (33, 200), (72, 200), jnp.float32, id="one-scale-each"),
+        pytest.param(33, 40, 512, (1, 256), (256, 256), jnp.float32, id="scales-of-256"),
+        pytest.param(33, 40, 200, (33, 200), (40, 200), jnp.float32, id="one-scale-each"),
         pytest.param(150, 40, 200, BLOCK, ROW, jnp.float32, id="blocks-on-the-left"),
     ],
 )
@@ -39,10 +39,10 @@ def test_bit_equal_on_exact_inputs(m, n, k, a_tile, b_tile, out_dtype):
 
 
 @hopper.interprets
-@pytest.mark.parametrize("config", [Config(128, "n", 2, 1, 1), Config(32, "m", 3, 1, 2), Config(64, "n", 1)])
+@pytest.mark.parametrize("config", [Config(128, "n", 2, 1, 1), Config(64, "m", 3, 1, 2), Config(128, "n", 1)])
 def test_any_configuration_gives_the_same(config, monkeypatch):
     monkeypatch.setattr(mosaic_gpu_sm90, "choose_config", lambda *_: config)
-    a, b = hopper.integers((150, 384), ROW), hopper.integers((328, 384), BLOCK, seed=1)
+    a, b = hopper.integers((130, 256), ROW), hopper.integers((264, 256), BLOCK, seed=1)
     with hopper.interpreted():
         y = product(a, b)
     np.testing.assert_array_equal(y, product(a, b, "xla"))
@@ -52,7 +52,7 @@ def test_any_configuration_gives_the_same(config, monkeypatch):
 def test_random_inputs_within_roundoff():
     """Each of K products and K/128 promotions rounds a number no larger than the sum of magnitudes, by 2^-24."""
     rng = np.random.default_rng(0)
-    a, b = quantize_tile(rng.normal(size=(40, 512)) * 30), quantize_block(rng.normal(size=(72, 512)))
+    a, b = quantize_tile(rng.normal(size=(40, 512)) * 30), quantize_block(rng.normal(size=(40, 512)))
     with hopper.interpreted():
         y = product(a, b, out_dtype=jnp.float32)
     exact_a, exact_b = (np.asarray(q.values, np.float64) * np.repeat(np.repeat(np.asarray(q.scales), r, 0), 128, 1)[: q.shape[0]] for q, r in ((a, 1), (b, 128)))
@@ -62,11 +62,11 @@ def test_random_inputs_within_roundoff():
 
 @hopper.interprets
 def test_a_nan_stays_in_its_row():
-    a, b = hopper.integers((9, 256), ROW), hopper.integers((64, 256), BLOCK, seed=1)
+    a, b = hopper.integers((9, 256), ROW), hopper.integers((24, 256), BLOCK, seed=1)
     poisoned = QTensor(a.values.at[3, 200].set(jnp.nan), a.scales, a.tile)
     with hopper.interpreted():
         y = product(poisoned, b)
-    np.testing.assert_array_equal(np.isnan(y), np.arange(9)[:, None].repeat(64, 1) == 3)
+    np.testing.assert_array_equal(np.isnan(y), np.arange(9)[:, None].repeat(24, 1) == 3)
 
 
 @hopper.interprets
@@ -86,6 +86,7 @@ def test_planted_errors_are_seen(error, monkeypatch):
         return made
 
     monkeypatch.setattr(mosaic_gpu_sm90, "operand", operand)
+    monkeypatch.setattr(mosaic_gpu_sm90, "choose_config", lambda *_: Config(128, "n", 2))
     with hopper.interpreted():
         y = product(a, b)
     assert not np.array_equal(y, product(a, b, "xla"))
@@ -95,14 +96,20 @@ def test_planted_errors_are_seen(error, monkeypatch):
 def test_race_detector_sees_a_missing_fence(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_sm90.plgpu, "commit_smem", lambda: None)
     with hopper.interpreted(races=True):
-        product(hopper.integers((8, 384), ROW), hopper.integers((64, 384), BLOCK))
+        product(hopper.integers((8, 384), ROW), hopper.integers((24, 384), BLOCK))
 
 
 @hopper.compiles
-@pytest.mark.parametrize("target", [targets.H100, targets.H200], ids=lambda target: target.kind)
 @pytest.mark.parametrize(
-    "m, n, k, b_tile, out_dtype",
-    [(4096, 2112, 7168, BLOCK, jnp.bfloat16), (64, 2112, 7168, BLOCK, jnp.bfloat16), (2048, 7168, 4096, ROW, jnp.float32), (4096, 576, 7168, BLOCK, jnp.bfloat16)],
+    "target, m, n, k, b_tile, out_dtype",
+    [
+        (targets.H100, 4096, 2112, 7168, BLOCK, jnp.bfloat16),
+        (targets.H200, 4096, 2112, 7168, BLOCK, jnp.bfloat16),
+        (targets.H200, 4096, 576, 7168, BLOCK, jnp.bfloat16),
+        (targets.H200, 64, 24576, 1536, BLOCK, jnp.bfloat16),
+        (targets.H200, 1, 2112, 7168, BLOCK, jnp.bfloat16),
+        (targets.H200, 2048, 7168, 4096, ROW, jnp.float32),
+    ],
 )
 def test_machine_code(target, m, n, k, b_tile, out_dtype):
     """Per step of 128: four tensor-core instructions; an FFMA for each number that a thread holds; per-column scales cost one FMUL more each."""
