@@ -3,6 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+except ImportError:  # jax 0.10 wants absl-py for it, which it does not bring
+    plgpu = None
+
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which `x` may differ from device to device, inside `shard_map`."""
@@ -34,3 +39,8 @@ def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> ja
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
     """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh axes."""
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
+
+
+def load(ref, layout, optimized: bool = True) -> jax.Array:
+    """From shared memory into the registers of a warpgroup; not `optimized`: however it can be done."""
+    return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout, optimized=optimized)

@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output
-from kernels_pallas.quantize.reference import retile
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
+from kernels_pallas.quantize.reference import retile
 from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
 
 

@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output
-from kernels_pallas.quantize.reference import retile
 from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
-from kernels_pallas.quantize.reference import scale_of
+from kernels_pallas.quantize.reference import retile, scale_of
 from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
 
 ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32

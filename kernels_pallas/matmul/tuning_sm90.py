@@ -1,0 +1,82 @@
+"""How the Hopper products cut their work up: from a table of measured sizes, else by a rule. No GPU has tried either yet."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+ROWS = 64  # of the output in one warpgroup's hands: what one matrix instruction covers
+STEP = 128  # of K at a time: four instructions, one promotion
+SHARED_MEMORY = 232448 - 1024  # bytes that a block of threads may have, less what barriers and alignment take
+TABLES = pathlib.Path(__file__).parent.parent / "tuning"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a block of threads, with two warpgroups that compute, works on at a time.
+
+    columns   of the output for each warpgroup; divides 128, so that all have the same block of b's scales
+    split     what the two warpgroups divide: "m" makes tiles of 128 × columns, "n" tiles of 64 × 2 · columns
+    stages    steps of K in shared memory
+    minor     which of m (0) and n (1) the order of tiles changes first, in strips of `width`, so that what they read stays in the L2 cache
+    """
+
+    columns: int = 128
+    split: str = "m"
+    stages: int = 4
+    minor: int = 0
+    width: int = 8
+
+    def __post_init__(self):
+        if self.columns not in (16, 32, 64, 128) or self.split not in ("m", "n") or self.minor not in (0, 1) or min(self.stages, self.width) < 1:
+            raise ValueError(f"{self}: columns 16, 32, 64 or 128, split m or n, minor 0 or 1, stages and width from 1")
+
+    @property
+    def tile_m(self) -> int:
+        return ROWS * (2 if self.split == "m" else 1)
+
+    @property
+    def tile_n(self) -> int:
+        return self.columns * (2 if self.split == "n" else 1)
+
+    def fitting(self, out_dtype: jnp.dtype) -> "Config":
+        """With as many stages as fit beside the output's tile, at most eight."""
+        stage = (self.tile_m + self.tile_n) * (STEP + 4)  # values, and a float32 scale for each row
+        free = SHARED_MEMORY - self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
+        return dataclasses.replace(self, stages=min(8, free // stage))
+
+
+def choose_config(operation: str, m: int, n: int, k: int, out_dtype: jnp.dtype, groups: int = 1) -> Config:
+    """For `groups` products [m, k] · [n, k]ᵀ; where groups differ, m or k is their mean."""
+    kind, cores = device()
+    measured = _table(kind).get(operation, {}).get(f"{m}x{n}x{k}")
+    return Config(**measured) if measured else rule(m, n, cores, groups).fitting(out_dtype)
+
+
+def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
+    """For up to 64 rows, where reading b is what takes time, tiles that are wide rather than tall; and of those the ones with which the busiest
+    core reads least: rows of a and b for each of its tiles."""
+    split = "n" if m <= ROWS else "m"
+    tiles = lambda config: groups * pl.cdiv(m, config.tile_m) * pl.cdiv(n, config.tile_n)
+    reads = lambda config: pl.cdiv(tiles(config), cores) * (config.tile_m + config.tile_n)
+    return min((Config(columns, split) for columns in (128, 64, 32, 16)), key=reads)
+
+
+def device() -> tuple[str, int]:
+    """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two cores do."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.num_cores:
+        return abstract.device_kind, abstract.num_cores
+    real = jax.devices()[0]
+    return real.device_kind, real.core_count if real.platform == "gpu" else 2
+
+
+@functools.cache
+def _table(kind: str) -> dict[str, dict[str, dict]]:
+    """Fields of Config by operation and "MxNxK", from the file called after the first two words of a kind such as "NVIDIA H200 141GB HBM3e"."""
+    path = TABLES / ("_".join(kind.lower().split()[:2]) + ".json")
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,197 @@
+"""Quantising on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+
+    scale = max(amax of the tile, min_amax) / 448          values = clip(x / scale, ±448) in E4M3
+
+A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 × 128 block: copies what it needs into shared memory, reduces in registers,
+and copies out. There is no pipeline: several blocks of threads share a core, and while one waits the others work. What runs over rows rather than
+columns differs only in how shared memory is read, across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
+
+Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. R must be a multiple of 8 (64 where rows and columns change
+places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within two units in the last place, as
+in the released quantiser; power-of-two scales and what they scale are exact, since they are made from the bits of amax instead.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas._compat import load, output, plgpu
+from kernels_pallas.matmul.mosaic_gpu_sm90 import pad, tiled
+from kernels_pallas.matmul.tuning_sm90 import ROWS, STEP
+from kernels_pallas.qtensor import E4M3, FORMATS, QTensor, Quantizer
+from kernels_pallas.quantize.reference import retile
+
+LARGEST, DTYPE = FORMATS[E4M3]
+FRACTION = 0x7FFFFF  # of a float32's bits
+
+
+def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
+    if plgpu is None:
+        return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"quantises bfloat16 or float32, not {x.dtype}"
+    if quantizer.format != E4M3:
+        return f"makes {E4M3}, not {quantizer.format}"
+    if quantizer.scope == "tensor":
+        return 'takes the scopes "tile" and "block", not "tensor"'
+    if 0 in x.shape:
+        return f"quantises no empty arrays such as {x.shape}"
+    return None
+
+
+def requantize_reason(q: QTensor, quantizer: Quantizer) -> str | None:
+    if q.values.dtype != jnp.dtype(E4M3):
+        return f"requantises {E4M3}, not {q.values.dtype}"
+    if q.tile[1] < q.shape[-1] and q.tile[1] % STEP:
+        return f"takes scales for multiples of {STEP} columns, not tiles {q.tile}"
+    return reason(jax.ShapeDtypeStruct(q.shape, jnp.float32), quantizer)
+
+
+def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor of the same shape."""
+    if x.ndim > 2:
+        return jax.vmap(lambda x: quantize(x, quantizer))(x)
+    return quantized_tiles(load_strip, [(along, x)], x.shape, quantizer)
+
+
+def quantize_transposed(x: jax.Array, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor [..., C, R]."""
+    if x.ndim > 2:
+        return jax.vmap(lambda x: quantize_transposed(x, quantizer))(x)
+    return quantized_tiles(load_strip_across, [(across, x)], x.shape[::-1], quantizer)
+
+
+def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
+    """QTensor [..., R, C] -> QTensor [..., C, R]."""
+    if len(q.shape) > 2:
+        return jax.vmap(lambda q: requantize_transposed(q, quantizer))(q)
+    q = retile(q, STEP)
+    return quantized_tiles(load_scaled_strip_across, [(across, q.values), (scales_across, q.scales.T)], q.shape[::-1], quantizer)
+
+
+def along(i, j, height, width):
+    """Which block of [R, C] goes into tile (i, j), and its shape."""
+    return (i * height, j * width), (height, width)
+
+
+def across(i, j, height, width):
+    """Which block of [C, R]."""
+    return (j * width, i * height), (width, height)
+
+
+def scales_across(i, j, height, width):
+    """Which block of scales [R/128, C]."""
+    return (i * height // STEP, j * width), (1, width)
+
+
+def load_strip(rows, x) -> jax.Array:
+    return load(x.at[rows], plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def load_strip_across(rows, x) -> jax.Array:
+    """8-bit numbers change places between threads only once they are wider."""
+    layout = plgpu.Layout.WGMMA if x.dtype.itemsize > 1 else plgpu.Layout.WGMMA_TRANSPOSED
+    return plgpu.layout_cast(load(x.at[:, rows].T, layout, optimized=False).astype(jnp.float32), plgpu.Layout.WGMMA)
+
+
+def load_scaled_strip_across(rows, values, scales) -> jax.Array:
+    scale = load(scales.at[0], plgpu.Layout.WGMMA.reduce(0))
+    x = load_strip_across(rows, values)
+    return x * lax.broadcast_in_dim(scale, x.shape, [1])
+
+
+def quantized_tiles(
+    strip: Callable, sources: list[tuple[Callable, jax.Array]], shape: tuple[int, int], quantizer: Quantizer, approx_math: bool = False
+) -> QTensor:
+    """Quantises what strip(rows, *references to shared memory) gives, 64 rows of a tile at a time: float32 [64, size].
+
+    `sources`: arrays, each with a function (i, j, height, width) -> where its block for tile (i, j) begins and the block's shape.
+    """
+    rows, columns = shape
+    size = quantizer.size
+    height = ROWS if quantizer.scope == "tile" else size
+    strips = [pl.ds(start, ROWS) for start in range(0, height, ROWS)]
+    padded = tuple(-(-length // multiple) * multiple for length, multiple in zip(shape, (64 if sources[0][0] is across else 8, size), strict=True))
+    grid = pl.cdiv(padded[0], height), padded[1] // size
+    arrays = [_whole(array, at(0, 0, *padded)[1]) for at, array in sources]
+
+    def body(*refs):
+        *source_refs, values_ref, scales_ref = refs
+        i, j = lax.axis_index("row"), lax.axis_index("column")
+
+        def in_scope(slots, values, scales, arrived):
+            for (at, _), source_ref, slot in zip(sources, source_refs, slots, strict=True):
+                start, block = at(i, j, height, size)
+                plgpu.copy_gmem_to_smem(source_ref.at[tuple(map(pl.ds, start, block))], slot, arrived)
+            plgpu.barrier_wait(arrived)
+            amax = _largest([jnp.abs(strip(rows, *slots)) for rows in strips], per_row=quantizer.scope == "tile")
+            scale, inverse = scale_of(amax, quantizer)
+            for rows in strips:
+                x = strip(rows, *slots)
+                spread = lambda s: lax.broadcast_in_dim(s, x.shape, [0] if s.ndim else [])
+                x = x * spread(inverse) if quantizer.power_of_two else x / spread(scale)
+                values[rows] = jnp.clip(x, -LARGEST, LARGEST).astype(DTYPE)
+            if quantizer.scope == "tile":
+                scales[0] = scale
+            else:
+                scales_ref[i, j] = scale
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(values, values_ref.at[pl.ds(i * height, height), pl.ds(j * size, size)])
+            if quantizer.scope == "tile":
+                plgpu.copy_smem_to_gmem(scales, scales_ref.at[pl.ds(j, 1), pl.ds(i * height, height)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        blocks = [at(0, 0, height, size)[1] for at, _ in sources]
+        pl.run_scoped(
+            in_scope,
+            slots=[plgpu.SMEM(b, a.dtype, transforms=tiled(b[1], a.dtype) if b[0] > 1 else ()) for b, a in zip(blocks, arrays, strict=True)],
+            values=plgpu.SMEM((height, size), DTYPE, transforms=tiled(size, DTYPE)),
+            scales=plgpu.SMEM((1, height), jnp.float32),
+            arrived=plgpu.Barrier(num_arrivals=len(sources)),
+        )
+
+    scales_shape = (padded[1] // size, padded[0]) if quantizer.scope == "tile" else grid
+    values, scales = plgpu.kernel(
+        body,
+        out_type=[output(padded, DTYPE, *arrays), output(scales_shape, jnp.float32, *arrays)],
+        grid=grid,
+        grid_names=("row", "column"),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=2048, approx_math=approx_math
+        ),
+    )(*arrays)
+    scales = scales.mT[:rows] if quantizer.scope == "tile" else scales
+    return QTensor(values[:rows, :columns], scales, quantizer.tile(shape))
+
+
+def _whole(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return pad(x, max(shape[0] - x.shape[0], 0), max(shape[1] - x.shape[1], 0))
+
+
+def _largest(strips: list[jax.Array], per_row: bool) -> jax.Array:
+    """Of each row of the only strip, or of all."""
+    largest = strips[0]
+    for strip in strips[1:]:
+        largest = jnp.maximum(largest, strip)
+    largest = jnp.max(largest, axis=1)
+    return largest if per_row else jnp.max(largest)
+
+
+def scale_of(amax: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """Scales, and what to multiply with instead of dividing by a power of two.
+
+    amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 · 2^8.
+    """
+    amax = jnp.maximum(amax, quantizer.min_amax)
+    if not quantizer.power_of_two:
+        scale = amax * (1 / LARGEST)
+        return scale, 1 / scale
+    bits = lax.bitcast_convert_type(amax, jnp.int32)
+    rounded = lax.bitcast_convert_type(((bits + (FRACTION - 0x600000)) & ~FRACTION) - (8 << 23), jnp.float32)
+    finite = amax < jnp.inf
+    scale = jnp.where(finite, rounded, amax)
+    inverse = lax.bitcast_convert_type(0x7F000000 - lax.bitcast_convert_type(scale, jnp.int32), jnp.float32)
+    return scale, jnp.where(finite, inverse, 1 / amax)

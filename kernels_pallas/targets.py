@@ -1,0 +1,152 @@
+"""NVIDIA GPUs to compile for on a host that has none, and what the machine code of their kernels says.
+
+It takes the plugin's two packages (jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version), neither driver nor GPU; nvidia-cuda-nvdisasm beside
+them disassembles. What a kernel computes and how fast is not to be learned this way.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from jax.experimental import topologies
+
+SHARED_MEMORY = 232448  # bytes that one block of threads may have on Hopper
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU as XLA's `GpuTargetConfigProto` describes it. Source: openxla/xla, `xla/backends/gpu/target_config/specs`; `kind` as the driver names it."""
+
+    kind: str
+    major: int  # of the compute capability
+    cores: int  # streaming multiprocessors
+    memory: int  # bytes
+    bandwidth: int  # bytes per second
+
+    def proto(self) -> str:
+        """The text form; what is written out is alike for all targets."""
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: {self.cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {self.memory}
+  shared_memory_per_block_optin: {SHARED_MEMORY}
+  cuda_compute_capability {{ major: {self.major} feature_extension: ACCELERATED_FEATURES }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{self.kind}"
+"""
+
+
+H100 = Target("NVIDIA H100 80GB HBM3", major=9, cores=132, memory=84929347584, bandwidth=3352320000000)
+H200 = Target("NVIDIA H200", major=9, cores=132, memory=151397597184, bandwidth=4800000000000)
+B200 = Target("NVIDIA B200", major=10, cores=148, memory=191514411008, bandwidth=7672320000000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel's machine code. `instructions` counts SASS opcodes such as "QGMMA", static and without their modifiers, or is None without
+    nvdisasm; `ptx` is the assembly it was made from."""
+
+    registers: int
+    spill_stores: int  # bytes, like the next two
+    spill_loads: int
+    shared_memory: int
+    instructions: Mapping[str, int] | None
+    ptx: str
+
+    @property
+    def fp8_products(self) -> int:
+        """Warpgroup matrix instructions on E4M3 × E4M3 in the text of the kernel, each 32 deep."""
+        return len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", self.ptx))
+
+
+_compiled: dict[str, tuple[Kernel, ...]] = {}  # by lowered program: jax 0.10 compiles equal kernels once in a process, and dumps them once
+
+
+def compile_for(target: Target, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> tuple[Kernel, ...]:
+    """Compiles jit(fn) for one `target`; -> its Mosaic GPU kernels, in the order in which they were compiled.
+
+    Any pytrees of ShapeDtypeStruct will do for `shapes`. Raises what lowering or compiling raises, and RuntimeError without the CUDA plugin.
+    """
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise RuntimeError("compile_for: needs the packages jax-cuda13-plugin and jax-cuda13-pjrt, of the same version as jax")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target.proto(), topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("device",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(_environment(MOSAIC_GPU_DUMP_TO=folder, **_disassembler()))  # read whenever a kernel is lowered and compiled
+        lowered = jax.jit(fn).lower(*shapes)
+        lowered.compile()
+        dumped = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda log: log.stat().st_mtime_ns)
+        program = lowered.as_text()
+        if dumped or program not in _compiled:
+            _compiled[program] = tuple(_read(path) for path in dumped)
+    return _compiled[program]
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _disassembler() -> dict[str, str]:
+    """Where Mosaic GPU finds bin/nvdisasm, if the package nvidia-cuda-nvdisasm is there."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        for program in pathlib.Path(folder).glob("*/bin/nvdisasm"):
+            return {"MOSAIC_GPU_CUDA_ROOT": str(program.parent.parent)}
+    return {}
+
+
+def _read(ptxas: pathlib.Path) -> Kernel:
+    """From the dumps of one kernel: PTX, the assembler's log, the passes' log, SASS."""
+    log = ptxas.read_text()
+    with ptxas.with_suffix(".mlir-passes.log").open() as passes:
+        shared = next(found for line in passes if (found := re.search(r"dynamic_shared_memory_size %c(\d+)_i32", line)))
+    sass, instructions = ptxas.with_suffix(".sass_ctrl"), None
+    if sass.exists():
+        instructions = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass.read_text()))
+    number = lambda pattern: int(re.search(pattern, log).group(1))
+    return Kernel(
+        registers=number(r"Used (\d+) registers"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+        shared_memory=int(shared.group(1)),
+        instructions=instructions,
+        ptx=ptxas.with_suffix(".ptx").read_text(),
+    )

@@ -1,0 +1,52 @@
+"""Running Hopper kernels without a GPU: interpreted with the race detector on, or compiled for the machine code's sake."""
+
+import contextlib
+import importlib.util
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import QTensor, targets
+from kernels_pallas._compat import plgpu
+
+SM90 = "mosaic_gpu_sm90"
+
+interprets = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting FP8 kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
+)
+compiles = pytest.mark.skipif(
+    plgpu is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="compiling for a GPU that is not there needs the extra 'aot' (jax-cuda13-plugin)",
+)
+
+
+@contextlib.contextmanager
+def interpreted(races=False):
+    """Kernels are interpreted, and the race detector finds something or does not, as said."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert ("RACE DETECTED" in printed.getvalue()) == races, printed.getvalue()[:2000]
+
+
+def integers(shape, tile, seed=0) -> QTensor:
+    """Small integers with power-of-two scales, whose products float32 adds exactly in any order."""
+    rng = np.random.default_rng(seed)
+    tiles = (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
+    return QTensor(jnp.asarray(rng.integers(-8, 9, shape), jnp.float8_e4m3fn), jnp.asarray(2.0 ** rng.integers(-3, 4, tiles), jnp.float32), tile)
+
+
+def struct(shape, tile) -> QTensor:
+    """What compiling needs to know of a QTensor."""
+    tiles = (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
+    return QTensor(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(tiles, jnp.float32), tile)
+
+
+def compiled(target, fn, *shapes) -> targets.Kernel:
+    """The one kernel of `fn`, which neither spills nor takes more shared memory than there is."""
+    (kernel,) = targets.compile_for(target, fn, *shapes)
+    assert kernel.spill_stores == kernel.spill_loads == 0 and ".target sm_90a" in kernel.ptx
+    assert 0 < kernel.shared_memory <= targets.SHARED_MEMORY
+    return kernel
