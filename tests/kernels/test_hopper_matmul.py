@@ -158,6 +158,8 @@ def test_configurations():
         assert config.fitting(jnp.float32).stages >= 3
     with pytest.raises(ValueError, match="columns 16, 32, 64 or 128"):
         Config(columns=96)
+    with pytest.raises(ValueError, match="tiles of 32 columns or more"):
+        Config(columns=16, split="m")
 
 
 def test_measured_configurations_come_from_the_table_of_the_device(tmp_path, monkeypatch):
