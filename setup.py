@@ -27,13 +27,13 @@ setup(
         "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
     ],
     extras_require={
-        # runs the tests; compares trees of arrays; the reference reader and writer of checkpoint files; see "slurm"
-        "test": ["pytest>=9.2.0", "chex>=0.1.92", "safetensors>=0.8.0", "submitit>=1.5.4"],
+        # runs the tests, two files at a time; compares trees of arrays; the reference reader and writer of checkpoint files; see "slurm"
+        "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "safetensors>=0.8.0", "submitit>=1.5.4"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
         "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
-        # compile for TPUs and GPUs that are not there; the last one reads the GPUs' machine code
+        # compile for TPUs and GPUs that are not there, and read the machine code
         "aot": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2", "nvidia-cuda-nvdisasm>=13.0"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -33,6 +33,7 @@ from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
+from deepseek_jax.training.outliers import add_outliers
 
 Variables = Mapping[str, Any]
 
@@ -234,7 +235,34 @@ class EvalStage:
         return variables
 
 
-KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": EvalStage}
+@dataclasses.dataclass(frozen=True)
+class OutliersStage:
+    """Puts outlier channels into the weights, for studies of number formats; leaves no files."""
+
+    name: str
+    experiment: Experiment
+    channels: int
+    factor: float
+
+    FIELDS = ("kind", "channels", "factor")
+
+    @classmethod
+    def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "OutliersStage":
+        _check_fields(name, fields, cls.FIELDS, required=("channels", "factor"))
+        channels, width = fields["channels"], experiment.model.config.hidden_size
+        if not 0 < channels <= width or fields["factor"] <= 0:
+            raise ConfigError(f"{name}: channels={channels} must be 1 to {width}, and factor={fields['factor']} above 0")
+        return cls(name, experiment, channels, fields["factor"])
+
+    def summary(self) -> str:
+        return f"{self.channels} channels {self.factor:g} times as large"
+
+    def run(self, variables: Variables | None) -> Variables:
+        variables = _weights(variables, self.experiment)
+        return {**variables, "params": add_outliers(variables["params"], self.channels, self.factor)}
+
+
+KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": EvalStage, "outliers": OutliersStage}
 
 
 def build_stages(experiment: Experiment) -> list[Stage]:

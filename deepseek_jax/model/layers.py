@@ -1,5 +1,8 @@
 """RMSNorm, Linear and SwiGLU."""
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
+def place(placement: Placement, precision: Recipe, multiply: Callable[..., jax.Array], w, names: tuple[str, str], *x: jax.Array) -> jax.Array:
+    """multiply(*x, w) where the placement wants it; a plain product is the compiler's to divide."""
+    if precision.has_kernels(placement.device_kind):
+        return placement.multiply(multiply, w, names, *x)
+    return multiply(*x, w)
+
+
 class Linear(nn.Module):
     """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes, `role` whose product it is."""
 
@@ -36,7 +46,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.precision.linear(self.placement.flatten(x), self.weight(x.shape[-1]), self.role, self.placement.device_kind)
+        multiply = functools.partial(self.precision.linear, role=self.role, kind=self.placement.device_kind)
+        y = place(self.placement, self.precision, multiply, self.weight(x.shape[-1]), self.axes, self.placement.flatten(x))
         return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact
@@ -58,7 +69,8 @@ class SwiGLU(nn.Module):
         def linear(name, features, axes):
             return Linear(features, axes, self.init_std, self.precision, self.placement, name=name)
 
-        flat, kind = self.placement.flatten(x), self.placement.device_kind
+        flat = self.placement.flatten(x)
         gate, up = (linear(name, self.features, ("embed", "ffn"))(flat) for name in ("gate", "up"))
-        down_FD = linear("down", x.shape[-1], ("ffn", "embed")).weight(self.features)
-        return self.precision.swiglu_linear(gate, up, down_FD, kind).reshape(x.shape)
+        down = linear("down", x.shape[-1], ("ffn", "embed"))
+        multiply = functools.partial(self.precision.swiglu_linear, kind=self.placement.device_kind)
+        return place(self.placement, self.precision, multiply, down.weight(self.features), down.axes, gate, up).reshape(x.shape)

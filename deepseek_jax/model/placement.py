@@ -1,7 +1,7 @@
 """What the network asks of whoever places it on devices. It asks by logical names and knows no mesh."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,12 @@ class Placement:
     def flatten(self, x_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [N, D] where that moves nothing between devices, else as it is."""
         return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+    def multiply(self, multiply: Callable[..., jax.Array], w: Any, names: Sequence[str], *x: jax.Array) -> jax.Array:
+        """multiply(*x, w): x [N, D] or [B, T, D], w [D, F] with logical axes `names`, for a `multiply` that the compiler cannot divide
+        among devices and that takes numbers of D together in tiles of 128."""
+        del names
+        return multiply(*x, w)
 
     def look_up(self, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """Rows of an embedding with logical axes ("vocab", "embed"): [B, T, D]."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
 from kernels_pallas._compat import varying_axes
 from kernels_pallas.implementations import device_kind
+
+TILE = 128  # numbers that share a scale in a quantised product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,31 @@ class MeshPlacement(Placement):
     def flatten(self, x_BTD: jax.Array) -> jax.Array:
         """Two divided axes can't become one without moving their parts."""
         return x_BTD if self._shards("length") > 1 else super().flatten(x_BTD)
+
+    def multiply(self, multiply: Callable[..., jax.Array], w: Any, names: Sequence[str], *x: jax.Array) -> jax.Array:
+        """Every device multiplies its rows. What divides the rows too is gathered here, and w's gradient summed and divided again on the way
+        back; what does not (tensor) divides the product, if its parts are whole tiles: sums over D are then added up."""
+        rows = self.mesh_axes(("batch", "length")[: x[0].ndim - 1], x[0].shape[:-1])
+        row_axes = set(sum(rows, ()))
+
+        def divided(leaf) -> tuple[tuple[str, ...], ...]:
+            parts = self.mesh_axes(names, leaf.shape)
+            gathered = (bool(axes) and row_axes.issuperset(axes) for axes in parts)
+            tiled = (size % (TILE * math.prod(self.sizes[axis] for axis in axes)) == 0 for size, axes in zip(w.shape, parts, strict=True))
+            return tuple(
+                axes if here or (whole and row_axes.isdisjoint(axes)) else () for axes, here, whole in zip(parts, gathered, tiled, strict=True)
+            )
+
+        specs = jax.tree.map(lambda leaf: PartitionSpec(*(axes or None for axes in divided(leaf))), w)
+        inner, outer = (() if row_axes.issuperset(axes) else axes for axes in divided(w))
+
+        def local(w, *x):
+            w = jax.tree.map(lambda leaf, spec: self._gather(leaf, spec, row_axes), w, specs)
+            y = multiply(*x, w)
+            return lax.psum(y, inner) if inner else y
+
+        x_spec, y_spec = (PartitionSpec(*(axes or None for axes in (*rows, last))) for last in (inner, outer))
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, *(x_spec for _ in x)), out_specs=y_spec)(w, *x)
 
     def look_up(self, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """Every device looks up its columns of the embedding for the tokens of all its peers, and they exchange what they found:
@@ -141,15 +168,13 @@ class MeshPlacement(Placement):
             axes = (part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
             return PartitionSpec(*(part or None for part in axes))
 
+        gathered_axes = {axis for axis in token_axes if axis not in by_expert and axis not in by_width}
         # A weight may be several arrays, such as values and scales.
         weight_specs = tuple(jax.tree.map(lambda leaf, names=names: divided(leaf, names), w) for w, names in zip(weights, axes, strict=True))
         kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):
-            weights = tuple(
-                jax.tree.map(lambda leaf, spec, names=names: self._whole(leaf, names, spec), w, specs)
-                for w, names, specs in zip(weights, axes, weight_specs, strict=True)
-            )
+            weights = tuple(jax.tree.map(lambda leaf, spec: self._gather(leaf, spec, gathered_axes), *pair) for pair in zip(weights, weight_specs, strict=True))
             weights = vary(weights, token_axes)
             width_axes = tuple(axis for axis in by_width if any(axis in varying_axes(w) for w in jax.tree.leaves(weights)))
             x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
@@ -169,9 +194,10 @@ class MeshPlacement(Placement):
             local, mesh=self.mesh, in_specs=(weight_specs, token_spec, token_spec, token_spec), out_specs=(token_spec, PartitionSpec())
         )(weights, x_BTD, ids_BTK, gates_BTK)
 
-    def _whole(self, w: jax.Array, names: Sequence[str], spec: PartitionSpec) -> jax.Array:
-        """This device's experts with all their rows, and its part of their feed-forward width."""
-        for dimension, (name, mesh_axes) in enumerate(zip(names, spec, strict=True)):
-            if mesh_axes and name not in ("experts", "expert_ffn"):
-                w = lax.all_gather(w, mesh_axes, axis=dimension, tiled=True)
+    def _gather(self, w: jax.Array, spec: PartitionSpec, axes: Collection[str]) -> jax.Array:
+        """`w`, of which this device has a part as `spec` says, whole along those dimensions that `axes` divide."""
+        for dimension, part in enumerate(spec):
+            part = (part,) if isinstance(part, str) else part or ()
+            if part and set(part) <= set(axes):
+                w = lax.all_gather(w, part, axis=dimension, tiled=True)
         return w

@@ -8,7 +8,7 @@ import jax
 
 from deepseek_jax.precision.recipe import Recipe
 from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear
-from kernels_pallas.implementations import preferred
+from kernels_pallas.implementations import PREFERRED, preferred
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")
 # V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
@@ -35,6 +35,9 @@ class FP8Recipe(Recipe):
         for role in self.high_precision:
             if role not in ROLES:
                 raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
+
+    def has_kernels(self, kind: str) -> bool:
+        return kind in PREFERRED
 
     def expert_weight(self, w: jax.Array | QTensor) -> jax.Array | QTensor:
         """Quantised from the master copy, or as it came."""

@@ -26,6 +26,11 @@ class Recipe:
     compute_dtype: jnp.dtype
     matmul_precision: jax.lax.Precision
 
+    def has_kernels(self, kind: str) -> bool:
+        """Whether products are kernels on that kind of device, which the compiler cannot divide among several."""
+        del kind
+        return False
+
     def expert_weight(self, w: jax.Array) -> jax.Array:
         """Weights [E, D, F] as they are sent to where they are multiplied."""
         return w.astype(self.compute_dtype)

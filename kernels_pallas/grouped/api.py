@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped import mosaic_gpu_sm90, reference
+from kernels_pallas.grouped import mosaic_gpu_sm90, mosaic_tpu, reference
 from kernels_pallas.implementations import choose
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
@@ -11,10 +11,12 @@ from kernels_pallas.qtensor import QTensor
 GROUPED_MATMUL = {
     "xla": (reference.grouped_matmul, lambda *_: None),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_matmul, mosaic_gpu_sm90.grouped_matmul_reason),
+    "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.reason),
 }
 GROUPED_WEIGHT_GRADIENT = {
     "xla": (reference.grouped_weight_gradient, lambda *_: None),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, mosaic_gpu_sm90.grouped_weight_gradient_reason),
+    "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.reason_weight_gradient),
 }
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.qtensor import QTensor
+from kernels_pallas.quantize.reference import retile
 
 
 @flax.struct.dataclass
@@ -36,9 +37,10 @@ def group_of(row_R: jax.Array, sizes_G: jax.Array) -> jax.Array:
 
 def take_rows(x_RD: jax.Array, rows: jax.Array) -> jax.Array:
     """x[rows], zero where the index is R or more."""
-    return x_RD.at[rows].get(mode="fill", fill_value=0)
+    return jnp.take(x_RD, rows, axis=0, mode="fill", fill_value=0)
 
 
 def take_quantized(q_RD: QTensor, rows: jax.Array) -> QTensor:
-    """The rows of a QTensor with one scale per row and tile of columns."""
+    """The rows of a QTensor, with a scale for each row and tile of columns."""
+    q_RD = retile(q_RD, q_RD.tile[1])
     return QTensor(take_rows(q_RD.values, rows), take_rows(q_RD.scales, rows), q_RD.tile)

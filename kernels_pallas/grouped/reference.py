@@ -41,7 +41,7 @@ def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, a
     x_DP, dy_FP = (retile(q, min(q.tile[1], alignment)) for q in (x_DP, dy_FP))
     group_J = group_of(jnp.arange(0, x_DP.shape[1], alignment), sizes_G)
     if accumulation.promote_every is None or accumulation.promote_every > alignment:  # the narrow sum runs on: zeros leave it as it is
-        return jax.vmap(lambda g: matmul(_masked(x_DP, jnp.repeat(group_J == g, alignment)), dy_FP, accumulation, out_dtype))(jnp.arange(num_groups))
+        return jax.vmap(lambda g: matmul(_kept(x_DP, group_J == g), _kept(dy_FP, group_J == g), accumulation, out_dtype))(jnp.arange(num_groups))
 
     def add(total_GDF, operands):
         x_Dp, dy_Fp, group = operands
@@ -52,5 +52,6 @@ def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, a
     return jax.lax.scan(add, total_GDF, (*parts, group_J))[0].astype(out_dtype)
 
 
-def _masked(x_DP: QTensor, kept_P: jax.Array) -> QTensor:
-    return QTensor(jnp.where(kept_P, x_DP.values, 0), x_DP.scales, x_DP.tile)
+def _kept(q_RP: QTensor, kept_J: jax.Array) -> QTensor:
+    """Zero outside the blocks of columns that are kept. Scales too: a NaN stays in its group."""
+    return jax.tree.map(lambda x: jnp.where(jnp.repeat(kept_J, x.shape[1] // kept_J.size), x, 0), q_RP)

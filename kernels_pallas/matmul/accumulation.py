@@ -46,7 +46,7 @@ def _add_aligned(sum_MN: jax.Array, a_Mk: jax.Array, b_Nk: jax.Array) -> jax.Arr
     products_MNk = a_Mk[:, None, :] * b_Nk[None, :, :]
     addends_MNk = jnp.concatenate([products_MNk, sum_MN[..., None]], axis=-1)
     _, exponents_MN = jnp.frexp(jnp.max(jnp.abs(addends_MNk), axis=-1))  # largest = mantissa in [0.5, 1) · 2^exponent
-    quantum_MN = jnp.ldexp(jnp.ones_like(sum_MN), exponents_MN - 1 - FRACTION_BITS)
+    quantum_MN = jnp.ldexp(jnp.ones_like(sum_MN), jnp.maximum(exponents_MN - 1 - FRACTION_BITS, -126))  # less would be flushed to zero
     return truncate(jnp.sum(jnp.trunc(addends_MNk / quantum_MN[..., None]), axis=-1) * quantum_MN)
 
 

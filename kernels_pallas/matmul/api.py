@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.implementations import choose
-from kernels_pallas.matmul import mosaic_gpu_sm90, reference
+from kernels_pallas.matmul import mosaic_gpu_sm90, mosaic_tpu, reference
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
 MATMUL = {
     "xla": (reference.matmul, lambda *_: None),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.matmul, mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (mosaic_tpu.matmul, mosaic_tpu.reason),
 }
 
 

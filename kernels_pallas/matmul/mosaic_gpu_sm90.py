@@ -18,7 +18,6 @@ of b, one number at a time being too small for a copy.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax

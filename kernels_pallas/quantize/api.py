@@ -4,7 +4,7 @@ import jax
 
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
-from kernels_pallas.quantize import mosaic_gpu_sm90, reference
+from kernels_pallas.quantize import mosaic_gpu_sm90, mosaic_tpu, reference
 
 
 def _any(*_) -> None:
@@ -14,14 +14,17 @@ def _any(*_) -> None:
 QUANTIZE = {
     "xla": (reference.quantize, _any),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize, mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (mosaic_tpu.quantize, mosaic_tpu.reason),
 }
 QUANTIZE_TRANSPOSED = {
     "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize_transposed, mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.reason_transposed),
 }
 REQUANTIZE_TRANSPOSED = {
     "xla": (reference.requantize_transposed, _any),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.requantize_transposed, mosaic_gpu_sm90.requantize_reason),
+    "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.reason_requantize),
 }
 
 

@@ -186,7 +186,7 @@ def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     """amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 · 2^8."""
     amax = jnp.maximum(amax, quantizer.min_amax)
     if not quantizer.power_of_two:
-        return amax / LARGEST
+        return amax * (1 / LARGEST)
     bits = lax.bitcast_convert_type(amax, jnp.int32)
     rounded = ((bits + (FRACTION - 0x600000)) & ~FRACTION) - (8 << 23)
     return jnp.where(amax < jnp.inf, lax.bitcast_convert_type(rounded, jnp.float32), amax)

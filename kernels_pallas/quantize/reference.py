@@ -13,7 +13,7 @@ def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
     """
     x, tile = x.astype(jnp.float32), quantizer.tile(x.shape)
     largest, dtype = FORMATS[quantizer.format]
-    scales = scale_of(jnp.max(jnp.abs(_tiles(x, tile)), axis=(-3, -1)), quantizer)
+    scales = scale_of(_amax(x, tile), quantizer)
     scaled = jnp.clip(x / spread(scales, tile, x.shape), -largest, largest)  # the cast itself overflows to NaN
     if quantizer.format == "e5m6":
         scaled = jax.lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=6)
@@ -22,7 +22,7 @@ def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
 
 def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     """float32 scales of tiles whose largest magnitudes are `amax`."""
-    scale = jnp.maximum(amax, quantizer.min_amax) / FORMATS[quantizer.format][0]
+    scale = jnp.maximum(amax, quantizer.min_amax) * (1 / FORMATS[quantizer.format][0])  # what XLA makes of a division; so it is the same everywhere
     if not quantizer.power_of_two:
         return scale
     mantissa, exponent = jnp.frexp(scale)  # mantissa in [0.5, 1): exact, which exp2 and log2 are not
@@ -49,8 +49,14 @@ def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> 
 
 def retile(q: QTensor, size: int) -> QTensor:
     """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers all columns."""
-    parts = (q.tile[0], -(-q.tile[1] // size))
-    return QTensor(q.values, spread(q.scales, parts, (q.shape[-2], -(-q.shape[-1] // size))), (1, size))
+    parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
+    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
+
+
+def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+    """The largest magnitude in each tile, NaN if there is one. Compared as integers, which order alike: XLA's maximum loses a NaN now and then on CPU."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(_tiles(bits, tile), axis=(-3, -1)), jnp.float32)
 
 
 def _tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:

@@ -4,11 +4,12 @@ import jax
 
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
-from kernels_pallas.swiglu import mosaic_gpu_sm90, reference
+from kernels_pallas.swiglu import mosaic_gpu_sm90, mosaic_tpu, reference
 
 SWIGLU_QUANTIZE = {
     "xla": (reference.swiglu_quantize, lambda *_: None),
     "mosaic_gpu_sm90": (mosaic_gpu_sm90.swiglu_quantize, mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.reason),
 }
 
 swiglu = reference.swiglu

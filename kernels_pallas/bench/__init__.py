@@ -1,0 +1,1 @@
+"""Speed of the kernels on DeepSeek-V3's shapes."""

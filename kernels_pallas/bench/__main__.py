@@ -1,0 +1,67 @@
+"""python -m kernels_pallas.bench [--aot] [--only=TEXT] [--implementation=NAME] [--small] [--json=FILE]
+
+Speed of the FP8 kernels on DeepSeek-V3's shapes, as ratios to what the device was seen to do and to bfloat16 through XLA in the same run.
+With --aot nothing runs: the kernels are compiled for a GPU that need not be there, and the machine code is read.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from kernels_pallas.bench.measure import ceilings, memory_rows, product_row
+from kernels_pallas.bench.shapes import shapes
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser("kernels_pallas.bench", description="Speed of the FP8 kernels on DeepSeek-V3's shapes.", allow_abbrev=False)
+    parser.add_argument("--aot", action="store_true", help="compile for an NVIDIA GPU that need not be there and show what the machine code says")
+    parser.add_argument("--target", default="H200", choices=("H100", "H200"), help="for --aot")
+    parser.add_argument("--only", default="", help="products whose name contains this")
+    parser.add_argument("--implementation", help="instead of the best for this device")
+    parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    flags = parser.parse_args(argv)
+    console = Console(width=140)
+    chosen = [shape.shrunk() if flags.small else shape for shape in shapes() if flags.only in f"{shape.operation}, {shape.name}"]
+    if flags.aot:
+        from kernels_pallas.bench.machine_code import machine_code_row
+
+        rows = [machine_code_row(shape, flags.target) for shape in chosen]
+        console.print(_table(f"compiled for {flags.target}, jax {jax.__version__}", rows))
+    else:
+        device = jax.devices()[0]
+        limits = ceilings(flags.small)
+        console.print(f"{device.device_kind}, jax {jax.__version__}; ceilings: {limits.flops / 1e12:.0f} TFLOP/s, {limits.bandwidth / 1e9:.0f} GB/s")
+        rows = [product_row(shape, limits, flags.implementation) for shape in chosen]
+        console.print(_table("products", rows))
+        memory = memory_rows(limits, flags.small, flags.implementation)
+        console.print(_table("memory-bound operations", memory))
+        rows += memory
+    if flags.json:
+        flags.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    return table
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) and value < 10 else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The products of DeepSeek-V3 that are measured, and what DeepGEMM published for them."""
+
+import dataclasses
+
+# Linears of V3, [out, in]: N and K of the forward product. Source: the released config; also DeepGEMM's benchmark.
+LINEARS = {
+    "q_a and kv_a": (2112, 7168),
+    "kv_a": (576, 7168),
+    "q_b": (24576, 1536),
+    "kv_b": (32768, 512),
+    "o": (7168, 16384),
+    "gate and up": (4096, 7168),
+    "down": (7168, 2048),
+}
+ROWS = (1, 64, 128, 4096)
+EXPERTS = ("gate and up", "down")
+GROUPS = ((4, 8192), (8, 4096))  # groups, rows in each
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """[m, k] · [n, k]ᵀ; with `groups`, of groups: m rows in each, or k columns in each for a weight gradient."""
+
+    operation: str  # "dense", "grouped", "weight gradient" or "grouped weight gradient"
+    name: str
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.groups * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        """Read and written once: operands in E4M3 with their scales left out, the result in bfloat16, a weight gradient in float32."""
+        return self.groups * ((self.m + self.n) * self.k + self.m * self.n * (4 if "gradient" in self.operation else 2))
+
+    def shrunk(self) -> "Shape":
+        """A sixteenth in each direction: to try the program where it is slow."""
+        smaller = {field: -(-getattr(self, field) // 16) if getattr(self, field) > 128 else getattr(self, field) for field in "mnk"}
+        return dataclasses.replace(self, **smaller)
+
+
+def shapes() -> tuple[Shape, ...]:
+    dense = [Shape("dense", name, m, n, k) for m in ROWS for name, (n, k) in LINEARS.items()]
+    gradients = [Shape("weight gradient", name, k, n, 4096) for name, (n, k) in LINEARS.items()]
+    grouped = [Shape("grouped", name, m, *LINEARS[name], groups) for groups, m in GROUPS for name in EXPERTS]
+    grouped += [Shape("grouped weight gradient", name, LINEARS[name][1], LINEARS[name][0], m, groups) for groups, m in GROUPS for name in EXPERTS]
+    return (*dense, *gradients, *grouped)
+
+
+# TFLOP/s on an H800 by (operation, groups, m, n, k). Source: the README of DeepGEMM's first release; other hardware, other clocks: for orientation.
+DEEPGEMM = {
+    ("dense", 1, 64, 2112, 7168): 206, ("dense", 1, 64, 24576, 1536): 289, ("dense", 1, 64, 32768, 512): 219, ("dense", 1, 64, 7168, 16384): 336,
+    ("dense", 1, 64, 4096, 7168): 287, ("dense", 1, 64, 7168, 2048): 295, ("dense", 1, 128, 2112, 7168): 352, ("dense", 1, 128, 24576, 1536): 535,
+    ("dense", 1, 128, 32768, 512): 358, ("dense", 1, 128, 7168, 16384): 645, ("dense", 1, 128, 4096, 7168): 533, ("dense", 1, 128, 7168, 2048): 510,
+    ("dense", 1, 4096, 2112, 7168): 1058, ("dense", 1, 4096, 24576, 1536): 990, ("dense", 1, 4096, 32768, 512): 590,
+    ("dense", 1, 4096, 7168, 16384): 1358, ("dense", 1, 4096, 4096, 7168): 1304, ("dense", 1, 4096, 7168, 2048): 1025,
+    ("grouped", 4, 8192, 4096, 7168): 1297, ("grouped", 4, 8192, 7168, 2048): 1099,
+    ("grouped", 8, 4096, 4096, 7168): 1288, ("grouped", 8, 4096, 7168, 2048): 1093,
+}  # fmt: skip
+
+
+def deepgemm(shape: Shape) -> float | None:
+    return DEEPGEMM.get((shape.operation, shape.groups, shape.m, shape.n, shape.k))

@@ -1,0 +1,170 @@
+"""Quantising on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+
+    scale = max(amax, min_amax) / largest,   values = clip(x / scale, ±largest), for each tile of x [R, C]
+
+x is read once and written in eight bits. Tiles along columns and square blocks: a tile's scale is one lane of those that a step writes, which
+lie [steps along R, steps along C, rows, tiles], since a step's are too few to be cut out of [R, T] and are put there afterwards.
+Tiles along rows: a tile's scales are a row of [T, C], transposed afterwards; the values are transposed in VMEM.
+Where the last tile is cut off, numbers beyond the end count as zero.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas._compat import output
+from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
+from kernels_pallas.quantize.reference import retile, scale_of
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
+
+ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
+TILES = {"tile": 64, "block": 16}  # side by side at once
+COLUMNS = 512  # at once, where tiles run along 128 rows
+
+
+def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"reads bfloat16 or float32, not {x.dtype}"
+    if quantizer.scope == "tensor":
+        return "scales tiles and blocks, not whole tensors"
+    if quantizer.format == "e5m6":
+        return "rounds to the formats of eight bits, not to e5m6"
+    if 0 in x.shape:
+        return f"quantises no empty array such as {x.shape}"
+    return None
+
+
+def reason_transposed(x: jax.Array, quantizer: Quantizer) -> str | None:
+    if quantizer.scope == "block":
+        return "scales tiles where it transposes, not blocks"
+    return reason(x, quantizer)
+
+
+def reason_requantize(q: QTensor, quantizer: Quantizer) -> str | None:
+    if q.tile[1] % LANES and q.tile[1] < q.shape[-1]:
+        return f"takes scales for multiples of 128 columns, not tiles {q.tile}"
+    return reason_transposed(jax.ShapeDtypeStruct(q.shape, jnp.float32), quantizer)
+
+
+def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor [..., R, C] in tiles 1 × size or blocks size × size."""
+    return quantize_rows(lambda x: x, (x,), quantizer)
+
+
+def quantize_transposed(x: jax.Array, quantizer: Quantizer) -> QTensor:
+    """[..., R, C] -> QTensor [..., C, R] in tiles along R."""
+    return _quantize_columns((x,), LANES, quantizer)
+
+
+def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
+    """QTensor [..., R, C] -> QTensor [..., C, R] in tiles along R."""
+    width = 256 if q.tile[1] % 256 == 0 else LANES
+    q = retile(q, width)
+    return _quantize_columns((q.values, q.scales), width, quantizer)
+
+
+def quantize_rows(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], quantizer: Quantizer) -> QTensor:
+    """function(*arrays), elementwise on [..., R, C], quantised in tiles or blocks along C."""
+    *batch, rows, columns = arrays[0].shape
+    arrays, size = tuple(x.reshape(-1, rows, columns) for x in arrays), quantizer.size
+    all_tiles = pl.cdiv(columns, size)
+    tiles = min(all_tiles, TILES[quantizer.scope])
+    height = max(ROWS, min(ELEMENTS // (tiles * size), 512, rows) // ROWS * ROWS) if quantizer.scope == "tile" else size
+    scale_rows = height if quantizer.scope == "tile" else 1
+    grid = (arrays[0].shape[0], pl.cdiv(rows, height), pl.cdiv(all_tiles, tiles))
+    block = pl.BlockSpec((None, height, tiles * size), lambda b, i, j: (b, i, j))
+    values, scales = pl.pallas_call(
+        functools.partial(_rows_kernel, function=function, quantizer=quantizer, shape=(rows, columns)),
+        out_shape=(
+            output(arrays[0].shape, FORMATS[quantizer.format][1], *arrays),
+            output((*grid, scale_rows, tiles), jnp.float32, *arrays),
+        ),
+        grid=grid,
+        in_specs=[block] * len(arrays),
+        out_specs=(block, pl.BlockSpec((None, None, None, scale_rows, tiles), lambda b, i, j: (b, i, j, 0, 0))),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        name="quantize",
+    )(*arrays)
+    scales = scales.swapaxes(2, 3).reshape(*batch, grid[1] * scale_rows, grid[2] * tiles)
+    tile = quantizer.tile((rows, columns))
+    return QTensor(values.reshape(*batch, rows, columns), scales[..., : pl.cdiv(rows, tile[0]), :all_tiles], tile)
+
+
+def _rows_kernel(*refs, function, quantizer, shape):
+    *x_refs, values_ref, scales_ref = refs
+    size, axes = quantizer.size, 1 if quantizer.scope == "tile" else (0, 1)
+    scales = jnp.zeros(scales_ref.shape, jnp.float32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, scales.shape, 1)
+    for t in range(scales.shape[1]):
+        columns = slice(t * size, (t + 1) * size)
+        x = function(*(ref[:, columns] for ref in x_refs)).astype(jnp.float32)
+        if shape[1] % size:
+            x = _zero_beyond(x, 1, pl.program_id(2) * x_refs[0].shape[1] + t * size, shape[1])
+        if quantizer.scope == "block" and shape[0] % size:
+            x = _zero_beyond(x, 0, pl.program_id(1) * size, shape[0])
+        values, scale = _quantized(x, axes, quantizer)
+        values_ref[:, columns] = values.astype(values_ref.dtype)
+        scales = jnp.where(lane == t, scale, scales)
+    scales_ref[...] = scales
+
+
+def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quantizer) -> QTensor:
+    """[..., R, C], and perhaps its scales for `width` columns each, -> QTensor [..., C, R]."""
+    *batch, rows, columns = arrays[0].shape
+    arrays, size = tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays), quantizer.size
+    tiles = min(pl.cdiv(rows, size), SUBLANES)
+    height, columns_at_once = tiles * size, min(max(COLUMNS * LANES // size, width), round_up(columns, width))
+    grid = (arrays[0].shape[0], pl.cdiv(rows, height), pl.cdiv(columns, columns_at_once))
+    values, scales = pl.pallas_call(
+        functools.partial(_columns_kernel, width=width, quantizer=quantizer, rows=rows),
+        out_shape=(
+            output((grid[0], columns, rows), FORMATS[quantizer.format][1], *arrays),
+            output((grid[0], pl.cdiv(rows, size), columns), jnp.float32, *arrays),
+        ),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((None, height, columns_at_once), lambda b, i, j: (b, i, j)),
+            pl.BlockSpec((None, height, LANES), lambda b, i, j: (b, i, block_of(j * (columns_at_once // width), LANES))),
+        ][: len(arrays)],
+        out_specs=(
+            pl.BlockSpec((None, columns_at_once, height), lambda b, i, j: (b, j, i)),
+            pl.BlockSpec((None, tiles, columns_at_once), lambda b, i, j: (b, i, j)),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        name="quantize_transposed",
+    )(*arrays)
+    return QTensor(values.reshape(*batch, columns, rows), scales.mT.reshape(*batch, columns, -1), (1, size))
+
+
+def _columns_kernel(x_ref, *refs, width, quantizer, rows):
+    *x_scales_ref, values_ref, scales_ref = refs
+    size, parts = quantizer.size, x_ref.shape[1] // width
+    x_scales = from_column(x_scales_ref[0], pl.program_id(2) * parts) if x_scales_ref else None
+    for t in range(scales_ref.shape[0]):
+        in_tile = slice(t * size, (t + 1) * size)
+        for part in range(parts):
+            columns = slice(part * width, (part + 1) * width)
+            x = x_ref[in_tile, columns].astype(jnp.float32)
+            if x_scales is not None:
+                x *= x_scales[in_tile, part : part + 1]
+            if rows % size:
+                x = _zero_beyond(x, 0, pl.program_id(1) * x_ref.shape[0] + t * size, rows)
+            values, scale = _quantized(x, 0, quantizer)
+            values_ref[columns, in_tile] = values.T.astype(values_ref.dtype)
+            scales_ref[t : t + 1, columns] = scale
+
+
+def _quantized(x: jax.Array, axes: int | tuple[int, ...], quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """A tile's values in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN above infinity."""
+    largest = FORMATS[quantizer.format][0]
+    amax = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axes, keepdims=True)
+    scale = scale_of(jax.lax.bitcast_convert_type(amax, jnp.float32), quantizer)
+    return jnp.clip(x / scale, -largest, largest), scale
+
+
+def _zero_beyond(x: jax.Array, axis: int, start: jax.Array, end: int) -> jax.Array:
+    return jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < end, x, 0)
