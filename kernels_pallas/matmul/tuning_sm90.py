@@ -34,6 +34,8 @@ class Config:
     def __post_init__(self):
         if self.columns not in (16, 32, 64, 128) or self.split not in ("m", "n") or self.minor not in (0, 1) or min(self.stages, self.width) < 1:
             raise ValueError(f"{self}: columns 16, 32, 64 or 128, split m or n, minor 0 or 1, stages and width from 1")
+        if self.tile_n < 32:
+            raise ValueError(f"{self}: tiles of 32 columns or more, whose scales fill 128 bytes, as copies to shared memory are aligned")
 
     @property
     def tile_m(self) -> int:
@@ -63,7 +65,7 @@ def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
     split = "n" if m <= ROWS else "m"
     tiles = lambda config: groups * pl.cdiv(m, config.tile_m) * pl.cdiv(n, config.tile_n)
     reads = lambda config: pl.cdiv(tiles(config), cores) * (config.tile_m + config.tile_n)
-    return min((Config(columns, split) for columns in (128, 64, 32, 16)), key=reads)
+    return min((Config(columns, split) for columns in ((128, 64, 32) if split == "m" else (128, 64, 32, 16))), key=reads)
 
 
 def device() -> tuple[str, int]:

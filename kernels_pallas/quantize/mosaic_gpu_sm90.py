@@ -7,8 +7,8 @@ and copies out. There is no pipeline: several blocks of threads share a core, an
 columns differs only in how shared memory is read, across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
 
 Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. R must be a multiple of 8 (64 where rows and columns change
-places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within two units in the last place, as
-in the released quantiser; power-of-two scales and what they scale are exact, since they are made from the bits of amax instead.
+places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within two units in the last place, so
+that a number close to the middle between two of E4M3 may go either way; power-of-two scales and what they scale are exact, being made from bits.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,8 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
         return f"makes {E4M3}, not {quantizer.format}"
     if quantizer.scope == "tensor":
         return 'takes the scopes "tile" and "block", not "tensor"'
+    if quantizer.scope == "block" and quantizer.size > STEP:
+        return f"makes blocks of {STEP}, not of {quantizer.size}, which do not fit its registers"
     if 0 in x.shape:
         return f"quantises no empty arrays such as {x.shape}"
     return None
@@ -47,7 +49,7 @@ def requantize_reason(q: QTensor, quantizer: Quantizer) -> str | None:
         return f"requantises {E4M3}, not {q.values.dtype}"
     if q.tile[1] < q.shape[-1] and q.tile[1] % STEP:
         return f"takes scales for multiples of {STEP} columns, not tiles {q.tile}"
-    return reason(jax.ShapeDtypeStruct(q.shape, jnp.float32), quantizer)
+    return reason(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16), quantizer)
 
 
 def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
@@ -128,11 +130,11 @@ def quantized_tiles(
                 plgpu.copy_gmem_to_smem(source_ref.at[tuple(map(pl.ds, start, block))], slot, arrived)
             plgpu.barrier_wait(arrived)
             amax = _largest([jnp.abs(strip(rows, *slots)) for rows in strips], per_row=quantizer.scope == "tile")
-            scale, inverse = scale_of(amax, quantizer)
+            scale = scale_of(amax, quantizer)
+            spread = lambda s: lax.broadcast_in_dim(s, (ROWS, size), [0] if s.ndim else [])
             for rows in strips:
                 x = strip(rows, *slots)
-                spread = lambda s: lax.broadcast_in_dim(s, x.shape, [0] if s.ndim else [])
-                x = x * spread(inverse) if quantizer.power_of_two else x / spread(scale)
+                x = x * spread(inverse_of(scale)) if quantizer.power_of_two else x / spread(scale)
                 values[rows] = jnp.clip(x, -LARGEST, LARGEST).astype(DTYPE)
             if quantizer.scope == "tile":
                 scales[0] = scale
@@ -180,18 +182,17 @@ def _largest(strips: list[jax.Array], per_row: bool) -> jax.Array:
     return largest if per_row else jnp.max(largest)
 
 
-def scale_of(amax: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
-    """Scales, and what to multiply with instead of dividing by a power of two.
-
-    amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 · 2^8.
-    """
+def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 · 2^8."""
     amax = jnp.maximum(amax, quantizer.min_amax)
     if not quantizer.power_of_two:
-        scale = amax * (1 / LARGEST)
-        return scale, 1 / scale
+        return amax * (1 / LARGEST)
     bits = lax.bitcast_convert_type(amax, jnp.int32)
-    rounded = lax.bitcast_convert_type(((bits + (FRACTION - 0x600000)) & ~FRACTION) - (8 << 23), jnp.float32)
-    finite = amax < jnp.inf
-    scale = jnp.where(finite, rounded, amax)
-    inverse = lax.bitcast_convert_type(0x7F000000 - lax.bitcast_convert_type(scale, jnp.int32), jnp.float32)
-    return scale, jnp.where(finite, inverse, 1 / amax)
+    rounded = ((bits + (FRACTION - 0x600000)) & ~FRACTION) - (8 << 23)
+    return jnp.where(amax < jnp.inf, lax.bitcast_convert_type(rounded, jnp.float32), amax)
+
+
+def inverse_of(power_of_two: jax.Array) -> jax.Array:
+    """Exact: the exponent with the opposite sign."""
+    inverse = lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(power_of_two, jnp.int32), jnp.float32)
+    return jnp.where(power_of_two < jnp.inf, inverse, 1 / power_of_two)

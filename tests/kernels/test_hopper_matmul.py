@@ -3,6 +3,7 @@
 import functools
 
 import hopper
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ BLOCK, ROW = (128, 128), (1, 128)
 
 
 def product(a, b, implementation=hopper.SM90, **fields):
-    return np.asarray(fp8_matmul(a, b, implementation=implementation, **fields))
+    return np.asarray(jax.jit(functools.partial(fp8_matmul, implementation=implementation, **fields))(a, b))
 
 
 @hopper.interprets
@@ -157,6 +158,8 @@ def test_configurations():
         assert config.fitting(jnp.float32).stages >= 3
     with pytest.raises(ValueError, match="columns 16, 32, 64 or 128"):
         Config(columns=96)
+    with pytest.raises(ValueError, match="tiles of 32 columns or more"):
+        Config(columns=16, split="m")
 
 
 def test_measured_configurations_come_from_the_table_of_the_device(tmp_path, monkeypatch):

@@ -32,9 +32,10 @@ def adversarial(rows, columns, dtype=jnp.bfloat16):
 
 
 def same(function, *arguments):
+    run = lambda implementation: jax.tree.map(np.asarray, jax.jit(functools.partial(function, implementation=implementation))(*arguments))
     with hopper.interpreted():
-        got = jax.tree.map(np.asarray, function(*arguments, implementation=hopper.SM90))
-    want = jax.tree.map(np.asarray, function(*arguments, implementation="xla"))
+        got = run(hopper.SM90)
+    want = run("xla")
     assert got.tile == want.tile
     np.testing.assert_array_equal(got.values.view(np.uint8), want.values.view(np.uint8))
     np.testing.assert_array_equal(got.scales.view(np.int32) & 0x7FFFFFFF, want.scales.view(np.int32) & 0x7FFFFFFF)  # a NaN's sign is free
@@ -132,6 +133,7 @@ def test_machine_code(name):
         (quantize, (jnp.zeros((8, 128), jnp.float16),), "quantize: mosaic_gpu_sm90 quantises bfloat16 or float32, not float16"),
         (quantize, (jnp.zeros((8, 128)), Quantizer("tensor")), 'takes the scopes "tile" and "block", not "tensor"'),
         (quantize, (jnp.zeros((8, 128)), Quantizer(format="e5m6")), "makes float8_e4m3fn, not e5m6"),
+        (quantize, (jnp.zeros((8, 256)), Quantizer("block", 256)), "makes blocks of 128, not of 256"),
         (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantises no empty arrays"),
         (swiglu_quantize, (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(format="float8_e5m2")), "swiglu_quantize: .* not float8_e5m2"),
         (requantize_transposed, (hopper.integers((8, 128), (1, 64)),), r"scales for multiples of 128 columns, not tiles \(1, 64\)"),
