@@ -118,7 +118,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode,
 def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
     """A balanced load: it fits the receive buffers, of which it fills one part in `buffer_factor`."""
     placement, fill = experiment.model.placement, 1.0
-    if isinstance(placement, MeshPlacement) and placement.sizes["expert"] > 1 and placement.dispatch.on(placement.platform) != "gather":
+    if isinstance(placement, MeshPlacement) and placement.sizes["expert"] > 1 and placement.dispatch.on(placement.device_kind) != "gather":
         fill = 1 / placement.dispatch.buffer_factor
     return Assumptions(branch="least", ragged_fill=fill, **changes)
 

@@ -6,6 +6,7 @@ attend to the cached tokens; the module only reads the cache, so that the caller
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
-from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.model.layers import Linear, RMSNorm, place
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import apply_rotary, rotary_angles, softmax_scale
 from deepseek_jax.precision import Recipe
@@ -76,7 +77,7 @@ class SelfAttention:
     """
 
     precision: Recipe
-    device_kind: str
+    placement: Placement
     scale: float
     chunk: int
     heads_at_once: int
@@ -93,7 +94,8 @@ class SelfAttention:
         def some_heads(q_BThk, kv_b_chm):
             heads = kv_b_chm.shape[1]
             latent_Nc, kv_b_cf = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1)
-            kv_NF = self.precision.linear(latent_Nc, kv_b_cf, kind=self.device_kind)
+            multiply = functools.partial(self.precision.linear, kind=self.placement.device_kind)
+            kv_NF = place(self.placement, self.precision, multiply, kv_b_cf, ("kv_lora_rank", "heads"), latent_Nc)
             kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
             k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*k_rope_BSr.shape[:2], heads, k_rope_BSr.shape[-1]))
             k_BShk = jnp.concatenate([kv_BShm[..., :nope], k_rope_BShr], axis=-1)
@@ -209,7 +211,7 @@ class LatentAttention(nn.Module):
         scale = softmax_scale(rope, config.qk_head_dim)
 
         if cache_entry is None:  # expanded
-            core = SelfAttention(self.precision, placement.device_kind, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
             queries = (jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1), tokens.segment_ids_BT)
             keys = (c_kv_BTc, k_rope_BTr, tokens.segment_ids_BT)
             out_BTHv = placement.attend(core.expanded_latents, queries, keys, kv_b_cHm)
@@ -263,7 +265,7 @@ class GroupedQueryAttention(nn.Module):
         scale = softmax_scale(rope, dim)
 
         if cache_entry is None:
-            core = SelfAttention(self.precision, placement.device_kind, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
             queries, keys = (q_BTGgk, tokens.segment_ids_BT), (k_BTGk, v_BTGk, tokens.segment_ids_BT)
             out_BTGgk = placement.attend(core.keys_and_values, queries, keys, ())
         else:

@@ -72,6 +72,8 @@ class MeshPlacement(Placement):
     def multiply(self, multiply: Callable[..., jax.Array], w: Any, names: Sequence[str], *x: jax.Array) -> jax.Array:
         """Every device multiplies its rows. What divides the rows too is gathered here, and w's gradient summed and divided again on the way
         back; what does not (tensor) divides the product, if its parts are whole tiles: sums over D are then added up."""
+        if jax.sharding.get_abstract_mesh().manual_axes:  # in a `shard_map` already
+            return multiply(*x, w)
         rows = self.mesh_axes(("batch", "length")[: x[0].ndim - 1], x[0].shape[:-1])
         row_axes = set(sum(rows, ()))
 

@@ -139,7 +139,7 @@ def test_query_chunks_change_nothing(known):
     first = 0 if known else 2
 
     def loss(chunk, known, q, k, v, start):
-        core = SelfAttention(recipe("float32"), "cpu", 0.5, chunk, 0)
+        core = SelfAttention(recipe("float32"), Placement(), 0.5, chunk, 0)
         out = core(q[:, first:], k, v, SEGMENTS[:, first:], jnp.asarray(SEGMENTS), first if known else start)
         return jnp.sum(out * weight[:, first:]), out
 
@@ -160,7 +160,7 @@ def test_heads_at_once_change_nothing():
     arguments = [jnp.float32(rng.normal(size=shape)) for shape in shapes]
 
     def loss(heads_at_once, q, latents, k_rope, kv_b):
-        core = SelfAttention(recipe("float32"), "cpu", 0.5, 3, heads_at_once)
+        core = SelfAttention(recipe("float32"), Placement(), 0.5, 3, heads_at_once)
         segments = jnp.asarray(SEGMENTS)
         out = core.expanded_latents((q, segments), (latents, k_rope, segments), kv_b, 0)
         return jnp.sum(jnp.sin(out)), out
