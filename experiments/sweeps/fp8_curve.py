@@ -12,6 +12,7 @@ OUTLIERS = {"stages": ("outliers", "pretrain")}
 PER_TENSOR = {f"precision.format.{operand}.scope": "tensor" for operand in ("input", "weight", "gradient")}
 
 RUNS = {
+    "float32": {"precision.name": "float32"},
     "bfloat16": HALF,
     "fp8": {},
     "fp8-e5m2-gradients": {"precision.format.gradient.format": "float8_e5m2"},

@@ -134,4 +134,3 @@ def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, ti
 def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:
     missing = -values_RK.shape[-1] % tile
     return jnp.pad(values_RK, [(0, 0)] * (values_RK.ndim - 1) + [(0, missing)]) if missing else values_RK
-

@@ -157,6 +157,19 @@ def test_a_step_cut_off_counts_its_zeros_as_nothing():
         np.testing.assert_array_equal(cut_off, whole)
 
 
+@pytest.mark.parametrize("promote_every", [256, None])
+def test_scales_finer_than_the_promotion_do_not_promote(promote_every):
+    """They multiply what is summed: scales are powers of two here, so that E4M3 holds the scaled numbers as well."""
+    rng = np.random.default_rng(0)
+    tiled = [
+        QTensor(jnp.asarray(rng.integers(8, 16, size=(3, 512)) / 8, jnp.float8_e4m3fn), 2.0 ** rng.integers(-2, 3, size=(3, 4)), (1, 128)) for _ in range(2)
+    ]
+    scaled = [plain(oracle.exact(q)) for q in tiled]
+    got = product(*tiled, promote_every, "fp22_register")
+    np.testing.assert_array_equal(got, product(*scaled, promote_every, "fp22_register"))
+    assert np.any(got != product(*tiled, 128, "fp22_register"))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"), [(dict(accumulator="fp16"), "one of float32"), (dict(promote_every=100), "a multiple of 32"), (dict(promote_every=0), "multiple")]
 )

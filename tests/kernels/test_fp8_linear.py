@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import (
+    Accumulation,
     LinearFormat,
     QTensor,
     Quantizer,
@@ -204,7 +205,19 @@ def test_the_backward_pass_holds_x_in_eight_bits():
 def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
     gate, w, _ = operands((48, 256, 96))
     gate = jnp.asarray(gate, jnp.bfloat16)
-    assert kept(fp8_swiglu_linear, gate, gate, jnp.asarray(w)) == [*[((48, 2), "float32")] * 2, *[((48, 256), "float8_e4m3fn")] * 2, ((256, 96), "float32")]
+    for format, dtype in ((LinearFormat(), "float8_e4m3fn"), (LinearFormat(saved=E5M6), "bfloat16")):
+        held = kept(lambda *args, format=format: fp8_swiglu_linear(*args, format=format), gate, gate, jnp.asarray(w))
+        assert held == [*[((48, 2), "float32")] * 2, *[((48, 256), dtype)] * 2, ((256, 96), "float32")]
+
+
+@pytest.mark.parametrize("sizes", [None, [33, 0]], ids=str)
+def test_each_product_sums_as_it_is_asked_to(sizes):
+    """Numbers of one sign, so that a sum which is never promoted comes out smaller than one in float32."""
+    x, w, dy = (np.abs(z) for z in operands((37, 130, 40), sizes and len(sizes)))
+    narrow = LinearFormat(accumulation=Accumulation(None, "fp22_register"))
+    got, exact = (oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=format) for format in (narrow, LinearFormat()))
+    for product, cut, whole in zip(PRODUCTS, got, exact, strict=True):
+        assert 1e-5 < 1 - np.sum(cut) / np.sum(whole) < 1e-3, product
 
 
 def test_results_have_the_dtype_of_x_and_weight_gradients_that_of_the_weights():

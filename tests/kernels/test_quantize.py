@@ -21,6 +21,7 @@ from kernels_pallas import (
     requantize_transposed,
     swiglu_quantize,
 )
+from kernels_pallas.swiglu.api import swiglu
 
 E4M3 = ml_dtypes.float8_e4m3fn
 AS_NUMPY = {"float8_e4m3fn": (448, E4M3), "float8_e5m2": (57344, ml_dtypes.float8_e5m2)}
@@ -214,6 +215,7 @@ def test_swiglu_is_computed_in_float32_and_rounded_to_the_dtype_of_its_inputs():
     gate, up = (jnp.asarray(oracle.matrix("normal", 5, 260, seed) * 3, jnp.bfloat16) for seed in (0, 1))
     gate64, up64 = (np.asarray(x).astype(np.float64) for x in (gate, up))
     hidden = gate64 / (1 + np.exp(-gate64)) * up64
+    assert np.all(np.abs(np.asarray(swiglu(gate, up)).astype(np.float64) - hidden) <= np.abs(hidden) * 2.0**-8 * 1.001)
     q = oracle.call(swiglu_quantize, gate, up)
     assert np.all(np.abs(oracle.exact(q) - hidden) <= oracle.quantization_bound(hidden, q) * (1 + 2.0**-7) + np.abs(hidden) * 2.0**-8)
     with pytest.raises(ValueError, match="must be alike"):

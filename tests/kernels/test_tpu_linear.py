@@ -30,7 +30,11 @@ def with_gradients(function, *args):
 )
 def test_forward_and_backward(function, args):
     """Quantised alike and multiplied exactly, in another order: 1e-6 of the largest is a few roundings of float32."""
-    kernels, reference = (run(lambda *args, name=name: with_gradients(functools.partial(function, implementation=name), *args), *args) for name in ("mosaic_tpu", "xla"))
+
+    def results(name):
+        return run(lambda *args: with_gradients(functools.partial(function, implementation=name), *args), *args)
+
+    kernels, reference = results("mosaic_tpu"), results("xla")
     for kernel, expected in zip(kernels, reference, strict=True):
         np.testing.assert_allclose(kernel, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 

@@ -54,7 +54,12 @@ def test_tiles_and_blocks(shape, quantizer, dtype):
 
 @pytest.mark.parametrize(
     "shape, quantizer, dtype",
-    [((128, 40), TILE, jnp.bfloat16), ((300, 200), POWERS, jnp.float32), ((2, 260, 130), Quantizer("tile", 256), jnp.float32), ((1200, 130), TILE, jnp.float32)],
+    [
+        ((128, 40), TILE, jnp.bfloat16),
+        ((300, 200), POWERS, jnp.float32),
+        ((2, 260, 130), Quantizer("tile", 256), jnp.float32),
+        ((1200, 130), TILE, jnp.float32),
+    ],
 )
 def test_transposed(shape, quantizer, dtype):
     same(*both(functools.partial(quantize_transposed, quantizer=quantizer), extreme(shape, dtype)))
@@ -62,13 +67,22 @@ def test_transposed(shape, quantizer, dtype):
 
 @pytest.mark.parametrize(
     "shape, tile, quantizer",
-    [((260, 300), (1, 128), TILE), ((130, 700), (1, 256), POWERS), ((200, 300), (128, 128), TILE), ((40, 200), (40, 200), TILE), ((2, 130, 256), (1, 128), TILE)],
+    [
+        ((260, 300), (1, 128), TILE),
+        ((130, 700), (1, 256), POWERS),
+        ((200, 300), (128, 128), TILE),
+        ((40, 200), (40, 200), TILE),
+        ((2, 130, 256), (1, 128), TILE),
+    ],
 )
 def test_requantize_transposed(shape, tile, quantizer):
     same(*both(functools.partial(requantize_transposed, quantizer=quantizer), whole_numbers(0, shape, tile)))
 
 
-@pytest.mark.parametrize("function, spoilt", [(functools.partial(quantize, quantizer=BLOCK), np.s_[:128, 128:]), (quantize, np.s_[40, 128:]), (quantize_transposed, np.s_[140, :128])])
+@pytest.mark.parametrize(
+    "function, spoilt",
+    [(functools.partial(quantize, quantizer=BLOCK), np.s_[:128, 128:]), (quantize, np.s_[40, 128:]), (quantize_transposed, np.s_[140, :128])],
+)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_spoils_its_tile_and_no_other(function, spoilt, bad):
     kernel = run(functools.partial(function, implementation="mosaic_tpu"), normal(0, (200, 200)).at[40, 140].set(bad))
@@ -117,7 +131,7 @@ def test_an_amax_of_the_wrong_tile_is_caught(monkeypatch):
         (quantize, jnp.zeros((0, 128)), TILE, "quantises no empty array"),
         (quantize_transposed, jnp.zeros((8, 128)), BLOCK, "scales tiles where it transposes, not blocks"),
         (requantize_transposed, whole_numbers(0, (8, 128), (1, 64)), TILE, "takes scales for multiples of 128 columns"),
-        (lambda x, quantizer, implementation: swiglu_quantize(x, x, quantizer, implementation=implementation), jnp.zeros((8, 128)), Quantizer("tensor"), "scales tiles"),
+        (lambda x, quantizer, **name: swiglu_quantize(x, x, quantizer, **name), jnp.zeros((8, 128)), Quantizer("tensor"), "scales tiles"),
     ],
 )
 def test_unsupported_says_why(function, argument, quantizer, message):
