@@ -6,11 +6,13 @@ A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 ×
 and copies out. There is no pipeline: several blocks of threads share a core, and while one waits the others work. What runs over rows rather than
 columns differs only in how shared memory is read, across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
 
-Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. R must be a multiple of 8 (64 where rows and columns change
+Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. A block's is written 64 times, one number being too small for
+a copy, and read once. R must be a multiple of 8 (64 where rows and columns change
 places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within two units in the last place, so
 that a number close to the middle between two of E4M3 may go either way; power-of-two scales and what they scale are exact, being made from bits.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -129,21 +131,17 @@ def quantized_tiles(
                 start, block = at(i, j, height, size)
                 plgpu.copy_gmem_to_smem(source_ref.at[tuple(map(pl.ds, start, block))], slot, arrived)
             plgpu.barrier_wait(arrived)
-            amax = _largest([jnp.abs(strip(rows, *slots)) for rows in strips], per_row=quantizer.scope == "tile")
+            amax = _amax([strip(rows, *slots) for rows in strips], per_row=quantizer.scope == "tile")
             scale = scale_of(amax, quantizer)
-            spread = lambda s: lax.broadcast_in_dim(s, (ROWS, size), [0] if s.ndim else [])
+            spread = lambda s: lax.broadcast_in_dim(s, (ROWS, size), [0])
             for rows in strips:
                 x = strip(rows, *slots)
                 x = x * spread(inverse_of(scale)) if quantizer.power_of_two else x / spread(scale)
                 values[rows] = jnp.clip(x, -LARGEST, LARGEST).astype(DTYPE)
-            if quantizer.scope == "tile":
-                scales[0] = scale
-            else:
-                scales_ref[i, j] = scale
+            scales[0] = scale
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(values, values_ref.at[pl.ds(i * height, height), pl.ds(j * size, size)])
-            if quantizer.scope == "tile":
-                plgpu.copy_smem_to_gmem(scales, scales_ref.at[pl.ds(j, 1), pl.ds(i * height, height)])
+            plgpu.copy_smem_to_gmem(scales, scales_ref.at[pl.ds(j, 1), pl.ds(i * ROWS, ROWS)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         blocks = [at(0, 0, height, size)[1] for at, _ in sources]
@@ -151,11 +149,11 @@ def quantized_tiles(
             in_scope,
             slots=[plgpu.SMEM(b, a.dtype, transforms=tiled(b[1], a.dtype) if b[0] > 1 else ()) for b, a in zip(blocks, arrays, strict=True)],
             values=plgpu.SMEM((height, size), DTYPE, transforms=tiled(size, DTYPE)),
-            scales=plgpu.SMEM((1, height), jnp.float32),
+            scales=plgpu.SMEM((1, ROWS), jnp.float32),
             arrived=plgpu.Barrier(num_arrivals=len(sources)),
         )
 
-    scales_shape = (padded[1] // size, padded[0]) if quantizer.scope == "tile" else grid
+    scales_shape = grid[1], padded[0] if quantizer.scope == "tile" else grid[0] * ROWS
     values, scales = plgpu.kernel(
         body,
         out_type=[output(padded, DTYPE, *arrays), output(scales_shape, jnp.float32, *arrays)],
@@ -165,7 +163,7 @@ def quantized_tiles(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=2048, approx_math=approx_math
         ),
     )(*arrays)
-    scales = scales.mT[:rows] if quantizer.scope == "tile" else scales
+    scales = scales.mT[:rows] if quantizer.scope == "tile" else scales.mT[::ROWS]
     return QTensor(values[:rows, :columns], scales, quantizer.tile(shape))
 
 
@@ -173,13 +171,13 @@ def _whole(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return pad(x, max(shape[0] - x.shape[0], 0), max(shape[1] - x.shape[1], 0))
 
 
-def _largest(strips: list[jax.Array], per_row: bool) -> jax.Array:
-    """Of each row of the only strip, or of all."""
-    largest = strips[0]
-    for strip in strips[1:]:
-        largest = jnp.maximum(largest, strip)
-    largest = jnp.max(largest, axis=1)
-    return largest if per_row else jnp.max(largest)
+def _amax(strips: list[jax.Array], per_row: bool) -> jax.Array:
+    """Of each row of the only strip, or of all, 64 times. Magnitudes are compared as integers, which order alike, with NaN above infinity."""
+    magnitudes = [lax.bitcast_convert_type(jnp.abs(strip), jnp.int32) for strip in strips]
+    amax = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=1)
+    if not per_row:
+        amax = plgpu.layout_cast(lax.broadcast_in_dim(jnp.max(amax), (ROWS,), []), plgpu.Layout.WGMMA.reduce(1))
+    return lax.bitcast_convert_type(amax, jnp.float32)
 
 
 def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:

@@ -56,7 +56,8 @@ def test_random_inputs_within_roundoff():
     a, b = quantize_tile(rng.normal(size=(40, 512)) * 30), quantize_block(rng.normal(size=(40, 512)))
     with hopper.interpreted():
         y = product(a, b, out_dtype=jnp.float32)
-    exact_a, exact_b = (np.asarray(q.values, np.float64) * np.repeat(np.repeat(np.asarray(q.scales), r, 0), 128, 1)[: q.shape[0]] for q, r in ((a, 1), (b, 128)))
+    spread = lambda q, rows: np.repeat(np.repeat(np.asarray(q.scales, np.float64), rows, 0), 128, 1)[: q.shape[0]]
+    exact_a, exact_b = (np.asarray(q.values, np.float64) * spread(q, rows) for q, rows in ((a, 1), (b, 128)))
     bound = (512 + 512 / 128 + 2) * 2.0**-24 * (np.abs(exact_a) @ np.abs(exact_b).T)
     assert np.all(np.abs(y - exact_a @ exact_b.T) <= bound)
 
