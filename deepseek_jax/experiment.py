@@ -3,7 +3,7 @@
 An experiment file has one function, `get_config()`, that returns a ConfigDict:
 
     model      fields of ModelConfig
-    precision  recipe name ("float32", "bfloat16")
+    precision  recipe name ("float32", "bfloat16", "fp8_deepseek"), or {"name": …, fields that differ from it}
     tokenizer  "byte", a tokenizer.json or the folder of a checkpoint
     task       {"name": …, fields of that task}, for stages that need one
     stages     names of the stages in order; each is a section of its own, {"kind": …, fields of that stage}
