@@ -29,6 +29,7 @@ class Target:
     cores: int  # streaming multiprocessors
     memory: int  # bytes
     bandwidth: int  # bytes per second
+    l2: int = 52_428_800  # bytes of cache
 
     def proto(self) -> str:
         """The text form; what is written out is alike for all targets."""
@@ -45,7 +46,7 @@ gpu_device_info {{
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   memory_bandwidth: {self.bandwidth}
-  l2_cache_size: 52428800
+  l2_cache_size: {self.l2}
   clock_rate_ghz: 1.98
   device_memory_size: {self.memory}
   shared_memory_per_block_optin: {SHARED_MEMORY}
@@ -62,7 +63,7 @@ device_description_str: "{self.kind}"
 
 H100 = Target("NVIDIA H100 80GB HBM3", major=9, cores=132, memory=84929347584, bandwidth=3352320000000)
 H200 = Target("NVIDIA H200", major=9, cores=132, memory=151397597184, bandwidth=4800000000000)
-B200 = Target("NVIDIA B200", major=10, cores=148, memory=191514411008, bandwidth=7672320000000)
+B200 = Target("NVIDIA B200", major=10, cores=148, memory=191514411008, bandwidth=7672320000000, l2=132_644_864)
 
 
 @dataclasses.dataclass(frozen=True)

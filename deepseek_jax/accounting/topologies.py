@@ -8,7 +8,6 @@ import functools
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from jax.experimental import topologies
 
 from deepseek_jax.accounting.chips import CHIPS, Chip
 from deepseek_jax.errors import ConfigError, UserError, nearest
+from kernels_pallas.targets import B200, H100, H200
 
 INSTALL = "pip install -e '.[aot]'"
 GPUS_PER_HOST = 8
@@ -139,28 +139,13 @@ def _gpu_devices(name: str, hosts: int, per_host: int) -> tuple:
     return tuple(description.devices)
 
 
-# What differs between the GPUs: compute capability, multiprocessors, L2 bytes. Source: OpenXLA's target descriptions; H800 as H100.
-_GPU_DETAILS: Mapping[str, tuple[int, int, int]] = {
-    "h100": (9, 132, 52_428_800),
-    "h200": (9, 132, 52_428_800),
-    "h800": (9, 132, 52_428_800),
-    "b200": (10, 148, 132_644_864),
-}
+_LIKE = {"h100": H100, "h200": H200, "h800": H100, "b200": B200}
 
 
 def target_config(chip: Chip) -> str:
     """The text of stream_executor.GpuTargetConfigProto that describes a GPU to XLA."""
-    major, cores, l2_bytes = _GPU_DETAILS[chip.name]
-    return f"""gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128 core_count: {cores}
-      shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536 clock_rate_ghz: 1.98
-      memory_bandwidth: {round(chip.hbm_bandwidth)} l2_cache_size: {l2_bytes} device_memory_size: {chip.hbm_bytes}
-      cuda_compute_capability {{ major: {major} feature_extension: ACCELERATED_FEATURES }}
-    }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
-    device_description_str: "NVIDIA {chip.name.upper()}" """
+    kind = f"NVIDIA {chip.name.upper()}"
+    return dataclasses.replace(_LIKE[chip.name], kind=kind, memory=chip.hbm_bytes, bandwidth=round(chip.hbm_bandwidth)).proto()
 
 
 def places(devices) -> dict[str, np.ndarray]:
