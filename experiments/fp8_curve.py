@@ -2,6 +2,8 @@
 
     python -m deepseek_jax --config=experiments/fp8_curve.py
     python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16      the curve it is compared with
+
+2,625,288 parameters. Hardware: two CPU cores; three to five minutes beside another run. What is measured: experiments/sweeps/fp8_curve.py.
 """
 
 from ml_collections import ConfigDict
