@@ -19,7 +19,7 @@ from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, 
 from kernels_pallas.matmul import mosaic_gpu_sm90 as dense
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.mosaic_gpu_sm90 import Tile, launch, operand, product_tiles, tile_at
-from kernels_pallas.matmul.tuning_sm90 import STEP, choose_config
+from kernels_pallas.matmul.tuning_sm90 import STEP, Config, choose_config
 from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import retile
 
@@ -28,10 +28,12 @@ def grouped_matmul_reason(a: QTensor, b: QTensor, sizes: jax.Array, alignment: i
     return dense.reason(a, b, accumulation, out_dtype)
 
 
-def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
+def grouped_matmul(
+    a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
+) -> jax.Array:
     """Rows of group g times b[g] transposed: [R, N]; zero past the last group."""
     num_rows, (num_groups, n, k) = a_RK.shape[0], b_GNK.shape
-    config = choose_config("fp8_grouped_matmul", pl.cdiv(num_rows, num_groups), n, k, out_dtype, num_groups)
+    config = config or choose_config("fp8_grouped_matmul", pl.cdiv(num_rows, num_groups), n, k, out_dtype, num_groups)
     padding = pad_groups(sizes_G, num_rows, config.tile_m) if alignment % config.tile_m else None
     if padding is not None:
         a_RK, sizes_G = take_quantized(retile(a_RK, a_RK.tile[1]), padding.source_P), padding.sizes_G
@@ -61,10 +63,12 @@ def grouped_weight_gradient_reason(
     return dense.reason(x, dy, accumulation, out_dtype)
 
 
-def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
+def grouped_weight_gradient(
+    x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
+) -> jax.Array:
     """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
     (d, p), f, num_groups = x_DP.shape, dy_FP.shape[0], sizes_G.shape[0]
-    config = choose_config("fp8_grouped_weight_gradient", d, f, p // num_groups, out_dtype, num_groups)
+    config = config or choose_config("fp8_grouped_weight_gradient", d, f, p // num_groups, out_dtype, num_groups)
     x, dy = operand(x_DP, 8), operand(dy_FP, 64)
     shape = num_groups, x.values.shape[0], dy.values.shape[0]
     tiles = pl.cdiv(shape[1], config.tile_m), pl.cdiv(shape[2], config.tile_n)

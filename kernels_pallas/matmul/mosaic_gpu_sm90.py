@@ -49,10 +49,10 @@ def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dt
     return None
 
 
-def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
+def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None) -> jax.Array:
     """a bᵀ [M, N]; `accumulation` is as the hardware has it."""
     (m, k), n = a_MK.shape, b_NK.shape[0]
-    config = choose_config("fp8_matmul", m, n, k, out_dtype)
+    config = config or choose_config("fp8_matmul", m, n, k, out_dtype)
     a, b = operand(a_MK, 8), operand(b_NK, 64)
     rows, columns = a.values.shape[0], b.values.shape[0]
     tiles = pl.cdiv(rows, config.tile_m), pl.cdiv(columns, config.tile_n)

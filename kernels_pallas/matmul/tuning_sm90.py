@@ -77,8 +77,13 @@ def device() -> tuple[str, int]:
     return real.device_kind, real.core_count if real.platform == "gpu" else 2
 
 
+def table_path(kind: str) -> pathlib.Path:
+    """The file called after the first two words of a kind such as "NVIDIA H200 141GB HBM3e"."""
+    return TABLES / ("_".join(kind.lower().split()[:2]) + ".json")
+
+
 @functools.cache
 def _table(kind: str) -> dict[str, dict[str, dict]]:
-    """Fields of Config by operation and "MxNxK", from the file called after the first two words of a kind such as "NVIDIA H200 141GB HBM3e"."""
-    path = TABLES / ("_".join(kind.lower().split()[:2]) + ".json")
+    """Fields of Config by operation and "MxNxK", as `kernels_pallas.bench.tune` measured them."""
+    path = table_path(kind)
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,74 @@
+"""python -m kernels_pallas.bench.tune [--only=TEXT]
+
+Tries the configurations of the Hopper products on DeepSeek-V3's shapes and writes the fastest of each to the tuning table of this kind of GPU,
+kernels_pallas/tuning/<kind>.json, from which the products choose. Shapes that are not in the table follow a rule.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.bench.measure import case
+from kernels_pallas.bench.shapes import Shape, shapes
+from kernels_pallas.bench.timing import seconds
+from kernels_pallas.grouped import mosaic_gpu_sm90 as grouped
+from kernels_pallas.matmul import mosaic_gpu_sm90 as dense
+from kernels_pallas.matmul.accumulation import Accumulation
+from kernels_pallas.matmul.tuning_sm90 import Config, table_path
+
+
+def candidates(out_dtype: jnp.dtype) -> Iterator[Config]:
+    """Every shape of tile, with the most stages that fit, and the orders in which tiles may be taken."""
+    for columns, split, minor, width in itertools.product((128, 64, 32), ("m", "n"), (0, 1), (1, 8, 16)):
+        yield Config(columns, split, minor=minor, width=width).fitting(out_dtype)
+
+
+def product(shape: Shape) -> tuple[str, jnp.dtype, Callable]:
+    """The operation's name in the table, what it writes, and a function of a configuration and the operands."""
+    if shape.operation in ("dense", "weight gradient"):
+        out_dtype = jnp.float32 if "gradient" in shape.operation else jnp.bfloat16
+        return "fp8_matmul", out_dtype, lambda config, a, b: dense.matmul(a, b, Accumulation(), out_dtype, config)
+    sizes = jnp.full((shape.groups,), shape.k if "gradient" in shape.operation else shape.m, jnp.int32)
+    if shape.operation == "grouped":
+        run = lambda config, a, b: grouped.grouped_matmul(a, b, sizes, 128, Accumulation(), jnp.bfloat16, config)
+        return "fp8_grouped_matmul", jnp.bfloat16, run
+    run = lambda config, a, b: grouped.grouped_weight_gradient(a, b, sizes, 128, Accumulation(), jnp.float32, config)
+    return "fp8_grouped_weight_gradient", jnp.float32, run
+
+
+def fastest(shape: Shape, measure: Callable[..., float] = seconds) -> tuple[str, Config, float]:
+    """-> the operation, its fastest configuration for this shape, and its seconds."""
+    operation, out_dtype, run = product(shape)
+    arguments = case(shape, "xla").fp8_arguments
+    timed = [(measure(functools.partial(run, config), *arguments), config) for config in candidates(out_dtype)]
+    best, config = min(timed, key=lambda pair: pair[0])
+    return operation, config, best
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("kernels_pallas.bench.tune", description="Measures the Hopper products' configurations.", allow_abbrev=False)
+    parser.add_argument("--only", default="", help="products whose name contains this")
+    flags = parser.parse_args(argv)
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "") != "9.0":
+        parser.error(f"this is {device.device_kind}; the table is measured on an NVIDIA Hopper GPU")
+    path = table_path(device.device_kind)
+    table = json.loads(path.read_text()) if path.exists() else {}
+    for shape in shapes():
+        if flags.only in f"{shape.operation}, {shape.name}":
+            operation, config, best = fastest(shape)
+            print(f"{operation} {shape.m}x{shape.n}x{shape.k}: {config}, {shape.flops / best / 1e12:.0f} TFLOP/s", flush=True)
+            table.setdefault(operation, {})[f"{shape.m}x{shape.n}x{shape.k}"] = dataclasses.asdict(config)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(table, indent=1) + "\n")
+            partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()
