@@ -160,7 +160,7 @@ def test_kernels_count_their_grid():
 class _OnTPU(Placement):
     """One TPU: grouped products without padding."""
 
-    platform = "tpu"
+    device_kind = "tpu"
 
 
 @pytest.mark.parametrize("mtp", [False, True])
