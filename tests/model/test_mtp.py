@@ -103,7 +103,7 @@ def test_depth_beyond_the_sequence():
 
 
 def test_modules_are_refused_over_a_cache():
-    model, (tokens, segments, positions) = Transformer(CONFIG), batch()
+    model, (tokens, *_) = Transformer(CONFIG), batch()
     cache = init_cache(CONFIG, 2, 4, np.float32)
     with pytest.raises(ValueError, match="the MTP modules keep no cache"):
         jax.eval_shape(lambda v: model.apply(v, tokens, cache=cache, mtp=True), variables(CONFIG))
