@@ -3,12 +3,14 @@
 Master weights, gradients and moments are `memory.training_state_bytes`."""
 
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.precision import FP8Recipe, Recipe
 
@@ -29,25 +31,30 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, with_duplicates: bool = Fa
     return total
 
 
-def activation_bytes(config: ModelConfig, recipe: Recipe, rows: int, length: int) -> dict[str, int]:
-    """Bytes that the layers keep for the backward pass, by dtype, for tokens [rows, length] and without recomputation; weights not counted.
+class _Accelerator(Placement):
+    """Experts' rows are padded by a constant number there, and on a CPU by one that grows with them."""
 
-    The network is differentiated abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
+    device_kind = "gpu"
+
+
+def activation_bytes(config: ModelConfig, recipe: Recipe, rows: int, length: int) -> dict[str, int]:
+    """Bytes that the layers keep for the backward pass, by dtype, for tokens [rows, length] and without recomputation.
+
+    What `rows` more rows add to what is kept: weights, and the padding of experts' rows, do not count. The network is differentiated
+    abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
     """
-    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), recipe)
+    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), recipe, _Accelerator())
     variables = abstract_variables(Transformer(config))
 
-    def hidden(params, others, tokens_BT):
-        return model.apply({**others, "params": params}, tokens_BT).hidden_BTD
+    def kept(rows: int) -> Counter[str]:
+        def pull_back(params, others, tokens_BT):
+            return jax.vjp(lambda params: model.apply({**others, "params": params}, tokens_BT).hidden_BTD, params)[1]
 
-    def kept(params, others, tokens_BT):
-        return jax.vjp(lambda params: hidden(params, others, tokens_BT), params)[1]
+        others = {name: value for name, value in variables.items() if name != "params"}
+        arrays = jax.eval_shape(pull_back, variables["params"], others, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+        totals: Counter[str] = Counter()
+        for x in jax.tree.leaves(arrays):
+            totals[x.dtype.name] += math.prod(x.shape) * x.dtype.itemsize
+        return totals
 
-    others = {name: value for name, value in variables.items() if name != "params"}
-    tokens_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    weights = {x.shape for x in jax.tree.leaves(variables["params"])}  # in whatever format
-    totals: dict[str, int] = {}
-    for x in jax.tree.leaves(jax.eval_shape(kept, variables["params"], others, tokens_BT)):
-        if x.shape not in weights:
-            totals[x.dtype.name] = totals.get(x.dtype.name, 0) + math.prod(x.shape) * x.dtype.itemsize
-    return totals
+    return dict(kept(2 * rows) - kept(rows))
