@@ -1,7 +1,11 @@
 """Where versions of jax differ."""
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -34,6 +38,13 @@ def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> ja
     if hasattr(jax.sharding, "ManualAxisType"):  # jax 0.10 and 0.11
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
     return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+
+
+def priced(flops: int, format: jnp.dtype, grid: tuple[int, ...], ragged: bool = False) -> contextlib.AbstractContextManager:
+    """Notes on the kernel called within what who counts its program cannot see, because its loops and conditions depend on data: FLOPs, a
+    multiply-add as two, of numbers in `format`, over the whole `grid`, to which jax.vmap may add axes. `ragged`: as if every row belonged to a
+    group."""
+    return set_xla_metadata(kernel_flops=flops, kernel_format=jnp.dtype(format).name, kernel_points=math.prod(grid), kernel_ragged=ragged)
 
 
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:

@@ -62,6 +62,10 @@ def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions) -> Counter
         if name.startswith("ragged"):
             flops = round(flops * assumptions.ragged_fill)
         return Counter({str(eqn.invars[0].aval.dtype): flops})
+    if "kernel_flops" in (notes := eqn.ctx.xla_metadata or {}) and name in _KERNEL_GRIDS:
+        calls = math.prod(_KERNEL_GRIDS[name](params)) // notes["kernel_points"]
+        fill = assumptions.ragged_fill if notes["kernel_ragged"] else 1
+        return Counter({notes["kernel_format"]: round(notes["kernel_flops"] * calls * fill)})
     inner = tuple(_inner_jaxprs(params))
     if name == "cond":
         worst = dataclasses.replace(assumptions, branch="most")
@@ -81,8 +85,12 @@ def _repetitions(name: str, params: dict[str, Any], assumptions: Assumptions) ->
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
+        return math.prod(_KERNEL_GRIDS[name](params))
     return 1
+
+
+# Kernels that say themselves what they compute (kernels_pallas._compat.priced), on TPU and on NVIDIA GPUs.
+_KERNEL_GRIDS = {"pallas_call": lambda params: params["grid_mapping"].grid, "mpmd_map": lambda params: params["meshes"][0].grid}
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[jex_core.Jaxpr]:

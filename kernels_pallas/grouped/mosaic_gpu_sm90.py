@@ -51,7 +51,7 @@ def grouped_matmul(
 
         product_tiles(a.at((a_values, a_scales)), b.at((b_values, b_scales)), y_ref, config, tiles[0] * tiles[1], locate)
 
-    y_PN = launch(body, shape, out_dtype, *a.arrays, *b.arrays, group_J)
+    y_PN = launch(body, shape, out_dtype, 2 * num_rows * n * k, *a.arrays, *b.arrays, group_J, ragged=True)
     return (y_PN if padding is None else take_rows(y_PN, padding.target_R))[:, :n]
 
 
@@ -82,4 +82,4 @@ def grouped_weight_gradient(
 
         product_tiles(x.at((x_values, x_scales)), dy.at((dy_values, dy_scales)), y_ref, config, num_groups * tiles[0] * tiles[1], locate)
 
-    return launch(body, shape, out_dtype, *x.arrays, *dy.arrays, first_G, steps_G)[:, :d, :f]
+    return launch(body, shape, out_dtype, 2 * d * f * p, *x.arrays, *dy.arrays, first_G, steps_G, ragged=True)[:, :d, :f]

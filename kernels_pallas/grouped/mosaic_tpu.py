@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas._compat import output
+from kernels_pallas._compat import output, priced
 from kernels_pallas.grouped.layout import group_of, pad_groups, take_rows
 from kernels_pallas.matmul import mosaic_tpu as dense
 from kernels_pallas.matmul.accumulation import Accumulation
@@ -54,12 +54,13 @@ def grouped_matmul(
     blocks = dense.choose_blocks(block, columns, depth, tile)
     group_J = group_of(jnp.arange(0, a_PK.shape[0], block), sizes_G)
     arrays, tiles = (group_J, a_PK, a_scales_PT, b_GNK, b_scales_GTN), blocks.k // tile
-    y_PN = pl.pallas_call(
+    grid = (group_J.size, pl.cdiv(columns, blocks.n), a_PK.shape[1] // blocks.k)
+    product = pl.pallas_call(
         functools.partial(_kernel, num_groups=num_groups, tile=tile, dtypes=dtypes),
         out_shape=output((a_PK.shape[0], columns), out_dtype, *arrays),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(group_J.size, pl.cdiv(columns, blocks.n), a_PK.shape[1] // blocks.k),
+            grid=grid,
             in_specs=[
                 pl.BlockSpec((block, blocks.k), lambda i, j, k, group: (i, k)),
                 pl.BlockSpec((block, LANES), lambda i, j, k, group: (i, block_of(k * tiles, LANES))),
@@ -73,7 +74,9 @@ def grouped_matmul(
         ),
         compiler_params=SEMANTICS,
         name="fp8_grouped_matmul",
-    )(*arrays)
+    )
+    with priced(2 * num_rows * columns * depth, dtypes[0], grid, ragged=True):
+        y_PN = product(*arrays)
     return y_PN if padding is None else take_rows(y_PN, padding.target_R)
 
 
@@ -91,16 +94,17 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
     rows, columns, num_groups = x_DP.shape[0], dy_FP.shape[0], sizes_G.shape[0]
-    tile = math.gcd(dense.scale_tile(x_DP, dy_FP), alignment)
+    tile, dtypes = math.gcd(dense.scale_tile(x_DP, dy_FP), alignment), dense.multiplied(x_DP, dy_FP)
     blocks = dense.choose_blocks(rows, columns, alignment, tile)
     tiles = blocks.k // tile
     arrays = (*_steps(sizes_G, x_DP.shape[1], blocks.k), *dense.operands(x_DP, dy_FP, tile))
-    return pl.pallas_call(
-        functools.partial(_weight_gradient_kernel, tile=tile, dtypes=dense.multiplied(x_DP, dy_FP)),
+    grid = (pl.cdiv(rows, blocks.m), pl.cdiv(columns, blocks.n), arrays[0].size)
+    product = pl.pallas_call(
+        functools.partial(_weight_gradient_kernel, tile=tile, dtypes=dtypes),
         out_shape=output((num_groups, rows, columns), out_dtype, *arrays),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(rows, blocks.m), pl.cdiv(columns, blocks.n), arrays[0].size),
+            grid=grid,
             in_specs=[
                 pl.BlockSpec((blocks.m, blocks.k), lambda i, j, s, group, k, visit: (i, k[s])),
                 pl.BlockSpec((blocks.m, LANES), lambda i, j, s, group, k, visit: (i, block_of(k[s] * tiles, LANES))),
@@ -112,7 +116,9 @@ def grouped_weight_gradient(
         ),
         compiler_params=SEMANTICS,
         name="fp8_grouped_weight_gradient",
-    )(*arrays)
+    )
+    with priced(2 * rows * columns * x_DP.shape[1], dtypes[0], grid, ragged=True):
+        return product(*arrays)
 
 
 FIRST, ADD, LAST = 1, 2, 4  # of a group's visits; what a visit does

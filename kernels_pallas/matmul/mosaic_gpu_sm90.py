@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas._compat import load, output, plgpu, vary_alike
+from kernels_pallas._compat import load, output, plgpu, priced, vary_alike
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.tuning_sm90 import ROWS, STEP, Config, choose_config, device
 from kernels_pallas.qtensor import E4M3, QTensor
@@ -61,7 +61,7 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
         a_refs, b_refs, y_ref = refs[:2], refs[2:4], refs[4]
         product_tiles(a.at(a_refs), b.at(b_refs), y_ref, config, tiles[0] * tiles[1], lambda i: Tile(*tile_at(i, tiles, config)))
 
-    return launch(body, (rows, columns), out_dtype, *a.arrays, *b.arrays)[:m, :n]
+    return launch(body, (rows, columns), out_dtype, 2 * m * n * k, *a.arrays, *b.arrays)[:m, :n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +118,21 @@ def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[j
     return plgpu.planar_snake(index, tiles, config.minor, config.width)
 
 
-def launch(body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, *arrays: jax.Array) -> jax.Array:
-    """Runs body(*references) once on each core, in three warpgroups."""
+def launch(body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, flops: int, *arrays: jax.Array, ragged: bool = False) -> jax.Array:
+    """Runs body(*references) once on each core, in three warpgroups; `flops` and `ragged` as for `priced`."""
+    grid = (device()[1],)
     kernel = plgpu.kernel(
         body,
         out_type=output(shape, dtype, *arrays),
-        grid=(device()[1],),
+        grid=grid,
         grid_names=("core",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    return vary_alike(kernel(*arrays), *arrays)[0]  # jax 0.10 forgets along which mesh axes the output differs
+    with priced(flops, E4M3, grid, ragged):
+        y = kernel(*arrays)
+    return vary_alike(y, *arrays)[0]  # jax 0.10 forgets along which mesh axes the output differs
 
 
 def tiled(columns: int, dtype: jnp.dtype):

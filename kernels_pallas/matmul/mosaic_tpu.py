@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas._compat import output
+from kernels_pallas._compat import output, priced
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import retile
@@ -85,8 +85,9 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
     blocks = choose_blocks(rows, columns, a_MK.shape[1], tile)
     arrays = operands(a_MK, b_NK, tile)
     grid = (pl.cdiv(rows, blocks.m), pl.cdiv(columns, blocks.n), arrays[0].shape[1] // blocks.k)
-    return pl.pallas_call(
-        functools.partial(kernel, tile=tile, dtypes=multiplied(a_MK, b_NK)),
+    dtypes = multiplied(a_MK, b_NK)
+    product = pl.pallas_call(
+        functools.partial(kernel, tile=tile, dtypes=dtypes),
         out_shape=output((rows, columns), out_dtype, *arrays),
         grid=grid,
         in_specs=[
@@ -99,7 +100,9 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
         scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name="fp8_matmul",
-    )(*arrays)
+    )
+    with priced(2 * rows * columns * a_MK.shape[1], dtypes[0], grid):
+        return product(*arrays)
 
 
 def kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, y_ref, total_ref, *, tile, dtypes, wanted=True):

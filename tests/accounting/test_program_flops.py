@@ -1,5 +1,7 @@
 """FLOPs of traced programs against counts by hand and against XLA's own count of loop-free programs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,8 @@ from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.precision import recipe
+from kernels_pallas import fp8_grouped_linear, fp8_linear
+from kernels_pallas._compat import plgpu
 
 
 def f32(*shape):
@@ -191,3 +195,20 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
     in_no_product = 2 * (norms + moe_layers * 16)
     gates = 2 * moe_layers * 4 * 96
     assert counted == 2 * length * (forward_flops_per_token(config, length, mtp=mtp) + masked + gates - in_no_product)
+
+
+@pytest.mark.parametrize("implementation, number_format", [("mosaic_gpu_sm90", "float8_e4m3fn"), ("mosaic_tpu", "bfloat16")])
+def test_kernels_count_what_they_multiply(implementation, number_format):
+    """Their loops end where data say, and their tiles may be masked: neither changes the count."""
+    if implementation == "mosaic_gpu_sm90" and plgpu is None:
+        pytest.skip("jax.experimental.pallas.mosaic_gpu does not import: needs absl-py")
+    rows, width, features, groups, batch = 200, 256, 384, 3, 2
+    linear = functools.partial(fp8_linear, implementation=implementation)
+    grouped = functools.partial(fp8_grouped_linear, implementation=implementation)
+    forward = 2 * rows * width * features
+    x, w, sizes = f32(rows, width), f32(width, features), jax.ShapeDtypeStruct((groups,), jnp.int32)
+    assert traced_flops(linear, x, w) == {number_format: forward}
+    assert traced_flops(jax.vmap(linear, (0, None)), f32(batch, rows, width), w) == {number_format: batch * forward}
+    assert count(jax.grad(lambda *args: jnp.sum(linear(*args) ** 2), argnums=(0, 1)), x, w) == 3 * forward
+    assert count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(branch="least")) == forward
+    assert count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(ragged_fill=0.25)) == forward // 4
