@@ -5,8 +5,8 @@ Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; 
 
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.implementations import Unsupported
-from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear
-from kernels_pallas.linear.vjp import LinearFormat
+from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare_weight
+from kernels_pallas.linear.vjp import LinearFormat, Weight
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
@@ -19,6 +19,7 @@ __all__ = [
     "QTensor",
     "Quantizer",
     "Unsupported",
+    "Weight",
     "dequantize",
     "fp8_grouped_linear",
     "fp8_grouped_matmul",
@@ -27,6 +28,7 @@ __all__ = [
     "fp8_linear",
     "fp8_matmul",
     "fp8_swiglu_linear",
+    "prepare_weight",
     "quantize",
     "quantize_block",
     "quantize_tile",

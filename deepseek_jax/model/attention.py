@@ -95,7 +95,7 @@ class SelfAttention:
             heads = kv_b_chm.shape[1]
             latent_Nc, kv_b_cf = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1)
             multiply = functools.partial(self.precision.linear, kind=self.placement.device_kind)
-            kv_NF = place(self.placement, self.precision, multiply, kv_b_cf, ("kv_lora_rank", "heads"), latent_Nc)
+            kv_NF = place(self.placement, self.precision, multiply, kv_b_cf, "linear", ("kv_lora_rank", "heads"), latent_Nc)
             kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
             k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*k_rope_BSr.shape[:2], heads, k_rope_BSr.shape[-1]))
             k_BShk = jnp.concatenate([kv_BShm[..., :nope], k_rope_BShr], axis=-1)

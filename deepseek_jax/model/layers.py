@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,8 +28,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
-def place(placement: Placement, precision: Recipe, multiply: Callable[..., jax.Array], w, names: tuple[str, str], *x: jax.Array) -> jax.Array:
+def place(
+    placement: Placement, precision: Recipe, multiply: Callable[..., jax.Array], w: Any, role: str, names: tuple[str, str], *x: jax.Array
+) -> jax.Array:
     """multiply(*x, w) where the placement wants it; a plain product is the compiler's to divide."""
+    w = precision.weight(w, role, placement.part(w.shape, names))
     if precision.has_kernels(placement.device_kind):
         return placement.multiply(multiply, w, names, *x)
     return multiply(*x, w)
@@ -47,7 +51,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         multiply = functools.partial(self.precision.linear, role=self.role, kind=self.placement.device_kind)
-        y = place(self.placement, self.precision, multiply, self.weight(x.shape[-1]), self.axes, self.placement.flatten(x))
+        y = place(self.placement, self.precision, multiply, self.weight(x.shape[-1]), self.role, self.axes, self.placement.flatten(x))
         return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact
@@ -73,4 +77,4 @@ class SwiGLU(nn.Module):
         gate, up = (linear(name, self.features, ("embed", "ffn"))(flat) for name in ("gate", "up"))
         down = linear("down", x.shape[-1], ("ffn", "embed"))
         multiply = functools.partial(self.precision.swiglu_linear, kind=self.placement.device_kind)
-        return place(self.placement, self.precision, multiply, down.weight(self.features), down.axes, gate, up).reshape(x.shape)
+        return place(self.placement, self.precision, multiply, down.weight(self.features), down.role, down.axes, gate, up).reshape(x.shape)

@@ -58,7 +58,8 @@ class Experts(nn.Module):
 
         def weight(name, shape, axes):
             init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), axes)
-            return precision.expert_weight(self.param(name, init, (config.num_experts, *shape), precision.param_dtype))
+            w = self.param(name, init, (config.num_experts, *shape), precision.param_dtype)
+            return precision.weight(w, "experts", self.placement.part(w.shape, axes))
 
         into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
         weights = (

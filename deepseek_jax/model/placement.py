@@ -46,6 +46,11 @@ class Placement:
         del axes
         return x
 
+    def part(self, shape: Sequence[int], names: Sequence[str | None]) -> tuple[int, ...]:
+        """The shape of what one device holds of a parameter."""
+        del names
+        return tuple(shape)
+
     def flatten(self, x_BTD: jax.Array) -> jax.Array:
         """[..., D] -> [N, D] where that moves nothing between devices, else as it is."""
         return x_BTD.reshape(-1, x_BTD.shape[-1])

@@ -65,6 +65,11 @@ class MeshPlacement(Placement):
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
+    def part(self, shape: Sequence[int], names: Sequence[str | None]) -> tuple[int, ...]:
+        if jax.sharding.get_abstract_mesh().manual_axes:  # in a `shard_map` already
+            return tuple(shape)
+        return self.sharding(names, shape).shard_shape(tuple(shape))
+
     def flatten(self, x_BTD: jax.Array) -> jax.Array:
         """Two divided axes can't become one without moving their parts."""
         return x_BTD if self._shards("length") > 1 else super().flatten(x_BTD)
@@ -163,16 +168,22 @@ class MeshPlacement(Placement):
         token_spec = self.spec(("batch", "length", None), x_BTD.shape)
         token_axes = sum(self.mesh_axes(("batch", "length"), x_BTD.shape[:2]), ())
 
-        def divided(w, names) -> PartitionSpec:
-            """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it."""
-            kept = ("experts", "expert_ffn")
-            parts = zip(names, self.mesh_axes(names, w.shape), strict=True)
-            axes = (part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
-            return PartitionSpec(*(part or None for part in axes))
+        def divided(w, names):
+            """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it. A weight may be
+            several arrays, such as values and scales: a width whose parts are no whole tiles stays together."""
+            width = names.index("expert_ffn")
+            tiled = self.part(w.shape, names)[width] % TILE == 0 or len(jax.tree.leaves(w)) == 1
+            kept = ("experts", "expert_ffn") if tiled else ("experts",)
+
+            def spec(leaf) -> PartitionSpec:
+                parts = zip(names, self.mesh_axes(names, leaf.shape), strict=True)
+                axes = (part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
+                return PartitionSpec(*(part or None for part in axes))
+
+            return jax.tree.map(spec, w)
 
         gathered_axes = {axis for axis in token_axes if axis not in by_expert and axis not in by_width}
-        # A weight may be several arrays, such as values and scales.
-        weight_specs = tuple(jax.tree.map(lambda leaf, names=names: divided(leaf, names), w) for w, names in zip(weights, axes, strict=True))
+        weight_specs = tuple(divided(*pair) for pair in zip(weights, axes, strict=True))
         kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):

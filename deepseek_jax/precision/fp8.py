@@ -7,8 +7,20 @@ from collections.abc import Callable
 import jax
 
 from deepseek_jax.precision.recipe import Recipe
-from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear
+from kernels_pallas import (
+    LinearFormat,
+    QTensor,
+    Quantizer,
+    Weight,
+    dequantize,
+    fp8_grouped_linear,
+    fp8_grouped_swiglu_linear,
+    fp8_linear,
+    fp8_swiglu_linear,
+    prepare_weight,
+)
 from kernels_pallas.implementations import PREFERRED, preferred
+from kernels_pallas.linear.vjp import PRODUCTS
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")
 # V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
@@ -39,21 +51,33 @@ class FP8Recipe(Recipe):
     def has_kernels(self, kind: str) -> bool:
         return kind in PREFERRED
 
-    def expert_weight(self, w: jax.Array | QTensor) -> jax.Array | QTensor:
-        """Quantised from the master copy, or as it came."""
-        return w
+    def weight(self, w: jax.Array | QTensor | Weight, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
+        """In eight bits, unless some product reads the master copy or a block lies on several devices."""
+        if isinstance(w, QTensor):
+            return w
+        if role in self.high_precision:
+            return super().weight(w, role, part)
+        format = self._format(role)
+        whole = all(size == all_of_it or size % format.weight.size == 0 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
+        if format.weight.scope == "tensor" or not whole or not set(PRODUCTS) <= set(format.products):
+            return w
+        return prepare_weight(w, format.weight, implementation="xla")  # the compiler divides it as it divides w
 
-    def dense(self, w: jax.Array | QTensor) -> jax.Array:
+    def _format(self, role: str) -> LinearFormat:
+        return self.attention_output if role == "attention_output" else self.format
+
+    def dense(self, w: jax.Array | QTensor | Weight) -> jax.Array:
+        if isinstance(w, Weight):
+            return w.master
         return dequantize(w, self.compute_dtype) if isinstance(w, QTensor) else w
 
-    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor, role: str = "linear", kind: str = "cpu") -> jax.Array:
+    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor | Weight, role: str = "linear", kind: str = "cpu") -> jax.Array:
         if role in self.high_precision:
             return super().linear(x, self.dense(w_DF))
-        format = self.attention_output if role == "attention_output" else self.format
-        multiply = functools.partial(fp8_linear, format=format, implementation=preferred(kind))
+        multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(kind))
         return _by_rows(multiply, w_DF, x.astype(self.compute_dtype))
 
-    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor, kind: str = "cpu") -> jax.Array:
+    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | Weight, kind: str = "cpu") -> jax.Array:
         if "linear" in self.high_precision or not self.keep_swiglu_input:
             return super().swiglu_linear(gate, up, w_FD, kind)
         multiply = functools.partial(fp8_swiglu_linear, format=self.format, implementation=preferred(kind))
@@ -64,7 +88,7 @@ class FP8Recipe(Recipe):
         return super().row_block(rows, num_groups, kind) if kind == "cpu" else self.format.gradient.size
 
     def grouped_linear(
-        self, x_RD: jax.Array, w_EDF: jax.Array | QTensor, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self, x_RD: jax.Array, w_EDF: jax.Array | QTensor | Weight, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         if "experts" in self.high_precision:
             return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block)
@@ -72,7 +96,7 @@ class FP8Recipe(Recipe):
         return fp8_grouped_linear(x_RD.astype(self.compute_dtype), w_EDF, group_sizes_E, **fields)
 
     def grouped_swiglu_linear(
-        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor | Weight, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         if "experts" in self.high_precision or not self.keep_swiglu_input:
             return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, block, kind)
@@ -80,7 +104,7 @@ class FP8Recipe(Recipe):
         return fp8_grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, **fields)
 
 
-def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor, *x: jax.Array) -> jax.Array:
+def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor | Weight, *x: jax.Array) -> jax.Array:
     """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and stay apart."""
     if x[0].ndim == 1:
         return multiply(*(part[None] for part in x), w)[0]

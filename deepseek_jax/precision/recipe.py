@@ -5,6 +5,7 @@ routing, logits and losses are float32 whatever the recipe.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,8 +32,9 @@ class Recipe:
         del kind
         return False
 
-    def expert_weight(self, w: jax.Array) -> jax.Array:
-        """Weights [E, D, F] as they are sent to where they are multiplied."""
+    def weight(self, w: jax.Array, role: str, part: tuple[int, ...]) -> Any:
+        """A weight [..., D, F] as it is sent to where it is multiplied; `part` is the shape of what one device holds of it."""
+        del role, part
         return w.astype(self.compute_dtype)
 
     def dense(self, w) -> jax.Array:

@@ -4,18 +4,26 @@ import jax
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.linear import vjp
-from kernels_pallas.linear.vjp import How, LinearFormat
-from kernels_pallas.qtensor import QTensor
+from kernels_pallas.linear.vjp import How, LinearFormat, Weight
+from kernels_pallas.qtensor import BLOCK, QTensor, Quantizer
+from kernels_pallas.quantize.api import quantize
+
+
+def prepare_weight(w: jax.Array, quantizer: Quantizer = BLOCK, *, implementation: str | tuple[str, ...] | None = None) -> Weight:
+    """W [..., D, F], a float32 master copy, with what the Linears below would make of it first: for a W that is sent somewhere before it is
+    multiplied, or multiplied more than once. Its gradient is the gradient of W."""
+    return Weight(w, quantize(jax.lax.stop_gradient(w), quantizer, implementation=implementation))
 
 
 def fp8_linear(
-    x: jax.Array, w: jax.Array | QTensor, *, format: LinearFormat = LinearFormat(), implementation: str | tuple[str, ...] | None = None
+    x: jax.Array, w: jax.Array | QTensor | Weight, *, format: LinearFormat = LinearFormat(), implementation: str | tuple[str, ...] | None = None
 ) -> jax.Array:
     """x [N, D] times W [D, F] -> [N, F] in the dtype of x, forward and backward in FP8 as V3 does it (§3.3.1).
 
     x is quantised in 1 × 128 tiles and W in 128 × 128 blocks, from its master copy; dy in 1 × 128 tiles for the input gradient and in
     128 × 1 for W's, which comes in W's dtype. Kept for the backward pass: x in E4M3. `format` has a field for each of these choices.
-    W may be a QTensor, such as a released checkpoint's: then there is a forward pass only. Raises ValueError for shapes that do not match.
+    W may be quantised already (`prepare_weight`), or a QTensor, such as a released checkpoint's: then there is a forward pass only. Raises
+    ValueError for shapes that do not match.
     """
     if x.ndim != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"fp8_linear: x {x.shape} and w {w.shape} must be [N, D] and [D, F]")
@@ -24,7 +32,7 @@ def fp8_linear(
 
 def fp8_grouped_linear(
     x: jax.Array,
-    w: jax.Array | QTensor,
+    w: jax.Array | QTensor | Weight,
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
@@ -41,7 +49,7 @@ def fp8_grouped_linear(
 
 
 def fp8_swiglu_linear(
-    gate: jax.Array, up: jax.Array, w: jax.Array | QTensor, *, format: LinearFormat = LinearFormat(), implementation: str | tuple[str, ...] | None = None
+    gate: jax.Array, up: jax.Array, w: jax.Array | QTensor | Weight, *, format: LinearFormat = LinearFormat(), implementation: str | tuple[str, ...] | None = None
 ) -> jax.Array:
     """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. Keeps gate and up quantised and computes their product again (V3 §3.3.3)."""
     if gate.shape != up.shape or gate.ndim != 2 or len(w.shape) != 2 or gate.shape[1] != w.shape[0]:
@@ -52,7 +60,7 @@ def fp8_swiglu_linear(
 def fp8_grouped_swiglu_linear(
     gate: jax.Array,
     up: jax.Array,
-    w: jax.Array | QTensor,
+    w: jax.Array | QTensor | Weight,
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
@@ -78,7 +86,7 @@ def _swiglu_linear(how: How, gate, up, w, group_sizes):
     return vjp.swiglu_linear(how, *vary_alike(gate, up, w, group_sizes))
 
 
-def _check(name: str, x: jax.Array, w: jax.Array | QTensor, group_sizes: jax.Array, alignment: int) -> None:
+def _check(name: str, x: jax.Array, w: jax.Array | QTensor | Weight, group_sizes: jax.Array, alignment: int) -> None:
     if x.ndim != 2 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(f"{name}: x {x.shape}, w {w.shape}, group_sizes {group_sizes.shape} must be [R, D], [G, D, F], [G]")
     if x.shape[0] % alignment:

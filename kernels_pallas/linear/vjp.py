@@ -40,6 +40,24 @@ class LinearFormat:
                 raise ValueError(f"products={self.products}: {product!r} is none of {', '.join(PRODUCTS)}")
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("master", "quantized"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight that was quantised before it comes here, on the devices that each hold a part of it for example, so that eight bits travel and are
+    kept. Products read `quantized`; `master` is read by none, and is what the gradient is of. Made by `prepare_weight`."""
+
+    master: jax.Array
+    quantized: QTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.master.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.master.dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class How:
     """A Linear's static arguments; `alignment` divides all group sizes."""
@@ -66,6 +84,8 @@ def _plain(a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -> jax.Arra
 
 def quantized(how: How, name: str, x: jax.Array, quantizer: Quantizer):
     """x as the product called `name` reads it; weights may come quantised."""
+    if isinstance(x, Weight):
+        x = x.quantized if name in how.format.products else x.master
     if isinstance(x, QTensor):
         return x if name in how.format.products else dequantize(x)
     return quantize(x, quantizer, implementation=how.implementation) if name in how.format.products else x
@@ -109,13 +129,24 @@ def _plain_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array
     return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_G, over_rows)
 
 
+def keep(how: How, w: jax.Array | Weight) -> jax.Array | Weight:
+    """What the backward pass needs of a weight: of one that came quantised, of the master copy no more than the dtype."""
+    if not isinstance(w, Weight) or "input_gradient" not in how.format.products:
+        return w
+    return Weight(jnp.zeros((0,), w.dtype), w.quantized)
+
+
+def cotangent(w: jax.Array | Weight, dw: jax.Array):
+    return Weight(dw, None) if isinstance(w, Weight) else dw
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear(how: How, x_RD: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
     """x W, [R, F]: one matrix [D, F], or [G, D, F] and the group sizes."""
     return forward(how, x_RD, w, sizes_G)[0]
 
 
-def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor, sizes_G: jax.Array | None):
+def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor | Weight, sizes_G: jax.Array | None):
     """-> x W, and x as it was multiplied."""
     x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
     return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), x
@@ -123,12 +154,13 @@ def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor, sizes_G: jax.Arra
 
 def _linear_fwd(how, x_RD, w, sizes_G):
     y_RF, x = forward(how, x_RD, w, sizes_G)
-    return y_RF, (save(how, x_RD, x), w, sizes_G)
+    return y_RF, (save(how, x_RD, x), keep(how, w), sizes_G)
 
 
 def _linear_bwd(how, residuals, dy_RF):
     saved, w, sizes_G = residuals
-    return input_gradient(how, dy_RF, w, sizes_G), weight_gradient(how, saved, dy_RF, sizes_G, w.dtype), None
+    dw = weight_gradient(how, saved, dy_RF, sizes_G, w.dtype)
+    return input_gradient(how, dy_RF, w, sizes_G), cotangent(w, dw), None
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
@@ -140,7 +172,7 @@ def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, 
     return swiglu_forward(how, gate_RF, up_RF, w, sizes_G)
 
 
-def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor, sizes_G: jax.Array | None) -> jax.Array:
+def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Weight, sizes_G: jax.Array | None) -> jax.Array:
     if "forward" in how.format.products:
         hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)
     else:
@@ -150,14 +182,14 @@ def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array 
 
 def _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G):
     saved = tuple(quantize(x, how.format.saved or how.format.input, implementation=how.implementation) for x in (gate_RF, up_RF))
-    return swiglu_forward(how, gate_RF, up_RF, w, sizes_G), (saved, w, sizes_G)
+    return swiglu_forward(how, gate_RF, up_RF, w, sizes_G), (saved, keep(how, w), sizes_G)
 
 
 def _swiglu_linear_bwd(how, residuals, dy_RD):
     saved, w, sizes_G = residuals
     hidden_RF, pull_back = jax.vjp(swiglu, *(dequantize(q, dy_RD.dtype) for q in saved))
     dw = weight_gradient(how, hidden_RF, dy_RD, sizes_G, w.dtype)
-    return *pull_back(input_gradient(how, dy_RD, w, sizes_G)), dw, None
+    return *pull_back(input_gradient(how, dy_RD, w, sizes_G)), cotangent(w, dw), None
 
 
 swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)

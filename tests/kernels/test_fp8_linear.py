@@ -18,6 +18,7 @@ from kernels_pallas import (
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
+    prepare_weight,
     quantize_block,
     requantize_transposed,
 )
@@ -237,6 +238,27 @@ def test_weights_may_come_quantised(forward, format):
     q = oracle.call(quantize_block, w)
     same = w if format.products else np.float32(oracle.exact(q))
     np.testing.assert_array_equal(oracle.call(forward, *inputs, q, *more, format=format), oracle.call(forward, *inputs, same, *more, format=format))
+
+
+@pytest.mark.parametrize("format", [LinearFormat(), LinearFormat(products=("forward", "weight_gradient"))], ids=["FP8", "plain input gradient"])
+@pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
+def test_weights_may_be_prepared(forward, format):
+    """The same numbers, forward and backward; the master copy is not kept."""
+    x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
+    more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
+
+    def call(x, w, dy, prepare):
+        def product(x, w):
+            w = prepare_weight(w) if prepare else w
+            return forward(*((x, 2 * x) if forward is fp8_swiglu_linear else (x,)), w, *more, format=format)
+
+        y, pull_back = jax.vjp(product, x, w)
+        kept = jax.tree.leaves(pull_back)
+        return (y, *pull_back(dy)), jnp.array([any(leaf.shape == w.shape and leaf.dtype == w.dtype for leaf in kept)])
+
+    (prepared, keeps), (plain, _) = (oracle.call(call, x, w, dy, prepare=prepare) for prepare in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, prepared, plain)
+    assert keeps == ("input_gradient" not in format.products)
 
 
 def test_zeros_give_zeros_and_a_nan_stays_in_its_row():

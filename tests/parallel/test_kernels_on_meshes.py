@@ -1,15 +1,25 @@
 """Products that are kernels: each device multiplies its rows, and where `tensor` divides whole tiles, its part of the product."""
 
+import dataclasses
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import jit, placement
 
+from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
+from deepseek_jax.precision import recipe
 from kernels_pallas import fp8_linear, quantize_block
 
 X, W = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 32, 256), (256, 384)]))
+ONE = Placement()
+FP8 = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
 MESHES = {
     "rows": {"fsdp": 8},
     "tensor": {"fsdp": 2, "tensor": 2, "expert": 2},
@@ -49,3 +59,60 @@ def test_quantised_weights(mesh, names):
     where = placement(MESHES[mesh])
     got = jit(lambda w, x: where.multiply(multiply, w, names, x))(w, X.reshape(-1, 256))
     np.testing.assert_allclose(got, fp8_linear(X.reshape(-1, 256), w), atol=2e-4)
+
+
+def gathered(fn, *args) -> dict[str, int]:
+    """The largest number of elements that a compiled program gathers, by their type."""
+    text, largest = jit(fn).lower(*args).compile().as_text(), {}
+    for dtype, dims in re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", text):
+        largest[dtype] = max(largest.get(dtype, 0), math.prod(map(int, dims.split(","))))
+    return largest
+
+
+@pytest.mark.parametrize("name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("experts", {"fsdp": 2, "expert": 4})])
+def test_weights_travel_in_eight_bits(name, sizes):
+    """Where a device's part is whole blocks they are quantised before they are gathered, to the same numbers."""
+    x, (ids, gates) = X.reshape(8, 8, 256), (jnp.arange(8 * 8 * 2).reshape(8, 8, 2) % 5, jnp.full((8, 8, 2), 0.5))
+
+    def call(where):
+        def loss(w, x):
+            if name == "linear":
+                w, names = w["gate"][0], ("embed", "ffn")
+                multiply = functools.partial(FP8.linear, role="linear")
+                w = FP8.weight(w, "linear", where.part(w.shape, names))
+                return jnp.sum(jnp.sin(where.multiply(multiply, w, names, x.reshape(-1, 256))))
+            y, _ = Experts(MoEConfig(num_experts=8, top_k=2, intermediate_size=256), 0.1, FP8, where).apply({"params": w}, x, ids, gates)
+            return jnp.sum(jnp.sin(y))
+
+        into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
+        w = {key: 0.1 * jax.random.normal(jax.random.key(i), (8, 256, 256)) for i, key in enumerate(("gate", "up", "down"))}
+        if where is not ONE:
+            w = {key: jax.device_put(x, where.sharding(out if key == "down" else into, x.shape)) for key, x in w.items()}
+        step = jax.value_and_grad(loss, argnums=(0, 1))
+        return jit(step)(w, x), gathered(step, w, x)
+
+    ((loss, (dw, dx)), moved), ((one_loss, (one_dw, one_dx)), _) = call(placement(sizes)), call(ONE)
+    matrices = 1 if name == "linear" else 8 // sizes.get("expert", 1)
+    eight_bits = moved.pop("f8e4m3fn", 0) or moved.pop("f16")  # XLA has no collectives in eight bits on CPU and widens them
+    assert eight_bits == matrices * 256 * 256 and moved["f32"] <= matrices * 4
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+    np.testing.assert_allclose(dx, one_dx, atol=0.02 * np.abs(one_dx).max())
+    for got, want in zip(jax.tree.leaves(dw), jax.tree.leaves(one_dw), strict=True):
+        assert jnp.linalg.norm(got - want) <= 0.06 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize("width", [192, 256, 384])
+def test_quantised_experts_are_not_cut_within_a_tile(width):
+    """Two devices share an expert's width: 256 in whole tiles, 192 and 384 not."""
+    shapes = {"gate": (4, 128, width), "up": (4, 128, width), "down": (4, width, 128)}
+    w = {key: jax.random.normal(jax.random.key(i), shape) for i, (key, shape) in enumerate(shapes.items())}
+    w = {key: quantize_block(x * 2.0 ** (jnp.arange(x.shape[1]) // 64)[:, None]) if key == "down" else quantize_block(x) for key, x in w.items()}
+    x, ids, gates = X[:1, :16, :128].reshape(2, 8, 128), jnp.arange(2 * 8 * 2).reshape(2, 8, 2) % 4, jnp.ones((2, 8, 2))
+
+    def call(where):
+        experts = Experts(MoEConfig(num_experts=4, top_k=2, intermediate_size=width), 0.1, FP8, where)
+        return jit(lambda w, *inputs: experts.apply({"params": w}, *inputs)[0])(w, x, ids, gates)
+
+    one = call(ONE)
+    assert np.isfinite(one).all()
+    np.testing.assert_allclose(call(placement({"expert": 2, "tensor": 2, "fsdp": 2})), one, atol=1e-4 * np.abs(one).max())
