@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -52,16 +53,14 @@ class FP8Recipe(Recipe):
         return kind in PREFERRED
 
     def weight(self, w: jax.Array | QTensor | Weight, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
-        """In eight bits, unless some product reads the master copy or a block lies on several devices."""
+        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block."""
         if isinstance(w, QTensor):
             return w
         if role in self.high_precision:
             return super().weight(w, role, part)
         format = self._format(role)
-        whole = all(size == all_of_it or size % format.weight.size == 0 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
-        if format.weight.scope == "tensor" or not whole or not set(PRODUCTS) <= set(format.products):
-            return w
-        return prepare_weight(w, format.weight, implementation="xla")  # the compiler divides it as it divides w
+        crumbs = any(size < all_of_it and math.gcd(size, format.weight.size) < 8 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
+        return w if crumbs or not set(PRODUCTS) <= set(format.products) else prepare_weight(w, format.weight, part[-2:])
 
     def _format(self, role: str) -> LinearFormat:
         return self.attention_output if role == "attention_output" else self.format

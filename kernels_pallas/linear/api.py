@@ -6,13 +6,16 @@ from kernels_pallas._compat import vary_alike
 from kernels_pallas.linear import vjp
 from kernels_pallas.linear.vjp import How, LinearFormat, Weight
 from kernels_pallas.qtensor import BLOCK, QTensor, Quantizer
-from kernels_pallas.quantize.api import quantize
+from kernels_pallas.quantize.reference import quantize
 
 
-def prepare_weight(w: jax.Array, quantizer: Quantizer = BLOCK, *, implementation: str | tuple[str, ...] | None = None) -> Weight:
+def prepare_weight(w: jax.Array, quantizer: Quantizer = BLOCK, part: tuple[int, int] | None = None) -> Weight:
     """W [..., D, F], a float32 master copy, with what the Linears below would make of it first: for a W that is sent somewhere before it is
-    multiplied, or multiplied more than once. Its gradient is the gradient of W."""
-    return Weight(w, quantize(jax.lax.stop_gradient(w), quantizer, implementation=implementation))
+    multiplied, or multiplied more than once. Its gradient is the gradient of W.
+
+    Through XLA, which divides it among devices as W is divided: in parts of rows × columns = `part`, if any.
+    """
+    return Weight(w, quantize(jax.lax.stop_gradient(w), quantizer, part))
 
 
 def fp8_linear(

@@ -1,19 +1,23 @@
 """Scales and quantised values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantiser (`inference/kernel.py`)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
 
 
-def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
+def quantize(x: jax.Array, quantizer: Quantizer, part: tuple[int, int] | None = None) -> QTensor:
     """[..., R, C] -> QTensor of the same shape; scale = max(amax, min_amax) / (largest magnitude of the format), values clipped before the cast.
 
-    A NaN or an infinity in a tile makes the whole tile NaN.
+    A NaN or an infinity in a tile makes the whole tile NaN. Where x is divided among devices in parts of rows × columns = `part`, which need not
+    be whole tiles, all that has to leave a device is the largest magnitudes of the pieces of tiles.
     """
     x, tile = x.astype(jnp.float32), quantizer.tile(x.shape)
     largest, dtype = FORMATS[quantizer.format]
-    scales = scale_of(_amax(x, tile), quantizer)
+    piece = tile if part is None else (math.gcd(tile[0], part[0]), math.gcd(tile[1], part[1]))
+    scales = scale_of(_amax(_amax(x, piece), (tile[0] // piece[0], tile[1] // piece[1])), quantizer)
     scaled = jnp.clip(x / spread(scales, tile, x.shape), -largest, largest)  # the cast itself overflows to NaN
     if quantizer.format == "e5m6":
         scaled = jax.lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=6)

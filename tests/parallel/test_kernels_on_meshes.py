@@ -69,9 +69,9 @@ def gathered(fn, *args) -> dict[str, int]:
     return largest
 
 
-@pytest.mark.parametrize("name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("experts", {"fsdp": 2, "expert": 4})])
+@pytest.mark.parametrize("name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("linear", {"fsdp": 8}), ("experts", {"fsdp": 2, "expert": 4})])
 def test_weights_travel_in_eight_bits(name, sizes):
-    """Where a device's part is whole blocks they are quantised before they are gathered, to the same numbers."""
+    """Each device quantises its part before it is gathered, to the same numbers, be its part whole blocks or a quarter of one."""
     x, (ids, gates) = X.reshape(8, 8, 256), (jnp.arange(8 * 8 * 2).reshape(8, 8, 2) % 5, jnp.full((8, 8, 2), 0.5))
 
     def call(where):
