@@ -125,7 +125,7 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)], env=environment)
     lines = random.randrange(4, 16)  # each is two steps; the first checkpoint is at step 5
     deadline = time.monotonic() + 300
-    while len(read_metrics(tmp_path)) < lines:
+    while len(read_metrics(tmp_path)) < lines or not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     child.kill()
