@@ -9,21 +9,20 @@ import json
 import pytest
 from dry_run_cases import BIG, CASES, GOLDEN, ONE_LAYER, figures
 
-from deepseek_jax.accounting.chips import CHIPS
 from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
 from deepseek_jax.accounting.dry_run import dry_run
 from deepseek_jax.accounting.dry_run_table import table
-from deepseek_jax.accounting.topologies import installed
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.big_dry_run if case in BIG else ()) for case in CASES])
+def chip(case: str) -> str:
+    return CASES[case][0].partition(":")[0]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.aot(chip(case)), *([pytest.mark.big_dry_run] if case in BIG else [])]) for case in CASES])
 def test_golden_figures(case):
     """Memory, FLOPs and traffic, one by one: a sharding that changed shows as a number. FLOPs are exact, what XLA decides may move by a few percent."""
-    chip = CASES[case][0].partition(":")[0]
-    if not installed(CHIPS[chip]):
-        pytest.skip(f"nothing here compiles for {chip}: pip install -e '.[aot]'")
     stored, now = json.loads((GOLDEN / f"{case}.json").read_text()), figures(case)
     for name in ("num_devices", "num_chips", "mesh", "tokens_per_step", "steps", "flops", "model_flops", "fits"):
         assert now[name] == stored[name], name
@@ -50,10 +49,9 @@ def test_state_is_divided_among_all_devices():
     assert stored["v3_bill"] == {"h800_hours": 2_788_000, "dollars": 5_576_000.0}
 
 
+@pytest.mark.aot("h100")
 @pytest.mark.parametrize("options, message", [({"program": "trian"}, "did you mean 'train'"), ({"program": "grpo"}, "no stage of kind grpo"), ({"stage": "sft"}, "pretrain")])
 def test_wrong_requests_are_refused_before_compiling(options, message):
-    if not installed(CHIPS["h100"]):
-        pytest.skip("the CUDA plugin is not installed: pip install -e '.[aot]'")
     config, name, *_ = read_flags(ONE_LAYER)
     with pytest.raises(ConfigError, match=message):
         dry_run(config, name, "h100:8", **options)

@@ -1,7 +1,6 @@
 """Running Hopper kernels without a GPU: interpreted with the race detector on, or compiled for the machine code's sake."""
 
 import contextlib
-import importlib.util
 import io
 
 import jax
@@ -17,10 +16,7 @@ SM90 = "mosaic_gpu_sm90"
 interprets = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting FP8 kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
 )
-compiles = pytest.mark.skipif(
-    plgpu is None or importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="compiling for a GPU that is not there needs the extra 'aot' (jax-cuda13-plugin)",
-)
+compiles = pytest.mark.aot("h100")
 
 
 @contextlib.contextmanager

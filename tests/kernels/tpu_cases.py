@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_jax.accounting.chips import CHIPS
-from deepseek_jax.accounting.topologies import installed, topology
+from deepseek_jax.accounting.topologies import topology
 from kernels_pallas import QTensor
 
 # What the matrix unit is to be given, in the kernel's text.
 MULTIPLIED = {"v5e:2x4": "bf16", "v5p:2x2x1": "bf16", "v6e:2x4": "bf16", "tpu7x:2x2x1": "f8E4M3FN"}
-needs_libtpu = pytest.mark.skipif(not installed(CHIPS["v5p"]), reason="libtpu is not installed: pip install -e '.[aot]'")
+needs_libtpu = pytest.mark.aot("v5p")
 SIMULATED = pltpu.InterpretParams()  # copies, memory that was never written, reads past an end: everything a TPU does, slowly
 EVALUATED = True  # block by block, three times as fast
 
