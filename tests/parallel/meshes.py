@@ -55,15 +55,15 @@ def on(sizes: dict | None, model: Transformer = MODEL, **options) -> Transformer
 
 
 @functools.cache
-def variables():
+def variables(config: ModelConfig = CONFIG):
     """Random weights, with correction biases that matter."""
-    values = init_variables(MODEL, jax.random.key(0))
+    values = init_variables(Transformer(config), jax.random.key(0))
     bias = jax.tree.map(lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape), values["router_bias"])
     return {"params": values["params"], "router_bias": bias}
 
 
 def placed(model: Transformer):
-    return jax.device_put(variables(), variables_sharding(model))
+    return jax.device_put(variables(model.config), variables_sharding(model))
 
 
 def batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
