@@ -52,7 +52,7 @@ class FP8Recipe(Recipe):
     def has_kernels(self, kind: str) -> bool:
         return kind in PREFERRED
 
-    def weight(self, w: jax.Array | QTensor | Weight, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
+    def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
         """In eight bits, unless some product reads the master copy or devices hold crumbs of a block."""
         if isinstance(w, QTensor):
             return w
