@@ -14,10 +14,17 @@ from deepseek_jax.model.placement import Placement, combine
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
 from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
+from kernels_pallas import QTensor
 from kernels_pallas._compat import varying_axes
 from kernels_pallas.implementations import device_kind
 
-TILE = 128  # numbers that share a scale in a quantised product
+TILE = 128  # numbers that share a scale where a product quantises its weight itself
+
+
+def tile_of(w: Any) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a weight that comes quantised; None for any other."""
+    tiles = [leaf.tile for leaf in jax.tree.leaves(w, is_leaf=lambda leaf: isinstance(leaf, QTensor)) if isinstance(leaf, QTensor)]
+    return tiles[0] if tiles else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +92,7 @@ class MeshPlacement(Placement):
         def divided(leaf) -> tuple[tuple[str, ...], ...]:
             parts = self.mesh_axes(names, leaf.shape)
             gathered = (bool(axes) and row_axes.issuperset(axes) for axes in parts)
-            tiled = (size % (TILE * math.prod(self.sizes[axis] for axis in axes)) == 0 for size, axes in zip(w.shape, parts, strict=True))
+            tiled = (part % tile == 0 for part, tile in zip(self.part(w.shape, names), tile_of(w) or (TILE, TILE), strict=True))
             return tuple(
                 axes if here or (whole and row_axes.isdisjoint(axes)) else () for axes, here, whole in zip(parts, gathered, tiled, strict=True)
             )
@@ -171,8 +178,8 @@ class MeshPlacement(Placement):
         def divided(w, names):
             """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it. A weight may be
             several arrays, such as values and scales: a width whose parts are no whole tiles stays together."""
-            width = names.index("expert_ffn")
-            tiled = self.part(w.shape, names)[width] % TILE == 0 or len(jax.tree.leaves(w)) == 1
+            width, tile = names.index("expert_ffn"), tile_of(w)
+            tiled = tile is None or self.part(w.shape, names)[width] % tile[width - 1] == 0
             kept = ("experts", "expert_ffn") if tiled else ("experts",)
 
             def spec(leaf) -> PartitionSpec:

@@ -53,11 +53,10 @@ class FP8Recipe(Recipe):
         return kind in PREFERRED
 
     def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
-        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block."""
-        if isinstance(w, QTensor):
+        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block; the master copy, whose gradient is summed in
+        float32, otherwise."""
+        if isinstance(w, QTensor) or role in self.high_precision:
             return w
-        if role in self.high_precision:
-            return super().weight(w, role, part)
         format = self._format(role)
         crumbs = any(size < all_of_it and math.gcd(size, format.weight.size) < 8 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
         return w if crumbs or not set(PRODUCTS) <= set(format.products) else prepare_weight(w, format.weight, part[-2:])

@@ -25,7 +25,8 @@ from kernels_pallas.matmul.tuning_sm90 import Config, table_path
 
 def candidates(out_dtype: jnp.dtype) -> Iterator[Config]:
     """Every shape of tile, with the most stages that fit, and the orders in which tiles may be taken."""
-    for columns, split, minor, width in itertools.product((128, 64, 32), ("m", "n"), (0, 1), (1, 8, 16)):
+    tiles = [*itertools.product((128, 64, 32), ("m", "n")), (16, "n")]
+    for (columns, split), minor, width in itertools.product(tiles, (0, 1), (1, 8, 16)):
         yield Config(columns, split, minor=minor, width=width).fitting(out_dtype)
 
 

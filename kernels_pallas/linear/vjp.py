@@ -44,7 +44,7 @@ class LinearFormat:
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A weight that was quantised before it comes here, on the devices that each hold a part of it for example, so that eight bits travel and are
-    kept. Products read `quantized`; `master` is read by none, and is what the gradient is of. Made by `prepare_weight`."""
+    kept. Products in FP8 read `quantized`; `master` is what the gradient is of, and no more if all of them are. Made by `prepare_weight`."""
 
     master: jax.Array
     quantized: QTensor

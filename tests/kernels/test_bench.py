@@ -56,7 +56,7 @@ def test_the_fastest_configuration_is_taken_up(tmp_path, monkeypatch):
 def test_candidates_fit_and_differ():
     for dtype in (jnp.bfloat16, jnp.float32):
         configs = list(tune.candidates(dtype))
-        assert len(set(configs)) == len(configs) == 36 and all(config.stages >= 2 for config in configs)
+        assert len(set(configs)) == len(configs) == 42 and all(config.stages >= 2 for config in configs)
 
 
 def test_the_table_is_measured_on_a_hopper_gpu(capsys):

@@ -53,9 +53,9 @@ def test_equals_one_device(mesh, names):
 
 
 @pytest.mark.parametrize("names", [("embed", "heads"), ("ffn", "embed")])
-@pytest.mark.parametrize("mesh", ["rows", "tensor"])
-def test_quantised_weights(mesh, names):
-    w = quantize_block(W)
+@pytest.mark.parametrize("mesh, tile", [("rows", 128), ("tensor", 128), ("tensor", 256)])
+def test_quantised_weights(mesh, tile, names):
+    w = quantize_block(W, size=tile)
     where = placement(MESHES[mesh])
     got = jit(lambda w, x: where.multiply(multiply, w, names, x))(w, X.reshape(-1, 256))
     np.testing.assert_allclose(got, fp8_linear(X.reshape(-1, 256), w), atol=2e-4)
@@ -101,12 +101,13 @@ def test_weights_travel_in_eight_bits(name, sizes):
         assert jnp.linalg.norm(got - want) <= 0.06 * jnp.linalg.norm(want)
 
 
-@pytest.mark.parametrize("width", [192, 256, 384])
-def test_quantised_experts_are_not_cut_within_a_tile(width):
-    """Two devices share an expert's width: 256 in whole tiles, 192 and 384 not."""
+@pytest.mark.parametrize("width, tile", [(192, 128), (256, 128), (384, 128), (768, 256)])
+def test_quantised_experts_are_not_cut_within_a_tile(width, tile):
+    """Two devices share an expert's width: 256 in whole tiles, the others not."""
     shapes = {"gate": (4, 128, width), "up": (4, 128, width), "down": (4, width, 128)}
     w = {key: jax.random.normal(jax.random.key(i), shape) for i, (key, shape) in enumerate(shapes.items())}
-    w = {key: quantize_block(x * 2.0 ** (jnp.arange(x.shape[1]) // 64)[:, None]) if key == "down" else quantize_block(x) for key, x in w.items()}
+    w["down"] *= 2.0 ** (jnp.arange(width) // 64)[:, None]
+    w = {key: quantize_block(x, size=tile) for key, x in w.items()}
     x, ids, gates = X[:1, :16, :128].reshape(2, 8, 128), jnp.arange(2 * 8 * 2).reshape(2, 8, 2) % 4, jnp.ones((2, 8, 2))
 
     def call(where):

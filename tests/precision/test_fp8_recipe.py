@@ -13,7 +13,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables
 from deepseek_jax.precision import FP8Recipe, recipe
-from kernels_pallas import QTensor, dequantize, quantize_block
+from kernels_pallas import QTensor, Weight, dequantize, quantize_block
 
 ALL_ROLES = ["linear", "attention_output", "experts", "mtp_projection"]
 CONFIG = ModelConfig(
@@ -71,6 +71,15 @@ def eight_bit_casts(spec) -> int:
     model = Transformer(CONFIG, recipe(spec))
     program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(abstract_variables(Transformer(CONFIG)))
     return len(re.findall(r"new_dtype=float8_e4m3fn", str(program)))
+
+
+def test_weights_that_stay_are_not_rounded_where_their_gradients_are_summed():
+    """Above the product the gradient of a rounded weight would be summed over devices in bfloat16."""
+    r, w = recipe("fp8_deepseek"), jnp.ones((256, 128))
+    assert r.weight(w, "mtp_projection", w.shape) is w
+    assert isinstance(r.weight(w, "linear", (32, 128)), Weight)
+    assert r.weight(w, "linear", (4, 128)) is w  # crumbs of a block
+    assert recipe({"name": "fp8_deepseek", "format": {"products": ("forward",)}}).weight(w, "linear", w.shape) is w
 
 
 def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
