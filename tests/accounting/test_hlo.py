@@ -173,7 +173,7 @@ def test_ragged_exchange_counts_full_buffers(target):
     assert moved["y"]["ragged-all-to-all"] == LOCAL * 3 // 4
 
 
-@pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[-1]])
 def test_memory_traffic_of_products_in_a_loop(target):
     """Products with one matrix of a stack after another: each matrix is read once, by a TPU that keeps x on the chip no more than that; at most
     XLA copies the matrix first, then x, and reads and writes all of them."""
