@@ -11,6 +11,7 @@ import pytest
 from deepseek_jax.errors import RewardError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
+from deepseek_jax.precision import recipe
 from deepseek_jax.rl import loop
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig
@@ -67,9 +68,9 @@ def rewards_of(function, in_graph):
     return RewardSet((Reward("digits", function, in_graph),), (1.0,))
 
 
-def grpo_of(config=CONFIG, rewards=None):
+def grpo_of(config=CONFIG, rewards=None, model=MODEL):
     optimizer = build_optimizer(OptimizerConfig(learning_rate=constant(config.learning_rate), weight_decay=0.0))
-    return GRPO(MODEL, TASK, config, rewards or rewards_of(digit_share_in_graph, True), optimizer)
+    return GRPO(model, TASK, config, rewards or rewards_of(digit_share_in_graph, True), optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,18 @@ def test_first_ratio_is_one_with_and_without_replay(first, grpo, variables):
         assert error.max() < 1e-5
         assert float(entropy_BN.min()) >= 0
     assert int(samples.trajectories.mask_BN.sum()) > 16  # there was something to compare
+
+
+def test_an_iteration_in_fp8(variables):
+    """Sampling, both passes and the update in FP8. Sampler and update round differently, so that the first ratio is near one, not one."""
+    grpo = grpo_of(model=MODEL.clone(precision=recipe("fp8_deepseek")))
+    state, metrics, samples, _ = grpo.iteration(grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(2)))
+    assert int(state.step) == 1 and int(state.skipped) == 0
+    assert 1e-5 < float(metrics["first_ratio_error"]) < 0.5 and float(metrics["grad_norm"]) > 0
+    assert int(samples.trajectories.mask_BN.sum()) > 16
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(variables["params"]), strict=True):
+        assert new.dtype == old.dtype == jnp.float32 and jnp.isfinite(new).all()
+        assert jnp.any(new != old) or "mtp" in jax.tree_util.keystr(path), path
 
 
 def test_replay_routes_through_the_given_experts(first, variables):

@@ -1,5 +1,7 @@
 """The jitted step: accumulation, router bias, skipped steps, what it leaves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.precision import recipe
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule, Segment
@@ -72,6 +75,19 @@ def test_accumulation_is_one_big_batch(steps, state, small, optimizer, batch):
     # Adam divides by the gradient's size: where that is rounding error, so is the update.
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(again.params), strict=True):
         assert np.mean(np.abs(x - y) > 1e-5) < 0.01
+
+
+def test_learns_in_fp8(small, optimizer, batch):
+    """The whole step, MTP and AdamW included; master weights stay float32."""
+    config = small.config.replace(moe=dataclasses.replace(small.config.moe, implementation="grouped"))
+    model = Transformer(config, recipe("fp8_deepseek"))
+    step = make_train_step(model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2)
+    state, losses = create_state(model, optimizer, jax.random.key(0)), []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0] and int(state.skipped) == 0
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
 
 
 def test_learns_and_moves_every_bias(steps, state, batch):
