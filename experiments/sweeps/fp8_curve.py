@@ -15,7 +15,8 @@ Measured, training loss smoothed (EMA 0.9) against the bfloat16 run, after the 2
     outliers-fp8               0.081   0.358     against outliers-bfloat16, like the next
     outliers-fp8-per-tensor    0.070   0.253
 
-The controls do not stand out at this size and length. The learning rate is small on purpose: at ten times it any two runs that round
+The controls do not stand out at this size and length. Without promotion means `fp22_register` here: `hopper_fp22`
+takes a CPU some three times as long and was not trained with. The learning rate is small on purpose: at ten times it any two runs that round
 differently drift apart by 1%.
 """
 
