@@ -4,6 +4,7 @@ Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; 
 """
 
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
+from kernels_pallas.grouped_linear.api import grouped_linear
 from kernels_pallas.implementations import Unsupported
 from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare_weight
 from kernels_pallas.linear.vjp import LinearFormat, Weight
@@ -28,6 +29,7 @@ __all__ = [
     "fp8_linear",
     "fp8_matmul",
     "fp8_swiglu_linear",
+    "grouped_linear",
     "prepare_weight",
     "quantize",
     "quantize_block",

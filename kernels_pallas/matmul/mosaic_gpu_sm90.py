@@ -118,8 +118,10 @@ def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[j
     return plgpu.planar_snake(index, tiles, config.minor, config.width)
 
 
-def launch(body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, flops: int, *arrays: jax.Array, ragged: bool = False) -> jax.Array:
-    """Runs body(*references) once on each core, in three warpgroups; `flops` and `ragged` as for `priced`."""
+def launch(
+    body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, flops: int, *arrays: jax.Array, format: jnp.dtype = E4M3, ragged: bool = False
+) -> jax.Array:
+    """Runs body(*references) once on each core, in three warpgroups; `flops`, `format` and `ragged` as for `priced`."""
     grid = (device()[1],)
     kernel = plgpu.kernel(
         body,
@@ -130,7 +132,7 @@ def launch(body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, flops: int,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    with priced(flops, E4M3, grid, ragged):
+    with priced(flops, format, grid, ragged):
         y = kernel(*arrays)
     return vary_alike(y, *arrays)[0]  # jax 0.10 forgets along which mesh axes the output differs
 
