@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     attention = MLAConfig(num_heads=16, q_lora_rank=768, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     moe = MoEConfig(num_experts=32, top_k=4, intermediate_size=512, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5)
     model = ModelConfig(
-        vocab_size=32_768, hidden_size=2048, num_layers=8, intermediate_size=4608, first_k_dense=1, mtp_depth=1, remat="full",
+        vocab_size=32_768, hidden_size=2048, num_layers=8, intermediate_size=4608, first_k_dense=1, mtp_depth=1, remat="full", attention_chunk=512,
         attention=attention, moe=moe,
     )  # fmt: skip
     return ConfigDict(

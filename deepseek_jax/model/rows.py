@@ -44,7 +44,7 @@ def lay_out(expert_ids_NK: jax.Array, num_experts: int, block: int) -> tuple[Lay
     R is N·K rounded up so that any distribution over experts fits: nothing is dropped. A pair of expert E or more has no row.
     """
     pairs = expert_ids_NK.size
-    num_rows = pairs if block == 1 else -(-(pairs + num_experts * (block - 1)) // block) * block
+    num_rows = pairs if block == 1 else -(-(pairs + min(num_experts, pairs) * (block - 1)) // block) * block
     rank_NK, counts_E = rank_in_group(expert_ids_NK, num_experts)
     sizes_E = -(-counts_E // block) * block
     starts_E = jnp.cumsum(sizes_E) - sizes_E

@@ -89,7 +89,7 @@ class FP8Recipe(Recipe):
         self, x_RD: jax.Array, w_EDF: jax.Array | QTensor | Weight, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         if "experts" in self.high_precision:
-            return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block)
+            return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block, kind)
         fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
         return fp8_grouped_linear(x_RD.astype(self.compute_dtype), w_EDF, group_sizes_E, **fields)
 

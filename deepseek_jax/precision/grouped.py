@@ -1,7 +1,7 @@
 """Grouped matrix product: contiguous groups of rows, each with its own weight matrix; no row is ever dropped.
 
-On TPU and GPU this is `lax.ragged_dot`. On CPU XLA computes that as a masked product over every group, so there the
-groups are padded to blocks and multiplied block by block as one batched product.
+On TPU this is `lax.ragged_dot`, on NVIDIA Hopper in bfloat16 a kernel. Elsewhere XLA computes the former as a masked product over every group,
+so there the groups are padded to blocks and multiplied block by block as one batched product.
 """
 
 import functools
@@ -9,28 +9,42 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import grouped_linear
+from kernels_pallas.implementations import preferred
 
-def row_block(rows: int, num_groups: int, kind: str) -> int:
-    """Block for `rows` rows spread over `num_groups` groups: 1 off the CPU; there about half a mean group.
+KERNEL_BLOCK = 128  # rows of a tile of the kernel for Hopper, which then moves no rows
 
-    A smaller block wastes fewer padded rows, a larger one reads each weight matrix less often.
+
+def has_kernel(kind: str, dtype: jnp.dtype) -> bool:
+    return kind == "sm90" and dtype == jnp.bfloat16
+
+
+def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
+    """What the sizes of groups are padded to a multiple of, for `rows` rows spread over `num_groups` groups: 1 means no padding.
+
+    Where blocks are multiplied as one batch, about half a mean group on CPU and a quarter on GPU: a smaller block wastes fewer padded
+    rows, a larger one reads each weight matrix less often, which on a GPU takes the more of the time.
     """
-    if kind != "cpu":
+    if kind == "tpu":
         return 1
-    half_mean = max(rows // (2 * num_groups), 1)
-    return min(128, max(8, 1 << (half_mean.bit_length() - 1)))
+    if has_kernel(kind, dtype):
+        return KERNEL_BLOCK
+    part, largest = (2, 128) if kind == "cpu" else (4, 1024)
+    return min(largest, max(8, 1 << (max(rows // (part * num_groups), 1).bit_length() - 1)))
 
 
 def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, precision: jax.lax.Precision | None = None
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, precision: jax.lax.Precision | None = None, kind: str = "cpu"
 ) -> jax.Array:
-    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F].
+    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F], both of one dtype, on the `kind` of device that it is compiled for.
 
     Groups lie one after another from row 0. With block > 1 every group size, and R, is a multiple of `block`.
     Rows past the last group give zero with block 1 and are undefined otherwise.
     """
     if block == 1:
         return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, precision=precision)
+    if has_kernel(kind, x_RD.dtype):
+        return grouped_linear(x_RD, w_EDF, group_sizes_E, alignment=block, implementation=preferred(kind))
     ends_E = jnp.cumsum(group_sizes_E)
     block_starts_J = jnp.arange(x_RD.shape[0] // block) * block
     expert_J = jnp.sum(block_starts_J[:, None] >= ends_E[None, :], axis=1)

@@ -60,13 +60,12 @@ class Recipe:
 
     def row_block(self, rows: int, num_groups: int, kind: str) -> int:
         """Row count that groups are padded to for the grouped products; 1 means no padding."""
-        return row_block(rows, num_groups, kind)
+        return row_block(rows, num_groups, kind, self.compute_dtype)
 
     def grouped_linear(self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu") -> jax.Array:
         """Rows of group e times w[e]; groups lie one after another, each a multiple of `block` rows long."""
-        del kind
         x_RD, w_EDF = x_RD.astype(self.compute_dtype), w_EDF.astype(self.compute_dtype)
-        return grouped_matmul(x_RD, w_EDF, group_sizes_E, block, self.matmul_precision)
+        return grouped_matmul(x_RD, w_EDF, group_sizes_E, block, self.matmul_precision, kind)
 
     def grouped_swiglu_linear(
         self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu"

@@ -46,9 +46,9 @@ def test_moving_to_rows_and_back():
 
 
 class Ragged(Recipe):
-    """The recipe as it is off the CPU: no padding to blocks."""
+    """The recipe as it is on TPU: no padding to blocks."""
 
-    def row_block(self, rows, num_groups, platform):
+    def row_block(self, rows, num_groups, kind):
         return 1
 
 

@@ -46,11 +46,20 @@ def test_ragged_takes_any_group_sizes():
     np.testing.assert_allclose(y, np.concatenate([x[:2] @ w[0], x[2:] @ w[2]]), atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "groups", "block"), [(1, 8, 8), (256, 8, 16), (1024, 16, 32), (8192, 8, 128), (100_000, 4, 128)])
-def test_blocks_are_half_a_mean_group_on_cpu(rows, groups, block):
-    assert row_block(rows, groups, "cpu") == block
-
-
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_no_blocks_elsewhere(platform):
-    assert row_block(8192, 8, platform) == 1
+@pytest.mark.parametrize(
+    ("rows", "groups", "kind", "dtype", "block"),
+    [
+        (1, 8, "cpu", "float32", 8),
+        (256, 8, "cpu", "float32", 16),
+        (1024, 16, "cpu", "float32", 32),
+        (8192, 8, "cpu", "bfloat16", 128),
+        (100_000, 4, "cpu", "float32", 128),
+        (8192, 8, "tpu", "bfloat16", 1),
+        (8192, 8, "sm90", "bfloat16", 128),
+        (8192, 8, "sm90", "float32", 256),
+        (8192, 8, "sm80", "bfloat16", 256),
+        (1_000_000, 8, "sm100", "bfloat16", 1024),
+    ],
+)
+def test_blocks(rows, groups, kind, dtype, block):
+    assert row_block(rows, groups, kind, jnp.dtype(dtype)) == block
