@@ -3,6 +3,7 @@
 Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; N tokens, D and F the widths of a Linear.
 """
 
+from kernels_pallas.attention.api import attention
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped_linear.api import grouped_linear
 from kernels_pallas.implementations import Unsupported
@@ -21,6 +22,7 @@ __all__ = [
     "Quantizer",
     "Unsupported",
     "Weight",
+    "attention",
     "dequantize",
     "fp8_grouped_linear",
     "fp8_grouped_matmul",

@@ -1,0 +1,159 @@
+"""Attention against jax.nn.softmax in float32 and its derivative by JAX, XLA's and Hopper's; and Hopper's machine code."""
+
+import functools
+
+import hopper
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import Unsupported, attention, targets
+from kernels_pallas.attention import mosaic_gpu_sm90, reference
+
+# B, T, S, H, widths of keys and values, first
+CASES = [
+    pytest.param(1, 128, 128, 1, 64, 64, 0, id="one-block"),
+    pytest.param(2, 136, 136, 1, 192, 128, 0, id="nothing-divides"),
+    pytest.param(1, 72, 200, 1, 128, 64, 128, id="queries-in-the-middle"),
+    pytest.param(1, 8, 8, 2, 64, 64, 0, id="short"),
+]
+
+
+@pytest.fixture
+def interpretable(monkeypatch):
+    """The interpreter knows no matrix instruction whose left side lies in registers."""
+
+    def add_product(total, left, right):
+        return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32), precision="highest")
+
+    monkeypatch.setattr(mosaic_gpu_sm90, "add_product", add_product)
+
+
+def operands(B, T, S, H, width, values, first, documents=3):
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=shape) for shape in ((B, T, H, width), (B, S, H, width), (B, S, H, values), (B, T, H, values)))
+    segments = np.sort(rng.integers(0, documents, (B, S)).astype(np.int32))
+    return [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (q, k, v, do)], segments[:, first : first + T], segments
+
+
+def exact(numbers, query_segments, segments, first):
+    """o, dq, dk, dv from float32, to which the errors of bfloat16 are large."""
+    *qkv, do = (jnp.asarray(x, jnp.float32) for x in numbers)
+    einsum = functools.partial(jnp.einsum, precision="highest")
+
+    def call(q, k, v):
+        s = einsum("BTHk,BSHk->BHTS", q, k) * q.shape[-1] ** -0.5
+        p = jax.nn.softmax(jnp.where(reference.visible(query_segments, segments, first), s, -jnp.inf), axis=-1)
+        return einsum("BHTS,BSHv->BTHv", p, v)
+
+    o, pull = jax.vjp(call, *qkv)
+    return [np.asarray(x, np.float64) for x in (o, *pull(do))]
+
+
+def forward_and_backward(numbers, query_segments, segments, first, implementation):
+    *qkv, do = (jnp.asarray(x, jnp.bfloat16) for x in numbers)
+
+    def call(do, *qkv):
+        attend = functools.partial(attention, scale=qkv[0].shape[-1] ** -0.5, first=first, implementation=implementation)
+        o, pull = jax.vjp(lambda *qkv: attend(*qkv, query_segments, segments), *qkv)
+        return o, *pull(do)
+
+    return [np.asarray(x, np.float64) for x in jax.jit(call)(do, *qkv)]
+
+
+def check(results, expected):
+    """bfloat16 rounds by 2^-9: the results, p and ds in their sums, and o in δ."""
+    for got, wanted in zip(results, expected, strict=True):
+        assert np.sqrt(np.mean((got - wanted) ** 2)) <= 2.0**-7 * np.sqrt(np.mean(wanted**2))
+        assert np.max(np.abs(got - wanted)) <= 2.0**-6 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("B, T, S, H, width, values, first", CASES)
+def test_xla(B, T, S, H, width, values, first):
+    given = *operands(B, T, S, H, width, values, first), first
+    check(forward_and_backward(*given, "xla"), exact(*given))
+
+
+@hopper.interprets
+@pytest.mark.usefixtures("interpretable")
+@pytest.mark.parametrize("B, T, S, H, width, values, first", CASES)
+def test_hopper(B, T, S, H, width, values, first):
+    given = *operands(B, T, S, H, width, values, first), first
+    with hopper.interpreted():
+        results = forward_and_backward(*given, hopper.SM90)
+    check(results, exact(*given))
+
+
+@hopper.interprets
+@pytest.mark.usefixtures("interpretable")
+@pytest.mark.parametrize("error", ["sees the next key", "sees other segments", "powers of two instead of e"])
+def test_planted_errors_are_seen(error, monkeypatch):
+    given = *operands(1, 136, 136, 1, 64, 64, 0), 0
+    if error == "powers of two instead of e":
+        monkeypatch.setattr(mosaic_gpu_sm90, "LOG2_E", 1.0)
+    else:
+        visible = mosaic_gpu_sm90.visible
+
+        def wrong(first_query, first_key, query_segments, segments, shape, queries):
+            if error == "sees the next key":
+                return visible(first_query + 1, first_key, query_segments, segments, shape, queries)
+            return visible(first_query, first_key, segments, segments, shape, queries) if queries == 0 else visible(first_query, first_key, query_segments, segments, shape, queries)
+
+        monkeypatch.setattr(mosaic_gpu_sm90, "visible", wrong)
+    with hopper.interpreted():
+        results = forward_and_backward(*given, hopper.SM90)
+    with pytest.raises(AssertionError):
+        check(results, exact(*given))
+
+
+@hopper.interprets
+@pytest.mark.usefixtures("interpretable")
+def test_race_detector_sees_a_missing_fence(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_sm90.plgpu, "commit_smem", lambda: None)
+    numbers, query_segments, segments = operands(1, 8, 200, 1, 64, 64, 192)
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in numbers)
+    with hopper.interpreted(races=True):
+        jax.block_until_ready(attention(q, k, v, query_segments, segments, scale=1.0, first=192, implementation=hopper.SM90))
+
+
+@hopper.compiles
+@pytest.mark.parametrize("name, products", [("forward", 192 // 16 + 64 // 16), ("query_gradient", (192 + 128 + 64) // 16), ("key_and_value_gradients", (192 + 128 + 2 * 32) // 16)])
+def test_machine_code(name, products):
+    """MLA's heads: as many matrix instructions, each 16 deep, as the products of one step take, and nothing spilled."""
+    B, T, H, struct = 2, 4096, 16, jax.ShapeDtypeStruct
+    q, v = (struct((B, T, H, width), jnp.bfloat16) for width in (192, 128))
+    segments, row = struct((B, T), jnp.int32), struct((B, H, T), jnp.float32)
+    backward = () if name == "forward" else (v, row, row)
+
+    def function(q, k, v, query_segments, segments, *backward):
+        return getattr(mosaic_gpu_sm90, name)(q, k, v, query_segments, segments, 0, 0.1, *backward)
+
+    kernel = hopper.compiled(targets.H200, function, q, q, v, segments, segments, *backward)
+    assert kernel.ptx.count("wgmma.mma_async.sync.aligned") == products
+    if kernel.instructions is not None:
+        assert kernel.instructions["HGMMA"] == products and kernel.instructions["LDL"] == kernel.instructions["STL"] == 0
+
+
+SHAPES = dict(q=(1, 16, 2, 192), k=(1, 24, 2, 192), v=(1, 24, 2, 128), query_segments=(1, 16), segments=(1, 24))
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(v=(1, 16, 2, 128)), ValueError, r"v bfloat16\[1, 16, 2, 128\].* must be \[B, T, H, k\], \[B, S, H, k\], \[B, S, H, v\]"),
+        (dict(segments=(1, 16)), ValueError, r"segments int32\[1, 16\]"),
+        (dict(v=(1, 24, 2, 96)), Unsupported, "of 64 or 128 for values, not 192 and 96.*These would do it: xla"),
+        (dict(q=(1, 15, 2, 192), query_segments=(1, 15)), Unsupported, "multiples of 8, not 15 and 24"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, error, message):
+    given = {name: jnp.zeros(shape, jnp.int32 if "segments" in name else jnp.bfloat16) for name, shape in (SHAPES | changes).items()}
+    with pytest.raises(error, match=message):
+        attention(**given, scale=1.0, implementation=hopper.SM90)
+
+
+def test_other_dtypes_are_left_to_xla():
+    q = jnp.zeros((1, 8, 1, 64))
+    with pytest.raises(Unsupported, match="attends in bfloat16, not float32"):
+        attention(q, q, q, jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), scale=1.0, implementation=hopper.SM90)
