@@ -20,6 +20,9 @@ from deepseek_jax.model.layers import Linear, RMSNorm, place
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import apply_rotary, rotary_angles, softmax_scale
 from deepseek_jax.precision import Recipe
+from kernels_pallas import attention
+from kernels_pallas.attention.api import has_kernel
+from kernels_pallas.implementations import preferred
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) stays finite
 
@@ -73,7 +76,8 @@ def attend(einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mas
 class SelfAttention:
     """Attention of a sequence's queries to its keys, in pieces that are recomputed in the backward pass.
 
-    `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists.
+    `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists. Where there is a kernel (NVIDIA
+    Hopper, bfloat16) no scores exist at all, and `chunk` says nothing.
     """
 
     precision: Recipe
@@ -83,7 +87,7 @@ class SelfAttention:
     heads_at_once: int
 
     def expanded_latents(self, queries, keys, weights, first: jax.Array | int) -> jax.Array:
-        """MLA as `Placement.attend` calls it -> [B, T, H, v] float32.
+        """MLA as `Placement.attend` calls it -> [B, T, H, v], in float32 or, from a kernel, the compute dtype.
 
         queries: q [B, T, H, k], segment ids [B, T]; keys: latents [B, S, c], rotary keys [B, S, r], segment ids [B, S];
         weights: their up-projection [c, H, n+v]. The keys and values exist for `heads_at_once` heads at a time.
@@ -127,11 +131,17 @@ class SelfAttention:
         segments_BS: jax.Array,
         first: jax.Array | int,
     ) -> jax.Array:
-        """[B, T, G, g, v] float32: g query heads to each of G key-value heads; queries stand at slots first … of the S.
+        """[B, T, G, g, v]: g query heads to each of G key-value heads; queries stand at slots first … of the S.
 
         Heads go before positions, so that every product is a batch of plain matrix products; on CPU this is three times
         as fast forward. Where `first` is known before compiling, a chunk reads no keys behind it.
         """
+        q_BTHk, *keys = (x.astype(self.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv))
+        if q_BTGgk.shape[3] == 1 and has_kernel(self.placement.device_kind, q_BTHk, *keys):
+            kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(self.placement.device_kind))
+            names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
+            return self.placement.on_each_device(kernel, names, q_BTHk, *keys, query_segments_BT, segments_BS)[:, :, :, None]
+
         length, chunk = q_BTGgk.shape[1], self.chunk
         q_BGgTk, k_BGSk, v_BGSv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BSGk.transpose(0, 2, 1, 3), v_BSGv.transpose(0, 2, 1, 3)
 

@@ -65,6 +65,12 @@ class Placement:
         """Rows of an embedding with logical axes ("vocab", "embed"): [B, T, D]."""
         return jnp.take(table_VD, ids_BT, axis=0)
 
+    def on_each_device(self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array) -> jax.Array:
+        """kernel(*arrays), which the compiler cannot divide among devices: each computes its part. `names` are the logical axes of the arrays; the
+        result has as many as the first, and they are divided alike."""
+        del names
+        return kernel(*arrays)
+
     def attend(self, core: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
         """Self-attention: core(queries, keys, weights, first) -> [B, T, heads, ·].
 

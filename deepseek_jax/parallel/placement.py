@@ -134,6 +134,12 @@ class MeshPlacement(Placement):
             table_VD, ids_BT
         )
 
+    def on_each_device(self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array) -> jax.Array:
+        if jax.sharding.get_abstract_mesh().manual_axes:  # in a `shard_map` already
+            return kernel(*arrays)
+        specs = tuple(self.spec(axes, x.shape) for axes, x in zip(names, arrays, strict=True))
+        return jax.shard_map(kernel, mesh=self.mesh, in_specs=specs, out_specs=specs[0])(*arrays)
+
     def attend(self, core: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
         """Every device keeps its queries; what the keys are made of is gathered: for MLA c_kv and the rotary key, 576 numbers
         a token in V3, not the keys and values of 128 heads."""
