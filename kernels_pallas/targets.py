@@ -81,7 +81,15 @@ class Kernel:
     @property
     def fp8_products(self) -> int:
         """Warpgroup matrix instructions on E4M3 × E4M3 in the text of the kernel, each 32 deep."""
-        return len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", self.ptx))
+        return self._products("k32.f32.e4m3.e4m3")
+
+    @property
+    def bf16_products(self) -> int:
+        """Those on bfloat16, each 16 deep."""
+        return self._products("k16.f32.bf16.bf16")
+
+    def _products(self, kind: str) -> int:
+        return len(re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+{re.escape(kind)}", self.ptx))
 
 
 _compiled: dict[str, tuple[Kernel, ...]] = {}  # by lowered program: jax 0.10 compiles equal kernels once in a process, and dumps them once

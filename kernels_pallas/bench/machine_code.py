@@ -1,28 +1,63 @@
-"""What compiling alone can tell of a product on a GPU."""
+"""What compiling alone can tell of a kernel on a GPU."""
+
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import QTensor, fp8_grouped_matmul, fp8_grouped_weight_gradient, fp8_matmul, targets
-from kernels_pallas.bench.shapes import Shape
+from kernels_pallas.attention import mosaic_gpu_sm90 as attention
+from kernels_pallas.bench.shapes import HEADS, LINEARS, Shape
+from kernels_pallas.grouped_linear import mosaic_gpu_sm90 as grouped_linear
 
 THREADS = 384  # three warpgroups
 REGISTERS, SHARED_MEMORY = 65536, 233472  # of a multiprocessor
 
 
 def machine_code_row(shape: Shape, target: str) -> dict[str, int | float | str | None]:
-    (kernel,) = targets.compile_for(getattr(targets, target), *_program(shape))
+    return _row(f"{shape.operation}, {shape.name}", f"{f'{shape.groups} × ' if shape.groups > 1 else ''}{shape.m} × {shape.n} × {shape.k}", target, *_program(shape))
+
+
+def bfloat16_rows(target: str) -> Iterator[dict[str, int | float | str | None]]:
+    """Experts and attention without quantising."""
+    for name, shape, program in _bfloat16_programs():
+        yield _row(name, shape, target, *program)
+
+
+def _row(name: str, shape: str, target: str, function, *arguments) -> dict[str, int | float | str | None]:
+    (kernel,) = targets.compile_for(getattr(targets, target), function, *arguments)
     counts = kernel.instructions or {}
     return {
-        "product": f"{shape.operation}, {shape.name}",
-        "shape": f"{f'{shape.groups} × ' if shape.groups > 1 else ''}{shape.m} × {shape.n} × {shape.k}",
+        "kernel": name,
+        "shape": shape,
         "registers": kernel.registers,
         "spilled bytes": kernel.spill_stores + kernel.spill_loads,
         "shared memory": kernel.shared_memory,
-        "FP8 products": kernel.fp8_products,
+        "matrix instructions": kernel.fp8_products + kernel.bf16_products,
         "FFMA": counts.get("FFMA"),
         "blocks per core": min(REGISTERS // (kernel.registers * THREADS), SHARED_MEMORY // (kernel.shared_memory + 1024)),
     }
+
+
+def _bfloat16_programs():
+    """Name, shape, and the function with the shapes of its arguments."""
+    (n, k), groups, rows = LINEARS["gate and up"], 4, 4 * 8192
+    x, dy, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, k), (rows, n), (groups, k, n)))
+    sizes, shape = jax.ShapeDtypeStruct((groups,), jnp.int32), f"{groups} × {rows // groups} × {n} × {k}"
+    product = functools.partial(grouped_linear.grouped_product, alignment=128)
+    yield "bfloat16 grouped", shape, (functools.partial(product, transposed=False), x, w, sizes)
+    yield "bfloat16 grouped input gradient", shape, (functools.partial(product, transposed=True), dy, w, sizes)
+    yield "bfloat16 grouped weight gradient", shape, (functools.partial(grouped_linear.grouped_weight_gradient, alignment=128), x, dy, sizes)
+
+    rows, length, heads, width, values = HEADS
+    q, v = (jax.ShapeDtypeStruct((rows, length, heads, size), jnp.bfloat16) for size in (width, values))
+    segments, row = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
+    shape = f"{rows} × {heads} × {length} × {length}, {width} and {values} wide"
+    for name, backward in (("forward", ()), ("query_gradient", (v, row, row)), ("key_and_value_gradients", (v, row, row))):
+        kernel = getattr(attention, name)
+        function = lambda *x, kernel=kernel: kernel(*x[:5], 0, 1.0, *x[5:])  # noqa: E731
+        yield f"attention, {name.replace('_', ' ')}", shape, (function, q, q, v, segments, segments, *backward)
 
 
 def _program(shape: Shape):

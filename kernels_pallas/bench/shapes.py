@@ -13,6 +13,7 @@ LINEARS = {
     "down": (7168, 2048),
 }
 ROWS = (1, 64, 128, 4096)
+HEADS = (2, 4096, 16, 192, 128)  # sequences, their length, heads (V3 has 128), widths of keys and values
 EXPERTS = ("gate and up", "down")
 GROUPS = ((4, 8192), (8, 4096))  # groups, rows in each
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 from hopper import compiles
 
+from kernels_pallas import QTensor
 from kernels_pallas.bench import __main__ as bench
-from kernels_pallas.bench import tune
+from kernels_pallas.bench import machine_code, measure, tune
 from kernels_pallas.bench.shapes import LINEARS, Shape, deepgemm, shapes
 from kernels_pallas.matmul import tuning_sm90
 from kernels_pallas.matmul.tuning_sm90 import Config
@@ -29,14 +30,41 @@ def test_it_runs_where_there_is_no_gpu(tmp_path):
     products = [row for row in rows if "product" in row]
     assert [row["product"] for row in products] == ["weight gradient, down", *2 * ["grouped weight gradient, down"]]
     assert all(row["× bfloat16"] > 0 and row["of ceiling"] > 0 for row in products)
-    assert {row["operation"] for row in rows if "operation" in row} == {"quantize_tile", "quantize_block", "swiglu_quantize"}
+    others = {row["operation"] for row in rows if "operation" in row}
+    assert {"quantize_tile", "requantize_transposed", "swiglu_quantize", "attention, forward"} < others and len(others) == 7
+    assert {row["verdict"] for row in rows} == {"right"}
+
+
+@pytest.mark.parametrize("name, wrong", [("fp8_grouped_weight_gradient", "grouped weight gradient, down"), ("quantize_transposed", "quantize_transposed"), ("attention", "attention, forward")])
+def test_wrong_results_are_reported(name, wrong, monkeypatch, capsys):
+    """Every row is printed all the same."""
+    right = getattr(measure, name)
+
+    def planted(*arguments, **options):
+        result = right(*arguments, **options)
+        if name == "fp8_grouped_weight_gradient":
+            return jnp.roll(result, 1, axis=-1)
+        if name == "quantize_transposed":  # a scale off by one tile
+            return QTensor(result.values, jnp.roll(result.scales, options["implementation"] is None, axis=1), result.tile)
+        return result if options["implementation"] == "xla" else 1.1 * result
+
+    monkeypatch.setattr(measure, name, planted)
+    with pytest.raises(SystemExit, match=f"wrong, by calc_diff: .*{wrong}"):
+        bench.main(["--small", "--only=grouped weight gradient, down"])
+    assert "swiglu_quantize" in capsys.readouterr().out
+
+
+def test_calc_diff_of_nan_is_wrong():
+    assert measure.verdict(float(measure.calc_diff(jnp.ones(3), jnp.array([1, jnp.nan, 1]))), 1.0) == "WRONG"
 
 
 @compiles
 def test_machine_code():
     (row,) = bench.main(["--aot", "--only=dense, down"])[-1:]
-    assert row["shape"] == "4096 × 7168 × 2048" and row["spilled bytes"] == 0 and row["FP8 products"] % 4 == 0 < row["FP8 products"]
+    assert row["shape"] == "4096 × 7168 × 2048" and row["spilled bytes"] == 0 and row["matrix instructions"] % 4 == 0 < row["matrix instructions"]
     assert row["blocks per core"] >= 1
+    others = list(machine_code.bfloat16_rows("H200"))
+    assert len(others) == 6 and all(row["spilled bytes"] == 0 < row["matrix instructions"] for row in others)
 
 
 def test_the_fastest_configuration_is_taken_up(tmp_path, monkeypatch):
