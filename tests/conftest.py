@@ -20,13 +20,13 @@ for flag, value in FLAGS.items():
 
 
 def pytest_runtest_setup(item):
-    """`@pytest.mark.aot(chip)`: needs the compiler for a chip."""
+    """`@pytest.mark.aot(chip=…)`: needs the compiler for a chip."""
     import jax
 
     from deepseek_jax.accounting.chips import CHIPS
     from deepseek_jax.accounting.topologies import installed
 
-    compiled_for = [marker.args[0] for marker in item.iter_markers("aot")]
+    compiled_for = [marker.kwargs["chip"] for marker in item.iter_markers("aot")]
     for chip in compiled_for:
         if not installed(CHIPS[chip]):
             pytest.skip(f"nothing here compiles for {chip}: pip install -e '.[aot]'")

@@ -15,7 +15,7 @@ from deepseek_jax.accounting.topologies import places, topology
 from deepseek_jax.errors import ConfigError, UserError
 
 TPUS = [name for name, chip in CHIPS.items() if chip.torus_axes]
-NEEDS_LIBTPU, NEEDS_CUDA = pytest.mark.aot("v5p"), pytest.mark.aot("h100")
+NEEDS_LIBTPU, NEEDS_CUDA = pytest.mark.aot(chip="v5p"), pytest.mark.aot(chip="h100")
 
 
 @pytest.mark.parametrize("name, kind, cores", [("v5e", "TPU v5 lite", 1), ("v5p", "TPU v5", 2), ("v6e", "TPU v6 lite", 1), ("tpu7x", "TPU7x", 2)])

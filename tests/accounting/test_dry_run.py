@@ -20,7 +20,7 @@ def chip(case: str) -> str:
     return CASES[case][0].partition(":")[0]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.aot(chip(case)), *([pytest.mark.big_dry_run] if case in BIG else [])]) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.aot(chip=chip(case)), *([pytest.mark.big_dry_run] if case in BIG else [])]) for case in CASES])
 def test_golden_figures(case):
     """Memory, FLOPs and traffic, one by one: a sharding that changed shows as a number. FLOPs are exact, what XLA decides may move by a few percent."""
     stored, now = json.loads((GOLDEN / f"{case}.json").read_text()), figures(case)
@@ -49,7 +49,7 @@ def test_state_is_divided_among_all_devices():
     assert stored["v3_bill"] == {"h800_hours": 2_788_000, "dollars": 5_576_000.0}
 
 
-@pytest.mark.aot("h100")
+@pytest.mark.aot(chip="h100")
 @pytest.mark.parametrize("options, message", [({"program": "trian"}, "did you mean 'train'"), ({"program": "grpo"}, "no stage of kind grpo"), ({"stage": "sft"}, "pretrain")])
 def test_wrong_requests_are_refused_before_compiling(options, message):
     config, name, *_ = read_flags(ONE_LAYER)

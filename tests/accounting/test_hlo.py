@@ -14,7 +14,7 @@ from deepseek_jax.accounting.hbm import memory_traffic
 from deepseek_jax.accounting.topologies import topology
 
 MESH = {"x": 2, "y": 4}
-TARGETS = [pytest.param(name, marks=pytest.mark.aot(name.partition(":")[0])) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")]
+TARGETS = [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")]
 
 
 def target_mesh(name: str) -> Mesh:

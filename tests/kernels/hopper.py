@@ -16,7 +16,7 @@ SM90 = "mosaic_gpu_sm90"
 interprets = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting FP8 kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
 )
-compiles = pytest.mark.aot("h100")
+compiles = pytest.mark.aot(chip="h100")
 
 
 @contextlib.contextmanager

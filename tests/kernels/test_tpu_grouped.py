@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_cases import MULTIPLIED, SIMULATED, described, lower, multiplied, needs_libtpu, run, whole_numbers
+from tpu_cases import MULTIPLIED, SIMULATED, described, lower, multiplied, on_every_chip, run, whole_numbers
 
 from kernels_pallas import Accumulation, QTensor, Unsupported, fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped import mosaic_tpu
@@ -127,8 +127,7 @@ def test_unsupported_says_why(call, message):
 SIZES = jax.ShapeDtypeStruct((8,), jnp.int32)
 
 
-@needs_libtpu
-@pytest.mark.parametrize("topology", MULTIPLIED)
+@on_every_chip
 @pytest.mark.parametrize(
     "function, args",
     [
@@ -150,7 +149,7 @@ def test_compiles_and_multiplies_what_the_chip_does(topology, function, args):
     program.compile()
 
 
-@needs_libtpu
+@pytest.mark.aot(chip="tpu7x")
 def test_compiles_where_groups_are_moved_apart():
     """Padding and its undoing belong to the program, which compiles inside a `shard_map` that checks what varies."""
 

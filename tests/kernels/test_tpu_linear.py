@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tpu_cases import MULTIPLIED, kernel_texts, lower, multiplied, needs_libtpu, normal, run, whole_numbers
+from tpu_cases import MULTIPLIED, kernel_texts, lower, multiplied, normal, on_every_chip, run, whole_numbers
 
 from kernels_pallas import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_matmul
 
@@ -60,8 +60,7 @@ def test_results_vary_where_operands_do(split, out_spec, accepted):
             jax.jit(multiply).trace(a, b)
 
 
-@needs_libtpu
-@pytest.mark.parametrize("topology", MULTIPLIED)
+@on_every_chip
 def test_compiles_forward_and_backward(topology):
     """Four experts on each device, their tokens split: two quantisations forward and four back, and three products."""
     x, sizes, w = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 2048, 512), jnp.float32)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_cases import MULTIPLIED, SIMULATED, described, lower, multiplied, needs_libtpu, normal, run, whole_numbers
+from tpu_cases import MULTIPLIED, SIMULATED, described, lower, multiplied, normal, on_every_chip, run, whole_numbers
 
 from kernels_pallas import Accumulation, QTensor, Unsupported, fp8_matmul, quantize_block, quantize_tile
 from kernels_pallas.matmul import mosaic_tpu
@@ -115,8 +115,7 @@ def test_unsupported_says_why(changes, message):
         fp8_matmul(**arguments, implementation="mosaic_tpu")
 
 
-@needs_libtpu
-@pytest.mark.parametrize("topology", MULTIPLIED)
+@on_every_chip
 @pytest.mark.parametrize(
     "shape, a_tile, b_tile",
     [((4096, 2112, 7168), TILE, BLOCK), ((1, 576, 7168), TILE, BLOCK), ((2112, 7168, 4096), TILE, TILE), ((4096, 7168, 2048), TILE_256, BLOCK_256)],
@@ -131,7 +130,7 @@ def test_compiles_and_multiplies_what_the_chip_does(topology, shape, a_tile, b_t
     program.compile()
 
 
-@needs_libtpu
+@pytest.mark.aot(chip="tpu7x")
 def test_too_large_blocks_are_refused(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "SMALL", mosaic_tpu.Blocks(m=32, n=40960, k=1024))  # 40 MiB of b, twice
     a, b = described((8, 1024), TILE_256), described((40960, 1024), TILE_256)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_cases import MULTIPLIED, SIMULATED, described, kernel_texts, lower, needs_libtpu, normal, run, whole_numbers
+from tpu_cases import SIMULATED, described, kernel_texts, lower, normal, on_every_chip, run, whole_numbers
 
 from kernels_pallas import QTensor, Quantizer, Unsupported, dequantize, quantize, quantize_transposed, requantize_transposed, swiglu_quantize
 from kernels_pallas.quantize import mosaic_tpu
@@ -139,8 +139,7 @@ def test_unsupported_says_why(function, argument, quantizer, message):
         function(argument, quantizer, implementation="mosaic_tpu")
 
 
-@needs_libtpu
-@pytest.mark.parametrize("topology", MULTIPLIED)
+@on_every_chip
 def test_compiles(topology):
     """At V3's widths, everything in one program, its rows split over the mesh."""
     x = jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16)

@@ -14,7 +14,7 @@ from kernels_pallas import QTensor
 
 # What the matrix unit is to be given, in the kernel's text.
 MULTIPLIED = {"v5e:2x4": "bf16", "v5p:2x2x1": "bf16", "v6e:2x4": "bf16", "tpu7x:2x2x1": "f8E4M3FN"}
-needs_libtpu = pytest.mark.aot("v5p")
+on_every_chip = pytest.mark.parametrize("topology", [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in MULTIPLIED])
 SIMULATED = pltpu.InterpretParams()  # copies, memory that was never written, reads past an end: everything a TPU does, slowly
 EVALUATED = True  # block by block, three times as fast
 
