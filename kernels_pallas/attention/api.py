@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas._compat import vary_alike
-from kernels_pallas.attention import mosaic_gpu_sm90, reference
+from kernels_pallas.attention import mosaic_gpu_sm90, mosaic_tpu, reference
 from kernels_pallas.implementations import PREFERRED, choose
 
-IMPLEMENTATIONS = {"xla": (reference, lambda *_: None), "mosaic_gpu_sm90": (mosaic_gpu_sm90, mosaic_gpu_sm90.reason)}
+IMPLEMENTATIONS = {
+    "xla": (reference, lambda *_: None),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90, mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (mosaic_tpu, mosaic_tpu.reason),
+}
 
 
 def attention(

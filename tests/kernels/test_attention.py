@@ -1,4 +1,4 @@
-"""Attention against jax.nn.softmax in float32 and its derivative by JAX, XLA's and Hopper's; and Hopper's machine code."""
+"""Attention against jax.nn.softmax in float32 and its derivative by JAX: XLA's, Hopper's and TPUs', the latter two interpreted and compiled."""
 
 import functools
 
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_cases
 
 from kernels_pallas import Unsupported, attention, targets
-from kernels_pallas.attention import mosaic_gpu_sm90, reference
+from kernels_pallas.attention import mosaic_gpu_sm90, mosaic_tpu, reference
 
 # B, T, S, H, widths of keys and values, first
 CASES = [
@@ -17,6 +18,11 @@ CASES = [
     pytest.param(2, 136, 136, 1, 192, 128, 0, id="nothing-divides"),
     pytest.param(1, 72, 200, 1, 128, 64, 128, id="queries-in-the-middle"),
     pytest.param(1, 8, 8, 2, 64, 64, 0, id="short"),
+]
+# Lengths of whole lanes, in blocks of 128 and of 256.
+TPU_CASES = [
+    pytest.param(2, 384, 384, 1, 192, 128, 0, id="several-blocks"),
+    pytest.param(1, 128, 512, 2, 64, 64, 256, id="queries-in-the-middle"),
 ]
 
 
@@ -83,6 +89,54 @@ def test_hopper(B, T, S, H, width, values, first):
     with hopper.interpreted():
         results = forward_and_backward(*given, hopper.SM90)
     check(results, exact(*given))
+
+
+@pytest.mark.parametrize("B, T, S, H, width, values, first", TPU_CASES)
+def test_tpu(B, T, S, H, width, values, first):
+    given = *operands(B, T, S, H, width, values, first), first
+    with tpu_cases.pltpu.force_tpu_interpret_mode(tpu_cases.EVALUATED):
+        results = forward_and_backward(*given, "mosaic_tpu")
+    check(results, exact(*given))
+
+
+def test_in_a_simulated_tpu():
+    """Copies, memory that was never written, reads past an end."""
+    numbers, query_segments, segments = operands(1, 128, 256, 1, 64, 64, 128)
+    given = [jnp.asarray(x, jnp.bfloat16) for x in numbers[:3]]
+    attend = functools.partial(attention, scale=0.125, first=128, implementation="mosaic_tpu")
+    o = tpu_cases.run(lambda *qkv: attend(*qkv, query_segments, segments), *given, interpreter=tpu_cases.SIMULATED)
+    check([np.asarray(o, np.float64)], exact(numbers, query_segments, segments, 128)[:1])
+
+
+@pytest.mark.parametrize("error", ["sees the next key", "one block too few"])
+def test_planted_errors_on_tpu_are_seen(error, monkeypatch):
+    given = *operands(1, 256, 256, 1, 64, 64, 0), 0
+    monkeypatch.setattr(mosaic_tpu, "BLOCKS", (128,))
+    if error == "one block too few":
+        monkeypatch.setattr(mosaic_tpu.Sizes, "last_keys", lambda self, i, first_ref: i - 1)
+    else:
+        iota = jax.lax.broadcasted_iota
+        monkeypatch.setattr(mosaic_tpu.lax, "broadcasted_iota", lambda dtype, shape, axis: iota(dtype, shape, axis) + axis)
+    with tpu_cases.pltpu.force_tpu_interpret_mode(tpu_cases.EVALUATED):
+        results = forward_and_backward(*given, "mosaic_tpu")
+    with pytest.raises(AssertionError):
+        check(results, exact(*given))
+
+
+@tpu_cases.on_every_chip
+def test_compiles_for_tpus(topology):
+    """MLA's heads: two products forward, three and four back, in bfloat16."""
+    q, v = (jax.ShapeDtypeStruct((1, 1024, 4, width), jnp.bfloat16) for width in (192, 128))
+    segments = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+
+    def function(q, k, v, segments):
+        o, pull = jax.vjp(lambda *qkv: attention(*qkv, segments, segments, scale=0.1, implementation="mosaic_tpu"), q, k, v)
+        return o, *pull(o)
+
+    program = tpu_cases.lower(topology, function, q, q, v, segments, sharded=4)
+    assert tpu_cases.multiplied(program) == {"bf16"}
+    assert sorted(text.count("tpu.matmul") for text in tpu_cases.kernel_texts(program)) == [2, 3, 4]
+    program.compile()
 
 
 @hopper.interprets
@@ -153,7 +207,16 @@ def test_what_does_not_fit_is_refused(changes, error, message):
         attention(**given, scale=1.0, implementation=hopper.SM90)
 
 
-def test_other_dtypes_are_left_to_xla():
-    q = jnp.zeros((1, 8, 1, 64))
-    with pytest.raises(Unsupported, match="attends in bfloat16, not float32"):
-        attention(q, q, q, jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), scale=1.0, implementation=hopper.SM90)
+@pytest.mark.parametrize(
+    "implementation, shape, dtype, message",
+    [
+        (hopper.SM90, (1, 8, 1, 64), jnp.float32, "attends in bfloat16, not float32"),
+        ("mosaic_tpu", (1, 128, 1, 64), jnp.float32, "attends in bfloat16, not float32"),
+        ("mosaic_tpu", (1, 192, 1, 64), jnp.bfloat16, "multiples of 128, not 192 and 192.*These would do it: xla, mosaic_gpu_sm90"),
+        ("mosaic_tpu", (1, 128, 1, 96), jnp.bfloat16, "multiples of 64 up to 256, not 96 and 96"),
+    ],
+)
+def test_unsupported(implementation, shape, dtype, message):
+    q, segments = jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32)
+    with pytest.raises(Unsupported, match=message):
+        attention(q, q, q, segments, segments, scale=1.0, implementation=implementation)
