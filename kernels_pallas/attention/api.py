@@ -37,7 +37,8 @@ def attention(
     (B, T, H, width), S = q.shape, k.shape[1]
     expected = (k.shape, (B, S, H, width)), (v.shape[:3], (B, S, H)), (query_segments.shape, (B, T)), (segments.shape, (B, S))
     if any(got != wanted for got, wanted in expected) or not q.dtype == k.dtype == v.dtype:
-        got = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in zip(("q", "k", "v", "query_segments", "segments"), (q, k, v, query_segments, segments)))
+        given = {"q": q, "k": k, "v": v, "query_segments": query_segments, "segments": segments}
+        got = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
         raise ValueError(f"attention: {got} must be [B, T, H, k], [B, S, H, k], [B, S, H, v], [B, T], [B, S], the first three of one dtype")
     chosen = choose("attention", IMPLEMENTATIONS, implementation, q, k, v)
     return _attention(chosen, scale, *vary_alike(q, k, v, query_segments, segments, jnp.asarray(first, jnp.int32)))

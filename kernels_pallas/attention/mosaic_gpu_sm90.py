@@ -8,8 +8,9 @@ scaled again when the maximum grows; backward, the scores are computed again fro
 keys of its queries, and once for dk and dv, where it goes along the queries of its keys. Blocks of threads have two warpgroups that compute, 64 rows
 each, and one that copies the next step into shared memory. Exponents are to the base 2, and what is called lse here is too.
 
-What a step reads with ordinary loads from a slot that the next copy fills is ordered by `commit_smem`. Queries see keys at or before their own place and of their own segment; steps that no query of a block can see are not taken. Arrays are read and
-written as [B, T, H, ·], with nothing transposed. Copies read zeros beyond an end, which the mask hides, and write nothing there.
+Queries see keys at or before their own place and of their own segment; steps that no query of a block can see are not taken. Arrays are read and
+written as [B, T, H, ·], with nothing transposed. Copies read zeros beyond an end, which the mask hides, and write nothing there. What a step reads
+with ordinary loads lies in a slot that the next copy fills: `commit_smem` orders the two.
 """
 
 import math

@@ -16,7 +16,7 @@ REGISTERS, SHARED_MEMORY = 65536, 233472  # of a multiprocessor
 
 
 def machine_code_row(shape: Shape, target: str) -> dict[str, int | float | str | None]:
-    return _row(f"{shape.operation}, {shape.name}", f"{f'{shape.groups} × ' if shape.groups > 1 else ''}{shape.m} × {shape.n} × {shape.k}", target, *_program(shape))
+    return _row(f"{shape.operation}, {shape.name}", shape.text, target, *_program(shape))
 
 
 def bfloat16_rows(target: str) -> Iterator[dict[str, int | float | str | None]]:

@@ -30,6 +30,10 @@ class Shape:
     groups: int = 1
 
     @property
+    def text(self) -> str:
+        return f"{f'{self.groups} × ' if self.groups > 1 else ''}{self.m} × {self.n} × {self.k}"
+
+    @property
     def flops(self) -> int:
         return 2 * self.groups * self.m * self.n * self.k
 

@@ -42,7 +42,7 @@ ONE_LAYER = (
     "--config.mesh.expert=4",
 )
 SMALL = {f"small_{name.partition(':')[0]}": (name, ONE_LAYER) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")}
-SMALL["small_decode_h100"] = ("h100:8", ONE_LAYER, {"program": "decode", "context": 512})
+SMALL |= {f"small_decode_{name.partition(':')[0]}": (name, ONE_LAYER, {"program": "decode", "context": 512}) for name in ("v5p:2x2x2", "h100:8")}
 CASES = BIG | SMALL
 
 

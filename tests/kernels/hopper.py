@@ -13,9 +13,14 @@ from kernels_pallas._compat import plgpu
 
 SM90 = "mosaic_gpu_sm90"
 
-interprets = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting FP8 kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
-)
+def interprets(test):
+    """Needs the interpreter of kernels for NVIDIA GPUs."""
+    needed = pytest.mark.skipif(
+        jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
+    )
+    return pytest.mark.interprets(needed(test))
+
+
 compiles = pytest.mark.aot(chip="h100")
 
 

@@ -35,7 +35,14 @@ def test_it_runs_where_there_is_no_gpu(tmp_path):
     assert {row["verdict"] for row in rows} == {"right"}
 
 
-@pytest.mark.parametrize("name, wrong", [("fp8_grouped_weight_gradient", "grouped weight gradient, down"), ("quantize_transposed", "quantize_transposed"), ("attention", "attention, forward")])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("fp8_grouped_weight_gradient", "grouped weight gradient, down"),
+        ("quantize_transposed", "quantize_transposed"),
+        ("attention", "attention, forward"),
+    ],
+)
 def test_wrong_results_are_reported(name, wrong, monkeypatch, capsys):
     """Every row is printed all the same."""
     right = getattr(measure, name)

@@ -11,7 +11,11 @@ import pytest
 from kernels_pallas import Unsupported, grouped_linear, targets
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90
 
-SIZES = [pytest.param([30, 0, 5], 40, 1, id="any-sizes-rows-left-over"), pytest.param([128, 0, 128], 384, 128, id="aligned"), pytest.param([0, 0], 5, 1, id="all-empty")]
+SIZES = [
+    pytest.param([30, 0, 5], 40, 1, id="any-sizes-rows-left-over"),
+    pytest.param([128, 0, 128], 384, 128, id="aligned"),
+    pytest.param([0, 0], 5, 1, id="all-empty"),
+]
 D, F = 72, 40  # neither a multiple of a tile nor of a step
 
 
@@ -118,7 +122,7 @@ def test_machine_code(name):
         (dict(w=jnp.zeros((2, 5, 8), jnp.bfloat16)), ValueError, r"x bfloat16\[8, 16\], w bfloat16\[2, 5, 8\], group_sizes \[2\] must be"),
         (dict(w=jnp.zeros((2, 16, 8))), ValueError, "x and w of one dtype"),
         (dict(alignment=3), ValueError, "alignment=3 does not divide the 8 rows"),
-        (dict(x=jnp.zeros((8, 16)), w=jnp.zeros((2, 16, 8))), Unsupported, "mosaic_gpu_sm90 multiplies bfloat16, not float32 and float32.*These would do it: xla"),
+        (dict(x=jnp.zeros((8, 16)), w=jnp.zeros((2, 16, 8))), Unsupported, "multiplies bfloat16, not float32 and float32.*These would do it: xla"),
         (dict(x=jnp.zeros((0, 16), jnp.bfloat16)), Unsupported, "multiplies no empty arrays"),
     ],
 )

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import interpretable  # noqa: F401
 
 from deepseek_jax.model.attention import LatentAttention, SelfAttention, Tokens
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig

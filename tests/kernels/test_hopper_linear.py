@@ -1,7 +1,5 @@
 """Linears whose every step is a Hopper kernel: interpreted against XLA, forward and backward."""
 
-import functools
-
 import hopper
 import jax
 import jax.numpy as jnp
