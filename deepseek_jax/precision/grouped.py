@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_linear
+from kernels_pallas.grouped_linear.api import kernel_alignment
 from kernels_pallas.implementations import preferred
-
-KERNEL_BLOCK = 128  # rows of a tile of the kernel for Hopper, which then moves no rows
-
-
-def has_kernel(kind: str, dtype: jnp.dtype) -> bool:
-    return kind == "sm90" and dtype == jnp.bfloat16
 
 
 def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
@@ -27,8 +22,8 @@ def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
     """
     if kind == "tpu":
         return 1
-    if has_kernel(kind, dtype):
-        return KERNEL_BLOCK
+    if alignment := kernel_alignment(kind, dtype):
+        return alignment
     part, largest = (2, 128) if kind == "cpu" else (4, 1024)
     return min(largest, max(8, 1 << (max(rows // (part * num_groups), 1).bit_length() - 1)))
 
@@ -43,7 +38,7 @@ def grouped_matmul(
     """
     if block == 1:
         return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, precision=precision)
-    if has_kernel(kind, x_RD.dtype):
+    if kernel_alignment(kind, x_RD.dtype):
         return grouped_linear(x_RD, w_EDF, group_sizes_E, alignment=block, implementation=preferred(kind))
     ends_E = jnp.cumsum(group_sizes_E)
     block_starts_J = jnp.arange(x_RD.shape[0] // block) * block

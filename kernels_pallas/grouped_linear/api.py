@@ -3,19 +3,25 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90, reference
-from kernels_pallas.implementations import choose
+from kernels_pallas.implementations import PREFERRED, choose
 
 GROUPED_PRODUCT = {
     "xla": (reference.grouped_product, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_product, lambda x, w, sizes, alignment, transposed: mosaic_gpu_sm90.reason(x, w)),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_product, lambda x, w, *_: mosaic_gpu_sm90.reason(x, w)),
 }
 GROUPED_WEIGHT_GRADIENT = {
     "xla": (reference.grouped_weight_gradient, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, lambda x, dy, sizes, alignment: mosaic_gpu_sm90.reason(x, dy)),
+    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, lambda x, dy, *_: mosaic_gpu_sm90.reason(x, dy)),
 }
+
+
+def kernel_alignment(kind: str, dtype: jnp.dtype) -> int | None:
+    """The alignment with which the kernel for that kind of device moves no rows; None where there is no kernel."""
+    return mosaic_gpu_sm90.TILE_M if PREFERRED.get(kind) == "mosaic_gpu_sm90" and dtype == mosaic_gpu_sm90.BF16 else None
 
 
 def grouped_linear(
@@ -34,14 +40,25 @@ def grouped_linear(
     return _grouped_linear(alignment, implementation, *vary_alike(x, w, group_sizes))
 
 
-def _product(alignment, implementation, x, w, sizes_G, transposed: bool) -> jax.Array:
-    arguments = (x, w, sizes_G, alignment, transposed)
+def grouped_product(
+    x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, *, transposed: bool = False, implementation: str | tuple[str, ...] | None = None
+) -> jax.Array:
+    """Rows of group g times w[g], w [G, K, N], or, `transposed`, times w[g] transposed, w [G, N, K]: [R, N]; zero past the last group."""
+    arguments = (x_RK, w, sizes_G, alignment, transposed)
     return choose("grouped_linear", GROUPED_PRODUCT, implementation, *arguments)(*arguments)
+
+
+def grouped_weight_gradient(
+    x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array, alignment: int, *, implementation: str | tuple[str, ...] | None = None
+) -> jax.Array:
+    """x[group g] transposed times dy[group g]: [G, D, F]; zero for an empty group."""
+    arguments = (x_RD, dy_RF, sizes_G, alignment)
+    return choose("grouped_linear", GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _grouped_linear(alignment, implementation, x_RD, w_GDF, sizes_G):
-    return _product(alignment, implementation, x_RD, w_GDF, sizes_G, transposed=False)
+    return grouped_product(x_RD, w_GDF, sizes_G, alignment, implementation=implementation)
 
 
 def _fwd(alignment, implementation, x_RD, w_GDF, sizes_G):
@@ -50,9 +67,8 @@ def _fwd(alignment, implementation, x_RD, w_GDF, sizes_G):
 
 def _bwd(alignment, implementation, residuals, dy_RF):
     x_RD, w_GDF, sizes_G = residuals
-    arguments = (x_RD, dy_RF, sizes_G, alignment)
-    dw_GDF = choose("grouped_linear", GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)
-    return _product(alignment, implementation, dy_RF, w_GDF, sizes_G, transposed=True), dw_GDF, None
+    dx_RD = grouped_product(dy_RF, w_GDF, sizes_G, alignment, transposed=True, implementation=implementation)
+    return dx_RD, grouped_weight_gradient(x_RD, dy_RF, sizes_G, alignment, implementation=implementation), None
 
 
 _grouped_linear.defvjp(_fwd, _bwd)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped.layout import pad_groups, take_quantized, take_rows
+from kernels_pallas.grouped_linear.api import grouped_product, grouped_weight_gradient
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import BLOCK, GRADIENT, TILE, QTensor, Quantizer
@@ -71,15 +72,17 @@ def product(how: How, name: str, a, b, sizes_G: jax.Array | None, out_dtype: jnp
     """a [R, K] times b [N, K] or [G, N, K] transposed; quantised operands if the product called `name` runs in FP8."""
     fields = dict(out_dtype=out_dtype, accumulation=how.format.accumulation, implementation=how.implementation)
     if name not in how.format.products:
-        return _plain(a, b, sizes_G).astype(out_dtype)
+        return _plain(how, a, b, sizes_G).astype(out_dtype)
     if sizes_G is None:
         return fp8_matmul(a, b, **fields)
     return fp8_grouped_matmul(a, b, sizes_G, alignment=how.alignment, **fields)
 
 
-def _plain(a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
-    b = b.astype(a_RK.dtype).mT
-    return a_RK @ b if sizes_G is None else jax.lax.ragged_dot(a_RK, b, sizes_G)
+def _plain(how: How, a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+    b = b.astype(a_RK.dtype)
+    if sizes_G is None:
+        return a_RK @ b.mT
+    return grouped_product(a_RK, b, sizes_G, how.alignment, transposed=True, implementation=how.implementation)
 
 
 def quantized(how: How, name: str, x: jax.Array, quantizer: Quantizer):
@@ -108,7 +111,7 @@ def weight_gradient(how: How, saved, dy_RF: jax.Array, sizes_G: jax.Array | None
     """xᵀ dy [D, F] or [G, D, F]: K runs over rows, so that both operands are scaled again in tiles along them."""
     if "weight_gradient" not in how.format.products:
         x_RD = dequantize(saved, dy_RF.dtype) if isinstance(saved, QTensor) else saved
-        return _plain_weight_gradient(x_RD, dy_RF, sizes_G).astype(out_dtype)
+        return _plain_weight_gradient(how, x_RD, dy_RF, sizes_G).astype(out_dtype)
     fields = dict(implementation=how.implementation)
     if sizes_G is not None and how.alignment % how.format.gradient.size:
         padding = pad_groups(sizes_G, dy_RF.shape[0], how.format.gradient.size)
@@ -122,11 +125,10 @@ def weight_gradient(how: How, saved, dy_RF: jax.Array, sizes_G: jax.Array | None
     return fp8_grouped_weight_gradient(x_DR, dy_FR, sizes_G, alignment=how.format.gradient.size, **fields)
 
 
-def _plain_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+def _plain_weight_gradient(how: How, x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
     if sizes_G is None:
         return x_RD.T @ dy_RF
-    over_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
-    return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_G, over_rows)
+    return grouped_weight_gradient(x_RD, dy_RF, sizes_G, how.alignment, implementation=how.implementation)
 
 
 def keep(how: How, w: jax.Array | Weight) -> jax.Array | Weight:
