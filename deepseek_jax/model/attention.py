@@ -77,7 +77,7 @@ class SelfAttention:
     """Attention of a sequence's queries to its keys, in pieces that are recomputed in the backward pass.
 
     `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists. Where there is a kernel (NVIDIA
-    Hopper, bfloat16) no scores exist at all, and `chunk` says nothing.
+    Hopper and TPUs, bfloat16) no scores exist at all, and `chunk` says nothing.
     """
 
     precision: Recipe
@@ -136,11 +136,13 @@ class SelfAttention:
         Heads go before positions, so that every product is a batch of plain matrix products; on CPU this is three times
         as fast forward. Where `first` is known before compiling, a chunk reads no keys behind it.
         """
-        q_BTHk, *keys = (x.astype(self.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv))
-        if q_BTGgk.shape[3] == 1 and has_kernel(self.placement.device_kind, q_BTHk, *keys):
-            kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(self.placement.device_kind))
-            names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
-            return self.placement.on_each_device(kernel, names, q_BTHk, *keys, query_segments_BT, segments_BS)[:, :, :, None]
+        kind = self.placement.device_kind
+        if q_BTGgk.shape[3] == 1:
+            operands = [x.astype(self.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv)]
+            if has_kernel(kind, *operands):
+                kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(kind))
+                names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
+                return self.placement.on_each_device(kernel, names, *operands, query_segments_BT, segments_BS)[:, :, :, None]
 
         length, chunk = q_BTGgk.shape[1], self.chunk
         q_BGgTk, k_BGSk, v_BGSv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BSGk.transpose(0, 2, 1, 3), v_BSGv.transpose(0, 2, 1, 3)

@@ -1,18 +1,17 @@
 """Attention of a sequence to itself, with gradients: what a user calls."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.attention import mosaic_gpu_sm90, mosaic_tpu, reference
+from kernels_pallas.attention.vjp import differentiable
 from kernels_pallas.implementations import PREFERRED, choose
 
 IMPLEMENTATIONS = {
-    "xla": (reference, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90, mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (mosaic_tpu, mosaic_tpu.reason),
+    "xla": (reference.attention, lambda *_: None),
+    "mosaic_gpu_sm90": (differentiable(mosaic_gpu_sm90), mosaic_gpu_sm90.reason),
+    "mosaic_tpu": (differentiable(mosaic_tpu), mosaic_tpu.reason),
 }
 
 
@@ -41,29 +40,9 @@ def attention(
         got = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
         raise ValueError(f"attention: {got} must be [B, T, H, k], [B, S, H, k], [B, S, H, v], [B, T], [B, S], the first three of one dtype")
     chosen = choose("attention", IMPLEMENTATIONS, implementation, q, k, v)
-    return _attention(chosen, scale, *vary_alike(q, k, v, query_segments, segments, jnp.asarray(first, jnp.int32)))
+    return chosen(*vary_alike(q, k, v, query_segments, segments, jnp.asarray(first, jnp.int32)), scale)
 
 
 def has_kernel(kind: str, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
     """Whether there is one for such operands on that kind of device."""
     return PREFERRED.get(kind) in IMPLEMENTATIONS and IMPLEMENTATIONS[PREFERRED[kind]][1](q, k, v) is None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(chosen, scale: float, q, k, v, query_segments, segments, first):
-    return chosen.forward(q, k, v, query_segments, segments, first, scale)[0]
-
-
-def _fwd(chosen, scale, *operands):
-    o, lse = chosen.forward(*operands, scale)
-    return o, (operands, o, lse)
-
-
-def _bwd(chosen, scale, residuals, do):
-    operands, o, lse = residuals
-    delta = jnp.einsum("BTHv,BTHv->BHT", o.astype(jnp.float32), do.astype(jnp.float32))
-    arguments = (*operands, scale, do, lse, delta)
-    return chosen.query_gradient(*arguments), *chosen.key_and_value_gradients(*arguments), None, None, None
-
-
-_attention.defvjp(_fwd, _bwd)

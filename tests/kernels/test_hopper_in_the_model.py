@@ -72,8 +72,11 @@ def test_experts():
 
 
 @pytest.mark.skipif(plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)")
-def test_a_mesh_divides_sequences_and_heads(monkeypatch):
-    """Traced only: each device's kernel gets its sequences and its heads."""
+@pytest.mark.parametrize(
+    "sizes, of_a_device", [({"fsdp": 2, "tensor": 4}, (2, 64, 2, 192)), ({"fsdp": 2, "context": 4}, (2, 16, 8, 192)), ({"expert": 8}, (4, 64, 8, 192))]
+)
+def test_a_mesh_divides_sequences_and_heads(sizes, of_a_device, monkeypatch):
+    """Traced only: each device's kernel gets its sequences, its queries and its heads; four sequences do not divide among eight."""
     seen = []
 
     def noted(q, *rest, **options):
@@ -81,10 +84,14 @@ def test_a_mesh_divides_sequences_and_heads(monkeypatch):
         return attention(q, *rest, **options)
 
     monkeypatch.setattr("deepseek_jax.model.attention.attention", noted)
-    where = MeshOfHoppers(build_mesh(MeshConfig(fsdp=2, tensor=4).sizes, {}, jax.devices()))
+    where = MeshOfHoppers(build_mesh(MeshConfig(**sizes).sizes, {}, jax.devices()))
     core = SelfAttention(HALF, where, 0.1, 0, 0)
     q, v = (jax.ShapeDtypeStruct((4, 64, 8, *shape), jnp.bfloat16) for shape in ((192,), (128,)))
     segments = jax.ShapeDtypeStruct((4, 64), jnp.int32)
-    loss = lambda q, k, v, segments: jnp.sum(core(q[:, :, :, None], k, v, segments, segments, 0).astype(jnp.float32))
+
+    def loss(q, k, v, segments):
+        o = where.attend(core.keys_and_values, (q[:, :, :, None], segments), (k, v, segments), ())
+        return jnp.sum(o.astype(jnp.float32))
+
     dq, dk, dv = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, q, v, segments)
-    assert seen == [(2, 64, 2, 192)] and (dq.shape, dk.shape, dv.shape) == (q.shape, q.shape, v.shape)
+    assert seen[-1] == of_a_device and (dq.shape, dk.shape, dv.shape) == (q.shape, q.shape, v.shape)
