@@ -1,70 +1,90 @@
 """python -m kernels_pallas.bench [--aot] [--only=TEXT] [--implementation=NAME] [--small] [--json=FILE]
 
-The FP8 kernels on DeepSeek-V3's shapes: whether they are right, and their speed as ratios to what the device was seen to do and to bfloat16 in the
-same run. Exits with status 1 if any is wrong. With --aot nothing runs: the kernels are compiled for a GPU that need not be there, and the machine code is read.
+The kernels on DeepSeek-V3's shapes: whether they are right, and their speed as ratios to what the device was seen to do and to bfloat16 in the
+same run. Exits with status 1 if any is wrong or fails. With --aot nothing runs: the kernels are compiled for a GPU that need not be there, and the
+machine code is read.
 """
 
 import argparse
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from kernels_pallas.bench.measure import Ceilings, attention_rows, ceilings, memory_rows, product_row
+from kernels_pallas.bench.measure import ceilings, product_row
+from kernels_pallas.bench.operations import ATTENTION, QUANTIZERS, attention_row, quantizer_row
 from kernels_pallas.bench.shapes import shapes
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser("kernels_pallas.bench", description="Speed of the FP8 kernels on DeepSeek-V3's shapes.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("kernels_pallas.bench", description="The kernels on DeepSeek-V3's shapes: right, and how fast?", allow_abbrev=False)
     parser.add_argument("--aot", action="store_true", help="compile for an NVIDIA GPU that need not be there and show what the machine code says")
     parser.add_argument("--target", default="H200", choices=("H100", "H200"), help="for --aot")
-    parser.add_argument("--only", default="", help="products whose name contains this")
+    parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--implementation", help="instead of the best for this device")
     parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file, as they come")
     flags = parser.parse_args(argv)
-    console = Console(width=170)
-    chosen = [shape.shrunk() if flags.small else shape for shape in shapes() if flags.only in f"{shape.operation}, {shape.name}"]
-    if flags.aot:
-        from kernels_pallas.bench.machine_code import bfloat16_rows, machine_code_row
-
-        rows = [machine_code_row(shape, flags.target) for shape in chosen]
-        rows += [] if flags.only else bfloat16_rows(flags.target)
-        console.print(_table(f"compiled for {flags.target}, jax {jax.__version__}", rows))
-    else:
-        device = jax.devices()[0]
-        limits = ceilings(flags.small)
-        console.print(f"{device.device_kind}, jax {jax.__version__}; {_seen(limits)}")
-        rows = [product_row(shape, limits, flags.implementation) for shape in chosen]
-        console.print(_table("products", rows))
-        memory = memory_rows(limits, flags.small, flags.implementation)
-        console.print(_table("memory-bound operations", memory))
-        attention = attention_rows(flags.small, flags.implementation)
-        console.print(_table("attention in bfloat16", attention))
-        rows += memory + attention
-    if flags.json:
-        flags.json.write_text(json.dumps(rows, indent=1) + "\n")
-    wrong = [row.get("product", row.get("operation")) for row in rows if row.get("verdict") == "WRONG"]
-    if wrong:
-        raise SystemExit(f"wrong, by calc_diff: {'; '.join(wrong)}")
+    console, rows = Console(width=170), []
+    for title, jobs in (_compilations if flags.aot else _measurements)(flags, console):
+        group = []
+        for name, job in jobs:
+            if flags.only in name:
+                print(name, file=sys.stderr, flush=True)
+                group.append({"operation": name} | attempt(job))
+                if flags.json:
+                    flags.json.write_text(json.dumps(rows + group, indent=1) + "\n")
+        if group:
+            console.print(_table(title, group))
+        rows += group
+    if bad := [f"{row['operation']} ({row['verdict']})" for row in rows if row.get("verdict", "right") != "right"]:
+        raise SystemExit("; ".join(bad))
     return rows
 
 
-def _seen(limits: Ceilings) -> str:
-    through_xla = f"8192³ through XLA {limits.bf16 / 1e12:.0f} TFLOP/s in bfloat16, {limits.fp8 / 1e12:.0f} in FP8"
-    return f"{through_xla}; copied {limits.bandwidth / 1e9:.0f} GB/s"
+Jobs = list[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def _measurements(flags: argparse.Namespace, console: Console) -> list[tuple[str, Jobs]]:
+    limits = ceilings(flags.small)
+    console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {limits}")
+    given = {"small": flags.small, "implementation": flags.implementation}
+    chosen = [(f"{shape.operation}, {shape.name}", shape.shrunk() if flags.small else shape) for shape in shapes()]
+    return [
+        ("products", [(name, functools.partial(product_row, shape, limits, flags.implementation)) for name, shape in chosen]),
+        ("memory-bound operations", [(name, functools.partial(quantizer_row, name, limits, **given)) for name in QUANTIZERS]),
+        ("attention in bfloat16", [(name, functools.partial(attention_row, name, **given)) for name in ATTENTION]),
+    ]
+
+
+def _compilations(flags: argparse.Namespace, console: Console) -> list[tuple[str, Jobs]]:
+    from kernels_pallas.bench.machine_code import machine_code_row, programs
+
+    jobs = [(name, functools.partial(machine_code_row, shape, flags.target, *program)) for name, shape, program in programs()]
+    return [(f"compiled for {flags.target}, jax {jax.__version__}", jobs)]
+
+
+def attempt(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One that raises costs its own row, not those of the others."""
+    try:
+        return job()
+    except Exception as error:
+        return {"verdict": "FAILED", "error": f"{type(error).__name__}: {error}"}
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for name in columns:
+        table.add_column(name, justify="left" if any(isinstance(row.get(name), str) for row in rows) else "right")
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(row.get(name)) for name in columns))
     return table
 
 

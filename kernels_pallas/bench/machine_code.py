@@ -8,28 +8,17 @@ import jax.numpy as jnp
 
 from kernels_pallas import QTensor, fp8_grouped_matmul, fp8_grouped_weight_gradient, fp8_matmul, targets
 from kernels_pallas.attention import mosaic_gpu_sm90 as attention
-from kernels_pallas.bench.shapes import HEADS, LINEARS, Shape
+from kernels_pallas.bench.shapes import HEADS, LINEARS, Shape, shapes
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90 as grouped_linear
 
 THREADS = 384  # three warpgroups
 REGISTERS, SHARED_MEMORY = 65536, 233472  # of a multiprocessor
 
 
-def machine_code_row(shape: Shape, target: str) -> dict[str, int | float | str | None]:
-    return _row(f"{shape.operation}, {shape.name}", shape.text, target, *_program(shape))
-
-
-def bfloat16_rows(target: str) -> Iterator[dict[str, int | float | str | None]]:
-    """Experts and attention without quantising."""
-    for name, shape, program in _bfloat16_programs():
-        yield _row(name, shape, target, *program)
-
-
-def _row(name: str, shape: str, target: str, function, *arguments) -> dict[str, int | float | str | None]:
+def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str, int | float | str | None]:
     (kernel,) = targets.compile_for(getattr(targets, target), function, *arguments)
     counts = kernel.instructions or {}
     return {
-        "kernel": name,
         "shape": shape,
         "registers": kernel.registers,
         "spilled bytes": kernel.spill_stores + kernel.spill_loads,
@@ -40,8 +29,13 @@ def _row(name: str, shape: str, target: str, function, *arguments) -> dict[str, 
     }
 
 
-def _bfloat16_programs():
-    """Name, shape, and the function with the shapes of its arguments."""
+def programs() -> Iterator[tuple[str, str, tuple]]:
+    """Name, shape, and the function with the shapes of its arguments: the FP8 products, and experts and attention in bfloat16."""
+    yield from ((f"{shape.operation}, {shape.name}", shape.text, _program(shape)) for shape in shapes())
+    yield from _bfloat16_programs()
+
+
+def _bfloat16_programs() -> Iterator[tuple[str, str, tuple]]:
     (n, k), groups, rows = LINEARS["gate and up"], 4, 4 * 8192
     x, dy, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, k), (rows, n), (groups, k, n)))
     sizes, shape = jax.ShapeDtypeStruct((groups,), jnp.int32), f"{groups} × {rows // groups} × {n} × {k}"
@@ -56,7 +50,7 @@ def _bfloat16_programs():
     shape = f"{rows} × {heads} × {length} × {length}, {width} and {values} wide"
     for name, backward in (("forward", ()), ("query_gradient", (v, row, row)), ("key_and_value_gradients", (v, row, row))):
         kernel = getattr(attention, name)
-        function = lambda *x, kernel=kernel: kernel(*x[:5], 0, 1.0, *x[5:])  # noqa: E731
+        function = lambda *x, kernel=kernel: kernel(*x[:5], 0, 1.0, *x[5:])
         yield f"attention, {name.replace('_', ' ')}", shape, (function, q, q, v, segments, segments, *backward)
 
 

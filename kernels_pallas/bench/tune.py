@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.bench.measure import case
+from kernels_pallas.bench.measure import case, error
 from kernels_pallas.bench.shapes import Shape, shapes
 from kernels_pallas.bench.timing import seconds
 from kernels_pallas.grouped import mosaic_gpu_sm90 as grouped
@@ -43,11 +43,14 @@ def product(shape: Shape) -> tuple[str, jnp.dtype, Callable]:
     return "fp8_grouped_weight_gradient", jnp.float32, run
 
 
-def fastest(shape: Shape, measure: Callable[..., float] = seconds) -> tuple[str, Config, float]:
-    """-> the operation, its fastest configuration for this shape, and its seconds."""
+def fastest(shape: Shape, measure: Callable[..., float] = seconds, off: Callable[..., float] = error) -> tuple[str, Config, float]:
+    """-> the operation, its fastest configuration for this shape among those that compute what they should, and its seconds. Raises ValueError if none does."""
     operation, out_dtype, run = product(shape)
-    arguments = case(shape, "xla").fp8_arguments
-    timed = [(measure(functools.partial(run, config), *arguments), config) for config in candidates(out_dtype)]
+    both = case(shape, "xla")
+    runs = [(functools.partial(run, config), config) for config in candidates(out_dtype)]
+    timed = [(measure(run, *both.fp8_arguments), config) for run, config in runs if off(shape, both, run) <= both.allowed]
+    if not timed:
+        raise ValueError(f"{operation} {shape.text}: no configuration computes what it should; python -m kernels_pallas.bench says by how much they are off")
     best, config = min(timed, key=lambda pair: pair[0])
     return operation, config, best
 

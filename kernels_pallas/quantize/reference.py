@@ -60,10 +60,10 @@ def retile(q: QTensor, size: int) -> QTensor:
 def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     """The largest magnitude in each tile, NaN if there is one. Compared as integers, which order alike: XLA's maximum loses a NaN now and then on CPU."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    return jax.lax.bitcast_convert_type(jnp.max(_tiles(bits, tile), axis=(-3, -1)), jnp.float32)
+    return jax.lax.bitcast_convert_type(jnp.max(tiles(bits, tile), axis=(-3, -1)), jnp.float32)
 
 
-def _tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+def tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     """[..., R, C] -> [..., R/r, r, C/c, c], padded with zeros."""
     rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])

@@ -1,14 +1,16 @@
 """The benchmark's tables, and the tuner, whose choice the products take up."""
 
 import json
+import sys
+import types
 
 import jax.numpy as jnp
 import pytest
 from hopper import compiles
 
-from kernels_pallas import QTensor
+from kernels_pallas import Accumulation, QTensor, quantize_transposed
 from kernels_pallas.bench import __main__ as bench
-from kernels_pallas.bench import machine_code, measure, tune
+from kernels_pallas.bench import check, measure, operations, timing, tune
 from kernels_pallas.bench.shapes import LINEARS, Shape, deepgemm, shapes
 from kernels_pallas.matmul import tuning_sm90
 from kernels_pallas.matmul.tuning_sm90 import Config
@@ -23,46 +25,104 @@ def test_shapes_are_those_of_v3():
     assert one.flops == 3 * 2 * 8 * 4 * 2 and one.bytes == 3 * ((8 + 4) * 2 + 8 * 4 * 2)
 
 
-def test_it_runs_where_there_is_no_gpu(tmp_path):
+@pytest.mark.parametrize(
+    "only, names",
+    [
+        ("weight gradient, down", ["weight gradient, down", *2 * ["grouped weight gradient, down"]]),
+        ("quantize", ["quantize_tile", "quantize_block", "quantize_transposed", "requantize_transposed", "swiglu_quantize"]),
+        ("attention", ["attention, forward", "attention, forward and gradients"]),
+    ],
+)
+def test_it_runs_where_there_is_no_gpu(only, names, tmp_path):
     """On small shapes; what it prints are ratios to what was measured beside it."""
-    rows = bench.main(["--small", "--only=weight gradient, down", f"--json={tmp_path / 'rows.json'}"])
+    rows = bench.main(["--small", f"--only={only}", f"--json={tmp_path / 'rows.json'}"])
     assert rows == json.loads((tmp_path / "rows.json").read_text())
-    products = [row for row in rows if "product" in row]
-    assert [row["product"] for row in products] == ["weight gradient, down", *2 * ["grouped weight gradient, down"]]
-    assert all(row["× bfloat16"] > 0 and row["of ceiling"] > 0 for row in products)
-    others = {row["operation"] for row in rows if "operation" in row}
-    assert {"quantize_tile", "requantize_transposed", "swiglu_quantize", "attention, forward"} < others and len(others) == 7
-    assert {row["verdict"] for row in rows} == {"right"}
+    assert [row["operation"] for row in rows] == names
+    assert {row["verdict"] for row in rows} == {"right"} and all(row["us"] > 0 for row in rows)
+    assert all(row["× bfloat16"] > 0 and row["of ceiling"] > 0 for row in rows if "gradient, " in row["operation"])
+
+
+SMALL = Shape("weight gradient", "down", 256, 256, 256)
+LIMITS = measure.Ceilings(8192, 1.0, 1.0, 1.0)
+
+
+def fast(monkeypatch):
+    for module in (measure, operations):
+        monkeypatch.setattr(module, "seconds", lambda *_: 1.0)
 
 
 @pytest.mark.parametrize(
-    "name, wrong",
-    [
-        ("fp8_grouped_weight_gradient", "grouped weight gradient, down"),
-        ("quantize_transposed", "quantize_transposed"),
-        ("attention", "attention, forward"),
-    ],
+    "planted", [lambda y: jnp.roll(y, 1, axis=-1), lambda y: 1.02 * y, lambda y: y.at[128:, :128].set(0), lambda y: y.at[3, 5].set(jnp.nan)]
 )
-def test_wrong_results_are_reported(name, wrong, monkeypatch, capsys):
-    """Every row is printed all the same."""
-    right = getattr(measure, name)
-
-    def planted(*arguments, **options):
-        result = right(*arguments, **options)
-        if name == "fp8_grouped_weight_gradient":
-            return jnp.roll(result, 1, axis=-1)
-        if name == "quantize_transposed":  # a scale off by one tile
-            return QTensor(result.values, jnp.roll(result.scales, options["implementation"] is None, axis=1), result.tile)
-        return result if options["implementation"] == "xla" else 1.1 * result
-
-    monkeypatch.setattr(measure, name, planted)
-    with pytest.raises(SystemExit, match=f"wrong, by calc_diff: .*{wrong}"):
-        bench.main(["--small", "--only=grouped weight gradient, down"])
-    assert "swiglu_quantize" in capsys.readouterr().out
+def test_a_wrong_product_is_reported(planted, monkeypatch):
+    """Moved by one, scaled by 2%, one tile missing, one number that is none."""
+    fast(monkeypatch)
+    assert measure.product_row(SMALL, LIMITS, "xla")["verdict"] == "right"
+    right = measure.fp8_matmul
+    monkeypatch.setattr(measure, "fp8_matmul", lambda *x, **fields: planted(right(*x, **fields)))
+    row = measure.product_row(SMALL, LIMITS, "xla")
+    assert row["verdict"] == "WRONG" and row["off by"] > check.SUMMED
 
 
-def test_calc_diff_of_nan_is_wrong():
-    assert measure.verdict(float(measure.calc_diff(jnp.ones(3), jnp.array([1, jnp.nan, 1]))), 1.0) == "WRONG"
+def test_a_product_without_promotion_is_reported(monkeypatch):
+    """As Hopper's tensor cores would sum, emulated, with promotion and without."""
+    fast(monkeypatch)
+    right, deep = measure.fp8_matmul, Shape("weight gradient", "down", 8, 8, 4096)
+    for promote_every, verdict in ((128, "right"), (None, "WRONG")):
+        accumulation = Accumulation(promote_every, "hopper_fp22")
+        monkeypatch.setattr(measure, "fp8_matmul", lambda *x, accumulation=accumulation, **fields: right(*x, accumulation=accumulation, **fields))
+        assert measure.product_row(deep, LIMITS, "xla")["verdict"] == verdict
+
+
+def test_a_scale_off_by_one_tile_is_reported(monkeypatch):
+    fast(monkeypatch)
+    right = quantize_transposed
+
+    def planted(x, implementation):
+        q = right(x, implementation="xla")
+        return q if implementation == "xla" else QTensor(q.values, jnp.roll(q.scales, 1, axis=1), q.tile)
+
+    monkeypatch.setitem(operations.QUANTIZERS, "quantize_transposed", (planted, 1, 3))
+    assert operations.quantizer_row("quantize_transposed", LIMITS, True, None)["verdict"] == "WRONG"
+
+
+def test_wrong_attention_is_reported(monkeypatch):
+    fast(monkeypatch)
+    right = operations.attention
+    planted = lambda *x, implementation, **fields: right(*x, implementation="xla", **fields) * (1.05 if implementation is None else 1)
+    monkeypatch.setattr(operations, "attention", planted)
+    assert operations.attention_row("attention, forward", True, None)["verdict"] == "WRONG"
+
+
+def test_a_kernel_that_raises_costs_its_own_row(monkeypatch, tmp_path, capsys):
+    fast(monkeypatch)
+    monkeypatch.setitem(operations.QUANTIZERS, "quantize_block", (lambda x, implementation: 1 / 0, 1, 3))
+    with pytest.raises(SystemExit, match=r"^quantize_block \(FAILED\)$"):
+        bench.main(["--small", "--only=quantize", f"--json={tmp_path / 'rows.json'}"])
+    verdicts = {row["operation"]: row["verdict"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert verdicts.pop("quantize_block") == "FAILED" and set(verdicts.values()) == {"right"}
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_difference_is_that_of_the_worst_piece():
+    x = jnp.ones((2, 256, 256))
+    y = x.at[1, 200, 200].set(2.0)
+    assert check.difference(x, y) == pytest.approx(1 / (2 * 128**2 + 3), rel=1e-5)
+    assert check.difference(x, x) == 0 and check.difference(0 * x, 0 * x) == 0 and check.difference(x, x.at[0, 0, 0].set(jnp.nan)) == jnp.inf
+
+
+def test_the_cache_is_emptied_right_before_what_is_timed(monkeypatch):
+    calls = []
+
+    class Counter:
+        _cupti_init = staticmethod(lambda: calls.append("counting"))
+        _cupti_get_timings = staticmethod(lambda finalize: calls.append("counted") or [("one", 1.5), ("two", 0.5)])
+
+    profiler = types.SimpleNamespace(mosaic_gpu_lib=types.SimpleNamespace(_mosaic_gpu_ext=Counter))
+    monkeypatch.setitem(sys.modules, "jax.experimental.mosaic.gpu", types.SimpleNamespace(profiler=profiler))
+    monkeypatch.setattr(timing.jnp, "zeros", lambda *_: calls.append("flush") or 0)
+    assert timing.kernel_seconds(lambda x: calls.append("run") or x, (1,)) == 0.002
+    assert calls == ["flush", "counting", "run", "counted"]
 
 
 @compiles
@@ -70,15 +130,19 @@ def test_machine_code():
     (row,) = bench.main(["--aot", "--only=dense, down"])[-1:]
     assert row["shape"] == "4096 × 7168 × 2048" and row["spilled bytes"] == 0 and row["matrix instructions"] % 4 == 0 < row["matrix instructions"]
     assert row["blocks per core"] >= 1
-    others = list(machine_code.bfloat16_rows("H200"))
+    others = bench.main(["--aot", "--only=bfloat16"]) + bench.main(["--aot", "--only=attention"])
     assert len(others) == 6 and all(row["spilled bytes"] == 0 < row["matrix instructions"] for row in others)
 
 
 def test_the_fastest_configuration_is_taken_up(tmp_path, monkeypatch):
     wanted = Config(64, "n", minor=1, width=16).fitting(jnp.bfloat16)
     shape = Shape("dense", "down", 64, 256, 128)
-    operation, config, best = tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0)
+    operation, config, best = tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, lambda *_: 0.0)
     assert (operation, config, best) == ("fp8_matmul", wanted, 1.0)
+    wrong = lambda shape, both, run: 1.0 if run.args == (wanted,) else 0.0
+    assert tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, wrong)[1] != wanted
+    with pytest.raises(ValueError, match="no configuration computes what it should"):
+        tune.fastest(shape, lambda *_: 1.0, lambda *_: 1.0)
     monkeypatch.setattr(tuning_sm90, "TABLES", tmp_path)
     monkeypatch.setattr(tuning_sm90, "device", lambda: ("NVIDIA TEST card", 132))
     tuning_sm90.table_path("NVIDIA TEST card").write_text(json.dumps({operation: {"64x256x128": vars(config)}}))
