@@ -13,7 +13,7 @@ from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks.base import EOS, PAD, Instance, Task
-from deepseek_jax.training.objective import token_log_probs
+from deepseek_jax.training.log_probs import token_log_probs
 
 
 @flax.struct.dataclass

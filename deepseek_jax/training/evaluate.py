@@ -12,7 +12,8 @@ import numpy as np
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import global_batch
-from deepseek_jax.training.objective import targets, token_log_probs
+from deepseek_jax.training.log_probs import token_log_probs
+from deepseek_jax.training.objective import targets
 
 Evaluate = Callable[[Mapping[str, Any], Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
 

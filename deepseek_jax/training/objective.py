@@ -15,6 +15,7 @@ from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.router import batch_balance_loss, expert_balance_loss, sequence_balance_loss
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.log_probs import token_log_probs
 from deepseek_jax.training.schedules import Schedule
 
 BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_loss, "batch": batch_balance_loss}
@@ -82,40 +83,6 @@ def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators
 
 def uses_mtp(model: Transformer, objective: ObjectiveConfig) -> bool:
     return model.config.mtp_depth > 0 and not objective.mtp_weight.always(0.0)
-
-
-def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int):
-    """log p(target) and entropy of the next-token distribution, float32 [B, T] each, at temperature 1.
-
-    Works on about `chunk` tokens at a time (on each device, of those it holds) and recomputes their logits in the backward
-    pass: no array of tokens x vocabulary exists, forward or backward. Chunk i takes every `num_chunks`-th position, so that
-    a batch or a length divided among devices is divided in every chunk too.
-    """
-    batch, length, _ = hidden_BTD.shape
-    num_chunks = min(length, -(-batch * length // (chunk * model.placement.token_shards)))
-    width = -(-length // num_chunks)
-
-    @jax.checkpoint
-    def one(chunk_inputs):
-        hidden_BCD, targets_BC = chunk_inputs
-        logits_BCV = model.apply(variables, hidden_BCD, method="unembed")
-        normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        logp_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0] - normaliser_BC
-        probs_BCV = jnp.exp(logits_BCV - normaliser_BC[..., None])
-        return logp_BC, normaliser_BC - jnp.sum(probs_BCV * logits_BCV, axis=-1)
-
-    def split(x_BT):
-        padding = ((0, 0), (0, num_chunks * width - length)) + ((0, 0),) * (x_BT.ndim - 2)
-        x_NBC = jnp.moveaxis(jnp.pad(x_BT, padding).reshape(batch, width, num_chunks, *x_BT.shape[2:]), 2, 0)
-        return model.placement.constrain(x_NBC, None, "batch", "length", *(None,) * (x_BT.ndim - 2))
-
-    def join(x_NBC):
-        return jnp.moveaxis(x_NBC, 0, 2).reshape(batch, num_chunks * width)[:, :length]
-
-    if num_chunks == 1:
-        return one((hidden_BTD, targets_BT))
-    logp_NBC, entropy_NBC = jax.lax.map(one, (split(hidden_BTD), split(targets_BT)))
-    return join(logp_NBC), join(entropy_NBC)
 
 
 def loss_fn(

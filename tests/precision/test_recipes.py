@@ -30,6 +30,33 @@ def test_products_round_as_the_name_says():
     assert float(recipe("bfloat16").einsum("ab,bc->ac", x, w)[0, 0]) == 1 + 2**-9  # summed and returned in float32
 
 
+def products(jaxpr):
+    """The dtypes of the operands of every matrix product in a program, and of its result."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(str(variable.aval.dtype) for variable in (*equation.invars, *equation.outvars))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+def test_gradients_of_einsum_multiply_in_the_compute_dtype_too():
+    """Matrix units take twice as long over float32 as over bfloat16, and jax's own rule would multiply float32."""
+    x, w, dy = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate([(32, 64), (64, 16), (32, 16)]))
+
+    def gradients(name):
+        return jax.grad(lambda x, w: jnp.sum(recipe(name).einsum("ab,bc->ac", x, w) * dy), argnums=(0, 1))
+
+    rounded, exact = (jax.jit(gradients(name))(x, w) for name in ("bfloat16", "float32"))
+    forward, *backward = products(jax.make_jaxpr(gradients("bfloat16"))(x, w).jaxpr)
+    assert forward == ("bfloat16", "bfloat16", "float32") and len(backward) >= 2
+    assert set(backward) == {("bfloat16", "bfloat16", "bfloat16")}
+    for ours, theirs, operand in zip(rounded, exact, (dy @ w.T, x.T @ dy), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(theirs, operand, rtol=1e-5, atol=1e-5)
+        assert jnp.linalg.norm(ours - theirs) < 2**-8 * jnp.linalg.norm(theirs)
+        assert not np.array_equal(ours, theirs)
+
+
 def test_recipes_are_static_arguments():
     assert hash(recipe("float32")) == hash(recipe("float32")) and recipe("float32") == RECIPES["float32"]
     assert recipe("float32") != recipe("bfloat16")

@@ -10,7 +10,8 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.router import sequence_balance_loss
-from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, targets, token_log_probs
+from deepseek_jax.training.log_probs import token_log_probs
+from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, targets
 from deepseek_jax.training.schedules import Schedule, deepseek_v3_mtp_weight
 
 LENGTH = 16
