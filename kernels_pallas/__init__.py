@@ -7,8 +7,8 @@ from kernels_pallas.attention.api import attention
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped_linear.api import grouped_linear
 from kernels_pallas.implementations import Unsupported
-from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare_weight
-from kernels_pallas.linear.vjp import LinearFormat, Weight
+from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare, prepare_weight
+from kernels_pallas.linear.vjp import LinearFormat, Prepared
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
@@ -18,10 +18,10 @@ from kernels_pallas.swiglu.api import swiglu_quantize
 __all__ = [
     "Accumulation",
     "LinearFormat",
+    "Prepared",
     "QTensor",
     "Quantizer",
     "Unsupported",
-    "Weight",
     "attention",
     "dequantize",
     "fp8_grouped_linear",
@@ -32,6 +32,7 @@ __all__ = [
     "fp8_matmul",
     "fp8_swiglu_linear",
     "grouped_linear",
+    "prepare",
     "prepare_weight",
     "quantize",
     "quantize_block",

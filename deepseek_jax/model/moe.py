@@ -13,25 +13,25 @@ from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.router import Router
 from deepseek_jax.model.rows import from_rows, lay_out, to_rows
 from deepseek_jax.precision import Recipe
+from kernels_pallas import Prepared
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
-def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
+def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array) -> jax.Array:
     """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or more."""
     gate_EDF, up_EDF, down_EFD = weights
     block = precision.row_block(expert_ids_NK.size, gate_EDF.shape[0], kind)
     layout, sizes_E = lay_out(expert_ids_NK, gate_EDF.shape[0], block)
-    x_RD = to_rows(x_ND, layout)
-
+    x_RD = precision.rows(x_ND, lambda x: to_rows(x, layout), kind)
     gate_RF, up_RF = (precision.grouped_linear(x_RD, w_EDF, sizes_E, block, kind) for w_EDF in (gate_EDF, up_EDF))
     return from_rows(precision.grouped_swiglu_linear(gate_RF, up_RF, down_EFD, sizes_E, block, kind), layout)
 
 
-def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array, expert_ids_NK: jax.Array) -> jax.Array:
+def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array) -> jax.Array:
     """The same with every token through every expert: the oracle."""
     del kind
-    gate_EDF, up_EDF, down_EFD = map(precision.dense, weights)
+    x_ND, gate_EDF, up_EDF, down_EFD = map(precision.dense, (x_ND, *weights))
     hidden_NEF = nn.silu(precision.einsum("ND,EDF->NEF", x_ND, gate_EDF)) * precision.einsum("ND,EDF->NEF", x_ND, up_EDF)
     y_NED = precision.einsum("NEF,EFD->NED", hidden_NEF, down_EFD)
     return jnp.einsum("NED,NKE->NKD", y_NED, jax.nn.one_hot(expert_ids_NK, gate_EDF.shape[0]))

@@ -21,7 +21,7 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from kernels_pallas import QTensor, Quantizer, dequantize, quantize
+from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, quantize
 from kernels_pallas._compat import varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
@@ -38,7 +38,8 @@ class DispatchConfig:
     peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which suits few
     peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold `buffer_factor` times the
     rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a power-of-two scale for each 1 x 128
-    tile on the way to the experts, forward and backward, as V3 does (§3.3.3); the way back stays in the compute dtype.
+    tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and experts in FP8 multiply these very numbers;
+    the way back stays in the compute dtype.
     `overlap` runs every layer on two halves of the rows side by side (see `overlap.TwoMicrobatches`).
     """
 
@@ -150,12 +151,13 @@ class Exchange:
             y_R, empty_S, plan.received_offsets_P, plan.received_P, plan.received_at_peer_P, plan.sent_P, axis_name=self.axis
         )
 
-    def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array:
+    def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
         """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
         if not self.fp8:
             return self.move(plan, x_SD)
         q_SD = quantize(x_SD, SENT, implementation="xla")  # the compiler joins it to the gather of the rows
-        return dequantize(QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile), x_SD.dtype)
+        q_RD = QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile)
+        return Prepared(dequantize(q_RD, x_SD.dtype), q_RD)
 
     def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
         """What the experts make of this round's pairs, weighted and summed: [N, D]."""
@@ -165,15 +167,19 @@ class Exchange:
         return combine(from_rows(send_back(self, plan, y_RD), plan.layout), gates_NK, x_ND.dtype)
 
 
+def plain(x: jax.Array | Prepared) -> jax.Array:
+    return x.master if isinstance(x, Prepared) else x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array:
-    """Dispatch: [S, D] -> [R, D]. Its gradient is a combine, in x's dtype."""
+def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
+    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that came (V3 §3.3.3). Its gradient is a combine, in x's dtype."""
     return exchange.move_tokens(plan, x_SD)
 
 
 send.defvjp(
     lambda exchange, plan, x_SD: (send(exchange, plan, x_SD), plan),
-    lambda exchange, plan, dx_RD: (None, exchange.move_back(plan, dx_RD)),
+    lambda exchange, plan, dx_RD: (None, exchange.move_back(plan, plain(dx_RD))),
 )
 
 
@@ -185,7 +191,7 @@ def send_back(exchange: Exchange, plan: Plan, y_RD: jax.Array) -> jax.Array:
 
 send_back.defvjp(
     lambda exchange, plan, y_RD: (send_back(exchange, plan, y_RD), plan),
-    lambda exchange, plan, dy_SD: (None, exchange.move_tokens(plan, dy_SD)),
+    lambda exchange, plan, dy_SD: (None, plain(exchange.move_tokens(plan, dy_SD))),
 )
 
 

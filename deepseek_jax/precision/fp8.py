@@ -10,14 +10,15 @@ import jax
 from deepseek_jax.precision.recipe import Recipe
 from kernels_pallas import (
     LinearFormat,
+    Prepared,
     QTensor,
     Quantizer,
-    Weight,
     dequantize,
     fp8_grouped_linear,
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
+    prepare,
     prepare_weight,
 )
 from kernels_pallas.implementations import PREFERRED, preferred
@@ -52,7 +53,7 @@ class FP8Recipe(Recipe):
     def has_kernels(self, kind: str) -> bool:
         return kind in PREFERRED
 
-    def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Weight:
+    def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Prepared:
         """In eight bits, unless some product reads the master copy or devices hold crumbs of a block; the master copy, whose gradient is summed in
         float32, otherwise."""
         if isinstance(w, QTensor) or role in self.high_precision:
@@ -64,18 +65,16 @@ class FP8Recipe(Recipe):
     def _format(self, role: str) -> LinearFormat:
         return self.attention_output if role == "attention_output" else self.format
 
-    def dense(self, w: jax.Array | QTensor | Weight) -> jax.Array:
-        if isinstance(w, Weight):
-            return w.master
-        return dequantize(w, self.compute_dtype) if isinstance(w, QTensor) else w
+    def dense(self, x: jax.Array | QTensor | Prepared) -> jax.Array:
+        return dequantize(x, self.compute_dtype) if isinstance(x, QTensor) else super().dense(x)
 
-    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor | Weight, role: str = "linear", kind: str = "cpu") -> jax.Array:
+    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor | Prepared, role: str = "linear", kind: str = "cpu") -> jax.Array:
         if role in self.high_precision:
             return super().linear(x, self.dense(w_DF))
         multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(kind))
         return _by_rows(multiply, w_DF, x.astype(self.compute_dtype))
 
-    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | Weight, kind: str = "cpu") -> jax.Array:
+    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | Prepared, kind: str = "cpu") -> jax.Array:
         if "linear" in self.high_precision or not self.keep_swiglu_input:
             return super().swiglu_linear(gate, up, w_FD, kind)
         multiply = functools.partial(fp8_swiglu_linear, format=self.format, implementation=preferred(kind))
@@ -85,16 +84,24 @@ class FP8Recipe(Recipe):
         """Groups of whole tiles, but on a CPU, where rows are dear."""
         return super().row_block(rows, num_groups, kind) if kind == "cpu" else self.format.gradient.size
 
+    def rows(self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str) -> jax.Array | Prepared:
+        """Quantised once for all experts of a token and both products, and copied in eight bits."""
+        if "experts" in self.high_precision:
+            return super().rows(x_ND, take, kind)
+        if isinstance(x_ND, Prepared) and x_ND.quantized.tile == self.format.input.tile(x_ND.shape):
+            return jax.tree.map(take, x_ND)
+        return prepare(self.dense(x_ND).astype(self.compute_dtype), self.format.input, take=take, implementation=preferred(kind))
+
     def grouped_linear(
-        self, x_RD: jax.Array, w_EDF: jax.Array | QTensor | Weight, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self, x_RD: jax.Array | Prepared, w_EDF: jax.Array | QTensor | Prepared, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         if "experts" in self.high_precision:
             return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block, kind)
         fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
-        return fp8_grouped_linear(x_RD.astype(self.compute_dtype), w_EDF, group_sizes_E, **fields)
+        return fp8_grouped_linear(x_RD, w_EDF, group_sizes_E, **fields)
 
     def grouped_swiglu_linear(
-        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor | Weight, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor | Prepared, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         if "experts" in self.high_precision or not self.keep_swiglu_input:
             return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, block, kind)
@@ -102,7 +109,7 @@ class FP8Recipe(Recipe):
         return fp8_grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, **fields)
 
 
-def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor | Weight, *x: jax.Array) -> jax.Array:
+def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor | Prepared, *x: jax.Array) -> jax.Array:
     """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and stay apart."""
     if x[0].ndim == 1:
         return multiply(*(part[None] for part in x), w)[0]

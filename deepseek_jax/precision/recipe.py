@@ -6,6 +6,7 @@ routing, logits and losses are float32 whatever the recipe.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.grouped import grouped_matmul, row_block
+from kernels_pallas import Prepared
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -52,9 +54,9 @@ class Recipe:
         del role, part
         return w.astype(self.compute_dtype)
 
-    def dense(self, w) -> jax.Array:
-        """A weight as a plain array, for a product that is none of a recipe's."""
-        return w
+    def dense(self, x: jax.Array | Prepared) -> jax.Array:
+        """An operand as a plain array, for a product that is none of a recipe's."""
+        return x.master if isinstance(x, Prepared) else x
 
     def linear(self, x: jax.Array, w_DF: jax.Array, role: str = "linear", kind: str = "cpu") -> jax.Array:
         """x [..., D] times w [D, F] in the compute dtype.
@@ -75,6 +77,11 @@ class Recipe:
     def row_block(self, rows: int, num_groups: int, kind: str) -> int:
         """Row count that groups are padded to for the grouped products; 1 means no padding."""
         return row_block(rows, num_groups, kind, self.compute_dtype)
+
+    def rows(self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str) -> jax.Array | Prepared:
+        """take(x) as `grouped_linear` reads it; `take` moves whole rows, [N, ·] -> [R, ·]. A dispatch in FP8 brings x quantised."""
+        del kind
+        return take(self.dense(x_ND))
 
     def grouped_linear(self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu") -> jax.Array:
         """Rows of group e times w[e]; groups lie one after another, each a multiple of `block` rows long."""

@@ -43,9 +43,10 @@ class LinearFormat:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("master", "quantized"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """A weight that was quantised before it comes here, on the devices that each hold a part of it for example, so that eight bits travel and are
-    kept. Products in FP8 read `quantized`; `master` is what the gradient is of, and no more if all of them are. Made by `prepare_weight`."""
+class Prepared:
+    """An operand that was quantised before it comes here: a weight on the devices that each hold a part of it, tokens before they are copied or sent
+    to their experts, so that eight bits travel and are kept. Products in FP8 read `quantized`; `master` is what the gradient is of, and no more if
+    all of them are. Made by `prepare` and `prepare_weight`."""
 
     master: jax.Array
     quantized: QTensor
@@ -85,17 +86,18 @@ def _plain(how: How, a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -
     return grouped_product(a_RK, b, sizes_G, how.alignment, transposed=True, implementation=how.implementation)
 
 
-def quantized(how: How, name: str, x: jax.Array, quantizer: Quantizer):
-    """x as the product called `name` reads it; weights may come quantised."""
-    if isinstance(x, Weight):
+def quantized(how: How, name: str, x: jax.Array | QTensor | Prepared, quantizer: Quantizer):
+    """x as the product called `name` reads it; it may come quantised."""
+    if isinstance(x, Prepared):
         x = x.quantized if name in how.format.products else x.master
     if isinstance(x, QTensor):
         return x if name in how.format.products else dequantize(x)
     return quantize(x, quantizer, implementation=how.implementation) if name in how.format.products else x
 
 
-def save(how: How, x_RD: jax.Array, multiplied):
+def save(how: How, x_RD: jax.Array | Prepared, multiplied):
     """What is kept of x for the weight gradient; `multiplied` is x as the forward product read it."""
+    x_RD = x_RD.master if isinstance(x_RD, Prepared) else x_RD
     if how.format.saved is not None:
         return quantize(x_RD, how.format.saved, implementation=how.implementation)
     return multiplied if "weight_gradient" in how.format.products else x_RD
@@ -131,24 +133,24 @@ def _plain_weight_gradient(how: How, x_RD: jax.Array, dy_RF: jax.Array, sizes_G:
     return grouped_weight_gradient(x_RD, dy_RF, sizes_G, how.alignment, implementation=how.implementation)
 
 
-def keep(how: How, w: jax.Array | Weight) -> jax.Array | Weight:
+def keep(how: How, w: jax.Array | Prepared) -> jax.Array | Prepared:
     """What the backward pass needs of a weight: of one that came quantised, of the master copy no more than the dtype."""
-    if not isinstance(w, Weight) or "input_gradient" not in how.format.products:
+    if not isinstance(w, Prepared) or "input_gradient" not in how.format.products:
         return w
-    return Weight(jnp.zeros((0,), w.dtype), w.quantized)
+    return Prepared(jnp.zeros((0,), w.dtype), w.quantized)
 
 
-def cotangent(w: jax.Array | Weight, dw: jax.Array):
-    return Weight(dw, None) if isinstance(w, Weight) else dw
+def cotangent(operand: jax.Array | Prepared, gradient: jax.Array):
+    return Prepared(gradient, None) if isinstance(operand, Prepared) else gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(how: How, x_RD: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
+def linear(how: How, x_RD: jax.Array | Prepared, w: jax.Array | Prepared, sizes_G: jax.Array | None) -> jax.Array:
     """x W, [R, F]: one matrix [D, F], or [G, D, F] and the group sizes."""
     return forward(how, x_RD, w, sizes_G)[0]
 
 
-def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor | Weight, sizes_G: jax.Array | None):
+def forward(how: How, x_RD: jax.Array | Prepared, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None):
     """-> x W, and x as it was multiplied."""
     x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
     return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), x
@@ -156,13 +158,14 @@ def forward(how: How, x_RD: jax.Array, w: jax.Array | QTensor | Weight, sizes_G:
 
 def _linear_fwd(how, x_RD, w, sizes_G):
     y_RF, x = forward(how, x_RD, w, sizes_G)
-    return y_RF, (save(how, x_RD, x), keep(how, w), sizes_G)
+    no_numbers = jax.tree.map(lambda _: None, x_RD)  # only whether it came quantised
+    return y_RF, (no_numbers, save(how, x_RD, x), keep(how, w), sizes_G)
 
 
 def _linear_bwd(how, residuals, dy_RF):
-    saved, w, sizes_G = residuals
+    x, saved, w, sizes_G = residuals
     dw = weight_gradient(how, saved, dy_RF, sizes_G, w.dtype)
-    return input_gradient(how, dy_RF, w, sizes_G), cotangent(w, dw), None
+    return cotangent(x, input_gradient(how, dy_RF, w, sizes_G)), cotangent(w, dw), None
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
@@ -174,7 +177,7 @@ def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, 
     return swiglu_forward(how, gate_RF, up_RF, w, sizes_G)
 
 
-def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Weight, sizes_G: jax.Array | None) -> jax.Array:
+def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None) -> jax.Array:
     if "forward" in how.format.products:
         hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)
     else:

@@ -18,6 +18,7 @@ from kernels_pallas import (
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
+    prepare,
     prepare_weight,
     quantize_block,
     requantize_transposed,
@@ -259,6 +260,31 @@ def test_weights_may_be_prepared(forward, format):
     (prepared, keeps), (plain, _) = (oracle.call(call, x, w, dy, prepare=prepare) for prepare in (True, False))
     jax.tree.map(np.testing.assert_array_equal, prepared, plain)
     assert keeps == ("input_gradient" not in format.products)
+
+
+@pytest.mark.parametrize("products", [PRODUCTS, ("forward",), ("weight_gradient",)], ids=["FP8", "forward", "weight gradient"])
+@pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear])
+def test_rows_may_be_prepared_and_then_moved(forward, products):
+    """Quantised where there is one row for each token, then copied: the numbers of copying first, forward and backward."""
+    format = LinearFormat(products=products)
+    x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
+    rows = np.random.default_rng(1).integers(0, 25, 37)
+    rows[[3, 30]] = 25  # no row
+    more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
+
+    def take(x):
+        return jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+
+    def call(x, w, dy, first):
+        def product(x, w):
+            return forward(prepare(x, take=take) if first else take(x), w, *more, format=format)
+
+        y, pull_back = jax.vjp(product, x, w)
+        return y, *pull_back(dy)
+
+    first, last = (oracle.call(call, x[:25], w, dy, first=first) for first in (True, False))
+    assert first[1].shape == (25, 130) and np.any(first[1])
+    jax.tree.map(np.testing.assert_array_equal, first, last)
 
 
 def test_zeros_give_zeros_and_a_nan_stays_in_its_row():

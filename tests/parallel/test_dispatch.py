@@ -1,5 +1,7 @@
 """Tokens to their experts and back: every way of sending them is the same function, and none of them loses a token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from meshes import assert_close, jit, placement
 
+from deepseek_jax.model import moe
 from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
@@ -41,9 +44,9 @@ def ragged_on_cpu(operand, output, input_offsets, send_sizes, output_offsets, re
     return output
 
 
-def experts_call(place: Placement):
+def experts_call(place: Placement, precision=recipe("float32")):
     """Compiled (ids) -> (y, overflows, gradients of weights, x and gates)."""
-    module = Experts(CONFIG, 0.1, recipe("float32"), place)
+    module = Experts(CONFIG, 0.1, precision, place)
 
     def call(ids, params, x, gates):
         def apply(params, x, gates):
@@ -138,3 +141,16 @@ def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     assert np.abs(np.asarray(y - want)).max() > 1e-3
     relative = [float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w)) for g, w in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True)]
     assert max(relative) < 0.06 and min(relative) > 1e-4
+
+
+def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
+    """V3 §3.3.3: what is sent in E4M3 is what the first products read; it is not rounded a second time, to scales that are no powers of two."""
+
+    def first_operand(precision, kind, weights, x_ND, ids_NK):
+        x = precision.rows(x_ND, lambda x: x, kind)
+        return jnp.where((ids_NK < weights[0].shape[0])[..., None], dequantize(x.quantized)[:, None], 0)
+
+    monkeypatch.setitem(moe.IMPLEMENTATIONS, "grouped", first_operand)
+    precision = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+    y, *_ = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"), precision)(IDS["random"])
+    assert_close(y, dequantize(quantize_tile(X, power_of_two=True)) * jnp.sum(GATES, axis=-1, keepdims=True), 2e-6)

@@ -69,7 +69,8 @@ def rewards_of(function, in_graph):
 
 
 def grpo_of(config=CONFIG, rewards=None, model=MODEL):
-    optimizer = build_optimizer(OptimizerConfig(learning_rate=constant(config.learning_rate), weight_decay=0.0))
+    # eps: a first step of Adam is the sign of the gradient, even of one that is rounding alone.
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=constant(config.learning_rate), weight_decay=0.0, eps=1e-5))
     return GRPO(model, TASK, config, rewards or rewards_of(digit_share_in_graph, True), optimizer)
 
 
