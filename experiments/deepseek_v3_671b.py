@@ -22,7 +22,7 @@ from deepseek_jax.training.schedules import V3_BATCH, V3_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v3_671b").replace(rope=RopeConfig(), attention_heads_at_once=16).to_dict()
+    config.model = preset("v3_671b").replace(rope=RopeConfig()).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
     config.mesh = {"fsdp": -1, "expert": 64}

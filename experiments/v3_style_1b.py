@@ -3,7 +3,7 @@
     python -m deepseek_jax --config=experiments/v3_style_1b.py
 
 980,922,592 parameters and 123,677,984 of MTP. It has never been run. Compiled for one H200 (deepseek_jax.accounting.dry_run --topology=h200:1), a step of
-131,072 tokens: 26 GiB, at least 0.42 s of products and 0.47 s of memory traffic; in bfloat16 21 GiB, 0.56 s and 0.41 s.
+131,072 tokens: 26 GiB, at least 0.42 s of products and 0.41 s of memory traffic; in bfloat16 21 GiB, 0.56 s and 0.37 s.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,7 @@ routing, logits and losses are float32 whatever the recipe.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +18,25 @@ from deepseek_jax.precision.grouped import grouped_matmul, row_block
 from kernels_pallas import Prepared
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum(equation: str, precision: jax.lax.Precision, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(equation: str, dtype: jnp.dtype, precision: jax.lax.Precision, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _einsum_bwd(equation, precision, operands, dy):
-    """jax's own rule multiplies the float32 `dy` by operands widened to float32, which takes a GPU's matrix units twice as long."""
-    pull_back = jax.vjp(functools.partial(jnp.einsum, equation, precision=precision), *operands)[1]
-    return pull_back(dy.astype(operands[0].dtype))
+def _einsum_bwd(equation, dtype, precision, operands, dy):
+    """jax's own rule multiplies the float32 `dy` by operands widened to float32, which takes a GPU's matrix units twice as long.
+
+    Sums are float32 here too, those over devices among them. Both gradients are there before either is used: `dy`, of logits for example, is not
+    kept until the optimiser asks for the weight's.
+    """
+    a, b = operands
+    in_a, in_b, out = re.split(",|->", equation)
+    da = _einsum(f"{out},{in_b}->{in_a}", dtype, precision, dy, b).astype(a.dtype)
+    db = _einsum(f"{in_a},{out}->{in_b}", dtype, precision, a, dy).astype(b.dtype)
+    return jax.lax.optimization_barrier((da, db))
 
 
-_einsum.defvjp(lambda equation, precision, *operands: (_einsum(equation, precision, *operands), operands), _einsum_bwd)
+_einsum.defvjp(lambda *arguments: (_einsum(*arguments), arguments[-2:]), _einsum_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +78,11 @@ class Recipe:
         """silu(gate) · up [..., F] times w [F, D]."""
         return self.linear(nn.silu(gate) * up, w_FD, kind=kind)
 
-    def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
-        """A product outside the Linears (attention, the head): operands in the compute dtype, result in float32; in its gradients' products too."""
-        return _einsum(equation, self.matmul_precision, *(x.astype(self.compute_dtype) for x in operands))
+    def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A product outside the Linears (the head): operands in the compute dtype, result in float32; in its gradients' products too.
+        "..." is a's leading axes, which b has not."""
+        leading = "abcdefgh"[: a.ndim - len(equation.partition(",")[0].replace("...", ""))]
+        return _einsum(equation.replace("...", leading), self.compute_dtype, self.matmul_precision, a, b)
 
     def row_block(self, rows: int, num_groups: int, kind: str) -> int:
         """Row count that groups are padded to for the grouped products; 1 means no padding."""
