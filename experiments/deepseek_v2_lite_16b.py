@@ -1,10 +1,10 @@
 """DeepSeek-V2-Lite's pre-training at full size: network, optimiser and schedules of the report (V2 appendix B), 5.7T tokens.
 
     python -m deepseek_jax --config=experiments/deepseek_v2_lite_16b.py --dry      validates and prints the plan, allocates nothing
-    python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x4 --config.pretrain.train.microbatch=16
+    python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x8 --config.pretrain.train.microbatch=32
 
 Hardware: weights, gradients and float32 moments are 251 GB: four 80 GB accelerators for the state alone, some hundreds to
-finish. It has been compiled for v6e:4x4 with a microbatch of 16 (see `deepseek_jax/parallel/README.md`) and never run.
+finish. It has been compiled for v6e:4x8 with a microbatch of 32 (see `deepseek_jax/parallel/README.md`) and never run.
 Cost: 9.4e22 FLOPs (16.41 GFLOPs a token): 67,500 GPU-hours, $135,000 at $2 an hour, if each sustains V3's 385 TFLOP/s.
 Differences: the corpus is not public, so C4 stands in, read with the byte tokenizer until `tokenizer` is the released
 checkpoint's folder. Pre-training has no YaRN; context extension to 32K switches on `rope.yarn` of the preset.
@@ -20,7 +20,7 @@ from deepseek_jax.training.schedules import V2_LITE_BATCH, V2_LITE_TOKENS
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.model = preset("v2_lite_16b").replace(rope=RopeConfig(), attention_heads_at_once=8).to_dict()
+    config.model = preset("v2_lite_16b").replace(rope=RopeConfig()).to_dict()
     config.precision = "bfloat16"
     config.tokenizer = "byte"
     config.mesh = {"fsdp": -1, "expert": 8}

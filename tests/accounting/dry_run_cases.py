@@ -20,7 +20,7 @@ BIG = {
     "v3_tpu7x": ("tpu7x:4x8x8", (V3, "--config.pretrain.train.microbatch=512")),
     "v3_h100": ("h100:2048", (V3, "--config.mesh.tensor=2")),
     "v3_128k_v5p": ("v5p:8x8x16", (f"--config={ROOT}/experiments/deepseek_v3_128k.py",)),
-    "v2_lite_v6e": ("v6e:4x4", (f"--config={ROOT}/experiments/deepseek_v2_lite_16b.py", "--config.pretrain.train.microbatch=16")),
+    "v2_lite_v6e": ("v6e:4x8", (f"--config={ROOT}/experiments/deepseek_v2_lite_16b.py", "--config.pretrain.train.microbatch=32")),
 }
 # One MoE layer of V3's shape: a TPU compiler takes tens of seconds for each layer that is written out.
 ONE_LAYER = (
