@@ -44,27 +44,33 @@ def grouped_matmul(
     block_starts_J = jnp.arange(x_RD.shape[0] // block) * block
     expert_J = jnp.sum(block_starts_J[:, None] >= ends_E[None, :], axis=1)
     expert_J = jnp.minimum(expert_J, w_EDF.shape[0] - 1)  # trailing blocks hold no rows; any weights will do
-    y_JbF = _blocked_matmul(x_RD.reshape(-1, block, x_RD.shape[1]), w_EDF, expert_J, precision)
-    return y_JbF.reshape(x_RD.shape[0], w_EDF.shape[2])
+    return _blocked_matmul(x_RD, w_EDF, expert_J, precision)
+
+
+def _blocks(x_RD: jax.Array, expert_J: jax.Array) -> jax.Array:
+    return x_RD.reshape(expert_J.size, -1, x_RD.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocked_matmul(x_JbD: jax.Array, w_EDF: jax.Array, expert_J: jax.Array, precision) -> jax.Array:
-    return jnp.einsum("jbd,jdf->jbf", x_JbD, w_EDF[expert_J], precision=precision)
+def _blocked_matmul(x_RD: jax.Array, w_EDF: jax.Array, expert_J: jax.Array, precision) -> jax.Array:
+    y_JbF = jnp.einsum("jbd,jdf->jbf", _blocks(x_RD, expert_J), w_EDF[expert_J], precision=precision)
+    return y_JbF.reshape(x_RD.shape[0], w_EDF.shape[2])
 
 
-def _blocked_matmul_fwd(x_JbD, w_EDF, expert_J, precision):
-    return _blocked_matmul(x_JbD, w_EDF, expert_J, precision), (x_JbD, w_EDF, expert_J)
+def _blocked_matmul_fwd(x_RD, w_EDF, expert_J, precision):
+    """Keeps x as it came: what two products share is kept once."""
+    return _blocked_matmul(x_RD, w_EDF, expert_J, precision), (x_RD, w_EDF, expert_J)
 
 
-def _blocked_matmul_bwd(precision, residuals, dy_JbF):
-    x_JbD, w_EDF, expert_J = residuals
+def _blocked_matmul_bwd(precision, residuals, dy_RF):
+    x_RD, w_EDF, expert_J = residuals
+    dy_JbF = _blocks(dy_RF, expert_J)
     dx_JbD = jnp.einsum("jbf,jdf->jbd", dy_JbF, w_EDF[expert_J], precision=precision)
-    dw_JDF = jnp.einsum("jbd,jbf->jdf", x_JbD, dy_JbF, precision=precision)
+    dw_JDF = jnp.einsum("jbd,jbf->jdf", _blocks(x_RD, expert_J), dy_JbF, precision=precision)
     # Blocks of one expert are summed by a product with a one-hot matrix: far faster than a scatter on CPU.
     owner_EJ = (expert_J[None, :] == jnp.arange(w_EDF.shape[0])[:, None]).astype(dw_JDF.dtype)
     dw_EDF = jnp.einsum("ej,jdf->edf", owner_EJ, dw_JDF, precision=precision)
-    return dx_JbD, dw_EDF.astype(w_EDF.dtype), None
+    return dx_JbD.reshape(x_RD.shape), dw_EDF.astype(w_EDF.dtype), None
 
 
 _blocked_matmul.defvjp(_blocked_matmul_fwd, _blocked_matmul_bwd)

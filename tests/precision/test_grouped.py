@@ -63,3 +63,14 @@ def test_ragged_takes_any_group_sizes():
 )
 def test_blocks(rows, groups, kind, dtype, block):
     assert row_block(rows, groups, kind, jnp.dtype(dtype)) == block
+
+
+def test_products_that_share_rows_keep_them_once():
+    """Gate and up read the same rows: a second copy would be the largest thing that a layer of experts keeps."""
+    x, w, sizes = jax.ShapeDtypeStruct((64, 48), jnp.float32), jax.ShapeDtypeStruct((4, 48, 24), jnp.float32), jnp.full(4, 16)
+
+    def pull_back(x, gate, up):
+        return jax.vjp(lambda gate, up: grouped_matmul(x, gate, sizes, 8) + grouped_matmul(x, up, sizes, 8), gate, up)[1]
+
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull_back, x, w, w))]
+    assert sum(np.prod(shape) == 64 * 48 for shape in kept) == 1
