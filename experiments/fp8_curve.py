@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
                 "kind": "pretrain",
                 "data": {"sources": ({"name": "stdlib"},)},
                 "seq_len": 128,
-                "batch_size": 32,
+                "batch_size": 16,
                 "train": {
                     "steps": 120,
                     "microbatch": 0,
