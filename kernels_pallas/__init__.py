@@ -8,7 +8,7 @@ from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gr
 from kernels_pallas.grouped_linear.api import grouped_linear
 from kernels_pallas.implementations import Unsupported
 from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare, prepare_weight
-from kernels_pallas.linear.vjp import LinearFormat, Prepared
+from kernels_pallas.linear.vjp import LinearFormat, Prepared, plain
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
@@ -32,6 +32,7 @@ __all__ = [
     "fp8_matmul",
     "fp8_swiglu_linear",
     "grouped_linear",
+    "plain",
     "prepare",
     "prepare_weight",
     "quantize",

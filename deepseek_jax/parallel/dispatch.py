@@ -21,7 +21,7 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, quantize
+from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, plain, quantize
 from kernels_pallas._compat import varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
@@ -167,13 +167,10 @@ class Exchange:
         return combine(from_rows(send_back(self, plan, y_RD), plan.layout), gates_NK, x_ND.dtype)
 
 
-def plain(x: jax.Array | Prepared) -> jax.Array:
-    return x.master if isinstance(x, Prepared) else x
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
-    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that came (V3 §3.3.3). Its gradient is a combine, in x's dtype."""
+    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that came (V3 §3.3.3).
+    Its gradient is a combine, in x's dtype."""
     return exchange.move_tokens(plan, x_SD)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.grouped import grouped_matmul, row_block
-from kernels_pallas import Prepared
+from kernels_pallas import Prepared, plain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -64,7 +64,7 @@ class Recipe:
 
     def dense(self, x: jax.Array | Prepared) -> jax.Array:
         """An operand as a plain array, for a product that is none of a recipe's."""
-        return x.master if isinstance(x, Prepared) else x
+        return plain(x)
 
     def linear(self, x: jax.Array, w_DF: jax.Array, role: str = "linear", kind: str = "cpu") -> jax.Array:
         """x [..., D] times w [D, F] in the compute dtype.

@@ -86,6 +86,11 @@ def _plain(how: How, a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -
     return grouped_product(a_RK, b, sizes_G, how.alignment, transposed=True, implementation=how.implementation)
 
 
+def plain(x: jax.Array | Prepared) -> jax.Array:
+    """An operand as it was before it was prepared, if it was."""
+    return x.master if isinstance(x, Prepared) else x
+
+
 def quantized(how: How, name: str, x: jax.Array | QTensor | Prepared, quantizer: Quantizer):
     """x as the product called `name` reads it; it may come quantised."""
     if isinstance(x, Prepared):
@@ -97,10 +102,9 @@ def quantized(how: How, name: str, x: jax.Array | QTensor | Prepared, quantizer:
 
 def save(how: How, x_RD: jax.Array | Prepared, multiplied):
     """What is kept of x for the weight gradient; `multiplied` is x as the forward product read it."""
-    x_RD = x_RD.master if isinstance(x_RD, Prepared) else x_RD
     if how.format.saved is not None:
-        return quantize(x_RD, how.format.saved, implementation=how.implementation)
-    return multiplied if "weight_gradient" in how.format.products else x_RD
+        return quantize(plain(x_RD), how.format.saved, implementation=how.implementation)
+    return multiplied if "weight_gradient" in how.format.products else plain(x_RD)
 
 
 def input_gradient(how: How, dy_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
