@@ -31,10 +31,14 @@ def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Ar
 def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array) -> jax.Array:
     """The same with every token through every expert: the oracle."""
     del kind
-    x_ND, gate_EDF, up_EDF, down_EFD = map(precision.dense, (x_ND, *weights))
-    hidden_NEF = nn.silu(precision.einsum("ND,EDF->NEF", x_ND, gate_EDF)) * precision.einsum("ND,EDF->NEF", x_ND, up_EDF)
-    y_NED = precision.einsum("NEF,EFD->NED", hidden_NEF, down_EFD)
-    return jnp.einsum("NED,NKE->NKD", y_NED, jax.nn.one_hot(expert_ids_NK, gate_EDF.shape[0]))
+    x_ND, *weights = map(precision.dense, (x_ND, *weights))
+
+    def expert(gate_DF, up_DF, down_FD):
+        hidden_NF = nn.silu(precision.linear(x_ND, gate_DF, "experts")) * precision.linear(x_ND, up_DF, "experts")
+        return precision.linear(hidden_NF, down_FD, "experts")
+
+    y_END = jax.vmap(expert)(*weights)
+    return jnp.einsum("END,NKE->NKD", y_END, jax.nn.one_hot(expert_ids_NK, len(y_END)))
 
 
 IMPLEMENTATIONS = {"grouped": grouped_experts, "dense": dense_experts}

@@ -94,6 +94,24 @@ def test_dense_and_grouped_equal_a_loop_over_tokens(n):
                 np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max() + 1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize(("precision", "apart"), [("bfloat16", 0.01), ("fp8_deepseek", 0.04)])
+def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
+    """As far as rounding goes: grouped keeps SwiGLU's inputs in E4M3, dense its result. Neither is more than one rounding from the other."""
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    params = {"params": {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}}
+    x, ids, gates = jnp.bfloat16(rng.normal(size=(1, 9, D))), jnp.int32(rng.integers(0, E, (1, 9, K))), jnp.float32(rng.random((1, 9, K)))
+
+    def gradients(implementation):
+        module = Experts(MoEConfig(E, K, F, implementation=implementation), 0.1, recipe(precision), Placement())
+        loss = lambda params, x: jnp.sum(module.apply(params, x, ids, gates)[0].astype(jnp.float32) ** 2)
+        return jax.tree.leaves(jit(jax.grad(loss, (0, 1)))(params, x))
+
+    for dense, grouped in zip(gradients("dense"), gradients("grouped"), strict=True):
+        dense, grouped = np.float32(dense), np.float32(grouped)
+        assert 0 < np.linalg.norm(dense - grouped) < apart * np.linalg.norm(grouped)
+
+
 def test_replay_of_a_permuted_choice_keeps_gates_and_router_gradient():
     """Gates are recomputed for the experts that are replayed, in their order; they never come out of a masked score."""
     config = tiny_moe()
