@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         hidden_size=256,
         num_layers=2,
         intermediate_size=512,
-        attention=MLAConfig(num_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+        attention=MLAConfig(num_heads=2, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
         moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=256, num_shared_experts=1, routed_scaling_factor=2.5),
         first_k_dense=1,
         rope=RopeConfig(theta=10_000.0),
@@ -37,9 +37,9 @@ def get_config() -> ConfigDict:
                 "kind": "pretrain",
                 "data": {"sources": ({"name": "stdlib"},)},
                 "seq_len": 128,
-                "batch_size": 16,
+                "batch_size": 32,
                 "train": {
-                    "steps": 120,
+                    "steps": 240,
                     "microbatch": 0,
                     "optimizer": {
                         "learning_rate": {"kind": "cosine", "peak": 2e-4, "warmup_steps": 20},

@@ -26,20 +26,24 @@ differently drift apart by 1%.
 
 from deepseek_jax.launch import Run, Sweep
 
+LINEARS = ("precision.format", "precision.attention_output")
+
 HALF = {"precision.name": "bfloat16"}
+E5M2_GRADIENTS = {f"{linear}.gradient.format": "float8_e5m2" for linear in LINEARS}
+NO_PROMOTION = {f"{linear}.accumulation.{field}": value for linear in LINEARS for field, value in (("promote_every", None), ("accumulator", "hopper_fp22"))}
 OUTLIERS = {"stages": ("outliers", "pretrain")}
-PER_TENSOR = {f"precision.format.{operand}.scope": "tensor" for operand in ("input", "weight", "gradient")}
+PER_TENSOR = {f"{linear}.{operand}.scope": "tensor" for linear in LINEARS for operand in ("input", "weight", "gradient")}
 
 RUNS = {
-    "float32": {"precision.name": "float32"},
+    "fp8-no-promotion": NO_PROMOTION,
     "bfloat16": HALF,
     "fp8": {},
-    "fp8-e5m2-gradients": {"precision.format.gradient.format": "float8_e5m2"},
-    "fp8-no-promotion": {"precision.format.accumulation.promote_every": None, "precision.format.accumulation.accumulator": "fp22_register"},
+    "float32": {"precision.name": "float32"},
+    "fp8-e5m2-gradients": E5M2_GRADIENTS,
     "outliers-bfloat16": OUTLIERS | HALF,
     "outliers-fp8": OUTLIERS,
     "outliers-fp8-per-tensor": OUTLIERS | PER_TENSOR,
-}
+} | {f"{name}-seed-{seed}": fields | {"seed": seed} for seed in (1, 2) for name, fields in (("bfloat16", HALF), ("fp8", {}), ("float32", {"precision.name": "float32"}))}
 
 
 def get_sweep() -> Sweep:
