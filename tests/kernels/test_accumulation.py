@@ -98,6 +98,16 @@ def test_a_cut_goes_towards_zero():
 
 
 @pytest.mark.parametrize("accumulator", ["hopper_fp22", "fp22_register"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_a_number_spoils_its_row(accumulator, bad):
+    a, b = numbers("normal", 3, 96, 0), numbers("uniform", 4, 96, 1)
+    clean = np.asarray(partial_product(jnp.asarray(a), jnp.asarray(b), accumulator))
+    a[1, 40] = bad
+    expected = np.where(np.arange(3)[:, None] == 1, np.float32(bad), clean)
+    np.testing.assert_array_equal(partial_product(jnp.asarray(a), jnp.asarray(b), accumulator), expected)
+
+
+@pytest.mark.parametrize("accumulator", ["hopper_fp22", "fp22_register"])
 def test_tiny_products_are_summed_too(accumulator):
     """Gradients of 1e-33, scaled before the sum because it is never promoted."""
     a, b = jnp.full((1, 256), 1e-33, jnp.float32), jnp.full((1, 256), 1e-3, jnp.float32)
