@@ -30,7 +30,7 @@ from deepseek_jax.launch import Run, Sweep
 
 LINEARS = ("precision.format", "precision.attention_output")
 
-HALF = {"precision.name": "bfloat16"}
+HALF, FULL = {"precision.name": "bfloat16"}, {"precision.name": "float32"}
 E5M2_GRADIENTS = {f"{linear}.gradient.format": "float8_e5m2" for linear in LINEARS}
 NO_PROMOTION = {f"{linear}.accumulation.{field}": value for linear in LINEARS for field, value in (("promote_every", None), ("accumulator", "hopper_fp22"))}
 OUTLIERS = {"stages": ("outliers", "pretrain")}
@@ -40,13 +40,14 @@ RUNS = {
     "fp8-no-promotion": NO_PROMOTION,
     "bfloat16": HALF,
     "fp8": {},
-    "float32": {"precision.name": "float32"},
+    "float32": FULL,
     "fp8-e5m2-gradients": E5M2_GRADIENTS,
     "outliers-bfloat16": OUTLIERS | HALF,
     "outliers-fp8": OUTLIERS,
     "outliers-fp8-per-tensor": OUTLIERS | PER_TENSOR,
-} | {f"{name}-seed-{seed}": fields | {"seed": seed} for seed in (1, 2) for name, fields in (("bfloat16", HALF), ("fp8", {}), ("float32", {"precision.name": "float32"}))}
+}
+OTHER_SEEDS = {f"{name}-seed-{seed}": RUNS[name] | {"seed": seed} for seed in (1, 2) for name in ("bfloat16", "fp8", "float32")}
 
 
 def get_sweep() -> Sweep:
-    return Sweep("experiments/fp8_curve.py", [Run(name, overrides) for name, overrides in RUNS.items()])
+    return Sweep("experiments/fp8_curve.py", [Run(name, overrides) for name, overrides in (RUNS | OTHER_SEEDS).items()])
