@@ -23,7 +23,8 @@ difference, largest in the last 110 steps (notebooks/fp8.ipynb draws the curves)
     outliers-fp8-per-tensor    0.213   0.863   0.836     0.62 at the end, where tiles and blocks are at -0.06
     narrow-heads-fp8           0.429   0.672   0.672     against narrow-heads-bfloat16
 
-Heads are as wide as V3's, 128 + 64 numbers; in those of 32 + 16 (narrow-heads) FP8 costs 0.4% from the start, where float32 is within 0.072.
+Heads are as wide as V3's, 128 + 64 numbers. They, batch and steps were chosen after the first network, with heads of 32 + 16 (narrow-heads, one seed),
+had failed: FP8 costs it 0.4 almost from the start, where float32 is within 0.072.
 The learning rate is small on purpose: at ten times it any two runs that round differently drift apart by 1%.
 """
 
