@@ -101,6 +101,5 @@ def completion_log_probs(model: Transformer, variables, trajectories: Trajectori
     last_B11 = (trajectories.prompt_lengths_B - 1)[:, None, None]
     first_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     hidden_BND = jnp.concatenate([first_B1D, output.hidden_BTD[:, slots:-1]], axis=1)
-    # The head is linear, so that dividing its input by the temperature divides the logits.
-    logp_BN, entropy_BN = token_log_probs(model, variables, hidden_BND / temperature, trajectories.completions_BN, chunk)
+    logp_BN, entropy_BN = token_log_probs(model, variables, hidden_BND, trajectories.completions_BN, chunk, temperature)
     return logp_BN, entropy_BN, output.routing

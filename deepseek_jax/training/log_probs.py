@@ -41,9 +41,12 @@ def _log_probs_bwd(residuals, cotangents):
 log_probs.defvjp(_log_probs_fwd, _log_probs_bwd)
 
 
-def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and entropy of the next-token distribution, float32 [B, T] each, at temperature 1.
+def token_log_probs(
+    model: Transformer, variables, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and entropy of the next-token distribution softmax(logits / temperature), float32 [B, T] each.
 
+    The float32 logits are divided, as sampling does it: hidden states of another dtype would be rounded once more.
     Works on about `chunk` tokens at a time (on each device, of those it holds) and recomputes their logits in the backward
     pass: no array of tokens x vocabulary exists, forward or backward. Chunk i takes every `num_chunks`-th position, so that
     a batch or a length divided among devices is divided in every chunk too.
@@ -55,7 +58,8 @@ def token_log_probs(model: Transformer, variables, hidden_BTD: jax.Array, target
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     def one(chunk_inputs):
         hidden_BCD, targets_BC = chunk_inputs
-        return log_probs(model.apply(variables, hidden_BCD, method="unembed"), targets_BC)
+        logits_BCV = model.apply(variables, hidden_BCD, method="unembed")
+        return log_probs(logits_BCV if temperature == 1 else logits_BCV / temperature, targets_BC)
 
     def split(x_BT):
         padding = ((0, 0), (0, num_chunks * width - length)) + ((0, 0),) * (x_BT.ndim - 2)

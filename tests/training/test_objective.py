@@ -178,6 +178,18 @@ def test_chunked_log_probs_and_their_gradients(model, variables, chunk):
     np.testing.assert_allclose(jax.jit(jax.grad(scalar(chunked)))(hidden_BTD), jax.grad(scalar(whole))(hidden_BTD), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [24, 1000])
+def test_a_temperature_divides_float32_logits_not_bfloat16_hidden_states(model, variables, chunk):
+    """As sampling does; hidden states divided in bfloat16 would be off by 2^-9 each, and so would first ratios."""
+    hidden_BTD = jax.random.normal(jax.random.key(1), (4, 15, 32)).astype(jnp.bfloat16)
+    targets_BT = jax.random.randint(jax.random.key(2), (4, 15), 0, model.config.vocab_size)
+    logits_BTV = np.asarray(model.apply(variables, hidden_BTD, method="unembed"), np.float64) / 0.7
+    expected_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+    logp_BT, entropy_BT = token_log_probs(model, variables, hidden_BTD, targets_BT, chunk, 0.7)
+    np.testing.assert_allclose(logp_BT, np.take_along_axis(expected_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy_BT, -(np.exp(expected_BTV) * expected_BTV).sum(-1), atol=1e-5)
+
+
 def largest_with_vocabulary(jaxpr, vocab):
     """The number of elements of the largest array with an axis of `vocab`, anywhere in a program."""
     largest = 0
