@@ -7,7 +7,6 @@ On several machines start it on each, with the same workdir on a file system tha
 TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=I.
 """
 
-import json
 import logging
 import sys
 import time
@@ -21,6 +20,7 @@ from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.json_io import read_json
 from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.report import comparison_table, samples_table
@@ -76,11 +76,11 @@ def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
     """The evaluations side by side, and where the curves are. Also kept as results.txt."""
     if not hosts.is_primary():
         return
-    evaluations = {stage.name: json.loads(stage.path.read_text()) for stage in stages if isinstance(stage, EvalStage)}
+    evaluations = {stage.name: read_json(stage.path, f"remove it and start again: {stage.name} is then evaluated anew") for stage in stages if isinstance(stage, EvalStage)}
     if not evaluations:
         return
     consoles = [Console(highlight=False)]
-    with (experiment.workdir / "results.txt").open("w") as file:
+    with (experiment.workdir / "results.txt").open("w", encoding="utf-8") as file:
         consoles.append(Console(file=file, width=120, highlight=False))
         for console in consoles:
             console.print(comparison_table(evaluations, experiment.name))

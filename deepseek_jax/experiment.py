@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
@@ -150,7 +151,7 @@ def build_experiment(config: ConfigDict, name: str, workdir: Path, devices: Sequ
         sections={stage: fields[stage] for stage in stages},
         seed=fields.get("seed", 0),
         workdir=workdir,
-        config=json.loads(json.dumps(fields)),  # tuples as lists, as they come back from a file
+        config=json.loads(to_json(fields)),  # tuples as lists, as they come back from a file
     )
 
 
@@ -187,7 +188,7 @@ def claim_workdir(experiment: Experiment) -> None:
     the first fields that differ.
     """
     path = experiment.workdir / "config.json"
-    text = from_primary(path.read_text() if path.exists() else json.dumps(experiment.config, indent=1) + "\n")
+    text = from_primary(path.read_text(encoding="utf-8") if path.exists() else to_json(experiment.config, indent=1) + "\n")
     try:
         before = _flat(json.loads(text))
     except ValueError as error:

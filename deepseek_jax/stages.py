@@ -5,7 +5,6 @@ finished stage again returns what it left.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
+from deepseek_jax.json_io import to_json
 from deepseek_jax.model.transformer import init_variables
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.parallel.shardings import host_share, variables_sharding
@@ -230,7 +230,7 @@ class EvalStage:
             measured = make_evaluate(experiment.model, max_batches=self.eval_batches)(variables, batches)
             result["bits_per_byte"] = measured["bits_per_byte"]
         result |= evaluate(experiment.model, variables, experiment.task, self.evaluation)
-        write_text(self.path, json.dumps(result, indent=1) + "\n")
+        write_text(self.path, to_json(result, indent=1) + "\n")
         print(f"{self.name}: greedy accuracy {result['greedy_accuracy']:.3f}, response length {result['response_length']:.1f}", flush=True)
         return variables
 

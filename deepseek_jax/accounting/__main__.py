@@ -3,7 +3,6 @@
 What a network costs; without a network, the published ones in a list.
 """
 
-import json
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
+from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import PRESETS, ModelConfig, preset
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         name, config = flags.preset, preset(flags.preset)
     figures = report(config, assumptions_from(flags))
     if flags.json:
-        print(json.dumps({"model": name, **figures}, indent=2))
+        print(to_json({"model": name, **figures}, indent=2))
     else:
         Console(width=100).print(table(name, figures))
 
@@ -63,7 +63,7 @@ def experiment_model(arguments: Sequence[str]) -> ModelConfig:
 def list_presets(as_json: bool) -> None:
     counts = {name: count_parameters(build()) for name, build in PRESETS.items()}
     if as_json:
-        print(json.dumps({name: {"total": c.total, "activated_with_head": c.activated()} for name, c in counts.items()}, indent=2))
+        print(to_json({name: {"total": c.total, "activated_with_head": c.activated()} for name, c in counts.items()}, indent=2))
         return
     view = Table("preset", "parameters", "activated (with head)", "MTP", box=None)
     for name, c in counts.items():

@@ -5,7 +5,6 @@ Nothing is allocated and nothing runs; a host without accelerators will do.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from deepseek_jax.accounting.programs import PROGRAMS, Program
 from deepseek_jax.accounting.topologies import Topology, prepare, topology
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.json_io import to_json
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
 
@@ -46,13 +46,13 @@ def main(argv: Sequence[str]) -> None:
         config, name, flags.topology, stage=flags.stage, program=flags.program, dollars_per_chip_hour=flags.dollars_per_chip_hour, **options
     )
     if flags.json == "-":
-        print(json.dumps(figures, indent=2))
+        print(to_json(figures, indent=2))
         return
     Console(width=110).print(table(figures))
     if flags.json:
         path = Path(flags.json)
         partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n")
+        partial.write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
 
 

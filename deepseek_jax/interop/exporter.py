@@ -1,6 +1,5 @@
 """Our variables -> a Hugging Face folder that transformers loads, tensor by tensor."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from deepseek_jax.interop.hf_config import CONFIG_NAME, QUANTISATION, config_to_
 from deepseek_jax.interop.parts import overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
+from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
 
 EXPORT_DTYPES = ("bfloat16", "float32", "fp8")
@@ -65,8 +65,8 @@ def export_folder(
                         progress(done, len(table))
         if len(shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            (building / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        (building / CONFIG_NAME).write_text(json.dumps(hf, indent=2) + "\n")
+            (building / INDEX_NAME).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
+        (building / CONFIG_NAME).write_text(to_json(hf, indent=2) + "\n", encoding="utf-8")
         for file in companions:
             shutil.copyfile(file, building / file.name)
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, mesh_sizes, read_flags
+from deepseek_jax.json_io import to_json
 from deepseek_jax.launch.sweep import Run, Sweep
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.stages import TrainStage, build_stages
@@ -73,7 +74,7 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
             mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
     stages = build_stages(built)
     if (folder / "config.json").exists():
-        claim_workdir(dataclasses.replace(built, config=json.loads(json.dumps(config.to_dict()))))
+        claim_workdir(dataclasses.replace(built, config=json.loads(to_json(config.to_dict()))))
     train = [stage for stage in stages if isinstance(stage, TrainStage)]
     return Job(
         run=run,

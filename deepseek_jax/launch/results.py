@@ -1,6 +1,5 @@
 """What a sweep has brought: one table with a row per run, as parquet and as CSV."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
+from deepseek_jax.json_io import read_json
 from deepseek_jax.launch.jobs import Job
 from deepseek_jax.launch.state import Status
 from deepseek_jax.training.metrics import read_metrics
@@ -45,14 +45,18 @@ def collect(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Row]:
 
 
 def stage_metrics(folder: Path) -> dict[str, float]:
-    """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its `evaluation.json`."""
+    """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its `evaluation.json`.
+
+    A metric that was not finite in the end is left out: an earlier value would pass for the result.
+    """
     records = read_metrics(folder)
-    last = {name: value for record in records for name, value in record.items() if isinstance(value, (int, float))}
+    last = {name: value for record in records for name, value in record.items()}
+    last = {name: value for name, value in last.items() if isinstance(value, (int, float))}
     for name in SPEEDS:
         if name in last:
             last[name] = statistics.median(record[name] for record in records if record.get(name) is not None)
     path = folder / "evaluation.json"
-    evaluation = json.loads(path.read_text()) if path.exists() else {}
+    evaluation = read_json(path, f"remove it and start {folder.parent.name} again") if path.exists() else {}
     return last | {name: value for name, value in evaluation.items() if isinstance(value, (int, float))}
 
 

@@ -64,7 +64,7 @@ class SkyPilotLauncher:
         job.folder.mkdir(parents=True, exist_ok=True)
         path = job.folder / "skypilot.yaml"
         partial = path.with_suffix(".partial")
-        partial.write_text(yaml.dump(task(job, self.sweep, self.bucket, self.infra, self.install), Dumper=_Dumper, sort_keys=False, width=1000))
+        partial.write_text(yaml.dump(task(job, self.sweep, self.bucket, self.infra, self.install), Dumper=_Dumper, sort_keys=False, width=1000), encoding="utf-8")
         partial.replace(path)
         return path
 

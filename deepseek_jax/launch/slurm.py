@@ -43,7 +43,7 @@ class SlurmLauncher:
         path = job.folder / "slurm_job"
         if not path.exists():
             return False
-        submitted = _job_class(self.cluster)(self.folder, path.read_text().strip())
+        submitted = _job_class(self.cluster)(self.folder, path.read_text(encoding="utf-8").strip())
         if submitted.done():
             return False
         print(f"{job.name} is job {submitted.job_id}, {submitted.state.lower()}: left alone")
@@ -59,7 +59,7 @@ class SlurmLauncher:
             submitted = [executor.submit(task) for task in tasks]
         for job, at in zip(jobs, submitted, strict=True):
             job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "slurm_job").write_text(at.job_id)
+            (job.folder / "slurm_job").write_text(at.job_id, encoding="utf-8")
             print(f"{job.name} is job {at.job_id}: {resources.num_nodes} × {resources.gpus_on_a_node or 'no'} GPUs")
         return submitted
 

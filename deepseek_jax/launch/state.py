@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.json_io import read_json, to_json
 
 LOG = "output.log"
 # What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost another host (75).
@@ -30,9 +30,10 @@ def read_status(folder: Path) -> Status:
     path = folder / "status.json"
     if not path.exists():
         return Status()
+    fields = read_json(path, f"remove it to run {folder.name} again", ConfigError)
     try:
-        status = build(Status, json.loads(path.read_text()), "status")
-    except ValueError as error:
+        status = build(Status, fields, "status")
+    except ConfigError as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it to run {folder.name} again") from None
     if status.state == "running" and not is_locked(folder):
         return dataclasses.replace(status, state="stopped")
@@ -41,7 +42,7 @@ def read_status(folder: Path) -> Status:
 
 def write_status(folder: Path, status: Status) -> None:
     partial = folder / "status.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
+    partial.write_text(to_json(dataclasses.asdict(status)) + "\n", encoding="utf-8")
     partial.replace(folder / "status.json")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.multihost_utils import process_allgather
 
 from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
 from deepseek_jax.rl.evaluate import EvalConfig, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, grpo_state
@@ -20,7 +20,7 @@ from deepseek_jax.rl.health import Health
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.goodput import Goodput
-from deepseek_jax.training.metrics import MetricsWriter, Progress, read_lines
+from deepseek_jax.training.metrics import MetricsWriter, Progress, has_step
 from deepseek_jax.training.stopping import Terminated, stop_signals
 
 
@@ -162,13 +162,13 @@ def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) 
 
 def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     if is_primary():
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(to_json(row) + "\n" for row in rows)
 
 
 def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
     """Drops the samples of steps that will be made again, and a last line cut short."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step))
+    write_text(path, "".join(to_json(row) + "\n" for row in read_json_lines(path, has_step) if row["step"] <= step))
     return path
 
 

@@ -14,7 +14,6 @@ Goodput is the first of these over their sum.
 """
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
-from deepseek_jax.training.metrics import read_lines
 
 SPENT = ("step", "start-up", "data", "evaluation", "checkpoint")  # by a process that runs
 NAMES = {"start-up": "starting and compiling", "data": "waiting for data", "evaluation": "evaluation", "checkpoint": "checkpoints"}
@@ -46,8 +45,8 @@ class Goodput:
 
     def begin(self, step: int) -> None:
         """Says from which step the stage goes on."""
-        lines = [*read_lines(self.path), {"time": self._begin, "start": step}] if is_primary() else []
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = [*read_json_lines(self.path, _usable), {"time": self._begin, "start": step}] if is_primary() else []
+        write_text(self.path, "".join(to_json(line) + "\n" for line in lines))
 
     def started(self, outputs: Any) -> None:
         """The first time, waits for the outputs of the first step: compilation is not part of the steps."""
@@ -71,15 +70,15 @@ class Goodput:
         """A sign of life; one is due at every checkpoint."""
         self._switch(self._cause)
         if is_primary():
-            with self.path.open("a") as file:
-                file.write(json.dumps({"time": self._since, "step": step, "seconds": self._seconds}) + "\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(to_json({"time": self._since, "step": step, "seconds": self._seconds}) + "\n")
 
     def report(self) -> str:
         """One line about all runs of the stage so far; the same as numbers in goodput.json."""
         if not is_primary():
             return ""
-        values = account(read_lines(self.path))
-        write_text(self.path.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
+        values = account(read_json_lines(self.path, _usable))
+        write_text(self.path.with_suffix(".json"), to_json(values, indent=1) + "\n")
         others = ", ".join(f"{NAMES[cause]} {share:.1%}" for cause, share in values["shares"].items() if cause != "step" and share >= 0.0005)
         count = values["restarts"]
         restarts = f" over {count} restart{'s' * (count > 1)}" if count else ""
@@ -113,6 +112,13 @@ def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     wall = sum(seconds.values())
     shares = {cause: value / wall if wall else 0.0 for cause, value in seconds.items()}
     return {"goodput": shares["step"], "wall_seconds": wall, "restarts": restarts, "seconds": seconds, "shares": shares}
+
+
+def _usable(line: Mapping[str, Any]) -> bool:
+    """A line that a run has written, and not another program."""
+    spent = line.get("seconds")
+    signs = isinstance(line.get("step"), int) and isinstance(spent, dict) and all(isinstance(spent.get(cause), float | int) for cause in SPENT)
+    return isinstance(line.get("time"), float | int) and (isinstance(line.get("start"), int) or signs)
 
 
 def _cut(spans: Sequence[tuple[int, int, float]], at: int) -> tuple[list[tuple[int, int, float]], float]:

@@ -1,7 +1,5 @@
 """What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines elsewhere."""
 
-import json
-import math
 import pathlib
 import sys
 import time
@@ -14,6 +12,7 @@ import rich.progress
 from tensorboardX import SummaryWriter
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
 
 
@@ -30,8 +29,8 @@ class MetricsWriter:
         if not self._writes:
             return
         kept = [line for line in read_metrics(workdir) if line["step"] <= last_step]
-        write_text(self.path, "".join(_json_line(line) for line in kept))
-        self._file = self.path.open("a")
+        write_text(self.path, "".join(to_json(line) + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=last_step + 1, write_to_disk=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -40,7 +39,7 @@ class MetricsWriter:
             return
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         try:
-            self._file.write(_json_line({"step": step} | values))
+            self._file.write(to_json({"step": step} | values) + "\n")
             self._file.flush()
             for name, value in values.items():
                 for suffix, number in enumerate_leaves(value):
@@ -64,26 +63,12 @@ def enumerate_leaves(value: Any) -> Iterable[tuple[str, float]]:
 
 def read_metrics(workdir) -> list[dict[str, Any]]:
     """The lines of a workdir's `metrics.jsonl`, oldest first."""
-    return read_lines(pathlib.Path(workdir) / "metrics.jsonl")
+    return read_json_lines(pathlib.Path(workdir) / "metrics.jsonl", has_step)
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """A file of JSON lines; [] without a file. A last line cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut short
-    return [json.loads(line) for line in lines]
-
-
-def _json_line(line: Mapping[str, Any]) -> str:
-    """JSON has no NaN or infinity: they are written as null."""
-
-    def finite(value):
-        if isinstance(value, list):
-            return [finite(element) for element in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: finite(value) for name, value in line.items()}) + "\n"
+def has_step(line: Mapping[str, Any]) -> bool:
+    """Whether a line says to which step it belongs."""
+    return isinstance(line.get("step"), int)
 
 
 class Progress:

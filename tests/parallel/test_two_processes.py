@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.parallel.hosts import LOST
 from deepseek_jax.training.checkpoints import load_variables
-from deepseek_jax.training.metrics import read_lines, read_metrics
+from deepseek_jax.training.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 STEPS, EVERY = 60, 5  # as in hosts_experiment.py
@@ -143,7 +144,7 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
     finish(train(start, workdir, 1))
     assert_same(workdir, alone)
     goodput = json.loads((workdir / "pretrain/goodput.json").read_text())
-    lines = read_lines(workdir / "pretrain/goodput.jsonl")
+    lines = read_json_lines(workdir / "pretrain/goodput.jsonl")
     starts = [line["start"] for line in lines if "start" in line]
     assert len(starts) == 3 and starts[0] == 0 and starts[1] % EVERY == 0 and starts[2] == stopped and goodput["restarts"] == 2
     assert goodput["wall_seconds"] == pytest.approx(lines[-1]["time"] - lines[0]["time"])

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.checkpoints import load_variables
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import step_batches, train
-from deepseek_jax.training.metrics import read_lines, read_metrics
+from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.objective import targets
 from deepseek_jax.training.stopping import Terminated
 
@@ -147,7 +148,7 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     assert json.dumps([line for line in lines if line["step"] != 33]) == json.dumps(expected_lines)
     jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
 
-    goodput, events = json.loads((tmp_path / "goodput.json").read_text()), read_lines(tmp_path / "goodput.jsonl")
+    goodput, events = json.loads((tmp_path / "goodput.json").read_text()), read_json_lines(tmp_path / "goodput.jsonl")
     starts = [event["start"] for event in events if "start" in event]
     assert starts[0] == 0 and starts[1] % 5 == 0 and starts[2] == 33 and goodput["restarts"] == 2
     assert goodput["wall_seconds"] == pytest.approx(events[-1]["time"] - events[0]["time"])
