@@ -21,14 +21,15 @@ setup(
         "pyarrow>=26.0.1",  # parquet files
         "pyyaml>=6.0.3",  # task files for SkyPilot
         "tokenizers>=0.23.3",  # tokenizer.json files
+        "safetensors>=0.8.0",  # checks the headers of Hugging Face's weight files
         "jinja2>=3.1.6",  # the chat templates that come with checkpoints
         "rich>=15.0.0",  # tables and the progress bar
         "matplotlib>=3.11.2",  # figures
         "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
     ],
     extras_require={
-        # runs the tests, two files at a time; compares trees of arrays; the reference reader and writer of checkpoint files; see "slurm"
-        "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "safetensors>=0.8.0", "submitit>=1.5.4"],
+        # runs the tests, two files at a time; compares trees of arrays; see "slurm"
+        "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "submitit>=1.5.4"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
         "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued

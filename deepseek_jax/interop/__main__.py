@@ -19,7 +19,8 @@ from deepseek_jax import cli
 from deepseek_jax.interop.atomic import check_absent, new_folder
 from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
 from deepseek_jax.interop.folder import open_folder
-from deepseek_jax.interop.hf_config import CONFIG_NAME, read_config
+from deepseek_jax.interop.hf_config import read_config
+from deepseek_jax.interop.hf_fields import CONFIG_NAME
 from deepseek_jax.interop.importer import PARAM_DTYPES, read_variables
 from deepseek_jax.interop.report import print_report
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables

@@ -13,7 +13,8 @@ from flax import traverse_util
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.atomic import new_folder
 from deepseek_jax.interop.fp8_blocks import quantise
-from deepseek_jax.interop.hf_config import CONFIG_NAME, QUANTISATION, config_to_hf
+from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf
+from deepseek_jax.interop.hf_fields import CONFIG_NAME
 from deepseek_jax.interop.parts import overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table

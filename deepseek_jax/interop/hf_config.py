@@ -14,95 +14,34 @@ Where implementations of the same config.json disagree, this holds here:
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.errors import CheckpointError, nearest
+from deepseek_jax.errors import CheckpointError, UserError, nearest
 from deepseek_jax.interop.fp8_blocks import BLOCK
+from deepseek_jax.interop.hf_fields import CARRIED, CONFIG_NAME, FAMILIES, Fields, mapping, number, refuse
+from deepseek_jax.interop.json_file import read_json
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 
-CONFIG_NAME = "config.json"
 LATENT_NORM_EPS = 1e-6
 QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
-_V3_TYPES = ("deepseek_v3", "kimi_k2")
-_MODEL_TYPES = (*_V3_TYPES, "deepseek_v2", "deepseek")
-_REQUIRED = object()
-
-# Fields about tokens, files, training or other software, not about the function the network computes. An export keeps
-# the values an import found for the first group.
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-_IGNORED = _CARRIED + (
-    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
-    "aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters", "_name_or_path", "return_dict",
-    "chunk_size_feed_forward", "id2label", "label2id",
-)  # fmt: skip
-
-
-class _Fields:
-    """The fields of a config.json, and which of them are not accounted for yet."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        self._all = fields
-        self._rest = {name: value for name, value in fields.items() if name not in _IGNORED}
-
-    def take(self, name: str, default: Any = _REQUIRED) -> Any:
-        self._rest.pop(name, None)
-        if name not in self._all and default is _REQUIRED:
-            raise CheckpointError(f"{CONFIG_NAME} lacks the field {name!r}")
-        return self._all.get(name, default)
-
-    def size(self, name: str, default: Any = _REQUIRED) -> int:
-        """A whole number; null counts as the default."""
-        value = self.take(name, default)
-        value = default if value is None and default is not _REQUIRED else value
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r}: expected a whole number")
-        return value
-
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        return _number(name, self.take(name, default))
-
-    def expect(self, name: str, *supported: Any) -> Any:
-        """A field that, if present, must have one of the `supported` values; the first one is the default."""
-        value = self.take(name, supported[0])
-        if value not in supported:
-            _refuse(name, value, supported)
-        return value
-
-    def finish(self) -> None:
-        """Raises CheckpointError for a field nobody took, unless it is switched off (null, false, empty)."""
-        for name, value in self._rest.items():
-            if value is not None and value is not False and value not in ("", [], {}):
-                raise CheckpointError(
-                    f"{CONFIG_NAME}: field {name}={value!r} is not supported for model_type={self._all['model_type']!r}: the network "
-                    "would not be the one implemented here; delete the field only if you know that it changes nothing"
-                )
-
-
-def _refuse(name: str, value: Any, supported: tuple) -> None:
-    raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r} is not supported; supported: {', '.join(repr(s) for s in supported)}")
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r}: expected a number")
-    return float(value)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder. Raises CheckpointError if there is none or it isn't a JSON object."""
+    """The config.json of a Hugging Face folder. Raises CheckpointError if there is none, it isn't a JSON object, or is one of ours."""
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}; give a Hugging Face folder with {CONFIG_NAME} and *.safetensors")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); download it again") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds a {type(fields).__name__}, expected an object of fields")
+    fields = read_json(file)
+    if "model_type" not in fields and "stages" in fields:
+        raise CheckpointError(f"{folder} is the folder of a run here, not a Hugging Face folder: export one of its stages ({_stages(folder, fields)}) first")
     return fields
+
+
+def _stages(folder: Path, fields: Mapping[str, Any]) -> str:
+    stages = fields["stages"] if isinstance(fields["stages"], list) else []
+    return ", ".join(str(folder / str(stage)) for stage in stages) or "none yet"
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -111,32 +50,29 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises CheckpointError naming the field that is missing or unsupported, ConfigError for sizes that don't fit.
     """
     model_type = hf.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise CheckpointError(f"{CONFIG_NAME}: model_type={model_type!r} is not supported: {nearest(str(model_type), _MODEL_TYPES)}")
-    v3 = model_type in _V3_TYPES
-    fields = _Fields(hf)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(f"{CONFIG_NAME}: model_type={model_type!r} is not supported: {nearest(str(model_type), FAMILIES)}")
+    v3 = FAMILIES[model_type] is FAMILIES["deepseek_v3"]
+    fields = Fields(hf)
     fields.expect("hidden_act", "silu")
     fields.expect("moe_layer_freq", 1)
     fields.expect("attention_bias", False, None)
     fields.expect("mlp_bias", False, None)
     fields.expect("attention_dropout", 0.0, None)
     fields.expect("pretraining_tp", 1, None)
-    _check_quantisation(fields.take("quantization_config", None))
-    if model_type == "deepseek":
-        attention, interleaved = _gqa(fields), False
-    else:
-        attention, interleaved = _mla(fields), fields.expect("rope_interleave", *((True, False) if v3 else (True,)))
+    scale_format(fields.take("quantization_config", None))
+    interleaved = fields.expect("rope_interleave", *((True, False) if v3 else (True,)))
     config = ModelConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=fields.size("hidden_size"),
         num_layers=fields.size("num_hidden_layers"),
         intermediate_size=fields.size("intermediate_size"),
-        attention=attention,
+        attention=_gqa(fields) if model_type == "deepseek" else _mla(fields),
         moe=_moe(fields, model_type),
-        first_k_dense=fields.size("first_k_dense_replace", 0),
-        rope=_rope(hf, interleaved),
-        mtp_depth=fields.size("num_nextn_predict_layers", 0) if v3 else fields.expect("num_nextn_predict_layers", 0, None) or 0,
-        rms_norm_eps=fields.number("rms_norm_eps"),
+        first_k_dense=fields.size("first_k_dense_replace"),
+        rope=_rope(hf, interleaved and model_type != "deepseek"),
+        mtp_depth=fields.size("num_nextn_predict_layers", null=0) if v3 else fields.expect("num_nextn_predict_layers", 0, None) or 0,
+        rms_norm_eps=fields.number("rms_norm_eps", lowest=0.0),
         latent_norm_eps=LATENT_NORM_EPS,
         tie_embeddings=fields.expect("tie_word_embeddings", False, True),
     )
@@ -144,53 +80,57 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _mla(fields: _Fields) -> MLAConfig:
+def _mla(fields: Fields) -> MLAConfig:
     num_heads = fields.size("num_attention_heads")
     fields.expect("num_key_value_heads", num_heads, None)
     fields.take("head_dim", None)  # transformers stores the rotary width here; the widths below say it all
     widths = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    q_lora_rank = None if fields.take("q_lora_rank") is None else fields.size("q_lora_rank")
-    return MLAConfig(num_heads=num_heads, q_lora_rank=q_lora_rank, **{width: fields.size(width) for width in widths})
+    return MLAConfig(
+        num_heads=num_heads, q_lora_rank=fields.size("q_lora_rank", null=None), **{width: fields.size(width) for width in widths}
+    )
 
 
-def _gqa(fields: _Fields) -> GQAConfig:
+def _gqa(fields: Fields) -> GQAConfig:
     num_heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
-    head_dim = fields.size("head_dim", hidden_size // max(num_heads, 1))
-    return GQAConfig(num_heads=num_heads, num_kv_heads=fields.size("num_key_value_heads", num_heads), head_dim=head_dim)
+    kv_heads, head_dim = fields.size("num_key_value_heads", null=num_heads), hidden_size // max(num_heads, 1)
+    return GQAConfig(num_heads=num_heads, num_kv_heads=kv_heads, head_dim=fields.size("head_dim", head_dim, null=head_dim))
 
 
-def _moe(fields: _Fields, model_type: str) -> MoEConfig | None:
-    v3 = model_type in _V3_TYPES
+def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
+    v3 = FAMILIES[model_type] is FAMILIES["deepseek_v3"]
     methods = {"deepseek_v2": ("greedy", "group_limited_greedy"), "deepseek": ("greedy",)}
-    normalised = {"deepseek_v2": (False,), "deepseek": (False, True)}
+    normalized = {"deepseek_v2": (False,), "deepseek": (False, True)}
+    num_experts = fields.size("n_routed_experts", null=0)
     method = fields.expect("topk_method", *methods.get(model_type, ("noaux_tc",)))
     routing = dict(
-        num_experts=fields.size("n_routed_experts", 0),
-        top_k=fields.size("num_experts_per_tok"),
-        intermediate_size=fields.size("moe_intermediate_size"),
-        num_shared_experts=fields.size("n_shared_experts", 0),
+        num_shared_experts=fields.size("n_shared_experts", null=0),
         scoring=fields.expect("scoring_func", "sigmoid" if v3 else "softmax"),
-        norm_topk_prob=fields.expect("norm_topk_prob", *normalised.get(model_type, (True, False))),
-        routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
+        norm_topk_prob=fields.expect("norm_topk_prob", *normalized.get(model_type, (True, False))),
+        routed_scaling_factor=fields.expect("routed_scaling_factor", 1.0) if model_type == "deepseek" else fields.number("routed_scaling_factor"),
         correction_bias=v3,
     )
-    groups = dict(num_groups=fields.size("n_group", 1), topk_groups=fields.size("topk_group", 1))
-    if method == "greedy":  # n_group then only places experts on devices
-        groups = {}
-    elif method == "group_limited_greedy":
+    for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
+        fields.take(name, None)
+    if not num_experts:
+        return None
+    sizes = dict(top_k=fields.size("num_experts_per_tok"), intermediate_size=fields.size("moe_intermediate_size"))
+    groups = {}
+    if method != "greedy":  # of a greedy selection n_group only places experts on devices
+        groups = dict(num_groups=fields.size("n_group"), topk_groups=fields.size("topk_group"))
+    if method == "group_limited_greedy":
         groups["group_score"] = "max"
-    return MoEConfig(**routing, **groups) if routing["num_experts"] else None
+    return MoEConfig(num_experts=num_experts, **sizes, **routing, **groups)
 
 
 def _rope(hf: Mapping[str, Any], interleaved: bool) -> RopeConfig:
-    """Both spellings: rope_theta beside rope_scaling, and transformers 5's rope_parameters, which holds everything."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    parameters = {name: value for name, value in parameters.items() if value is not None}
-    theta = _number("rope_theta", parameters.pop("rope_theta", hf.get("rope_theta", 10_000.0)))
+    """Both spellings: rope_theta beside rope_scaling, and transformers 5's rope_parameters, which holds everything. Where both are there,
+    rope_scaling counts, as in transformers."""
+    parameters = mapping("rope_scaling", hf.get("rope_scaling")) or mapping("rope_parameters", hf.get("rope_parameters"))
+    theta = number("rope_theta", parameters.pop("rope_theta", hf.get("rope_theta", 10_000.0)), lowest=1.0)
     old_name = parameters.pop("type", "default")
     rope_type = parameters.pop("rope_type", old_name)
     if rope_type not in ("default", "yarn"):
-        _refuse("rope_scaling type", rope_type, ("default", "yarn"))
+        refuse("rope_scaling type", rope_type, ("default", "yarn"))
     if rope_type == "default" and parameters:
         raise CheckpointError(f"{CONFIG_NAME}: rope type 'default' takes rope_theta alone, found {', '.join(sorted(parameters))}")
     return RopeConfig(theta=theta, interleaved=interleaved, yarn=_yarn(parameters) if rope_type == "yarn" else None)
@@ -204,7 +144,10 @@ def _yarn(parameters: Mapping[str, Any]) -> YarnConfig:
     for name in ("factor", "original_max_position_embeddings"):
         if name not in parameters:
             raise CheckpointError(f"{CONFIG_NAME}: rope_scaling of type 'yarn' lacks the field {name!r}")
-    values = {name: _number(name, parameters.get(name, default)) for name, default in known.items()}
+    values = {name: number(name, parameters.get(name, default)) for name, default in known.items()}
+    original = values["original_max_position_embeddings"]
+    if not original.is_integer():
+        raise CheckpointError(f"{CONFIG_NAME}: rope_scaling original_max_position_embeddings={original!r}: expected a whole number")
     # Either field without the other means another cos/sin magnitude to each implementation; mscale=1 alone is the same to all.
     alone = not parameters.get("mscale") if values["mscale_all_dim"] else values["mscale"] != 1.0
     if alone:
@@ -212,13 +155,22 @@ def _yarn(parameters: Mapping[str, Any]) -> YarnConfig:
             f"{CONFIG_NAME}: rope_scaling mscale={parameters.get('mscale')!r} with mscale_all_dim={parameters.get('mscale_all_dim')!r} "
             "means different things to different implementations; supported: both or neither"
         )
-    return YarnConfig(**{**values, "original_max_position_embeddings": int(values["original_max_position_embeddings"])})
+    return YarnConfig(**{**values, "original_max_position_embeddings": int(original)})
 
 
-def _check_quantisation(found: Mapping[str, Any] | None) -> None:
-    for name in ("quant_method", "fmt", "weight_block_size") if found else ():
+def scale_format(quantization: Mapping[str, Any] | None) -> str | None:
+    """`scale_fmt` of a quantization_config, "ue8m0" or None: whether all scales are powers of two, those of activations too (V3.1).
+
+    Raises CheckpointError for a quantization that is not that of the released FP8 weights.
+    """
+    mapping("quantization_config", quantization)
+    found = quantization or {}
+    for name in QUANTISATION if found else ():
         if found.get(name, QUANTISATION[name]) != QUANTISATION[name]:
-            _refuse(f"quantization_config.{name}", found[name], (QUANTISATION[name],))
+            refuse(f"quantization_config.{name}", found[name], (QUANTISATION[name],))
+    if found.get("scale_fmt") not in (None, "float", "ue8m0"):
+        refuse("quantization_config.scale_fmt", found["scale_fmt"], ("float", "ue8m0"))
+    return "ue8m0" if found.get("scale_fmt") == "ue8m0" else None
 
 
 def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -228,17 +180,17 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
     naming the field if no DeepSeek config.json can express the network.
     """
     carried = carried or {}
-    yarn = config.rope.yarn
+    family, yarn = _family(config), config.rope.yarn
     context = yarn.original_max_position_embeddings * yarn.factor if yarn else 4096
     hf = {
-        **_family(config),
+        **family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.intermediate_size,
         "first_k_dense_replace": config.num_dense_layers,
         **_attention_fields(config),
-        **_moe_fields(config),
+        **_moe_fields(config, family["model_type"]),
         "rope_theta": config.rope.theta,
         "rope_scaling": {"type": "yarn", **dataclasses.asdict(yarn)} if yarn else None,
         "rms_norm_eps": config.rms_norm_eps,
@@ -247,7 +199,7 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
         "attention_bias": False,
         "hidden_act": "silu",
         "max_position_embeddings": int(context),
-        **{name: carried[name] for name in _CARRIED if name in carried},
+        **{name: carried[name] for name in CARRIED if name in carried},
     }
     if not config.mtp_depth and hf["model_type"] != "deepseek_v3":
         del hf["num_nextn_predict_layers"]
@@ -271,18 +223,18 @@ def _attention_fields(config: ModelConfig) -> dict[str, Any]:
     return {"num_attention_heads": a.num_heads, "num_key_value_heads": a.num_heads, **widths}
 
 
-def _moe_fields(config: ModelConfig) -> dict[str, Any]:
+def _moe_fields(config: ModelConfig, model_type: str) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
         return {"n_routed_experts": 0, "num_experts_per_tok": 1, "moe_intermediate_size": 1, "n_shared_experts": 0}
-    greedy = "greedy" if moe.num_groups == 1 else "group_limited_greedy"
+    v2_method = "greedy" if moe.num_groups == 1 else "group_limited_greedy"
     return {
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.intermediate_size,
         "n_shared_experts": moe.num_shared_experts,
         "scoring_func": moe.scoring,
-        "topk_method": "noaux_tc" if moe.scoring == "sigmoid" else greedy,
+        "topk_method": {"deepseek_v3": "noaux_tc", "deepseek_v2": v2_method, "deepseek": "greedy"}[model_type],
         "n_group": moe.num_groups,
         "topk_group": moe.topk_groups,
         "norm_topk_prob": moe.norm_topk_prob,
@@ -293,7 +245,10 @@ def _moe_fields(config: ModelConfig) -> dict[str, Any]:
 
 def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
     """Raises CheckpointError if reading `hf` back gives another network than `config`."""
-    wanted, read = _function(config), _function(config_from_hf(hf))
+    try:
+        wanted, read = _function(config), _function(config_from_hf(hf))
+    except UserError as error:
+        raise CheckpointError(f"no config.json of model_type={hf['model_type']!r} can say what this network is: {error}") from error
     for name, value in wanted.items():
         if read[name] != value:
             raise CheckpointError(

@@ -1,9 +1,8 @@
 """The safetensors format, one tensor at a time.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the raw little-endian data.
-The `safetensors` package reads FP8 only through torch, and its writer wants a whole shard in memory at once; these
-functions hold one tensor, check the header against the file's size, and name the tensor that doesn't fit. Nothing is
-ever unpickled.
+The `safetensors` package checks the header; it reads FP8 only through torch, and its writer wants a whole shard in memory at once,
+so data is read and written here, one tensor at a time. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -14,8 +13,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.interop.json_file import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,7 +26,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +40,24 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of one file, by name. Raises CheckpointError if the file is truncated or its header is damaged."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file: its header should take {length} bytes, the file has {size}; download it again"
-            )
-        raw = stream.read(length)
-    data_start = 8 + length
+    """All tensors of one file, by name. Raises CheckpointError if the file is cut off or its header is damaged.
+
+    The `safetensors` library checks the header: that it is well formed, and that the tensors cover the file's bytes without gaps
+    or overlaps, each with as many as its dtype and shape take.
+    """
     try:
-        header = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: damaged safetensors header ({error}); download the file again") from error
-    for name, tensor in tensors.items():
-        _check_bytes(name, tensor, data_start, size)
-    return tensors
-
-
-def _check_bytes(name: str, tensor: StoredTensor, data_start: int, file_size: int) -> None:
-    end = tensor.offset + tensor.nbytes
-    if tensor.nbytes < 0 or tensor.offset < data_start or end > file_size:
-        raise CheckpointError(
-            f"{tensor.file}: tensor {name!r} should end at byte {end}, but the file has {file_size}: it is truncated; "
-            "download it again"
-        )
-    if tensor.dtype in DTYPES:
-        expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-        if tensor.nbytes != expected:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} {tensor.dtype} {list(tensor.shape)} takes {expected} bytes, its header gives "
-                f"{tensor.nbytes}; download the file again"
-            )
+        with safetensors.safe_open(file, framework="np"), open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        size = file.stat().st_size if file.is_file() else 0
+        raise CheckpointError(f"{file}: damaged or cut off after {size:,} bytes ({error}); download the file again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+        for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
+    }
 
 
 def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np.ndarray:
@@ -107,29 +88,33 @@ def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np
 def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of a Hugging Face folder by name, and what is wrong with its files, in sentences.
 
-    Reads headers only. Raises CheckpointError if there is nothing to read: no folder, no safetensors, a damaged index.
+    Reads headers only. Where there is a model.safetensors, it is read and no index, as transformers does. Raises CheckpointError if there
+    is nothing to read: no folder, no safetensors, a damaged index.
     """
-    if (folder / SINGLE_NAME).exists():
+    if (folder / SINGLE_NAME).is_file():
         return read_header(folder / SINGLE_NAME), []
     index_file = folder / INDEX_NAME
-    if not index_file.exists():
+    if not index_file.is_file():
         raise CheckpointError(_nothing_to_read(folder))
-    try:
-        weight_map = json.loads(index_file.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_file}: no readable weight_map ({error}); download the file again") from error
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{index_file}: no readable weight_map, which names a file of the folder for each tensor; download the file again")
+    shards = sorted(set(weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
     problems = []
     for shard in shards:
         promised = [name for name, where in weight_map.items() if where == shard]
-        if not (folder / shard).exists():
+        if not (folder / shard).is_file():
             problems.append(f"the index puts {len(promised)} tensors, {promised[0]!r} among them, into {shard}, which is not in {folder}")
             continue
         header = read_header(folder / shard)
         problems += [f"the index puts tensor {name!r} into {shard}, but it is not there" for name in promised if name not in header]
         tensors.update({name: tensor for name, tensor in header.items() if weight_map.get(name, shard) == shard})
     return tensors, problems
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and name == Path(name).name
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -132,6 +132,85 @@ def test_missing_field_is_named(field):
         config_from_hf({name: value for name, value in V3.items() if name != field})
 
 
+ROUTING = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method", "n_shared_experts", "first_k_dense_replace")
+
+
+def test_a_missing_field_is_what_the_family_takes():
+    """DeepSeek-V3's own class; one that was written for V2 has other defaults."""
+    left = {name: value for name, value in V3.items() if name not in (*ROUTING, "num_nextn_predict_layers")}
+    assert config_from_hf(left) == config_from_hf(V3)
+    left = {name: value for name, value in RELEASED["v2_lite_16b"].items() if name not in ROUTING}
+    assert config_from_hf(left | {"n_shared_experts": 2}).replace(first_k_dense=1) == config_from_hf(RELEASED["v2_lite_16b"])
+    with pytest.raises(CheckpointError, match="lacks the field 'n_shared_experts'"):  # transformers takes 2, the released class none
+        config_from_hf(left)
+    with pytest.raises(CheckpointError, match="n_group=None: expected a whole number"):
+        config_from_hf(left | {"n_shared_experts": 2, "topk_method": "group_limited_greedy"})
+
+
+@pytest.mark.parametrize("family", ["V3", "V2"])
+def test_every_field_of_transformers_class(family):
+    """Without the field, what we read is what transformers takes for it, or we refuse."""
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, f"Deepseek{family}Config")
+    routing = {"V3": {}, "V2": dict(num_experts_per_tok=6, n_group=8, topk_group=3)}[family]
+    whole = cls(**routing).to_dict() | {"rope_theta": 10_000.0} | ({"num_nextn_predict_layers": 1} if family == "V3" else {})
+    del whole["rope_parameters"]
+    defaults = cls().to_dict() | {"rope_theta": 10_000.0} | ({"num_nextn_predict_layers": cls().num_mtp_layers} if family == "V3" else {})
+    outcomes = {}
+    for name in sorted(set(whole) - {"model_type"}):
+        without = {field: value for field, value in whole.items() if field != name}
+        try:
+            outcomes[name] = config_from_hf(without) == config_from_hf(whole | {name: defaults[name]})
+        except (CheckpointError, ConfigError):
+            outcomes[name] = "refused"
+    assert False not in outcomes.values(), outcomes
+    behavior = set(ROUTING) & set(whole) | ({"rope_interleave", "num_nextn_predict_layers", "n_shared_experts"} if family == "V3" else set())
+    required = {"n_shared_experts"} if family == "V2" else set()
+    assert {name for name in behavior if outcomes[name] == "refused"} <= required
+
+
+def test_other_names_of_a_field():
+    renamed = {name: value for name, value in V3.items() if name not in ("n_routed_experts", "num_nextn_predict_layers")}
+    assert config_from_hf(renamed | {"num_local_experts": 256, "num_mtp_layers": 1}) == config_from_hf(V3)
+    with pytest.raises(CheckpointError, match="num_mtp_layers=0 and num_nextn_predict_layers=1 are one field"):
+        config_from_hf(V3 | {"num_mtp_layers": 0})
+
+
+def test_fields_of_other_software_change_nothing():
+    foreign = {
+        "_attn_implementation_autoset": True, "unsloth_version": "1", "tokenizer_class": "X", "_name_or_path": "x", "temperature": 0.6, "transformers.js_config": {"a": 1},
+    }  # fmt: skip
+    assert config_from_hf(V3 | foreign) == config_from_hf(V3)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("rms_norm_eps", float("nan"), "expected a number"),
+        ("rms_norm_eps", -1e-6, "expected a number of at least 0"),
+        ("routed_scaling_factor", 10**400, "expected a number"),
+        ("rope_theta", 0.0, "expected a number of at least 1"),
+        ("hidden_size", 2**40, "expected a size"),
+        ("first_k_dense_replace", None, "expected a whole number"),
+        ("rope_scaling", [1], "expected an object or null"),
+        ("rope_scaling", YARN | {"original_max_position_embeddings": 4096.5}, "expected a whole number"),
+        ("quantization_config", "fp8", "expected an object or null"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": None}, "weight_block_size=None is not supported"),
+        ("quantization_config", {"quant_method": "fp8", "scale_fmt": "e5"}, "scale_fmt='e5' is not supported; supported: 'float', 'ue8m0'"),
+        ("quantization_config", {"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static' is not supported"),
+    ],
+)
+def test_values_no_network_has_are_refused(field, value, message):
+    with pytest.raises(CheckpointError, match=f"{field}.*{message}"):
+        config_from_hf(V3 | {field: value})
+
+
+def test_of_two_spellings_of_rope_the_old_one_counts():
+    """As in transformers 5."""
+    both = V3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    assert config_from_hf(both) == config_from_hf(V3)
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="top_k=999"):
         config_from_hf(V3 | {"num_experts_per_tok": 999})
@@ -151,13 +230,22 @@ def _moe(**changes):
         (preset("v3_671b").replace(latent_norm_eps=1e-5), "latent_norm_eps"),
         (_moe(correction_bias=False), "moe.correction_bias"),
         (_moe(group_score="max"), "moe.group_score"),
-        (_moe(scoring="softmax", correction_bias=False, group_score="max"), "norm_topk_prob"),
+        (_moe(scoring="softmax", correction_bias=False, group_score="max"), "norm_topk_prob=True is not supported"),
+        (preset("deepseek_moe_16b").replace(moe=dataclasses.replace(preset("v3_671b").moe, num_groups=1, topk_groups=1)), "scoring_func='sigmoid'"),
+        (preset("deepseek_moe_16b").replace(moe=dataclasses.replace(preset("deepseek_moe_16b").moe, routed_scaling_factor=2.0)), "routed_scaling_factor=2.0"),
         (preset("v2_236b").replace(mtp_depth=1), "num_nextn_predict_layers"),
         (preset("v3_671b").replace(rope=dataclasses.replace(preset("v3_671b").rope, yarn=YarnConfig(mscale=0.7))), "mscale=0.7"),
     ],
 )
 def test_network_no_config_json_can_say_is_not_exported(config, field):
     with pytest.raises(CheckpointError, match=field):
+        config_to_hf(config)
+
+
+def test_a_score_function_of_ones_own_is_the_reason():
+    config = _moe()
+    object.__setattr__(config.moe, "scoring", "sqrt_softplus")  # as one of the user's own would be
+    with pytest.raises(CheckpointError, match="scoring_func='sqrt_softplus' is not supported; supported: 'sigmoid'"):
         config_to_hf(config)
 
 

@@ -50,11 +50,11 @@ def test_tensors_are_aligned_to_their_item_size(tmp_path):
     assert header["scale"].offset % 4 == 0 and header["bf16"].offset % 2 == 0
 
 
-def test_truncated_file_names_the_tensor(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
     write(tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(CheckpointError, match=r"tensor '(odd|half)' should end at byte \d+, but the file has \d+: it is truncated"):
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors: damaged or cut off after {len(whole) - 3} bytes .* download the file again"):
         read_header(tmp_path / "x.safetensors")
 
 
@@ -68,7 +68,7 @@ def test_damaged_header_is_refused(tmp_path, content):
 def test_header_that_contradicts_itself_is_refused(tmp_path):
     header = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
-    with pytest.raises(CheckpointError, match=r"'w' F32 \[2, 2\] takes 16 bytes, its header gives 12"):
+    with pytest.raises(CheckpointError, match="shape, data type, or offset for tensor"):
         read_header(tmp_path / "x")
 
 
