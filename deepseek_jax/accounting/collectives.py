@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from deepseek_jax.accounting.branches import Taken, compiled_branches
 from deepseek_jax.accounting.hlo import Instruction, Module, Scope, entry_scope, shape_bytes, trip_count
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
@@ -49,10 +50,11 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of a program, and the loops whose trip count had to be assumed."""
+    """All collectives of a program, the loops whose trip count had to be assumed, and the branches that were counted (see `branches`)."""
 
     collectives: tuple[Collective, ...]
     assumed_loops: tuple[str, ...]
+    taken: Taken
 
     def by_axes(self, mesh_shape: dict[str, int]) -> dict[str, dict[str, int]]:
         """{axes joined by "+": {kind: wire bytes per device and call of the program}}, largest first."""
@@ -64,15 +66,25 @@ class Traffic:
         return {axes: {kind: round(size) for kind, size in sorted(row.items())} for axes, row in rows}
 
 
-def traffic(module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most") -> Traffic:
-    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; a conditional's branches compare by wire bytes."""
+def traffic(module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}) -> Traffic:
+    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches of which `taken` does not say
+    which one runs are compared by wire bytes."""
+    worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))  # noqa: E731
+    runs, taken = compiled_branches(module, branch, worst, while_trips, taken)
     assumed: list[str] = []
-    found = tuple(_collectives(entry_scope(module), num_devices, while_trips, branch, assumed))
-    return Traffic(found, tuple(dict.fromkeys(assumed)))
+    found = tuple(_collectives(entry_scope(module), num_devices, while_trips, runs, assumed))
+    return Traffic(found, tuple(dict.fromkeys(assumed)), taken)
 
 
-def _collectives(scope: Scope, num_devices: int, while_trips: int, branch: str, assumed: list[str]) -> Iterator[Collective]:
-    inside = functools.partial(_collectives, num_devices=num_devices, while_trips=while_trips, branch=branch, assumed=assumed)
+def _wire_bytes(collectives: Iterable[Collective]) -> float:
+    return sum(collective.wire_bytes * collective.times for collective in collectives)
+
+
+def _collectives(
+    scope: Scope, num_devices: int, while_trips: int, runs: Mapping[tuple[str, str], int] | None, assumed: list[str]
+) -> Iterator[Collective]:
+    """`runs`: the branch of each conditional, by computation and name; None: every conditional at its worst."""
+    inside = functools.partial(_collectives, num_devices=num_devices, while_trips=while_trips, runs=runs, assumed=assumed)
     for instruction in scope.computation.instructions.values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
@@ -87,10 +99,11 @@ def _collectives(scope: Scope, num_devices: int, while_trips: int, branch: str, 
                 assumed.append(instruction.op_name or instruction.name)
             yield from _repeated(found, trips)
         elif instruction.opcode == "conditional":
-            choose = max if branch == "most" else min
-            worst = functools.partial(inside, branch="most", assumed=[])
             branches = [scope.enter(instruction, name) for name in instruction.branches]
-            yield from inside(choose(branches, key=lambda taken: sum(c.wire_bytes * c.times for c in worst(taken))))
+            if runs is None:
+                yield from max((list(inside(branch)) for branch in branches), key=_wire_bytes)
+            else:
+                yield from inside(branches[runs[scope.computation.name, instruction.name]])
         elif not instruction.opcode.endswith(("-done", "-update")):
             for name in instruction.called:
                 yield from inside(scope.enter(instruction, name))

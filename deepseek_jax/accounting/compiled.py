@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from deepseek_jax.accounting import hlo
+from deepseek_jax.accounting.branches import Taken
 from deepseek_jax.accounting.collectives import traffic
 from deepseek_jax.accounting.hbm import memory_traffic
-from deepseek_jax.accounting.program_flops import Assumptions, jaxpr_flops
+from deepseek_jax.accounting.program_flops import Assumptions, counted
 from deepseek_jax.accounting.roofline import TERMS, roofline
 from deepseek_jax.accounting.topologies import Topology
 
@@ -52,7 +53,7 @@ def measure(
     """
     started = time.monotonic()
     traced = program.trace(*arguments)
-    flops = jaxpr_flops(traced.jaxpr.jaxpr, assumptions)
+    flops, taken = counted(traced.jaxpr.jaxpr, assumptions)
     parts = {name: sharded_bytes(tree) for name, tree in (named or {}).items()}
     capacity = topology.hbm_bytes_per_device
     report: dict[str, Any] = {"flops": dict(flops), "hbm_capacity": capacity}
@@ -64,16 +65,16 @@ def measure(
         memory = {**parts, "total": needed_bytes(str(error))}
         report |= {"memory_bytes_per_device": memory, "fits": False, "hbm_bytes": None, "collective_bytes": None, "roofline": None, "assumed_loops": []}
     else:
-        report |= _compiled_report(compiled, parts, flops, topology, mesh, assumptions)
+        report |= _compiled_report(compiled, parts, flops, taken, topology, mesh, assumptions)
     return report | {"compile_seconds": time.monotonic() - started, "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def _compiled_report(compiled, parts: dict[str, int], flops, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
+def _compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
     memory = memory_bytes(compiled.memory_analysis(), parts)
     module = hlo.parse(compiled.as_text())
     choices = {"while_trips": assumptions.while_trips, "branch": assumptions.branch}
-    moved = traffic(module, mesh.size, **choices)
-    hbm_bytes = memory_traffic(module, **choices)
+    moved = traffic(module, mesh.size, taken=taken, **choices)
+    hbm_bytes = memory_traffic(module, taken=moved.taken, **choices)
     bound = roofline(flops, hbm_bytes, moved.collectives, topology, mesh.devices)
     return {
         "memory_bytes_per_device": memory,

@@ -6,8 +6,9 @@ body once.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from deepseek_jax.accounting.branches import Taken, compiled_branches
 from deepseek_jax.accounting.collectives import KINDS
 from deepseek_jax.accounting.hlo import Computation, Instruction, Module, Scope, arrays, entry_scope, trip_count
 
@@ -15,13 +16,16 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _MOVES = ("bitcast", "copy", "convert")
 
 
-def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most") -> int:
-    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions."""
-    return _scope_bytes(entry_scope(module), while_trips, branch)
+def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}) -> int:
+    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions; branches of which `taken` does
+    not say which one runs are compared by these bytes."""
+    runs, _ = compiled_branches(module, branch, lambda scope: _scope_bytes(scope, while_trips, None), while_trips, taken)
+    return _scope_bytes(entry_scope(module), while_trips, runs)
 
 
-def _scope_bytes(scope: Scope, while_trips: int, branch: str) -> int:
-    inside = functools.partial(_scope_bytes, while_trips=while_trips, branch=branch)
+def _scope_bytes(scope: Scope, while_trips: int, runs: Mapping[tuple[str, str], int] | None) -> int:
+    """`runs`: the branch of each conditional, by computation and name; None: every conditional at its worst."""
+    inside = functools.partial(_scope_bytes, while_trips=while_trips, runs=runs)
     total = 0
     for instruction in scope.computation.instructions.values():
         if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
@@ -30,9 +34,8 @@ def _scope_bytes(scope: Scope, while_trips: int, branch: str) -> int:
             trips = trip_count(instruction, scope)
             total += (while_trips if trips is None else trips) * inside(scope.enter(instruction, instruction.attribute("body")))
         elif instruction.opcode == "conditional":
-            choose = max if branch == "most" else min
             branches = [scope.enter(instruction, name) for name in instruction.branches]
-            total += inside(choose(branches, key=functools.partial(inside, branch="most")))
+            total += max(map(inside, branches)) if runs is None else inside(branches[runs[scope.computation.name, instruction.name]])
         elif instruction.opcode in ("call", "call-start", "async-start"):
             total += sum(inside(scope.enter(instruction, name)) for name in instruction.called)
         else:

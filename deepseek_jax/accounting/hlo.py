@@ -20,6 +20,15 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an operation was written; lines count from 1, columns from 0."""
+
+    file: str
+    line: int
+    column: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
     opcode: str
@@ -42,11 +51,11 @@ class Instruction:
 
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
-        """Computations of a conditional."""
+        """Computations of a conditional, in the order in which JAX has them: that of False comes before that of True."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         if listed:
             return tuple(_REFERENCE.findall(listed[1]))
-        return tuple(name for key in ("true_computation", "false_computation") if (name := self.attribute(key)))
+        return tuple(name for key in ("false_computation", "true_computation") if (name := self.attribute(key)))
 
     @property
     def op_name(self) -> str:
@@ -73,9 +82,15 @@ class Computation:
 class Module:
     entry: str
     computations: Mapping[str, Computation]
+    places: Mapping[int, Place] = dataclasses.field(default_factory=dict)  # by stack_frame_id
 
     def __getitem__(self, name: str) -> Computation:
         return self.computations[name]
+
+    def place(self, instruction: Instruction) -> Place | None:
+        """Where the JAX operation that an instruction comes from was written, if the text says it."""
+        frame = re.search(r"\bstack_frame_id=(\d+)", instruction.text)
+        return self.places.get(int(frame[1])) if frame else None
 
 
 def parse(text: str) -> Module:
@@ -94,7 +109,18 @@ def parse(text: str) -> Module:
             instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return Module(entry, computations)
+    return Module(entry, computations, _places(text))
+
+
+def _places(text: str) -> dict[int, Place]:
+    """From the tables before the computations: every frame of a stack has a location, and every location a file."""
+    tables = {name: dict(re.findall(r"^(\d+) (.*)$", rows, re.M)) for name, rows in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", text, re.M)}
+    number = lambda row, key: re.search(rf"\b{key}=(\d+)", row)[1]  # noqa: E731
+    locations = {
+        name: Place(tables["FileNames"][number(row, "file_name_id")].strip('"'), int(number(row, "line")), int(number(row, "column")))
+        for name, row in tables.get("FileLocations", {}).items()
+    }
+    return {int(name): locations[number(row, "file_location_id")] for name, row in tables.get("StackFrames", {}).items()}
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -158,6 +184,14 @@ class Scope:
 
 def entry_scope(module: Module) -> Scope:
     return Scope(module, module[module.entry])
+
+
+def origin(name: str, scope: Scope) -> tuple[str, str]:
+    """The computation and the instruction that made a value, behind copies and conversions of it."""
+    instruction = scope.computation.instructions[name]
+    while instruction.opcode in _TRANSPARENT:
+        instruction = scope.computation.instructions[instruction.operands[0]]
+    return scope.computation.name, instruction.name
 
 
 def trip_count(loop: Instruction, scope: Scope) -> int | None:

@@ -6,15 +6,19 @@ manual axes. Work that devices repeat there because their inputs are equal is re
 """
 
 import dataclasses
+import itertools
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
+from deepseek_jax.accounting.branches import Conditional, Key, keys_of, taken_branch, taken_branches
+from deepseek_jax.accounting.hlo import Place
 from deepseek_jax.errors import ConfigError, nearest
 
 
@@ -22,8 +26,8 @@ from deepseek_jax.errors import ConfigError, nearest
 class Assumptions:
     """What a jaxpr does not say.
 
-    `while_trips`: how often a loop runs whose end depends on data. `branch`: the "most" or the "least" expensive branch of a
-    conditional, each taken at its worst. `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no
+    `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their "least" expensive branch,
+    each at its worst, and all conditionals of one predicate the same (see `branches`). `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no
     kernel multiplies.
     """
 
@@ -45,36 +49,94 @@ def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumption
 
 def jaxpr_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> Counter[str]:
     """The same of a jaxpr. What no output depends on is not counted."""
-    return _used_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], assumptions)
+    return counted(jaxpr, assumptions)[0]
 
 
-def _used_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions) -> Counter[str]:
+def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> tuple[Counter[str], dict[Key, int]]:
+    """FLOPs of a jaxpr, and which branches they are those of: its compiled text is asked about the same ones."""
+    jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    found = list(_conditionals(jaxpr, assumptions, 1, {}))
+    taken = taken_branches([conditional for _, conditional in found], assumptions.branch)
+    return _flops(jaxpr, assumptions, {id(eqn): taken_branch(conditional.keys, taken) for eqn, conditional in found}), taken
+
+
+def _conditionals(
+    jaxpr: jex_core.Jaxpr, assumptions: Assumptions, times: int, origins: Mapping[Any, Hashable]
+) -> Iterator[tuple[jex_core.JaxprEqn, Conditional]]:
+    """All conditionals of a jaxpr that runs `times` times. `origins` says what variables are bound to outside of it."""
+    origins = dict(origins)
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, tuple(_inner_jaxprs(eqn.params))
+        operands = [id(var) if isinstance(var, jex_core.Literal) else origins.get(var, var) for var in eqn.invars]
+        if name in _SAME_TRUTH:
+            origins[eqn.outvars[0]] = operands[_SAME_TRUTH[name]]
+        if _kernel_notes(eqn) is not None:
+            continue
+        if name == "cond":
+            costs = tuple(times * _flops(branch, assumptions, None).total() for branch in inner)
+            yield eqn, Conditional(keys_of(len(inner), _place(eqn), operands[0]), costs)
+            operands = operands[1:]
+        if name == "scan":
+            operands = operands[: eqn.params["num_consts"]]  # the rest is another one in every round
+        bound = () if name in _REBINDING else operands
+        repeated = times * _repetitions(name, eqn.params, assumptions)
+        for body in inner:
+            yield from _conditionals(body, assumptions, repeated, dict(zip(body.invars, bound, strict=False)))
+
+
+# What makes the index of a conditional from its predicate: the operand that says which branch it is.
+_SAME_TRUTH = {"convert_element_type": 0, "clamp": 1, "pvary": 0, "copy": 0}
+_REBINDING = ("while", "pallas_call", "mpmd_map")  # their bodies' variables are not their operands in order
+
+
+def _place(eqn: jex_core.JaxprEqn) -> Place | None:
+    """Of the code that called jax."""
+    if eqn.source_info.traceback is None:
+        return None
+    for code, instruction in zip(*eqn.source_info.traceback.raw_frames(), strict=True):
+        if not code.co_filename.startswith(_JAX):
+            line, _, column, _ = next(itertools.islice(code.co_positions(), instruction // 2, None))
+            return Place(code.co_filename, line, column)
+    return None
+
+
+_JAX = os.path.dirname(jax.__file__) + os.sep
+
+
+def _flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions, taken: Mapping[int, int] | None) -> Counter[str]:
+    """`taken`: the branch that runs by the id of the equation; None: every conditional at its worst."""
     total = Counter()
     for eqn in jaxpr.eqns:
-        _add(total, _equation_flops(eqn, assumptions))
+        _add(total, _equation_flops(eqn, assumptions, taken))
     return total
 
 
-def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions) -> Counter[str]:
+def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions, taken: Mapping[int, int] | None) -> Counter[str]:
     name, params = eqn.primitive.name, eqn.params
     if name in _PRODUCTS:
         flops = _PRODUCTS[name](eqn)
         if name.startswith("ragged"):
             flops = round(flops * assumptions.ragged_fill)
         return Counter({str(eqn.invars[0].aval.dtype): flops})
-    if "kernel_flops" in (notes := eqn.ctx.xla_metadata or {}) and name in _KERNEL_GRIDS:
+    if (notes := _kernel_notes(eqn)) is not None:
         calls = math.prod(_KERNEL_GRIDS[name](params)) // notes["kernel_points"]
         fill = assumptions.ragged_fill if notes["kernel_ragged"] else 1
         return Counter({notes["kernel_format"]: round(notes["kernel_flops"] * calls * fill)})
     inner = tuple(_inner_jaxprs(params))
+    if name == "cond" and taken is None:
+        return max((_flops(jaxpr, assumptions, None) for jaxpr in inner), key=Counter.total)
     if name == "cond":
-        worst = dataclasses.replace(assumptions, branch="most")
-        choose = max if assumptions.branch == "most" else min
-        inner = (choose(inner, key=lambda jaxpr: _used_flops(jaxpr, worst).total()),)
+        return _flops(inner[taken[id(eqn)]], assumptions, taken)
     total = Counter()
     for jaxpr in inner:
-        _add(total, _used_flops(jaxpr, assumptions), _repetitions(name, params, assumptions))
+        _add(total, _flops(jaxpr, assumptions, taken), _repetitions(name, params, assumptions))
     return total
+
+
+def _kernel_notes(eqn: jex_core.JaxprEqn) -> dict[str, Any] | None:
+    """Of a kernel that says itself what it computes (kernels_pallas._compat.priced)."""
+    notes = eqn.ctx.xla_metadata or {}
+    return notes if "kernel_flops" in notes and eqn.primitive.name in _KERNEL_GRIDS else None
 
 
 def _repetitions(name: str, params: dict[str, Any], assumptions: Assumptions) -> int:

@@ -121,6 +121,83 @@ def test_trip_counts(changes, trips):
     assert found.assumed_loops == (("while",) if trips is None else ())
 
 
+BRANCHES = """HloModule test
+
+FileNames
+1 "model.py"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=30 end_line=31 column=8 end_column=9}}
+2 {{file_name_id=1 function_name_id=1 line=40 end_line=40 column=8 end_column=9}}
+
+StackFrames
+1 {{file_location_id=1}}
+2 {{file_location_id=2 parent_frame_id=1}}
+3 {{file_location_id=1 parent_frame_id=2}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+%sums_1 (p.1: f32[8]) -> f32[8] {{
+  %p.1 = f32[8]{{0}} parameter(0)
+  ROOT %s.1 = f32[8]{{0}} all-reduce(%p.1), replica_groups={{}}, to_apply=%add
+}}
+
+%sums_3 (p.2: f32[8]) -> f32[8] {{
+  %p.2 = f32[8]{{0}} parameter(0)
+  %s.2 = f32[8]{{0}} all-reduce(%p.2), replica_groups={{}}, to_apply=%add
+  %s.3 = f32[8]{{0}} all-reduce(%s.2), replica_groups={{}}, to_apply=%add
+  ROOT %s.4 = f32[8]{{0}} all-reduce(%s.3), replica_groups={{}}, to_apply=%add
+}}
+
+%sums_0 (p.3: f32[8]) -> f32[8] {{
+  %p.3 = f32[8]{{0}} parameter(0)
+  ROOT %same = f32[8]{{0}} negate(%p.3)
+}}
+
+ENTRY %main (x: f32[8], yes: pred[], other: s32[]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %yes = pred[] parameter(1)
+  %other = s32[] parameter(2)
+  %index = s32[] convert(%yes)
+  %first = f32[8]{{0}} conditional(%index, %x, %x), branch_computations={{%sums_1, %sums_3}}{forward}
+  ROOT %second = f32[8]{{0}} conditional({test}, %first, %first), true_computation=%sums_0, false_computation=%sums_1{backward}
+}}
+"""
+FORWARD, BACKWARD, ELSEWHERE = (f', metadata={{op_name="cond" stack_frame_id={frame}}}' for frame in (1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "forward, backward, test, least, most",
+    [
+        # Together: 1 + 1 of False or 3 + 0 of True; alone each has a cheaper branch, not the same one.
+        (FORWARD, BACKWARD, "%other", 2, 3),
+        ("", "", "%yes", 2, 3),
+        (FORWARD, ELSEWHERE, "%yes", 2, 3),
+        (FORWARD, ELSEWHERE, "%other", 1, 4),
+        ("", "", "%other", 1, 4),
+    ],
+)
+def test_compiled_conditionals_of_one_predicate_take_the_same_branch(forward, backward, test, least, most):
+    module = hlo.parse(BRANCHES.format(forward=forward, backward=backward, test=test))
+    assert [len(traffic(module, 8, branch=branch).collectives) for branch in ("least", "most")] == [least, most]
+
+
+def test_branches_follow_another_measure():
+    """Each branch has so many collectives, whatever the other one costs; memory follows as well."""
+    module = hlo.parse(BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other"))
+    place = hlo.Place("model.py", 30, 8)
+    assert module.place(module["main"].instructions["first"]) == module.place(module["main"].instructions["second"]) == place
+    for taken, sums in ((0, 1 + 1), (1, 3 + 0)):
+        found = traffic(module, 8, taken={(place, 2): taken})
+        assert [len(found.collectives), found.taken[place, 2]] == [sums, taken]
+        # A sum reads 32 bytes and writes 32, and so does a negation; the conversion of the predicate moves 5.
+        assert memory_traffic(module, taken=found.taken) == 64 * (2 + 2 * taken) + 5
+
+
 def test_arrays_of_a_shape():
     assert hlo.shape_bytes("(bf16[4,256]{1,0:T(8,128)(2,1)}, s4[3]{0}, u32[]{:S(2)}, token[], f8e4m3fn[2,2])") == 2048 + 2 + 4 + 0 + 4
     assert list(hlo.arrays("(f32[2]{0:T(128)S(1)}, pred[3])")) == [(8, False), (3, True)]

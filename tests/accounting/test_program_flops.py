@@ -9,8 +9,10 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.accounting import hlo
+from deepseek_jax.accounting.branches import compiled_branches
 from deepseek_jax.accounting.flops import attention_pair_flops, forward_flops_per_token
-from deepseek_jax.accounting.program_flops import Assumptions, traced_flops
+from deepseek_jax.accounting.program_flops import Assumptions, counted, traced_flops
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
@@ -87,6 +89,86 @@ def test_a_branch_is_compared_at_its_worst():
     fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)  # noqa: E731
     assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
     assert count(fn, x) == 4 * 2 * 4**3
+
+
+def quick(x, w):
+    return jnp.tanh(x @ w[0]) @ w[1]
+
+
+@jax.checkpoint
+def slow(x, w):
+    """Three times the same work in a loop, nothing of it kept for the backward pass."""
+    return lax.scan(lambda c, _: (quick(c, w), None), x, None, length=3)[0]
+
+
+def layers(branches, remat):
+    """The gradient of three layers with a conditional, and its arguments: n x d, two matrices for each layer."""
+
+    def layer(x, w):
+        return x + lax.cond(jnp.sum(x) > 0, *branches, x, w)
+
+    layer = jax.checkpoint(layer) if remat else layer
+    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)  # noqa: E731
+    return jax.grad(loss, argnums=(0, 1)), (f32(8, 16), (f32(3, 16, 16), f32(3, 16, 16)))
+
+
+@pytest.mark.parametrize("branches", [(slow, quick), (quick, slow)])
+@pytest.mark.parametrize("remat, products", [(False, 6), (True, 7)])
+def test_conditionals_of_one_predicate_take_the_same_branch(remat, products, branches):
+    """Quick: two products forward, four backward, and the first one again under remat. The slow branch computes three times as much forward, again before
+    the backward pass, and backward; it keeps nothing, so that where the layer is computed again it would be the cheaper one."""
+    gradient, args = layers(branches, remat)
+    product = 3 * 2 * 8 * 16 * 16
+    assert count(gradient, *args, assumptions=Assumptions(branch="least")) == products * product
+    assert count(gradient, *args, assumptions=Assumptions(branch="most")) == 3 * (2 + 2 + 4) * product
+
+
+@pytest.mark.parametrize("branch, index", [("least", 0), ("most", 1)])
+def test_the_compiled_program_is_asked_about_the_same_branches(branch, index):
+    """By the place where the conditional was written: forward, computed again and backward. JAX has the branch of False first."""
+    gradient, args = layers((slow, quick), True)
+    taken = counted(jax.make_jaxpr(gradient)(*args).jaxpr, Assumptions(branch=branch))[1]
+    module = hlo.parse(jax.jit(gradient).lower(*args).compile().as_text())
+    conditionals = [i for c in module.computations.values() for i in c.instructions.values() if i.opcode == "conditional"]
+    assert len(conditionals) == 3
+    assert {module.place(i).file for i in conditionals} == {__file__}
+    assert [taken[module.place(i), 2] for i in conditionals] == [index] * 3
+    # The other measures would choose otherwise; they follow.
+    runs, _ = compiled_branches(module, "least" if branch == "most" else "most", lambda scope: len(scope.computation.instructions), 1, taken)
+    assert list(runs.values()) == [index] * 3
+
+
+def test_one_predicate_at_two_places():
+    """Each conditional has a cheaper branch, not the same one: together the first costs 1 + 3 products, the second 2 + 1."""
+    x = f32(4, 4)
+    times = lambda n: lambda x: lax.fori_loop(0, n, lambda _, c: c @ c, x)  # noqa: E731
+
+    def fn(x):
+        positive = x[0, 0] > 0
+        y = lax.cond(positive, times(1), times(2), x)
+        return lax.scan(lambda c, _: (lax.switch(positive.astype(jnp.int32), (times(1), times(3)), c), None), y, None, length=1)[0]
+
+    assert count(fn, x, assumptions=Assumptions(branch="least")) == (2 + 1) * 2 * 4**3
+    assert count(fn, x) == (1 + 3) * 2 * 4**3
+
+
+def test_predicates_apart():
+    """Two conditionals of different predicates in one line, and one in a loop whose predicate moves with it, each choose alone."""
+    x = f32(4, 4)
+    fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x) + lax.cond(x[1, 1] > 0, lambda x: x, lambda x: x @ x @ x, x)  # noqa: E731
+    assert count(fn, x, assumptions=Assumptions(branch="least")) == 0
+    assert count(fn, x) == 3 * 2 * 4**3
+
+    def moving(x):
+        def body(carry, _):
+            x, positive = carry
+            return (lax.cond(positive, lambda x: x, lambda x: x @ x, x), ~positive), None
+
+        positive = x[0, 0] > 0
+        (x, _), _ = lax.scan(body, (x, positive), None, length=3)
+        return lax.cond(positive, lambda x: x @ x, lambda x: x, x)
+
+    assert count(moving, x, assumptions=Assumptions(branch="least")) == 0
 
 
 def test_unknown_branch_is_refused():
