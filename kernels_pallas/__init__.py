@@ -13,7 +13,7 @@ from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
 from kernels_pallas.quantize.api import dequantize, quantize, quantize_block, quantize_tile, quantize_transposed, requantize_transposed
-from kernels_pallas.swiglu.api import swiglu_quantize
+from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
 
 __all__ = [
     "Accumulation",
@@ -40,5 +40,6 @@ __all__ = [
     "quantize_tile",
     "quantize_transposed",
     "requantize_transposed",
+    "swiglu",
     "swiglu_quantize",
 ]

@@ -13,7 +13,7 @@ from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.router import Router
 from deepseek_jax.model.rows import from_rows, lay_out, to_rows
 from deepseek_jax.precision import Recipe
-from kernels_pallas import Prepared
+from kernels_pallas import Prepared, swiglu
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
@@ -34,8 +34,8 @@ def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Arra
     x_ND, *weights = map(precision.dense, (x_ND, *weights))
 
     def expert(gate_DF, up_DF, down_FD):
-        hidden_NF = nn.silu(precision.linear(x_ND, gate_DF, "experts")) * precision.linear(x_ND, up_DF, "experts")
-        return precision.linear(hidden_NF, down_FD, "experts")
+        gate_NF, up_NF = (precision.linear(x_ND, w_DF, "experts") for w_DF in (gate_DF, up_DF))
+        return precision.linear(swiglu(gate_NF, up_NF), down_FD, "experts")
 
     y_END = jax.vmap(expert)(*weights)
     return jnp.einsum("END,NKE->NKD", y_END, jax.nn.one_hot(expert_ids_NK, len(y_END)))

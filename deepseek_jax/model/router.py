@@ -13,11 +13,12 @@ from deepseek_jax.model.config import MoEConfig
 
 @flax.struct.dataclass
 class RoutingStats:
-    """What the routers of L layers did with a batch. Padding (segment id 0) counts in none of the sums."""
+    """What the routers of L layers did with a batch. The sums leave out padding, and in MTP module k positions whose token k
+    places on is not in their document (V3 eq. 22 ends at T-k)."""
 
     expert_ids_LBTK: jax.Array  # int32, best first; feeding them back replays the routing
     counts_LBE: jax.Array  # float32, how often each sequence chose each expert
-    probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalised over all experts
+    probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalized over all experts
     tokens_LB: jax.Array  # float32, tokens in the sequence
     overflows_L: jax.Array  # int32, devices whose expert buffers were too small and that took the slower way (see `Placement`)
 
@@ -45,11 +46,19 @@ def choose_experts(biased_E: jax.Array, config: MoEConfig) -> jax.Array:
     return jax.lax.top_k(biased_E, config.top_k)[1].astype(jnp.int32)
 
 
+def normalized(scores: jax.Array) -> jax.Array:
+    """Scores divided by their sum over the last axis; 0 where all of them are 0, as float32 makes a sigmoid below -104.
+
+    Released code adds 1e-20 to the sum, whose square float32 does not hold: the gradient would be 0 · ∞ there.
+    """
+    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-18)
+
+
 def gate_values(scores_E: jax.Array, expert_ids_K: jax.Array, config: MoEConfig) -> jax.Array:
     """Weights of the chosen experts [..., K] from unbiased scores (V3 eqs. 12-16, V2 eq. 21)."""
     gates_K = jnp.take_along_axis(scores_E, expert_ids_K, axis=-1)
     if config.norm_topk_prob:
-        gates_K = gates_K / (jnp.sum(gates_K, axis=-1, keepdims=True) + 1e-20)
+        gates_K = normalized(gates_K)
     return gates_K * config.routed_scaling_factor
 
 
@@ -77,7 +86,9 @@ class Router(nn.Module):
             biased_BTE = scores_BTE + bias_E
         if expert_ids_BTK is None:
             expert_ids_BTK = choose_experts(jax.lax.stop_gradient(biased_BTE), config)
-        gates_BTK = gate_values(scores_BTE, expert_ids_BTK, config)
+        # A NaN wins every top-k, and one in the bias would not show in a gate: then nothing this token's experts say is a number.
+        is_number_BT1 = jnp.isfinite(jnp.sum(biased_BTE, axis=-1, keepdims=True))
+        gates_BTK = jnp.where(is_number_BT1, gate_values(scores_BTE, expert_ids_BTK, config), jnp.nan)
         return gates_BTK, expert_ids_BTK, routing_sums(scores_BTE, expert_ids_BTK, valid_BT)
 
 
@@ -86,7 +97,7 @@ def routing_sums(scores_BTE: jax.Array, expert_ids_BTK: jax.Array, valid_BT: jax
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
     num_experts = scores_BTE.shape[-1]
     chosen_BTE = jnp.sum(jax.nn.one_hot(expert_ids_BTK, num_experts, dtype=jnp.float32), axis=-2)
-    probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    probs_BTE = normalized(scores_BTE)
     return jnp.sum(chosen_BTE * valid_BT1, axis=1), jnp.sum(probs_BTE * valid_BT1, axis=1), jnp.sum(valid_BT1, axis=(1, 2))
 
 
@@ -98,22 +109,22 @@ def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: 
 
 
 def sequence_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """V3's complementary sequence-wise loss without α (eqs. 17-20): mean over layers and over sequences that hold tokens."""
+    """V3's complementary sequence-wise loss without α (eqs. 17-20): [L], of each layer the mean over the sequences that hold tokens."""
     loss_LB = _balance(stats.counts_LBE, stats.probs_LBE, stats.tokens_LB, top_k)
     real_LB = stats.tokens_LB > 0
-    return jnp.sum(loss_LB * real_LB) / jnp.maximum(jnp.sum(real_LB), 1)
+    return jnp.sum(loss_LB * real_LB, axis=1) / jnp.maximum(jnp.sum(real_LB, axis=1), 1)
 
 
 def batch_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """The same loss over the batch as one sequence (V3 §4.5.3's batch-wise auxiliary loss), mean over layers, without α."""
+    """The same loss over the batch as one sequence (V3 §4.5.3's batch-wise auxiliary loss), without α: [L]."""
     counts_LE, probs_LE = jnp.sum(stats.counts_LBE, axis=1), jnp.sum(stats.probs_LBE, axis=1)
-    return jnp.mean(_balance(counts_LE, probs_LE, jnp.sum(stats.tokens_LB, axis=1), top_k))
+    return _balance(counts_LE, probs_LE, jnp.sum(stats.tokens_LB, axis=1), top_k)
 
 
 def expert_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """V2's expert-level loss without α1 (V2 eqs. 23-25): f over the T tokens of a sequence, P from softmax scores.
+    """V2's expert-level loss without α1 (V2 eqs. 23-25): f over the T tokens of a sequence, P from softmax scores; [L].
 
-    With `seq_aux`, as V2 was trained, T counts one sequence; softmax scores are already normalised, so that this is
+    With `seq_aux`, as V2 was trained, T counts one sequence; softmax scores are already normalized, so that this is
     V3's loss on V2's scores.
     """
     return sequence_balance_loss(stats, top_k)

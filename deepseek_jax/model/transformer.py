@@ -157,13 +157,14 @@ class Transformer(nn.Module):
         return self.placement.constrain(self.placement.look_up(table_VD, tokens_BT), *RESIDUAL)
 
     def _predict_ahead(self, state_BTD, tokens_BT, tokens: Tokens):
-        """Runs the chain of MTP modules. A position whose token i+k lies in another segment gets the embedding of token 0;
-        its target is masked, and causality keeps it from every position that counts."""
+        """Runs the chain of MTP modules. Module k has an input where token i+k is in the same document (V3 eq. 22: positions 1 to T-k).
+        The other positions are padding to it: they get the embedding of token 0, and no position that counts sees them."""
         heads, routings = [], []
         for k, module in enumerate(self.mtp, start=1):
             same_BT = shift_left(tokens.segment_ids_BT, k) == tokens.segment_ids_BT
             ahead_BT = jnp.where(same_BT, shift_left(tokens_BT, k), 0)
-            state_BTD, head_BTD, routing = module(state_BTD, self._embed(ahead_BT), tokens)
+            own = tokens.replace(segment_ids_BT=jnp.where(same_BT, tokens.segment_ids_BT, 0))
+            state_BTD, head_BTD, routing = module(state_BTD, self._embed(ahead_BT), own)
             heads.append(head_BTD)
             routings.append(routing)
         if self.config.moe is None:

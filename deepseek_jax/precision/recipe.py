@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.grouped import grouped_matmul, row_block
-from kernels_pallas import Prepared, plain
+from kernels_pallas import Prepared, plain, swiglu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -75,8 +74,8 @@ class Recipe:
         return jnp.matmul(x.astype(self.compute_dtype), w_DF.astype(self.compute_dtype), precision=self.matmul_precision)
 
     def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array, kind: str = "cpu") -> jax.Array:
-        """silu(gate) · up [..., F] times w [F, D]."""
-        return self.linear(nn.silu(gate) * up, w_FD, kind=kind)
+        """silu(gate) · up [..., F] times w [F, D]. What is between is rounded once, to the compute dtype, in every recipe (see `swiglu`)."""
+        return self.linear(swiglu(gate, up), w_FD, kind=kind)
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
         """A product outside the Linears (the head): operands in the compute dtype, result in float32; in its gradients' products too.
@@ -102,4 +101,4 @@ class Recipe:
         self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
     ) -> jax.Array:
         """Rows of group e of silu(gate) · up times w[e]."""
-        return self.grouped_linear(nn.silu(gate_RF) * up_RF, w_EFD, group_sizes_E, block, kind)
+        return self.grouped_linear(swiglu(gate_RF, up_RF), w_EFD, group_sizes_E, block, kind)

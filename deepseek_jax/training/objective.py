@@ -1,4 +1,4 @@
-"""What is minimised: next-token cross-entropy + λ/D · Σ multi-token prediction + α · balance (V3 §2.1.2, §2.2).
+"""The training loss: next-token cross-entropy + λ/D · Σ multi-token prediction + α · balance (V3 §2.1.2, §2.2).
 
 Every term is a sum over a microbatch divided by a number that belongs to the whole global batch, so that losses and
 gradients of microbatches add up to those of one big batch.
@@ -19,11 +19,17 @@ from deepseek_jax.training.log_probs import token_log_probs
 from deepseek_jax.training.schedules import Schedule
 
 BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_loss, "batch": batch_balance_loss}
+BALANCE_REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """Weights of the terms. `balance` is "sequence" (V3), "expert" (V2), "batch" or "none", times `balance_alpha`.
+
+    `balance_reduction` is "sum" or "mean" over the routers. The reports give α for one layer and do not say how layers are
+    added up. DeepSeek's released code adds α times the loss inside every MoE layer (`AddAuxiliaryLoss` in V2's
+    modeling_deepseek.py), which is the sum: 58 times the mean for V3's 58 MoE layers. The router of each MTP module that
+    runs counts like a layer's, over the positions that the module has (see `RoutingStats`), and λ does not weight it.
 
     `mtp_weight` is λ over steps; a schedule that is 0 throughout does not run the MTP modules at all. `loss_chunk` is
     how many tokens' logits exist at once. The "batch" loss is not linear in sequences: under gradient accumulation it
@@ -33,12 +39,13 @@ class ObjectiveConfig:
     mtp_weight: Schedule = Schedule(0.3)
     balance: str = "sequence"
     balance_alpha: float = 1e-4
+    balance_reduction: str = "sum"
     loss_chunk: int = 4096
 
     def __post_init__(self):
-        allowed = ("none", *BALANCE_LOSSES)
-        if self.balance not in allowed:
-            raise ConfigError(f"objective.balance={self.balance!r}: {nearest(self.balance, allowed)}")
+        for field, allowed in (("balance", ("none", *BALANCE_LOSSES)), ("balance_reduction", tuple(BALANCE_REDUCTIONS))):
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"objective.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}")
         if self.balance_alpha < 0:
             raise ConfigError(f"objective.balance_alpha={self.balance_alpha}: 0 or more")
         if self.loss_chunk < 1:
@@ -50,14 +57,14 @@ class Denominators:
     """What the sums of a global batch are divided by."""
 
     targets_K: jax.Array  # float32 [1 + D]: targets one place ahead, two places ahead, …
-    sequences: jax.Array  # float32: sequences that hold any token
+    sequences_K: jax.Array  # float32 [1 + D]: sequences that hold any token, a token that has one a place ahead, …
 
 
 @flax.struct.dataclass
 class LossAux:
     """A microbatch's share of the global batch's numbers; shares of all microbatches add up (see module docstring)."""
 
-    parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance": before λ and α
+    parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance" (reduced over routers): before λ and α
     loads: dict[str, jax.Array]  # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
     tokens: jax.Array  # float32, tokens that are not padding
     overflows: jax.Array  # int32, over all layers (see `RoutingStats`)
@@ -68,17 +75,21 @@ def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.
 
     Documents are contiguous, so equal segment ids at both ends mean that everything between is the same document.
     """
-    segments_BT = batch["segment_ids"]
-    same_BT = (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
-    mask_BT = same_BT & (shift_left(batch["loss_mask"], ahead) > 0)
+    mask_BT = has_token_ahead(batch, ahead) & (shift_left(batch["loss_mask"], ahead) > 0)
     return shift_left(batch["tokens"], ahead), mask_BT.astype(jnp.float32)
+
+
+def has_token_ahead(batch: Mapping[str, jax.Array], ahead: int) -> jax.Array:
+    """Bool [B, T]: tokens with another `ahead` places on in the same document."""
+    segments_BT = batch["segment_ids"]
+    return (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
 
 
 def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
     """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
     counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
-    sequences = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=1).astype(jnp.float32))
-    return Denominators(jnp.maximum(jnp.stack(counts), 1.0), jnp.maximum(sequences, 1.0))
+    sequences = [jnp.sum(jnp.any(has_token_ahead(batch, k), axis=1).astype(jnp.float32)) for k in range(mtp_depth + 1)]
+    return Denominators(*(jnp.maximum(jnp.stack(numbers), 1.0) for numbers in (counts, sequences)))
 
 
 def uses_mtp(model: Transformer, objective: ObjectiveConfig) -> bool:
@@ -124,9 +135,11 @@ def loss_fn(
     if output.mtp_routing is not None:
         loads |= {f"mtp_{k}": jnp.sum(counts_BE, axis=0) for k, counts_BE in enumerate(output.mtp_routing.counts_LBE)}
     if routings and objective.balance != "none" and objective.balance_alpha > 0:
-        all_layers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
-        share = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=1)) / denominator.sequences
-        parts["balance"] = share * BALANCE_LOSSES[objective.balance](all_layers, model.config.moe.top_k)
+        ahead_L = jnp.array([0] * model.config.num_moe_layers + list(range(1, len(output.mtp_hidden) + 1)))
+        all_routers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
+        share_L = jnp.sum(all_routers.tokens_LB > 0, axis=1) / denominator.sequences_K[ahead_L]
+        loss_L = BALANCE_LOSSES[objective.balance](all_routers, model.config.moe.top_k)
+        parts["balance"] = BALANCE_REDUCTIONS[objective.balance_reduction](share_L * loss_L)
         loss += objective.balance_alpha * parts["balance"]
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
     overflows = sum((jnp.sum(routing.overflows_L) for routing in routings), jnp.zeros((), jnp.int32))

@@ -1,7 +1,8 @@
-"""SwiGLU and its quantisation in one: what a user calls."""
+"""SwiGLU, with gradients, and SwiGLU quantized at once: what a user calls."""
 
 import jax
 
+from kernels_pallas._compat import vary_alike
 from kernels_pallas.implementations import choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
 from kernels_pallas.swiglu import mosaic_gpu_sm90, mosaic_tpu, reference
@@ -12,7 +13,17 @@ SWIGLU_QUANTIZE = {
     "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.reason),
 }
 
-swiglu = reference.swiglu
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up, computed in float32 and rounded once, to the dtype of `gate`; its gradient likewise. Any float dtype, equal shapes.
+
+    What is kept for the backward pass is gate and up in their own dtype: float32 exists inside fused loops only.
+    """
+    return _swiglu(*vary_alike(gate, up))
+
+
+_swiglu = jax.custom_vjp(reference.swiglu)
+_swiglu.defvjp(lambda gate, up: (reference.swiglu(gate, up), (gate, up)), lambda operands, dh: jax.vjp(reference.swiglu, *operands)[1](dh))
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kernels_pallas.qtensor import QTensor, Quantizer
 from kernels_pallas.quantize import mosaic_gpu_sm90 as quantize
 from kernels_pallas.quantize.mosaic_gpu_sm90 import along, load_strip, quantized_tiles
+from kernels_pallas.swiglu.reference import swiglu
 
 
 def reason(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str | None:
@@ -24,6 +25,6 @@ def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTe
         return jax.vmap(lambda gate, up: swiglu_quantize(gate, up, quantizer))(gate, up)
 
     def strip(rows, gate_slot, up_slot):
-        return (jax.nn.silu(load_strip(rows, gate_slot)) * load_strip(rows, up_slot)).astype(gate.dtype).astype(jnp.float32)
+        return swiglu(load_strip(rows, gate_slot), load_strip(rows, up_slot)).astype(gate.dtype).astype(jnp.float32)
 
     return quantized_tiles(strip, [(along, gate), (along, up)], gate.shape, quantizer, approx_math=True)

@@ -12,6 +12,7 @@ from deepseek_jax.model.router import (
     RoutingStats,
     batch_balance_loss,
     expert_balance_loss,
+    gate_values,
     max_violation,
     routing_sums,
     sequence_balance_loss,
@@ -52,11 +53,11 @@ def stats_of(scores, ids, valid):
 def test_losses_are_the_published_sums_and_ignore_padding(top_k):
     scores, ids, valid = routed(top_k)
     stats = stats_of(scores, ids, valid)
-    by_sequence = [eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for layer in range(2) for b in range(2)]
-    np.testing.assert_allclose(sequence_balance_loss(stats, top_k), np.mean(by_sequence), rtol=1e-5)
-    np.testing.assert_allclose(expert_balance_loss(stats, top_k), np.mean(by_sequence), rtol=1e-5)
+    by_sequence = [[eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for b in range(2)] for layer in range(2)]
+    np.testing.assert_allclose(sequence_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(expert_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
     by_batch = [eqs_17_to_20(scores[layer][valid], ids[layer][valid]) for layer in range(2)]
-    np.testing.assert_allclose(batch_balance_loss(stats, top_k), np.mean(by_batch), rtol=1e-5)
+    np.testing.assert_allclose(batch_balance_loss(stats, top_k), by_batch, rtol=1e-5)
 
     scores[:, ~valid], ids[:, ~valid] = 0.9, ids[:, ~valid][:, ::-1]
     for before, after in zip(jax.tree.leaves(stats), jax.tree.leaves(stats_of(scores, ids, valid)), strict=True):
@@ -77,7 +78,28 @@ def test_collapse_onto_one_expert_costs_more():
     scores = np.full((1, 1, 7, E), 0.01, np.float32)
     scores[..., 2] = 1.0
     ids = np.full((1, 1, 7, 1), 2, np.int32)
-    assert float(sequence_balance_loss(stats_of(scores, ids, np.ones((1, 7), bool)), 1)) == pytest.approx(E / 1.05, rel=1e-5)
+    np.testing.assert_allclose(sequence_balance_loss(stats_of(scores, ids, np.ones((1, 7), bool)), 1), [E / 1.05], rtol=1e-5)
+
+
+def test_a_token_whose_scores_are_all_zero_breaks_nothing():
+    """A sigmoid below -104 is 0 in float32: such a token counts as a token, and its probabilities as 0."""
+    scores, ids, valid = routed(2, seed=2)
+    scores[0, 0, 3] = 0.0
+    by_sequence = [0.0, 0.0]
+    for row, length in ((0, 7), (1, 4)):
+        T, frequencies = length, np.bincount(ids[0, row, :length].ravel(), minlength=E)
+        shares = [s / s.sum() if s.sum() else np.zeros(E) for s in scores[0, row, :length].astype(np.float64)]
+        by_sequence[row] = np.sum(E * frequencies / (2 * T) * np.sum(shares, axis=0) / T)
+    np.testing.assert_allclose(sequence_balance_loss(stats_of(scores, ids, valid), 2)[0], np.mean(by_sequence), rtol=1e-5)
+
+    def probs(scores):
+        return jnp.sum(jnp.sin(routing_sums(scores, jnp.asarray(ids[0]), jnp.asarray(valid))[1]))
+
+    def gates(scores):
+        return jnp.sum(jnp.sin(gate_values(scores, jnp.asarray(ids[0]), MoEConfig(num_experts=E, top_k=2, intermediate_size=4))))
+
+    for function in (probs, gates):
+        assert np.all(np.isfinite(jax.grad(function)(jnp.asarray(scores[0])))), function.__name__
 
 
 def test_loss_and_gradient_do_not_depend_on_the_bias():
@@ -91,7 +113,7 @@ def test_loss_and_gradient_do_not_depend_on_the_bias():
     def loss(kernel, bias):
         variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias}}
         _, _, sums = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
-        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums), None), 2)
+        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums), None), 2)[0]
 
     value_and_grads = jit(jax.value_and_grad(loss, argnums=(0, 1)))
     first, (grad_kernel, grad_bias) = value_and_grads(kernel, np.zeros(E, np.float32))

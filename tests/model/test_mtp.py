@@ -75,14 +75,21 @@ def test_nothing_crosses_a_border():
         assert np.abs(np.asarray(x - y)[:, 6:10]).max() > 1e-3
 
 
-def test_padding_never_counts_in_any_router():
-    _, packed = documents()
-    output = forward(CONFIG)(variables(CONFIG), *packed)[0]
-    for routing in (output.routing, output.mtp_routing):
-        assert routing.counts_LBE.shape == (2, 2, 8)
-        np.testing.assert_array_equal(np.sum(routing.counts_LBE, axis=-1), 10 * CONFIG.moe.top_k)
-        np.testing.assert_array_equal(routing.tokens_LB, 10)
-        np.testing.assert_allclose(np.sum(routing.probs_LBE, axis=-1), 10, rtol=1e-5)
+def test_a_router_counts_the_positions_that_its_equation_has():
+    """Documents of 6 and 4 tokens, packed or alone: all 10 in the main layers, 5 + 3 in the first module and 4 + 2 in the second (V3 eq. 22)."""
+    alone, packed = documents()
+    for arrays, rows in ((packed, [range(10), range(10)]), (alone, [range(6), range(4)])):
+        output, _ = forward(CONFIG)(variables(CONFIG), *arrays)
+        for routing, places in ((output.routing, (0, 0)), (output.mtp_routing, (1, 2))):
+            for layer, ahead in enumerate(places):
+                for row, tokens in enumerate(rows):
+                    segments = arrays[1, row]
+                    counted = [t for t in tokens if t + ahead < 11 and segments[t + ahead] == segments[t]]
+                    assert len(counted) == len(tokens) - ahead * len(set(segments[list(tokens)]))
+                    chosen = routing.expert_ids_LBTK[layer, row, np.array(counted)]
+                    np.testing.assert_array_equal(routing.counts_LBE[layer, row], np.bincount(np.ravel(chosen), minlength=8))
+                    assert routing.tokens_LB[layer, row] == len(counted)
+                    np.testing.assert_allclose(np.sum(routing.probs_LBE[layer, row]), len(counted), rtol=1e-5)
 
 
 def test_parameters_of_a_module():

@@ -85,6 +85,20 @@ def test_the_bias_chooses_in_float32_and_stays_out_of_the_gates(dtype):
     assert router_call(PLAIN)(equal_NE, bias_E)[1][0].tolist() == np.argsort(-bias_E)[:3].tolist()
 
 
+@pytest.mark.parametrize("config", [V3, V2, PLAIN])
+@pytest.mark.parametrize("where", ["score", "bias", "infinite bias"])
+def test_what_is_not_a_number_never_routes_in_silence(config, where):
+    """A NaN wins every top-k, and a bias never enters a gate: the token's gates are NaN, so that its loss is and the update counts it."""
+    x_NE, bias_E = np.zeros((2, config.num_experts), np.float32), np.zeros(config.num_experts, np.float32)
+    if where == "score":
+        x_NE[1, 3] = np.nan
+    else:
+        bias_E[3] = np.nan if where == "bias" else -np.inf
+    gates, ids = router_call(config)(x_NE, bias_E)
+    assert np.isnan(gates).all(axis=1).tolist() == [where != "score", True]
+    assert np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.num_experts))
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 def test_gate_values(normalise, factor):

@@ -1,12 +1,17 @@
 """What each recipe multiplies with and what it returns."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.model.moe import dense_experts
 from deepseek_jax.precision import RECIPES, recipe
+from kernels_pallas import swiglu
 
 
 @pytest.mark.parametrize(("name", "compute"), [("float32", jnp.float32), ("bfloat16", jnp.bfloat16)])
@@ -55,6 +60,50 @@ def test_gradients_of_einsum_multiply_in_the_compute_dtype_too():
         np.testing.assert_allclose(theirs, operand, rtol=1e-5, atol=1e-5)
         assert jnp.linalg.norm(ours - theirs) < 2**-8 * jnp.linalg.norm(theirs)
         assert not np.array_equal(ours, ours.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def swiglu_operands():
+    """gate and up in bfloat16, and silu(gate) · up in float64 rounded once to bfloat16."""
+    gate, up = (jax.random.normal(jax.random.key(i), (64, 128), jnp.bfloat16) for i in (0, 1))
+    gate64, up64 = (np.asarray(x, np.float64) for x in (gate, up))
+    return gate, up, (gate64 / (1 + np.exp(-gate64)) * up64).astype(ml_dtypes.bfloat16)
+
+
+def test_swiglu_is_rounded_once_in_every_product():
+    """Linear, experts group by group, and experts by definition: float32 between, not one rounding for each operation."""
+    gate, up, rounded_once = swiglu_operands()
+    gate64 = np.asarray(gate, np.float64)
+    squared = (gate64 / (1 + np.exp(-gate64)) * gate64).astype(ml_dtypes.bfloat16)  # of an expert whose weights are the identity
+    r, identity, size = recipe("bfloat16"), jnp.eye(128, dtype=jnp.bfloat16), jnp.asarray([64])
+    outputs = {
+        "linear": r.swiglu_linear(gate, up, identity),
+        "grouped": r.grouped_swiglu_linear(gate, up, identity[None], size, 1),
+        "dense": dense_experts(r, "cpu", (identity[None],) * 3, gate, jnp.zeros((64, 1), int))[:, 0],
+    }
+    in_bfloat16 = jax.nn.silu(gate) * up
+    assert np.mean(np.asarray(in_bfloat16) != rounded_once) > 0.1  # the control: rounded after every operation
+    for name, output in outputs.items():
+        assert np.mean(np.asarray(output) != (squared if name == "dense" else rounded_once)) < 0.001, name
+
+
+def test_swiglu_is_the_same_number_in_bfloat16_and_in_fp8():
+    """So that FP8's curve against bfloat16's compares products alone. In FP8 two ways lead to the down projection's input."""
+    gate, up, rounded_once = swiglu_operands()
+    fp8, w = recipe("fp8_deepseek"), jax.random.normal(jax.random.key(2), (128, 16), jnp.float32)
+    expected = dataclasses.replace(fp8, keep_swiglu_input=False).linear(jnp.asarray(rounded_once), w)
+    for r in (fp8, dataclasses.replace(fp8, keep_swiglu_input=False)):
+        difference = np.abs(np.asarray(r.swiglu_linear(gate, up, w) - expected, np.float32))
+        assert np.mean(difference > 0) < 0.05 and difference.max() < 0.2
+
+
+def test_swiglu_keeps_its_operands_alone():
+    """The gradient is that of the float32 function, and nothing in float32 is kept for it."""
+    gate, up, _ = swiglu_operands()
+    h, pull_back = jax.vjp(swiglu, gate, up)
+    assert {(x.dtype.name, x.shape) for x in jax.tree.leaves(pull_back)} == {("bfloat16", (64, 128))} and h.dtype == jnp.bfloat16
+    exact = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *(x.astype(jnp.float32) for x in (gate, up)))[1](jnp.ones((64, 128)))
+    for ours, theirs in zip(pull_back(jnp.ones_like(h)), exact, strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
 
 
 def test_recipes_are_static_arguments():

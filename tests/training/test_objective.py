@@ -1,5 +1,6 @@
 """The loss against a plain reading of its equations, and the identities that masks and normalisers owe."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.router import sequence_balance_loss
 from deepseek_jax.training.log_probs import token_log_probs
 from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, targets
 from deepseek_jax.training.schedules import Schedule, deepseek_v3_mtp_weight
@@ -113,7 +113,7 @@ def test_padding_adds_nothing(pack, document, value_and_grad):
     (loss, aux, grads), (noisy_loss, noisy_aux, noisy_grads) = value_and_grad(batch), value_and_grad(noisy)
     assert loss == noisy_loss
     same(noisy_grads, grads, 1e-6)
-    assert sum(float(jnp.sum(x)) for x in aux.loads.values()) == 3 * 2 * 21  # routers x top_k x tokens
+    assert sum(float(jnp.sum(x)) for x in aux.loads.values()) == 2 * (21 + (21 - 2) + (21 - 4))  # top_k x tokens; module k has k less of each document
     same(noisy_aux.loads, aux.loads, 0)
 
 
@@ -130,14 +130,56 @@ def test_batch_without_targets_is_zero(pack, value_and_grad):
     same(grads, jax.tree.map(jnp.zeros_like, grads))
 
 
-def test_balance_loss_enters_once_times_alpha(model, variables, batch, value_and_grad, logits):
+@pytest.fixture(scope="module")
+def balances(model, variables, batch):
+    """Eqs. 17-20 of each router and row in numpy, float64, from what its block's norm gives it: routers x rows, NaN for a row without positions."""
+    arguments = dict(segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True)
+    of_modules = lambda module, _: "ffn_norm" in module.path and module.path[0].startswith("mtp")
+    output, seen = model.apply(variables, batch["tokens"], **arguments, capture_intermediates=of_modules, mutable="intermediates")
+    rows = [np.sum(np.asarray(x, np.float64)[0], axis=-1) for x in (output.routing.counts_LBE,)]
+    assert rows[0].tolist() == [32, 32, 10, 0]
+    main = np.asarray(output.routing.counts_LBE[0] * output.routing.probs_LBE[0], np.float64).sum(axis=-1) * 4 / (2 * np.array([16, 16, 5, 1]) ** 2)
+    values = [np.where(rows[0] > 0, main, np.nan)]
+    for k in (1, 2):
+        module = lambda tree, k=k: tree[f"mtp_{k - 1}"]["block"]
+        x_BTD = np.asarray(module(seen["intermediates"])["ffn_norm"]["__call__"][0], np.float64)
+        router = module(variables["params"])["ffn"]["router"]["kernel"]
+        scores_BTE = 1 / (1 + np.exp(-x_BTD @ np.asarray(router, np.float64)))
+        chosen_BTK = np.argsort(-(scores_BTE + np.asarray(module(variables["router_bias"])["ffn"]["router"]["bias"])), axis=-1)[..., :2]
+        values.append(np.full(4, np.nan))
+        for b, segments in enumerate(batch["segment_ids"]):
+            places = [t for t in range(LENGTH - k) if segments[t] and segments[t] == segments[t + k]]
+            if places:
+                f_E = 4 / (2 * len(places)) * np.bincount(chosen_BTK[b, places].ravel(), minlength=4)
+                p_E = np.mean([scores_BTE[b, t] / scores_BTE[b, t].sum() for t in places], axis=0)
+                values[-1][b] = f_E @ p_E
+    return np.array(values)
+
+
+@pytest.mark.parametrize("reduction, over_routers", [("sum", np.sum), ("mean", np.mean)])
+def test_balance_loss_is_alpha_times_the_equations_of_every_router(model, variables, batch, value_and_grad, balances, reduction, over_routers):
+    """Mean over the rows that hold positions, then over layers as released code does (sum) or as the mean."""
+    objective = dataclasses.replace(BALANCED, balance_reduction=reduction)
     arguments = (variables["params"], variables["router_bias"], batch, 0)
-    total, aux = jax.jit(functools.partial(loss_fn, model, BALANCED))(*arguments)
-    _, routing, mtp_routing = logits(batch)
-    layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), routing, mtp_routing)
-    assert layers.counts_LBE.shape[0] == 3
-    assert float(aux.parts["balance"]) == pytest.approx(float(sequence_balance_loss(layers, 2)), rel=1e-6)
+    total, aux = jax.jit(functools.partial(loss_fn, model, objective))(*arguments)
+    assert balances.shape == (3, 4) and np.isnan(balances[:, 3]).all()
+    assert float(aux.parts["balance"]) == pytest.approx(over_routers(np.nanmean(balances, axis=1)), rel=1e-5)
     assert float(total) - value_and_grad(batch)[0] == pytest.approx(0.01 * float(aux.parts["balance"]), rel=1e-3)
+
+
+def test_layers_are_summed_as_in_released_code_by_default():
+    assert ObjectiveConfig().balance_reduction == "sum"
+
+
+def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variables, pack, document):
+    """Microbatches of one row each add up to the batch, a row of one or two tokens among them, which the second module has no position in."""
+    batch = pack([[document(16, 1)], [document(2, 2)], [document(1, 3)], [document(9, 4), document(2, 5)]], LENGTH)
+    loss = jax.jit(functools.partial(loss_fn, model, BALANCED))
+    whole = denominators(batch, 2)
+    assert whole.sequences_K.tolist() == [4, 3, 2]
+    parts = [loss(variables["params"], variables["router_bias"], jax.tree.map(lambda x, b=b: x[b : b + 1], batch), 0, whole)[1] for b in range(4)]
+    together = loss(variables["params"], variables["router_bias"], batch, 0)[1]
+    assert sum(float(part.parts["balance"]) for part in parts) == pytest.approx(float(together.parts["balance"]), rel=1e-5)
 
 
 def test_alpha_zero_is_no_balance_loss_at_all(model, variables, batch):
@@ -216,5 +258,7 @@ def test_no_array_of_tokens_by_vocabulary(model, variables, batch, chunk):
 def test_bad_objectives_are_refused():
     with pytest.raises(ConfigError, match="objective.balance='sequense'.*did you mean 'sequence'"):
         ObjectiveConfig(balance="sequense")
+    with pytest.raises(ConfigError, match="objective.balance_reduction='max'.*'?sum"):
+        ObjectiveConfig(balance_reduction="max")
     with pytest.raises(ConfigError, match="loss_chunk=0"):
         ObjectiveConfig(loss_chunk=0)
