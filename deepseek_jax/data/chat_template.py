@@ -1,58 +1,150 @@
-"""A checkpoint's chat template: Jinja in a sandbox, with the names such templates expect."""
+"""A checkpoint's chat template: Jinja in a sandbox, with the names and filters that transformers gives such templates."""
 
 import datetime
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
+from deepseek_jax.data.disguise import ascii_json
 from deepseek_jax.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+
+MAX_LOOP_STEPS = 1_000_000  # of all loops of one rendering together
+_MAX_REPEATED = 1_000_000  # characters or items that one product may make
+_COUNT = "count_step__"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first
 
 
 class ChatTemplate:
-    """Renders chats to text. The template is foreign code: it runs sandboxed and cannot change what it is given."""
+    """Renders chats to text. The template is foreign code: it runs sandboxed, cannot change what it is given, and is
+    stopped after a million steps of its loops.
+
+    `origin` names the file in messages; `literals` is all text that the template itself can write.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str):
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._origin = origin
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template in {origin} does not compile: {error}") from error
+            tree = environment.parse(source)
+            self.literals = _literals(tree)
+            self._template = environment.from_string(_counting(tree))
+        except Exception as error:  # beside Jinja's own errors Python's, for code that is nested too deep
+            raise DataError(f"the chat template in {origin} does not compile: {_words(error)}") from error
 
-    @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any], special_tokens: Mapping[str, str]) -> "ChatTemplate | None":
-        """The template in tokenizer_config.json (of several named ones, `default`) or chat_template.jinja; None where there is none."""
-        source = settings.get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if source is not None:
-            return cls(source, special_tokens, str(folder / "tokenizer_config.json"))
-        file = folder / "chat_template.jinja"
-        return cls(file.read_text(encoding="utf-8"), special_tokens, str(file)) if file.is_file() else None
-
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(self, messages: Messages, add_generation_prompt: bool) -> str:
         """The chat as text. Raises DataError with the template's own words when it refuses the messages."""
+        steps = itertools.count(1)
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template in {self._origin} refuses these messages: {error}") from error
+            return self._template.render(
+                self._special_tokens
+                | {
+                    "messages": [_with_reasoning(message) for message in messages],
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    _COUNT: lambda: _stop_after(next(steps)),
+                }
+            )
+        except Exception as error:  # the template's own refusal, or any error of Python in its expressions
+            raise DataError(f"the chat template in {self._origin} refuses these messages: {_words(error)}") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value`, made of mappings, sequences and scalars, with every string but keys changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which bounds `range`, with bounds on products and powers too: they fill the memory as well."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and abs(right) > 10_000:
+            raise jinja2.TemplateError(f"{left} ** {right} is too large")
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if hasattr(one, "__len__") and isinstance(other, int) and len(one) * other > _MAX_REPEATED:
+                    raise jinja2.TemplateError(f"{type(one).__name__} * {other} is too long")
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > 100_000:
+                raise jinja2.TemplateError("a product is too large")
+        if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{5,}|\*)", left):
+            raise jinja2.TemplateError(f"the format {left[:40]!r} is too wide")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}…{% endgeneration %} marks an assistant's turn; it writes what lies inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Scope:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _counting(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """The same template with a call of `_COUNT` at the start of every loop's body."""
+    for loop in tree.find_all(jinja2.nodes.For):
+        call = jinja2.nodes.Call(jinja2.nodes.Name(_COUNT, "load"), [], [], None, None)
+        loop.body.insert(0, jinja2.nodes.ExprStmt(call).set_lineno(loop.lineno))
+    return tree
+
+
+def _stop_after(steps: int) -> None:
+    if steps > MAX_LOOP_STEPS:
+        raise jinja2.TemplateError(f"its loops have made {MAX_LOOP_STEPS} steps without an end")
+
+
+def _literals(tree: jinja2.nodes.Template) -> str:
+    """All text that the template itself can write, its pieces apart."""
+
+    def pieces() -> Iterator[str]:
+        for node in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):
+            text = node.data if isinstance(node, jinja2.nodes.TemplateData) else node.value
+            if isinstance(text, str):
+                yield text
+
+    return "\0".join(pieces())
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without the fields that are None, and with its reasoning under the names that templates read."""
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a message is an object with a role and content, not {type(message).__name__}")
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
     """JSON as people read it: Jinja's own filter would escape <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return ascii_json(text) if ensure_ascii else text
 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"

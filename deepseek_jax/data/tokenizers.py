@@ -1,27 +1,34 @@
 """Tokenizers: bytes (built in) and any `tokenizer.json`, with one interface."""
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import tokenizers
+from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data.byte_tokenizer import MARKED, ByteTokenizer
+from deepseek_jax.data.chat_template import Messages
+from deepseek_jax.data.json_tokenizer import JsonTokenizer
+from deepseek_jax.data.tokenizer_files import find_tokenizer
+from deepseek_jax.errors import ConfigError, DataError
 
-from deepseek_jax.data.chat_template import ChatTemplate
-from deepseek_jax.errors import ConfigError, DataError, nearest
-
-Messages = Sequence[dict[str, Any]]
+__all__ = ["ByteTokenizer", "JsonTokenizer", "StreamDecoder", "Tokenizer", "check_vocabulary", "find_tokenizer", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Control strings inside a text stay text unless `allow_special` is given."""
+    """Text to ids and back. Control strings inside a text stay text unless `allow_special` is given.
+
+    `stop_ids` end an answer, `eos_id` first among them. `reasoning_tags` are the control strings that an assistant's text
+    may hold, and nobody else's. `answer_opening` is what the prompt of a chat writes of the answer itself, "<think>\n" for R1.
+    """
 
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
+    stop_ids: tuple[int, ...]
     specials: dict[str, int]
+    reasoning_tags: tuple[str, ...]
+    answer_opening: str
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]: ...
 
@@ -30,125 +37,39 @@ class Tokenizer(Protocol):
 
     def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]: ...
 
+    def answer(self, text: str) -> list[int]:
+        """Ids of an assistant's text, reasoning tags parsed, and of what ends its turn."""
 
-_BYTE_SPECIALS = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "<user>", "<assistant>")
-_BYTE_HIDDEN = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")
+    def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the answer, its end included, for a chat whose last message is the assistant's."""
 
-
-class ByteTokenizer:
-    """UTF-8 bytes 0..255, then the special tokens above; ids 265..271 are reserved. Chats are <bos><user>…<assistant>…<eos>."""
-
-    vocab_size = 272
-
-    def __init__(self):
-        self.specials = {name: 256 + i for i, name in enumerate(_BYTE_SPECIALS)}
-        self.pad_id, self.bos_id, self.eos_id = (self.specials[name] for name in ("<pad>", "<bos>", "<eos>"))
-        self._hidden = frozenset(self.specials[name] for name in _BYTE_HIDDEN)
-        self._names = {i: name for name, i in self.specials.items()}
-        self._pattern = re.compile("(" + "|".join(map(re.escape, _BYTE_SPECIALS)) + ")")
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
-        ids = [self.bos_id] if bos else []
-        for piece in self._pattern.split(text) if allow_special else [text]:
-            if allow_special and piece in self.specials:
-                ids.append(self.specials[piece])
-            else:
-                ids.extend(piece.encode("utf-8", errors="replace"))
-        return ids + [self.eos_id] if eos else ids
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        text, run = [], bytearray()
-        for i in map(int, ids):
-            if i < 256:
-                run.append(i)
-                continue
-            text.append(run.decode("utf-8", errors="replace"))
-            run.clear()
-            if not (skip_special and i in self._hidden):
-                text.append(self._names.get(i, ""))
-        return "".join(text) + run.decode("utf-8", errors="replace")
-
-    def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a chat. An assistant's message may contain the reasoning tags; a user's text is never parsed for control strings."""
-        ids = [self.bos_id]
-        for message in messages:
-            role = message["role"]
-            if role == "user":
-                ids += [self.specials["<user>"], *self.encode(message["content"])]
-            elif role == "assistant":
-                ids += [self.specials["<assistant>"], *self.encode(message["content"], allow_special=True), self.eos_id]
-            else:
-                raise DataError(f"the byte tokenizer's chat has no role {role!r}: {nearest(str(role), ('user', 'assistant'))}")
-        return ids + [self.specials["<assistant>"]] if add_generation_prompt else ids
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files, from which `load_tokenizer(folder)` gives the same tokenizer."""
 
 
-class JsonTokenizer:
-    """A `tokenizer.json` with the `tokenizer_config.json` (and chat template) beside it.
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """'byte', a `tokenizer.json`, a folder that holds one, or a checkpoint that knows its own (see `find_tokenizer`).
 
-    Control tokens are the added tokens the file marks as special, and those written <…> (DeepSeek leaves <｜User｜> and <think>
-    unmarked); ordinary text never produces them. Padding falls back to the end-of-sequence token, as DeepSeek's files have it.
-    Raises DataError for a file that is missing or cannot be read, or that names no bos or eos token.
+    Raises DataError saying what is missing or wrong.
     """
-
-    def __init__(self, folder: Path, file: Path):
-        self._path = folder
-        definition = _read_json(file)
-        settings_file = folder / "tokenizer_config.json"
-        settings = _read_json(settings_file) if settings_file.exists() else {}
-        try:
-            self._parsing = tokenizers.Tokenizer.from_str(json.dumps(definition))
-            for token in definition.get("added_tokens", []):
-                token["special"] = token["special"] or bool(re.fullmatch(r"<.+>", token["content"]))
-            self._literal = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:  # the library raises bare Exception for a file it cannot use
-            version = tokenizers.__version__
-            raise DataError(f"{file} is not a tokenizer.json that the tokenizers library {version} can read: {error}") from error
-        self._literal.encode_special_tokens = True  # "encode the strings of special tokens as text"
-        self.specials = {token["content"]: token["id"] for token in definition.get("added_tokens", []) if token["special"]}
-        self.vocab_size = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
-        named = {
-            field: _content(value) for field, value in settings.items() if field.endswith("_token") and _content(value) is not None
-        }
-        self.bos_id = self._named_id(named, "bos_token")
-        self.eos_id = self._named_id(named, "eos_token")
-        self.pad_id = self._named_id(named, "pad_token") if "pad_token" in named else self.eos_id
-        self._template = ChatTemplate.load(folder, settings, named)
-
-    def _named_id(self, named: dict[str, str], field: str) -> int:
-        if field not in named:
-            raise DataError(f"{self._path} names no {field}: add \"{field}\": \"…\" to {self._path / 'tokenizer_config.json'}")
-        token_id = self._parsing.token_to_id(named[field])
-        if token_id is None:
-            raise DataError(f"{self._path}: {field} {named[field]!r} is not in the vocabulary of tokenizer.json")
-        return token_id
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
-        text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates have no UTF-8 form
-        ids = (self._parsing if allow_special else self._literal).encode(text, add_special_tokens=False).ids
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        return self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-    def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a chat rendered by the checkpoint's own template. Raises ConfigError where the checkpoint has none."""
-        if self._template is None:
-            raise ConfigError(
-                f"{self._path} has no chat template (neither chat_template in tokenizer_config.json nor chat_template.jinja), and none is "
-                "guessed: add the one the checkpoint was trained with, or give plain text"
-            )
-        return self.encode(self._template.render(messages, add_generation_prompt), allow_special=True)
-
-
-def load_tokenizer(spec: str) -> Tokenizer:
-    """'byte', a `tokenizer.json`, or a folder that holds one. Raises DataError saying what is missing."""
-    if spec == "byte":
+    if str(spec) == "byte":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
+    path, seen = Path(spec).expanduser(), set()
+    while path.is_dir() and not (path / tokenizer_files.TOKENIZER).is_file():
+        found = find_tokenizer(path)
+        if found == "byte":
+            return ByteTokenizer()
+        seen.add(path.absolute())
+        path = Path(found).expanduser()
+        if path.absolute() in seen:
+            raise DataError(f"no tokenizer at {str(spec)!r}: its run names {found!r}, which names none")
+    file = path / tokenizer_files.TOKENIZER if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"no tokenizer at {spec!r}: give 'byte', a tokenizer.json, or a folder that holds one")
-    return JsonTokenizer(file.parent, file)
+        raise DataError(f"no tokenizer at {str(path)!r}: give 'byte', a tokenizer.json, or a folder that holds one")
+    settings = file.parent / tokenizer_files.SETTINGS
+    if settings.is_file() and tokenizer_files.read_object(settings.read_bytes(), settings).get(MARKED) == "byte":
+        return ByteTokenizer()
+    return JsonTokenizer(file)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -195,17 +116,3 @@ class StreamDecoder:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special=self._skip_special)
-
-
-def _content(value: Any) -> str | None:
-    """A token in tokenizer_config.json is a string or an object with `content`."""
-    return value["content"] if isinstance(value, dict) else value
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from error

@@ -1,0 +1,312 @@
+"""Any `tokenizer.json`, with the chat template and the settings beside it."""
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data.chat_template import ChatTemplate, Messages, map_strings
+from deepseek_jax.data.disguise import LAST, MARK, Disguise, cut, revealed
+from deepseek_jax.data.tokenizer_files import decode_text, read_object
+from deepseek_jax.errors import ConfigError, DataError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_PROBE = "AnswerOfTheAssistant"
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` with the files beside it, read as transformers reads them. Truncation and padding that were saved
+    with it never apply.
+
+    Control tokens are the added tokens that the file marks as special, that a setting names, that are written <…> (DeepSeek
+    leaves <｜User｜> and <think> unmarked), or that the chat template writes; ordinary text never produces them. Padding
+    falls back to the end-of-sequence token, as DeepSeek's files have it. Raises DataError for a file that is missing or
+    cannot be read, or that names no bos or eos token.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._folder = file, file.parent
+        self._files = tokenizer_files.read_files(file)
+        settings = self._object(tokenizer_files.SETTINGS)
+        self._parsing = _build(json.dumps(self._object(tokenizer_files.TOKENIZER)), file)
+        named = self._named_tokens(settings)
+        self._add_missing(settings, named)
+        self.vocab_size = max(self._parsing.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id, self.eos_id = self._named_id(named, "bos_token"), self._named_id(named, "eos_token")
+        self.pad_id = self._named_id(named, "pad_token") if "pad_token" in named else self.eos_id
+        self._template = self._chat_template(settings, named)
+
+        written = self._template.literals if self._template else ""
+        added = self._parsing.get_added_tokens_decoder()
+        marked = {token.content for token in added.values() if token.special} | set(named.values())
+        self.specials = {
+            token.content: i for i, token in added.items() if token.content in marked or _is_control(token.content, written)
+        }
+        if any(text[0] > LAST for text in self.specials):
+            raise DataError(f"{file} has a control token that begins with a character behind U+{ord(LAST):04X}, which is not supported")
+        self.reasoning_tags = tuple(tag for tag in REASONING_TAGS if tag in self.specials)
+        self._hidden = frozenset(self.specials[text] for text in marked & self.specials.keys() if text not in REASONING_TAGS)
+        unknown = self._parsing.token_to_id(str(getattr(self._parsing.model, "unk_token", None)))
+        self._control_ids = frozenset(self.specials.values()) - {unknown}
+        self._disguise = Disguise(self.specials)
+        self.stop_ids = self._stop_ids()
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
+        text = _valid(text)
+        ids = self._library_ids(self._parsing, text) if allow_special else self._ids(self._disguise.hide(text))
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        shown = [int(i) for i in ids if 0 <= i < self.vocab_size and not (skip_special and i in self._hidden)]
+        return _library(lambda: self._parsing.decode(shown, skip_special_tokens=False), f"{self._file} cannot decode {shown[:8]}")
+
+    def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a chat rendered by the checkpoint's own template. Raises ConfigError where the checkpoint has none."""
+        return self._ids(self._render(messages, add_generation_prompt))
+
+    def answer(self, text: str) -> list[int]:
+        return self._ended(self._ids(self._disguise.hide(_valid(text), self.reasoning_tags) + self._turn_end))
+
+    def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """The prompt and the answer as the template writes them, or, of reasoning that it drops from finished turns, as it is."""
+        *context, last = messages
+        prompt, chat = self._render(context, True), self._render(messages, False)
+        content = self._hide_message(last).get("content", "")
+        dropped = self._dropped_tags(context, chat, content)
+        if dropped:
+            if last.get("tool_calls"):
+                raise DataError(f"{self._folder}: the chat template drops {dropped[0]} from an answer that has tool_calls: leave one of the two out")
+            opened = self.answer_opening.strip()
+            if opened:
+                content = re.sub(rf"\A\s*{re.escape(opened)}\s*", "", content)
+            rest = content + self._turn_end
+        elif chat.startswith(prompt):
+            rest = chat[len(prompt) :]
+        else:  # the template writes the opening of an answer only where one is asked for
+            place = chat.rfind(content.strip())
+            if place < 0:
+                raise DataError(f"{self._folder}: the chat template rewrites this answer, so that its tokens cannot be told: {revealed(content)[:40]!r}")
+            prompt, rest = chat[:place], chat[place:]
+        prompt_ids, chat_ids = self._ids(prompt), self._ids(prompt + rest)
+        apart = chat_ids[: len(prompt_ids)] == prompt_ids
+        return prompt_ids, self._ended(chat_ids[len(prompt_ids) :] if apart else self._ids(rest))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that were read, and all stop tokens into generation_config.json."""
+        files = {name: content for name, content in self._files.items() if name != tokenizer_files.MODEL}
+        settings = self._object(tokenizer_files.GENERATION)
+        if not set(self.stop_ids) <= set(self._token_ids(tokenizer_files.GENERATION)):
+            settings["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.eos_id
+            files[tokenizer_files.GENERATION] = json.dumps({"bos_token_id": self.bos_id, "pad_token_id": self.pad_id} | settings, indent=2).encode()
+        tokenizer_files.write_files(Path(folder), files)
+
+    @functools.cached_property
+    def answer_opening(self) -> str:
+        return self._probed[0]
+
+    @functools.cached_property
+    def _turn_end(self) -> str:
+        """What the template writes behind an assistant's words; empty where it writes nothing or there is no template."""
+        return self._probed[1]
+
+    @functools.cached_property
+    def _probed(self) -> tuple[str, str]:
+        """(opening, end) of an assistant's turn."""
+        if self._template is None:
+            return "", ""
+        question = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self._render(question, True)
+            before, found, end = self._render([*question, {"role": "assistant", "content": _PROBE}], False).rpartition(_PROBE)
+        except DataError:  # it wants other messages than these
+            return "", ""
+        return (prompt[len(before) :] if prompt.startswith(before) else "", end) if found else ("", "")
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """An answer's ids, with eos behind them where the template ends the last turn with no stop token."""
+        return ids if set(ids) & set(self.stop_ids) else [*ids, self.eos_id]
+
+    def _dropped_tags(self, context: Messages, chat: str, content: str) -> list[str]:
+        tags = [tag for tag in self.reasoning_tags if tag in content]
+        before = self._render(context, False) if tags else ""
+        return [tag for tag in tags if chat.count(tag) - before.count(tag) < content.count(tag)]
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        """The chat as text, control strings in the messages disguised but for an assistant's reasoning tags."""
+        if self._template is None:
+            raise ConfigError(
+                f"{self._folder} has no chat template (neither chat_template in tokenizer_config.json nor chat_template.jinja), and none is "
+                "guessed: add the one the checkpoint was trained with, or give plain text"
+            )
+        return _valid(self._template.render([self._hide_message(message) for message in messages], add_generation_prompt))
+
+    def _hide_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(message, Mapping):
+            return message  # the template's errors are reported
+        tags = self.reasoning_tags if message.get("role") == "assistant" else ()
+
+        def hide(name: str, value: Any) -> Any:
+            return map_strings(value, lambda text: self._disguise.hide(_valid(text), () if name == "tool_calls" else tags))
+
+        return {name: hide(name, value) for name, value in message.items()}
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a text in which what must stay text is disguised."""
+        if MARK not in text and not self._folds(text):
+            return self._library_ids(self._parsing, text)
+        wanted = Counter(self.specials[found] for found in self._disguise.find_all(text))
+        for pieces in ([text], cut(text)):
+            ids = [i for piece in pieces for i in self._library_ids(self._guarded, piece)]
+            if not Counter(i for i in ids if i in self._control_ids) - wanted:
+                return ids
+        raise DataError(f"{self._file} makes control tokens of plain text: {revealed(text)[:80]!r}; take the text out, or use another tokenizer")
+
+    def _folds(self, text: str) -> bool:
+        """Whether the tokenizer's normalizer makes control strings of other text, such as of capital letters."""
+        if self._normalizer is None:
+            return False
+        folded = _library(lambda: self._normalizer.normalize_str(text), f"{self._file} cannot normalize {text[:40]!r}")
+        return bool(Counter(self._disguise.find_all(folded)) - Counter(self._disguise.find_all(text)))
+
+    @functools.cached_property
+    def _normalizer(self):
+        """The normalizer where a control token may come out of it."""
+        tokens = self._parsing.get_added_tokens_decoder().values()
+        reachable = self._control_ids & set(self._parsing.get_vocab(with_added_tokens=False).values())
+        return self._parsing.normalizer if reachable or any(token.normalized and token.content in self.specials for token in tokens) else None
+
+    @functools.cached_property
+    def _guarded(self) -> tokenizers.Tokenizer:
+        """The tokenizer for disguised text: control tokens are found before anything is normalized, then the disguise falls."""
+        definition = json.loads(self._parsing.to_str())
+        for token in definition["added_tokens"]:
+            token["normalized"] = token["normalized"] and token["content"] not in self.specials
+        steps = [{"type": "Replace", "pattern": {"String": pair}, "content": plain} for pair, plain in self._disguise.pairs]
+        definition["normalizer"] = {"type": "Sequence", "normalizers": steps + [definition["normalizer"]] * (definition["normalizer"] is not None)}
+        return _build(json.dumps(definition), self._file)
+
+    def _library_ids(self, library: tokenizers.Tokenizer, text: str) -> list[int]:
+        return _library(lambda: library.encode(text, add_special_tokens=False).ids, f"{self._file} cannot encode {revealed(text)[:40]!r}")
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        """What ends an answer: eos, the template's end of a turn, and the ids in generation_config.json and the model's config.json."""
+        end = [i for i in self._library_ids(self._parsing, self._turn_end) if i in self._control_ids]
+        stored = [*self._token_ids(tokenizer_files.GENERATION), *self._token_ids(tokenizer_files.MODEL)]
+        return tuple(dict.fromkeys([self.eos_id, *end[:1], *stored]))
+
+    def _token_ids(self, name: str) -> list[int]:
+        stored = self._object(name).get("eos_token_id")
+        ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise DataError(f"{self._folder / name}: eos_token_id={stored!r}: must be a token id or a list of them")
+        return ids
+
+    def _named_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """The tokens that the settings name, by field. Files of old keep them in special_tokens_map.json."""
+        fields = dict(settings)
+        if "added_tokens_decoder" not in settings:
+            fields |= {name: value for name, value in self._object(tokenizer_files.SPECIALS).items() if value is not None}
+        return {name: self._content(fields[name], name) for name in NAMED if fields.get(name) is not None}
+
+    def _content(self, value: Any, where: str) -> str:
+        """A token in the settings is a string or an object with `content`."""
+        content = value.get("content") if isinstance(value, Mapping) else value
+        if not isinstance(content, str) or not content:
+            raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: {where}={value!r}: must be a token's text, or an object with its `content`")
+        return content
+
+    def _add_missing(self, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
+        """Adds the tokens that only the settings know, and makes added tokens of the named ones in the vocabulary."""
+        listed = settings.get("added_tokens_decoder")
+        if listed is None:
+            by_text = self._object(tokenizer_files.ADDED)
+            listed = {i: {"content": text, "special": text in named.values()} for text, i in sorted(by_text.items(), key=lambda item: str(item[1]))}
+        if not isinstance(listed, Mapping) or not all(isinstance(token, Mapping) for token in listed.values()):
+            raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: added_tokens_decoder must be an object of objects")
+        known = {token.content for token in self._parsing.get_added_tokens_decoder().values()}
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+        def missing():
+            try:
+                for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+                    content = self._content(token, "added_tokens_decoder")
+                    if content not in known:
+                        yield tokenizers.AddedToken(content, **{name: token[name] for name in flags if name in token})
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: added_tokens_decoder: {error}") from error
+            for content in named.values():
+                if content not in known and self._parsing.token_to_id(content) is not None:
+                    yield tokenizers.AddedToken(content, special=True, normalized=False)
+
+        tokens = list(missing())
+        if tokens:
+            _library(lambda: self._parsing.add_tokens(tokens), f"{self._file} does not take the added tokens of its settings")
+
+    def _named_id(self, named: Mapping[str, str], field: str) -> int:
+        if field not in named:
+            raise DataError(f"{self._folder} names no {field}: add \"{field}\": \"…\" to {self._folder / tokenizer_files.SETTINGS}")
+        token_id = self._parsing.token_to_id(named[field])
+        if token_id is None:
+            raise DataError(f"{self._folder}: {field} {named[field]!r} is not in the vocabulary of {self._file.name}")
+        return token_id
+
+    def _chat_template(self, settings: Mapping[str, Any], named: Mapping[str, str]) -> ChatTemplate | None:
+        """The template: of several named ones `default`; files of their own go before tokenizer_config.json."""
+        origin, source = self._folder / tokenizer_files.SETTINGS, settings.get("chat_template")
+        if isinstance(source, list):
+            if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in source):
+                raise DataError(f"{origin}: a chat_template that is a list needs objects with `name` and `template`")
+            source = {entry["name"]: entry.get("template") for entry in source}
+        own = {name: content for name, content in self._files.items() if name.endswith(".jinja")}
+        if own:
+            default = next((name for name in (tokenizer_files.TEMPLATE, f"{tokenizer_files.TEMPLATES}/default.jinja") if name in own), None)
+            origin = self._folder / (default or tokenizer_files.TEMPLATES)
+            source = {Path(name).stem: None for name in own} if default is None else decode_text(own[default], origin)
+        if isinstance(source, Mapping):
+            if "default" not in source:
+                raise DataError(f"{origin} has the chat templates {', '.join(map(str, source))} and none named 'default': name one so")
+            source = source["default"]
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise DataError(f"{origin}: chat_template holds {type(source).__name__}, not a template's text")
+        return ChatTemplate(source, named, str(origin))
+
+    def _object(self, name: str) -> dict[str, Any]:
+        where = self._file if name == tokenizer_files.TOKENIZER else self._folder / name
+        return read_object(self._files[name], where) if name in self._files else {}
+
+
+def _is_control(content: str, written: str) -> bool:
+    """Whether an added token that nothing marks is one: <…>, or a sign that the template writes. Words and spaces are text."""
+    return bool(re.fullmatch(r"<.+>", content, re.DOTALL)) or (content in written and re.search(r"[^\w\s]", content) is not None)
+
+
+def _build(definition: str, file: Path) -> tokenizers.Tokenizer:
+    wrong = f"{file} is not a tokenizer.json that the tokenizers library {tokenizers.__version__} can read"
+    library = _library(lambda: tokenizers.Tokenizer.from_str(definition), wrong)
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _library(call: Callable[[], Any], wrong: str) -> Any:
+    """What the tokenizers library gives. It raises bare Exception for what it can't use, and panics are no Exception at all."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{wrong}: {error}") from error
+
+
+def _valid(text: str) -> str:
+    """Lone surrogates have no UTF-8 form."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,0 +1,84 @@
+"""The files of a tokenizer: which there are, how they are read and written, and where a checkpoint's lie."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.errors import DataError
+
+TOKENIZER, SETTINGS, SPECIALS, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE, TEMPLATES, GENERATION, MODEL = "chat_template.jinja", "chat_templates", "generation_config.json", "config.json"
+BESIDE = (SETTINGS, SPECIALS, ADDED, TEMPLATE, GENERATION)
+FOLDER = "tokenizer"  # in a stage's folder
+
+
+def read_files(file: Path) -> dict[str, bytes]:
+    """Contents by name of a tokenizer.json and of what lies beside it, the model's config.json included."""
+    files = {TOKENIZER: _read(file)}
+    beside = [file.parent / name for name in (*BESIDE, MODEL)]
+    named = sorted((file.parent / TEMPLATES).glob("*.jinja"))
+    return files | {str(path.relative_to(file.parent)): _read(path) for path in (*beside, *named) if path.is_file()}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes `files` by name, each whole or not at all."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+
+
+def decode_text(content: bytes, where: Path) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises DataError naming the file."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_object(content: bytes, where: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError naming the file."""
+    try:
+        value = json.loads(decode_text(content, where))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def find_tokenizer(checkpoint: Path) -> str:
+    """Which tokenizer a checkpoint was trained with, as `load_tokenizer` takes it.
+
+    `checkpoint` is a Hugging Face folder, a stage's folder, its `checkpoints` folder, one checkpoint in it, or a run's folder.
+    A stage has the files in `tokenizer/`; for runs that have not, the run's config.json names the tokenizer. Raises DataError
+    where nothing says which.
+    """
+    checkpoint = Path(checkpoint).absolute()
+    if checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints":
+        checkpoint = checkpoint.parent
+    stage = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
+    for folder in (stage, stage / FOLDER):
+        if (folder / TOKENIZER).is_file():
+            return str(folder)
+    for run in (stage, stage.parent):
+        file = run / MODEL
+        config = read_object(_read(file), file) if file.is_file() else {}
+        if "stages" in config:
+            return str(config.get("tokenizer") or "byte")  # an experiment that names none uses bytes
+    raise DataError(
+        f"no tokenizer at {checkpoint}: it has no {TOKENIZER}, no folder {FOLDER!r} with one, and no config.json of a run that names one; "
+        f"say which the model was trained with: 'byte', a {TOKENIZER} or its folder (--tokenizer=…)"
+    )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
