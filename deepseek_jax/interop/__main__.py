@@ -18,7 +18,7 @@ from rich.progress import Progress
 from deepseek_jax import cli
 from deepseek_jax.interop.atomic import check_absent, new_folder
 from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
-from deepseek_jax.interop.folder import open_folder
+from deepseek_jax.interop.folder import open_folder, usable_folder
 from deepseek_jax.interop.hf_config import read_config
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
 from deepseek_jax.interop.importer import PARAM_DTYPES, read_variables
@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Console) -> None:
     """Reads `hf_folder` and stores it as a checkpoint that `training.checkpoints.load_variables` loads."""
     check_absent(checkpoint)
-    folder = open_folder(hf_folder)
-    folder.raise_problems()
+    folder = usable_folder(hf_folder)
     for note in folder.notes:
         console.print(f"note: {note}", markup=False)
     with _progress(console, "importing") as progress:

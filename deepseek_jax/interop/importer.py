@@ -6,7 +6,9 @@ host memory is about one such part, and a host reads only what its devices hold.
 """
 
 import itertools
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,15 @@ import numpy as np
 from flax import traverse_util
 
 from deepseek_jax.errors import CheckpointError, nearest
-from deepseek_jax.interop.folder import Folder, open_folder
+from deepseek_jax.interop.folder import SHOWN, Folder, shown, usable_folder
 from deepseek_jax.interop.fp8_blocks import BLOCK
 from deepseek_jax.interop.parts import Part, fill, overlaps, part_of, whole
 from deepseek_jax.interop.safetensors_io import StoredTensor
-from deepseek_jax.interop.tensors import TensorSpec
+from deepseek_jax.interop.tensors import SCALE_SUFFIX, TensorSpec
 from deepseek_jax.model.config import ModelConfig
 from kernels_pallas import QTensor
 
+log = logging.getLogger(__name__)
 PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _KEPT = "fp8"  # matrices that are stored in E4M3 stay so
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -40,13 +43,16 @@ def import_folder(
 
     Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the routers'
     correction biases in float32. FP8 weights are dequantised by their block scales; with `dtype` "fp8" they stay as they are, a QTensor
-    of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies with, and the others are bfloat16. They are numpy arrays, or with `shardings` jax
-    arrays: `shardings(config)` is a tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)`
-    is called after every tensor, or part of one, that is read. Raises CheckpointError naming every tensor that is missing, extra, of
-    another shape or dtype, or cut off, before anything is allocated.
+    of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies with, and the others are bfloat16. They are numpy
+    arrays, or with `shardings` jax arrays: `shardings(config)` is a tree of the same structure with a `jax.sharding.Sharding` for each.
+    `progress(done, total)` is called after every tensor, or part of one, that is read. What is left out is logged as a warning.
+
+    Raises CheckpointError naming every tensor that is missing, extra, of another shape or dtype, or cut off, before anything is
+    allocated; and, once they are read, those with numbers that are NaN or infinite or with scales that are not above 0.
     """
-    opened = open_folder(folder)
-    opened.raise_problems()
+    opened = usable_folder(folder)
+    for note in opened.notes:
+        log.warning("%s: %s", folder, note)
     return opened.config, read_variables(opened, dtype, progress, shardings(opened.config) if shardings else None)
 
 
@@ -56,7 +62,7 @@ def read_variables(
     progress: Callable[[int, int], None] | None = None,
     shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The variables of a folder without problems (see `import_folder`; here `shardings` is the tree itself)."""
+    """The variables of a `usable_folder` (see `import_folder`; here `shardings` is the tree itself)."""
     if dtype not in (*PARAM_DTYPES, _KEPT):
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, (*PARAM_DTYPES, _KEPT))}")
     specs = specs_by_path(folder)
@@ -76,9 +82,12 @@ def read_variables(
     else:
         parts = {path: _devices_of_parts(shardings[path], shape) for path, shape in shapes.items()}
     total = sum(overlaps(spec, part) for path, tensors in specs.items() for part in parts[path] for spec in tensors)
-    count = itertools.count(1)
+    count, bad = itertools.count(1), Counter()
 
-    def done() -> None:
+    def done(found: Counter[str]) -> None:
+        bad.update(found)
+        if len(bad) >= SHOWN:
+            _refuse_numbers(folder, bad)
         if progress:
             progress(next(count), total)
 
@@ -95,9 +104,17 @@ def read_variables(
             # Waiting lets go of this part, unless the device shares the host's memory, before the next is read.
             arrays += _put(read_part(tensors, folder.stored, part, leaf_dtype, done), devices)
         leaves[path] = jax.make_array_from_single_device_arrays(shapes[path], shardings[path], arrays, dtype=leaf_dtype)
+    if bad:
+        _refuse_numbers(folder, bad)
     for path in kept:
         leaves[path] = QTensor(leaves.pop((*path, "values")), leaves.pop((*path, "scales")), (BLOCK, BLOCK))
     return traverse_util.unflatten_dict(leaves)
+
+
+def _refuse_numbers(folder: Folder, bad: Mapping[str, int]) -> None:
+    what = {name: "not above 0 or not finite" if name.endswith(SCALE_SUFFIX) else "NaN or infinite" for name in bad}
+    lines = [f"{name}: {count:,} of {math.prod(folder.stored[name].shape):,} numbers {what[name]}" for name, count in bad.items()]
+    raise CheckpointError(f"{folder.path} holds numbers that no network can use:\n  {shown(lines)}")
 
 
 def _sharding_of_scales(sharding: jax.sharding.Sharding, stacked: int) -> jax.sharding.Sharding:
@@ -108,10 +125,10 @@ def _sharding_of_scales(sharding: jax.sharding.Sharding, stacked: int) -> jax.sh
 
 
 def specs_by_path(folder: Folder) -> dict[tuple[str, ...], list[TensorSpec]]:
-    """The tensors that are there, for each variable; duplicates come after what they repeat."""
+    """The tensors that fill each variable."""
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in folder.table:
-        if spec.name in folder.stored:
+        if not spec.duplicate:
             specs.setdefault(spec.path, []).append(spec)
     return specs
 
@@ -121,17 +138,13 @@ def read_part(
     stored: Mapping[str, StoredTensor],
     part: Part,
     dtype: np.dtype,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[Counter[str]], None] = lambda bad: None,
 ) -> np.ndarray:
-    """One part of the variable that `specs` fill; `done()` is called after each tensor.
-
-    Raises CheckpointError where a duplicate differs within the part: hosts that read all parts have compared all of it.
-    """
+    """One part of the variable that `specs` fill; after each tensor, `done` is called with the numbers in it that are none, counted by tensor."""
     target = _aligned_empty([len(axis) for axis in part], dtype)
     for spec in specs:
         if overlaps(spec, part):
-            fill(spec, stored, part, target)
-            done()
+            done(fill(spec, stored, part, target))
     return target
 
 

@@ -20,7 +20,7 @@ class TensorSpec:
 
     It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` says that our
     side is [in, out]. `quantised` tensors are FP8 with a scale in the released checkpoints. A `duplicate` repeats a
-    tensor that another line of the table fills: it may be absent, and must agree where present.
+    tensor that another line of the table fills: it may be absent, and must agree where present (`folder.usable_folder`).
     """
 
     name: str
@@ -39,6 +39,10 @@ class TensorSpec:
     @property
     def is_router_bias(self) -> bool:
         return self.path[0] == "router_bias"
+
+    @property
+    def is_scale(self) -> bool:
+        return self.name.endswith(SCALE_SUFFIX)
 
     @property
     def scale_name(self) -> str:
