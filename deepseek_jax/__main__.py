@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int | None:
     hosts.join(given or hosts.detect(), lambda: saved_steps(workdir))
     experiment = build_experiment(config, name, workdir)
     stages = build_stages(experiment)
+    for stage in stages:
+        stage.check_data(prepare=True)
     claim_workdir(experiment)
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
@@ -66,6 +68,7 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
     console = Console(highlight=False)
     console.print(model_table(experiment.name, model_report(experiment.model.config)))
     for index, stage in enumerate(stages, start=1):
+        stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
     if mesh:
         console.print(f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run", markup=False)

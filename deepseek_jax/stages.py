@@ -4,23 +4,29 @@ A stage is built, and with that checked, from its section of the experiment file
 finished stage again returns what it left.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.accounting.chips import peak_flops
 from deepseek_jax.accounting.flops import training_flops_per_token
-from deepseek_jax.data.config import DataConfig
+from deepseek_jax.data.checks import check_sources
+from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.errors import ConfigError, build, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.json_io import to_json
-from deepseek_jax.model.transformer import init_variables
+from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
+from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import host_share, variables_sharding
+from deepseek_jax.precision.fp8 import FP8Recipe
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
@@ -28,10 +34,12 @@ from deepseek_jax.rl.grpo import GRPO, learning_rate
 from deepseek_jax.rl.loop import LoopConfig, train_grpo
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.tasks import Task
+from deepseek_jax.training.batches import Batch
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.objective import uses_mtp
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.outliers import add_outliers
 
@@ -44,6 +52,10 @@ class Stage(Protocol):
     name: str
 
     def summary(self) -> str: ...
+
+    def check_data(self, prepare: bool) -> None:
+        """Opens the data that `run` will read, without what would have to be downloaded unless `prepare`. Raises DataError."""
+
     def run(self, variables: Variables | None) -> Variables: ...
 
 
@@ -106,12 +118,47 @@ class TrainStage:
         sources = ", ".join(f"{source.name} ({source.weight:g})" for source in self.data.sources)
         return f"{self.config.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
 
+    def check_data(self, prepare: bool) -> None:
+        check_sources(self._text(), ("train", "validation"), self.experiment.tokenizer, self.data.data_dir, prepare=prepare)
+
+    def _text(self) -> tuple[SourceConfig, ...]:
+        """The sources that are not the experiment's task."""
+        return tuple(source for source in self.data.sources if source.name != "task")
+
+    def _held_out(self) -> tuple[SourceConfig, ...]:
+        return tuple(source for source in self._text() if source.holds_out)
+
     def run(self, variables: Variables | None) -> Variables:
-        experiment = self.experiment
-        in_memory = None
+        experiment, model, held_out = self.experiment, self.experiment.model, None
+        if self._held_out():
+            held_out = held_out_batches(dataclasses.replace(self.data, sources=self._held_out()), experiment, self.seq_len, self.batch_size)
+        result = train(
+            model,
+            self.config,
+            self._open_loader,
+            experiment.workdir / self.name,
+            variables=variables,
+            held_out=held_out,
+            seed=experiment.seed,
+            flops_per_token=self.flops_per_token,
+            peak_flops=_peak_flops(model),
+            name=self.name,
+        )
+        return result.state.variables
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward, MTP modules included where they are trained."""
+        model = self.experiment.model
+        return training_flops_per_token(model.config, self.seq_len, mtp=uses_mtp(model, self.config.objective))
+
+    def _open_loader(self) -> Loader:
+        experiment, in_memory = self.experiment, None
         if self._uses_task():
             in_memory = {"task": {"train": self.task_documents.write(experiment.task, _seed(experiment, self.name, "documents"))}}
-        loader = build_loader(
+        if self._text() and not self._held_out():
+            print(f"{self.name}: nothing is held out (validation_fraction=0 and no validation_path), so no held-out loss is measured", flush=True)
+        return build_loader(
             self.data,
             experiment.tokenizer,
             self.seq_len,
@@ -120,23 +167,6 @@ class TrainStage:
             share=host_share(experiment.model.placement),
             in_memory=in_memory,
         )
-        text = tuple(source for source in self.data.sources if source.name != "task")
-        held_out = None
-        if text:
-            held_out = held_out_batches(dataclasses.replace(self.data, sources=text), experiment, self.seq_len, self.batch_size)
-        result = train(
-            experiment.model,
-            self.config,
-            loader,
-            experiment.workdir / self.name,
-            variables=variables,
-            held_out=held_out,
-            seed=experiment.seed,
-            flops_per_token=training_flops_per_token(experiment.model.config, self.seq_len),
-            name=self.name,
-        )
-        loader.close()
-        return result.state.variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +204,18 @@ class GRPOStage:
         rewards = ", ".join(f"{name} × {weight:g}" for name, weight in config.rewards)
         return f"{config.rollouts} rollouts of {config.prompts_per_rollout} × {config.group_size}, {config.steps_per_rollout} updates each; {rewards}"
 
+    def check_data(self, prepare: bool) -> None:
+        del prepare  # problems are drawn, not read
+
     def run(self, variables: Variables | None) -> Variables:
         experiment, folder = self.experiment, self.experiment.workdir / self.name
         variables = _weights(variables, experiment)
         state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, seed=_seed(experiment, self.name, "sampling"), name=self.name)
         if is_primary():
-            plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
+            try:
+                plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
+            except Exception as error:  # weights are worth more than a figure of them
+                print(f"{self.name}: curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers", flush=True)
         return state.variables
 
 
@@ -214,6 +250,10 @@ class EvalStage:
     def summary(self) -> str:
         config = self.evaluation
         return f"{config.problems} problems greedily, {config.sampled_problems} × {config.samples} sampled"
+
+    def check_data(self, prepare: bool) -> None:
+        if self.data is not None:
+            check_sources(self.data.sources, ("validation",), self.experiment.tokenizer, self.data.data_dir, prepare=prepare)
 
     @property
     def path(self) -> Path:
@@ -257,6 +297,9 @@ class OutliersStage:
     def summary(self) -> str:
         return f"{self.channels} channels {self.factor:g} times as large"
 
+    def check_data(self, prepare: bool) -> None:
+        del prepare
+
     def run(self, variables: Variables | None) -> Variables:
         variables = _weights(variables, self.experiment)
         return {**variables, "params": add_outliers(variables["params"], self.channels, self.factor)}
@@ -275,14 +318,24 @@ def build_stages(experiment: Experiment) -> list[Stage]:
     return stages
 
 
-def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int):
-    """-> a function that starts one ordered pass over the held-out documents."""
+def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
+    """-> a function that starts one ordered pass over the held-out documents, and stops the reading threads when the pass is dropped."""
 
-    def start() -> Loader:
+    def start() -> Iterator[Batch]:
         share = host_share(experiment.model.placement)
-        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share)
+        with contextlib.closing(build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share)) as loader:
+            yield from loader
 
     return start
+
+
+def _peak_flops(model: Transformer) -> float | None:
+    """Of the devices that the network is on, at the rate of its products; None where either is not in the table, as for float32."""
+    placement, precision = model.placement, model.precision
+    devices = placement.mesh.devices.flat if isinstance(placement, MeshPlacement) else jax.devices()[:1]
+    if precision.compute_dtype != jnp.bfloat16:
+        return None
+    return peak_flops(devices, "fp8" if isinstance(precision, FP8Recipe) else "bf16")
 
 
 def _seed(experiment: Experiment, *path: str) -> int:

@@ -5,6 +5,9 @@ All figures are per chip and dense (no sparsity): FLOP/s, bytes, bytes/s in one 
 """
 
 import dataclasses
+from collections.abc import Iterable
+
+import jax
 
 from deepseek_jax.errors import ConfigError, nearest
 
@@ -67,3 +70,34 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise ConfigError(f"unknown chip {name!r}: {nearest(name, CHIPS)}")
     return CHIPS[name]
+
+
+# What jax calls the devices of a chip. Cards of the same name at another rate (an H100 PCIe, an H200 NVL) are not among them.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA H800": "h800",
+    "NVIDIA B200": "b200",
+}
+
+
+def peak_flops(devices: Iterable[jax.Device], number_format: str) -> float | None:
+    """FLOP/s of the chips that the devices belong to, at the rate of `number_format` ("bf16", "fp8"); None if one is not in the table.
+
+    Two devices may be the cores of one chip, and one device may be a whole chip of two cores: TPUs say where on the chip they are.
+    """
+    chips = {}
+    for device in devices:
+        if device.device_kind not in DEVICE_KINDS:
+            return None
+        place = getattr(device, "coords", device.id)
+        chips[getattr(device, "slice_index", 0), place if isinstance(place, int) else tuple(place)] = CHIPS[DEVICE_KINDS[device.device_kind]]
+    return sum(chip.peak(number_format) for chip in chips.values())

@@ -28,7 +28,8 @@ class SourceConfig:
         ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that message.
         'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
     text_field: the field that holds the text (format 'text').
-    validation_fraction: local files only: share of documents held out; which ones depends on their content alone.
+    validation_fraction: local files only: share of documents held out; which ones depends on their content alone. 0, for any source
+        without a validation_path: nothing is held out, and training goes without held-out evaluation.
     validation_path: local files only: the held-out files, in place of a fraction.
     train_split, validation_split: TFDS only; slices such as 'train[:95%]' are allowed.
     max_bytes: stdlib only: at most this much text, training and validation together (None: all, about 10 MB).
@@ -53,6 +54,11 @@ class SourceConfig:
             raise ConfigError(f"{where}: validation_fraction={self.validation_fraction}: at least 0 and below 1")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError(f"{where}: max_bytes={self.max_bytes}: at least 1, or None for everything")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the source has held-out documents. With validation_fraction=0 and no validation_path all are trained on."""
+        return self.validation_fraction > 0 or self.validation_path is not None
 
 
 @dataclasses.dataclass(frozen=True)

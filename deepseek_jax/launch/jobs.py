@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.errors import ConfigError, UserError
-from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, mesh_sizes, read_flags
+from deepseek_jax.experiment import build_experiment, claim_workdir, mesh_sizes, read_flags
 from deepseek_jax.json_io import to_json
 from deepseek_jax.launch.sweep import Run, Sweep
 from deepseek_jax.parallel.mesh import MeshConfig
@@ -83,7 +82,7 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
         config=config,
         stages=tuple(stage.name for stage in stages),
         tokens=sum(map(_tokens, train)),
-        flops=float(sum(_tokens(stage) * _flops_per_token(built, stage) for stage in train)),
+        flops=float(sum(_tokens(stage) * stage.flops_per_token for stage in train)),
     )
 
 
@@ -95,8 +94,3 @@ def _tokens(stage: TrainStage) -> int:
     unit = max(config.microbatch, 1)
     sizes = np.maximum(unit, np.round(np.asarray(config.batch_size(np.arange(config.steps)), np.float64) / unit) * unit)
     return int(sizes.sum()) * stage.seq_len
-
-
-def _flops_per_token(experiment: Experiment, stage: TrainStage) -> int:
-    mtp = experiment.model.config.mtp_depth > 0 and not stage.config.objective.mtp_weight.always(0.0)
-    return training_flops_per_token(experiment.model.config, stage.seq_len, mtp=mtp)

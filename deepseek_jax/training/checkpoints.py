@@ -1,8 +1,8 @@
 """Checkpoints on disk: written in the background, complete or absent, checked when read back.
 
 A checkpoint is a folder named by its step with three parts: `variables` (weights and router biases, all that inference
-needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, metrics, and the shape,
-dtype and checksum of every array). Orbax writes to a temporary folder and renames it, so that a killed process leaves
+needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, and the shape, dtype and
+checksum of every array). What an evaluation gave is noted beside them in metrics.json once it is known. Orbax writes to a temporary folder and renames it, so that a killed process leaves
 the earlier checkpoints as they were.
 
 Of several processes each writes and reads what its devices hold, in one folder that all of them see; all call the same
@@ -24,12 +24,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from deepseek_jax.errors import CheckpointError
+from deepseek_jax.errors import CheckpointError, DataError
+from deepseek_jax.json_io import read_json, to_json
 from deepseek_jax.model.config import ModelConfig
-from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all
+from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all, write_text
 
 # Fields that say how the network is computed, not which network it is: they may differ between runs on one checkpoint.
 COMPUTED_AS = ("remat", "attention_chunk", "attention_heads_at_once", "scan_unroll", "moe.implementation")
+
+METRIC = "bits_per_byte"
+METRICS = "metrics.json"  # beside the three parts of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,21 @@ class Restored:
     state: Any
     loader_state: Any
     metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest `last` checkpoints and the `best` of lowest rank; `ranks` has those that have one, by step."""
+
+    last: int
+    best: int
+    ranks: dict[int, float]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        ranked = sorted((step for step in steps if step in self.ranks), key=self.ranks.get)
+        kept = {*steps[-self.last :], *ranked[: self.best]}
+        return [step in kept for step in steps]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -51,30 +70,24 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of one run of one model: the newest `keep_last`, and the `keep_best` with the lowest `metric`.
 
-    Only a checkpoint saved with that metric can be best.
+    Only a checkpoint with a finite value of that metric, see `note`, can be best.
     """
 
-    def __init__(self, directory, config: ModelConfig, *, keep_last: int = 2, keep_best: int = 1, metric: str = "bits_per_byte"):
+    def __init__(self, directory, config: ModelConfig, *, keep_last: int = 2, keep_best: int = 1, metric: str = METRIC):
         if keep_last < 1:
             raise CheckpointError(f"keep_last={keep_last}: at least the newest checkpoint has to be kept")
         self.directory = pathlib.Path(directory).absolute()
         self.config = config
-        policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep_last)]
-        if keep_best:
-            best = policies.BestN(get_metric_fn=lambda m: -m["rank"], n=keep_best, keep_checkpoints_without_metrics=False)
-            kept.append(best)
         self.metric = metric
         self._remove_unfinished()
-        self._manager = _Manager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept)),
-        )
+        self._ranks = {step: rank for step in steps_in(self.directory) if (rank := _rank(self.directory / str(step), metric)) is not None}
+        policy = _Keep(keep_last, keep_best, self._ranks)
+        self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state, loader_state: Any = None, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, state, loader_state: Any = None) -> None:
         """Copies a `TrainState` (or a dataclass that extends it) and returns; a thread writes it.
 
         `loader_state` is JSON or bytes. Raises CheckpointError if this or the save before it could not be written,
@@ -83,12 +96,9 @@ class Checkpoints:
         step = int(state.step)
         variables, training = _split(state)
         self.require_space(state)
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
         meta = {
             "model": self.config.to_dict(),
             "loader": _encode(loader_state),
-            "metrics": metrics,
-            "rank": metrics.get(self.metric),
             "variables": _describe(variables),
             "training": _describe(training),
         }
@@ -97,8 +107,36 @@ class Checkpoints:
             training=ocp.args.StandardSave(training),
             meta=ocp.args.JsonSave(meta),
         )
-        rank = {"rank": meta["rank"]} if self.metric in metrics else None
-        self._guard(lambda: self._manager.save(step, args=items, metrics=rank))
+        self._guard(lambda: self._manager.save(step, args=items))
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds what an evaluation of the checkpoint of `step` gave, once the checkpoint is written: an evaluation that fails loses no step.
+
+        With a finite `metric` the checkpoint can be among the best. Raises CheckpointError as `save` does.
+        """
+        self.wait()
+        values = {name: float(value) for name, value in metrics.items()}
+        self._guard(lambda: write_text(self.directory / str(step) / METRICS, to_json(values) + "\n"))
+        wait_for_all("an evaluation is noted")
+        if math.isfinite(values.get(self.metric, math.nan)):
+            self._ranks[step] = values[self.metric]
+
+    def rescue(self, state, loader_state: Any = None) -> str:
+        """Saves the state that an exception left, if it can, and says in a sentence what came of it; raises nothing.
+
+        A step that fails may have destroyed its buffers. One of several processes cannot save alone, and it cannot know
+        whether the others have met the exception too.
+        """
+        if jax.process_count() > 1:
+            return f"Nothing more can be saved by one of several processes. {self._safe()}"
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            return f"The step that failed has destroyed its state. {self._safe()}"
+        try:
+            self.save(state, loader_state)
+            self.wait()
+        except Exception as error:
+            return f"What was reached could not be saved: {error}"
+        return f"saved step {int(state.step)} in {self.directory}; once the error below is mended, start again to go on from there"
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises CheckpointError as `save` does."""
@@ -165,7 +203,7 @@ class Checkpoints:
             log.warning("checkpoint %s is damaged and will not be used: %s", where, damage)
             return None
         fields = {"router_bias": {}} | parts["variables"] | parts["training"]
-        return Restored(like.replace(**fields), _decode(meta["loader"]), meta["metrics"])
+        return Restored(like.replace(**fields), _decode(meta["loader"]), _read_metrics(where))
 
     def _set_aside(self, step: int) -> None:
         if is_primary():
@@ -201,44 +239,71 @@ def load_variables(path, best: bool = False, shardings: Callable[[ModelConfig], 
     `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where it
     gives None, the first device gets all.
 
-    `path` is a stage's folder, its `checkpoints` folder, or one checkpoint in it. Of several, the newest is read, or
-    with `best` the one with the lowest metric if any was saved with one. Raises CheckpointError if there is none or it is damaged.
+    `path` is anything that `resolve_checkpoint` understands. Raises CheckpointError if there is none or it is damaged.
     """
-    path = pathlib.Path(path).absolute()
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    single = path.name.isdigit() and (path / "meta").is_dir()
-    directory = path.parent if single else path
-    if not directory.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}: there is no such folder")
-    steps = sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit())
-    if not steps:
-        raise CheckpointError(f"no checkpoint at {path}: give a stage's folder, its 'checkpoints' folder, or one checkpoint in it")
-    step = int(path.name) if single else steps[-1]
+    where = resolve_checkpoint(path, best)
     try:
-        if best and not single:
-            ranks = {step: _read_meta(directory / str(step))["rank"] for step in steps}
-            step = min((s for s in steps if ranks[s] is not None), key=ranks.get, default=step)
-        meta = _read_meta(directory / str(step))
+        meta = _read_meta(where)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {_first_line(error)}; use an earlier one") from error
+        raise CheckpointError(f"checkpoint {where} is damaged: {_first_line(error)}; use an earlier one") from error
     config = ModelConfig.from_dict(meta["model"])
     places = _leaves(shardings(config)) if shardings is not None else {}
     abstract = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=places.get(name)) for name, leaf in meta["variables"].items()}
-    variables, damage = _attempt(lambda: _read_part(directory / str(step) / "variables", _nested(abstract)))
+    variables, damage = _attempt(lambda: _read_part(where / "variables", _nested(abstract)))
     if not all_true(damage is None):
         damage = damage or "another process cannot read it"
     else:
         damage = _changed_bytes(meta, {"variables": variables})
     if damage is not None:
-        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {damage}; use an earlier one")
+        raise CheckpointError(f"checkpoint {where} is damaged: {damage}; use an earlier one")
     return config, {"router_bias": {}} | variables
+
+
+def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
+    """The folder of one checkpoint, <stage>/checkpoints/<step>, from whatever names it.
+
+    `path` is that folder, the `checkpoints` folder, a stage's folder or a run's. Of a run the last stage that has weights is taken,
+    which is said; of several checkpoints the newest, or with `best` the one with the lowest metric if any has one. Raises
+    CheckpointError if there is none.
+    """
+    given = path = pathlib.Path(path).absolute()
+    if path.name.isdigit() and (path / "meta").is_dir():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {given}: there is no such folder")
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    stages = [] if steps_in(path) else _stages_with_weights(path)
+    if stages:
+        path = stages[-1] / "checkpoints"
+    steps = steps_in(path)
+    if not steps:
+        raise CheckpointError(f"no checkpoint at {given}: give a run's folder, a stage's, its 'checkpoints' folder, or one checkpoint in it")
+    ranks = {step: rank for step in steps if best and (rank := _rank(path / str(step))) is not None}
+    step = min(ranks, key=ranks.get) if ranks else steps[-1]
+    if stages:
+        log.warning("%s: taking the weights of its last stage that has any, %s, step %d", given, stages[-1].name, step)
+    return path / str(step)
+
+
+def steps_in(directory) -> list[int]:
+    """The steps that a `checkpoints` folder has complete checkpoints of, oldest first; [] without the folder."""
+    directory = pathlib.Path(directory)
+    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit()) if directory.is_dir() else []
+
+
+def _stages_with_weights(run: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of a run's stages that have checkpoints, in the order in which they ran."""
+    try:
+        folders = [run / name for name in read_json(run / "config.json", "")["stages"]]
+    except (DataError, KeyError, TypeError):  # the folder of something else
+        folders = []
+    return [folder for folder in folders if steps_in(folder / "checkpoints")]
 
 
 def saved_steps(workdir) -> str:
     """A sentence on what the stages of a run have left to go on from."""
-    folders = sorted(pathlib.Path(workdir).glob("*/checkpoints"))
-    steps = {folder.parent.name: sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit()) for folder in folders}
+    steps = {folder.parent.name: steps_in(folder) for folder in sorted(pathlib.Path(workdir).glob("*/checkpoints"))}
     found = [f"{stage} {', '.join(map(str, numbers))}" for stage, numbers in steps.items() if numbers]
     return f"Checkpoints in {workdir} are complete and safe: steps {'; '.join(found)}." if found else f"Nothing was saved in {workdir} yet."
 
@@ -252,6 +317,22 @@ def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta" / "metadata").read_text())
+
+
+def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
+    """What evaluations of a checkpoint gave; {} where none was noted, or it cannot be read. null stands for what is not a finite number."""
+    path = checkpoint / METRICS
+    try:
+        values = read_json(path, "") if path.exists() else _read_meta(checkpoint).get("metrics", {})  # older checkpoints have them in `meta`
+        return {name: math.nan if value is None else float(value) for name, value in values.items()}
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def _rank(checkpoint: pathlib.Path, metric: str = METRIC) -> float | None:
+    """The metric by which a checkpoint is compared with others; None where there is none, or it is not a finite number."""
+    rank = _read_metrics(checkpoint).get(metric, math.nan)
+    return rank if math.isfinite(rank) else None
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:

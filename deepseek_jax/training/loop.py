@@ -2,42 +2,28 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
-import numpy as np
 
 from deepseek_jax.data.position import gather
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import global_batch
-from deepseek_jax.training.checkpoints import Checkpoints
+from deepseek_jax.training.batches import Batch, Loader, check_batch, step_batches
+from deepseek_jax.training.checkpoints import METRIC, Checkpoints
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.goodput import Goodput
-from deepseek_jax.training.metrics import MetricsWriter, Progress
+from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.stopping import Terminated, stop_signals
-
-Batch = Mapping[str, np.ndarray]
-FIELDS = ("tokens", "segment_ids", "positions", "loss_mask")
-
-
-class Loader(Protocol):
-    """Batches for ever, with a position that can be saved; `take` only where the batch size is scheduled."""
-
-    def __next__(self) -> Batch: ...
-    def take(self, num_rows: int) -> Batch: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
@@ -48,7 +34,7 @@ class TrainResult:
 def train(
     model: Transformer,
     config: TrainConfig,
-    loader: Loader,
+    open_loader: Callable[[], Loader],
     workdir,
     *,
     variables: Mapping[str, Any] | None = None,
@@ -61,29 +47,44 @@ def train(
     """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest checkpoint.
 
     Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is started again
-    with the same arguments gives bit-identical weights and log lines. `held_out()` starts a pass over held-out
-    batches. `flops_per_token` (forward and backward) adds FLOP/s to the log, `peak_flops` the utilisation.
+    with the same arguments gives bit-identical weights and log lines. `open_loader()` is called if there are steps to make, and the
+    loader closed however they end. `held_out()` starts a pass over held-out batches; the first one is looked at before the first
+    step. `flops_per_token` (forward and backward) adds FLOP/s to the log, `peak_flops` the utilisation.
 
-    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). Raises
-    DataError for data that cannot be trained on, CheckpointError for a checkpoint that cannot be used or written.
+    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). An exception is passed on
+    after the step that was reached is saved (`Checkpoints.rescue`). Raises DataError for data that cannot be trained on,
+    CheckpointError for a checkpoint that cannot be used or written.
     """
     workdir = pathlib.Path(workdir)
     clock = Goodput(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
-    store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
-    with contextlib.closing(store):
+    with contextlib.ExitStack() as stack:
+        store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
+        stack.enter_context(contextlib.closing(store))
         wanted = abstract_state(model, optimizer)
         store.require_space(wanted)
         restored, evaluation = store.restore(wanted), {}
         if restored is not None:
             state, evaluation = restored.state, restored.metrics
-            loader.set_state(restored.loader_state)
         else:
             state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
-        step = int(state.step)
-        if step >= config.steps:
+        step = saved = int(state.step)
+
+        def evaluation_due() -> bool:
+            return held_out is not None and step > 0 and (step == config.steps or _due(step, config.eval_every))
+
+        missing = evaluation_due() and not evaluation  # the run was killed between a save and its evaluation
+        if step >= config.steps and not missing:
             return TrainResult(state, evaluation)
+        if held_out is not None:
+            look_at(held_out, model.config.vocab_size)
+        if step < config.steps:
+            loader = stack.enter_context(contextlib.closing(open_loader()))
+            if restored is not None:
+                loader.set_state(restored.loader_state)
+            batches = step_batches(loader, config, model.config.vocab_size, step, model.placement.batch_shards)
+            position = loader.get_state()  # after the last step that was made
 
         train_step = make_train_step(
             model,
@@ -95,39 +96,61 @@ def train(
             centred=config.router_bias_centred,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        batches = step_batches(loader, config, model.config.vocab_size, step, model.placement.batch_shards)
-        writer = MetricsWriter(workdir, last_step=step)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=step)))
+        logged = read_metrics(workdir)  # by the runs before this one, up to its first step
         log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
         clock.begin(step)
-        with contextlib.closing(writer), log.progress, stop_signals() as asked_to_stop:
+
+        def evaluate_now() -> dict[str, float]:
+            with clock("evaluation"):
+                values = evaluate(state.variables, held_out())
+            if not any(line["step"] == step and METRIC in line for line in logged):
+                log.evaluation(step, values)
+            return values
+
+        with log.progress, stop_signals() as asked_to_stop:
             if restored is not None:
                 log.progress.say(f"going on from step {step} of {config.steps}")
             stop = None
-            while step < config.steps and stop is None:
-                with clock("data", hidden=log.busy):
-                    batch = global_batch(model.placement, next(batches))
-                state, metrics = train_step(state, batch)
-                clock.started(metrics)
-                step += 1
-                stop = asked_to_stop()
-                last = step == config.steps or stop is not None
-                line = last or _due(step, config.log_every)
-                log.add(step, metrics, line)
-                evaluate_now = held_out is not None and (step == config.steps or _due(step, config.eval_every))
-                save_now = last or _due(step, config.checkpoint_every)
-                if evaluate_now or save_now:
+            try:
+                if missing:
+                    evaluation = evaluate_now()
+                    store.note(step, evaluation)
+                while step < config.steps and stop is None:
+                    with clock("data", hidden=log.busy):
+                        batch = global_batch(model.placement, next(batches))
+                    state, metrics = train_step(state, batch)
+                    position = loader.get_state()
+                    clock.started(metrics)
+                    step += 1
+                    stop = asked_to_stop()
+                    last = step == config.steps or stop is not None
+                    line = last or _due(step, config.log_every)
+                    log.add(step, metrics, line)
+                    save_now = last or _due(step, config.checkpoint_every)
+                    if evaluation_due() or save_now:
+                        log.flush()
+                    if save_now:
+                        with clock("checkpoint"):
+                            saved = step
+                            store.save(state, gather(position))
+                            if last:
+                                store.wait()
+                    if evaluation_due():
+                        evaluation = evaluate_now()
+                        if save_now:
+                            with clock("checkpoint"):
+                                store.note(step, evaluation)
+                    if line or save_now:
+                        clock.reached(step)
+            except Exception:
+                with contextlib.suppress(Exception):  # the first error is the one to be told
                     log.flush()
-                if evaluate_now:
-                    with clock("evaluation"):
-                        evaluation = evaluate(state.variables, held_out())
-                    log.evaluation(step, evaluation)
-                if save_now:
-                    with clock("checkpoint"):
-                        store.save(state, gather(loader.get_state()), evaluation if evaluate_now else None)
-                        if last:
-                            store.wait()
-                if line or save_now:
-                    clock.reached(step)
+                if step > saved:
+                    log.progress.say(store.rescue(state, position))
+                    with contextlib.suppress(OSError):
+                        clock.reached(step)
+                raise
             log.progress.say(clock.report())
             if stop is not None:
                 log.progress.say(f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on")
@@ -139,30 +162,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1) -> Iterator[Batch]:
-    """What each step trains on, checked: the loader's batches, or as many rows as the schedule says, a multiple of the
-    microbatch and of the `shards` that a mesh divides it into."""
-    for step in itertools.count(first_step):
-        try:
-            if config.batch_size is None:
-                batch = next(loader)
-            else:
-                unit = math.lcm(max(config.microbatch, 1), shards)
-                batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
-        except StopIteration:
-            raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
-        yield check_batch(batch, vocab_size)
-
-
-def check_batch(batch: Batch, vocab_size: int) -> Batch:
-    """The fields a step takes, of this process's rows. Raises DataError for a batch that does not fit the model."""
-    missing = [field for field in FIELDS if field not in batch]
-    if missing:
-        raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
-    largest = int(np.max(batch["tokens"]))
-    if largest >= vocab_size:
-        raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change tokenizer")
-    return {field: batch[field] for field in FIELDS}
+def look_at(held_out: Callable[[], Iterable[Batch]], vocab_size: int) -> None:
+    """Raises DataError if the first held-out batch is missing or cannot be evaluated: better before the first step than after the last."""
+    first = next(iter(held_out()), None)
+    if first is None:
+        raise DataError("the held-out data gives no batch: give longer documents or more of them")
+    check_batch(first, vocab_size)
 
 
 class Log:

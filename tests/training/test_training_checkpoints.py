@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import pathlib
 import resource
 import shutil
@@ -15,7 +16,8 @@ import pytest
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.model.config import preset
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.training.checkpoints import Checkpoints, load_variables
+from deepseek_jax.training import checkpoints
+from deepseek_jax.training.checkpoints import Checkpoints, _checksum, load_variables, resolve_checkpoint
 from deepseek_jax.training.state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -47,8 +49,8 @@ def saved(tmp_path):
     """A folder with checkpoints of steps 3 and 6, and its manager."""
     store = Checkpoints(tmp_path / "checkpoints", CONFIG)
     for step in (3, 6):
-        store.save(state_at(step), {"position": step}, {"bits_per_byte": float(step)})
-    store.wait()
+        store.save(state_at(step), {"position": step})
+        store.note(step, {"bits_per_byte": float(step)})
     yield store
     store.close()
     gc.collect()  # reading damaged files leaves Orbax coroutines behind; here their complaints are filtered
@@ -80,12 +82,133 @@ def test_bytes_of_a_loader_and_a_state_without_bias(tmp_path):
 def test_newest_and_best_are_kept(tmp_path):
     store = Checkpoints(tmp_path, CONFIG, keep_last=2, keep_best=1)
     for step, value in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0]):
-        store.save(state_at(step, 2), metrics=None if value is None else {"bits_per_byte": value})
+        store.save(state_at(step, 2))
+        if value is not None:
+            store.note(step, {"bits_per_byte": value})
     store.wait()
     assert store.steps() == [1, 4, 5]
-    assert float(load_variables(tmp_path, best=True)[1]["params"]["a"]["kernel"][0, 0]) == float(state_at(1, 2).params["a"]["kernel"][0, 0])
-    same(load_variables(tmp_path)[1]["params"], state_at(5, 2).params)
     store.close()
+    store = Checkpoints(tmp_path, CONFIG, keep_last=1, keep_best=2)  # ranks are read again
+    store.save(state_at(6, 2))
+    store.wait()
+    assert store.steps() == [1, 4, 6]
+    assert float(load_variables(tmp_path, best=True)[1]["params"]["a"]["kernel"][0, 0]) == float(state_at(1, 2).params["a"]["kernel"][0, 0])
+    same(load_variables(tmp_path)[1]["params"], state_at(6, 2).params)
+    store.close()
+
+
+@pytest.mark.parametrize("values", [(float("nan"), 2.0, 1.0), (2.0, float("nan"), 1.0), (float("-inf"), 1.0, float("nan")), (1.0, float("inf"), 2.0)])
+def test_what_is_not_a_number_is_never_the_best(tmp_path, values):
+    store = Checkpoints(tmp_path, CONFIG, keep_last=1, keep_best=1)
+    for step, value in enumerate(values):
+        store.save(state_at(step, 2))
+        store.note(step, {"bits_per_byte": value, "held_out_loss": value})
+    store.save(state_at(9, 2))
+    store.close()
+    best = min((value, step) for step, value in enumerate(values) if np.isfinite(value))[1]
+    assert store.steps() == [best, 9] and resolve_checkpoint(tmp_path, best=True).name == str(best)
+    again = Checkpoints(tmp_path, CONFIG, keep_last=1, keep_best=1)
+    assert again.restore(state_at(0, 2)).metrics == {}
+    json.loads((tmp_path / str(best) / "metrics.json").read_text(), parse_constant=pytest.fail)
+    again.close()
+
+
+def test_an_evaluation_that_is_not_a_number_is_kept_as_one(tmp_path):
+    store = Checkpoints(tmp_path, CONFIG)
+    store.save(state_at(1, 2))
+    store.note(1, {"bits_per_byte": float("nan"), "held_out_loss": 3.0})
+    assert np.isnan(store.restore(state_at(0, 2)).metrics["bits_per_byte"])
+    text = (tmp_path / "1" / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"bits_per_byte": None, "held_out_loss": 3.0}
+    (tmp_path / "1" / "metrics.json").write_text('{"bits_per_')  # the weights are worth more than what was noted about them
+    restored = store.restore(state_at(0, 2))
+    assert restored.metrics == {} and int(restored.state.step) == 1
+    store.close()
+
+
+def test_a_checkpoint_with_metrics_in_its_meta_is_ranked_too(tmp_path):
+    """As checkpoints were written before metrics had a file of their own."""
+    for step, rank in ((1, 1.5), (2, None)):
+        (tmp_path / str(step) / "meta").mkdir(parents=True)
+        metrics = {} if rank is None else {"bits_per_byte": rank}
+        (tmp_path / str(step) / "meta" / "metadata").write_text(json.dumps({"metrics": metrics, "rank": rank}))
+    assert resolve_checkpoint(tmp_path, best=True).name == "1" and resolve_checkpoint(tmp_path).name == "2"
+
+
+def test_a_runs_folder_stands_for_its_last_stage_with_weights(saved, caplog):
+    run = saved.directory.parents[1] / "run"
+    for stage, steps in (("sft", (3, 6)), ("pretrain", (6,)), ("after", ()), ("grpo", ())):
+        (run / stage / "checkpoints").mkdir(parents=True)
+        for step in steps:
+            shutil.copytree(saved.directory / str(step), run / stage / "checkpoints" / str(step))
+    shutil.copytree(run / "pretrain", run / "zzz")  # no stage of this run
+    (run / "config.json").write_text(json.dumps({"stages": ["pretrain", "sft", "grpo", "after"]}))
+    assert resolve_checkpoint(run) == run / "sft" / "checkpoints" / "6"
+    assert "last stage that has any, sft, step 6" in caplog.text
+    assert resolve_checkpoint(run, best=True) == run / "sft" / "checkpoints" / "3"
+    same(load_variables(run)[1], state_at(6).variables)
+    caplog.clear()
+    for path in (run / "pretrain", run / "pretrain" / "checkpoints", run / "pretrain" / "checkpoints" / "6"):
+        assert resolve_checkpoint(path) == run / "pretrain" / "checkpoints" / "6"
+    assert not caplog.text
+    shutil.rmtree(run / "sft" / "checkpoints")
+    assert resolve_checkpoint(run) == run / "pretrain" / "checkpoints" / "6"
+    for text in ("{}", "[]", '{"stages"', '{"stages": 3}', '{"stages": ["grpo"]}'):
+        (run / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="no checkpoint at .*run: give a run's folder"):
+            resolve_checkpoint(run)
+
+
+def numpy_checksum(x):
+    """Word i of each axis counts a different odd number of times; written out for one array on one host."""
+    words = np.frombuffer(np.ascontiguousarray(x).tobytes(), f"u{min(x.dtype.itemsize, 4)}").reshape(x.shape).astype(object)
+    weight = np.ones(x.shape, object)
+    for axis, size in enumerate(x.shape):
+        for i in range(size):
+            place = (i + 0x9E3779B9 * (axis + 1)) % 2**32
+            mixed = (place ^ (place >> 16)) * 0x85EBCA6B % 2**32
+            index = tuple(i if a == axis else slice(None) for a in range(x.ndim))
+            weight[index] = weight[index] * ((mixed ^ (mixed >> 13)) | 1) % 2**32
+    return int((words * weight).sum() % 2**32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, jnp.bfloat16])
+def test_checksums_see_every_flipped_bit_and_every_swap(dtype):
+    x = np.random.default_rng(0).integers(-100, 100, (3, 4, 5)).astype(dtype)
+    expected = numpy_checksum(x)
+    assert int(_checksum(jnp.asarray(x))) == expected
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        other = x.copy()
+        a, b = (tuple(rng.integers(0, x.shape)) for _ in range(2))
+        other[a], other[b] = x[b], x[a]
+        assert (int(_checksum(jnp.asarray(other))) == expected) == (x[a] == x[b])
+    for axis in range(3):
+        for other in (np.flip(x, axis), np.roll(x, 1, axis)):
+            assert int(_checksum(jnp.asarray(other))) != expected
+    assert int(_checksum(jnp.asarray(x.transpose(0, 2, 1)))) != expected
+    raw = bytearray(x.tobytes())
+    for bit in rng.integers(0, 8 * len(raw), 30):
+        raw[bit // 8] ^= 1 << bit % 8
+        assert int(_checksum(jnp.asarray(np.frombuffer(bytes(raw), dtype).reshape(x.shape)))) != expected
+        raw[bit // 8] ^= 1 << bit % 8
+
+
+def test_words_that_changed_places_on_disk_are_damage(saved, monkeypatch):
+    """As a wrong sector or a torn write leaves them: the same words, and the file decodes."""
+    real = checkpoints._read_part
+
+    def swapped(folder, like):
+        part = real(folder, like)
+        if "params" in part and folder.parent.name == "6":
+            kernel = part["params"]["a"]["kernel"]
+            part["params"]["a"]["kernel"] = kernel.at[0, 0].set(kernel[7, 3]).at[7, 3].set(kernel[0, 0])
+        return part
+
+    monkeypatch.setattr(checkpoints, "_read_part", swapped)
+    with pytest.raises(CheckpointError, match="the bytes of params/a/kernel are not those"):
+        load_variables(saved.directory)
+    same(saved.restore(state_at(0)).state, state_at(3))
 
 
 def test_variables_alone_for_inference(saved):

@@ -1,5 +1,6 @@
 """A stage from start to end: killed, stopped, started again, badly fed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,12 +18,15 @@ from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.training.checkpoints import load_variables
+from deepseek_jax.training.batches import step_batches
+from deepseek_jax.training.checkpoints import Checkpoints, load_variables, steps_in
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
-from deepseek_jax.training.loop import step_batches, train
-from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.loop import train
+from deepseek_jax.training.metrics import MetricsWriter, read_metrics
 from deepseek_jax.training.objective import targets
+from deepseek_jax.training.optimizer import build_optimizer
+from deepseek_jax.training.state import create_state
 from deepseek_jax.training.stopping import Terminated
 
 STEPS, VOCAB = 40, 61
@@ -59,6 +63,9 @@ class Counting:
     def set_state(self, state):
         self.position = state["position"]
 
+    def close(self):
+        self.closed = True
+
 
 def held_out():
     loader = Counting()
@@ -66,8 +73,8 @@ def held_out():
     return [next(loader) for _ in range(2)]
 
 
-def run(workdir, loader, steps=STEPS, **changes):
-    model = Transformer(
+def tiny():
+    return Transformer(
         ModelConfig(
             vocab_size=VOCAB,
             hidden_size=16,
@@ -78,8 +85,13 @@ def run(workdir, loader, steps=STEPS, **changes):
             init_std=0.1,
         )
     )
+
+
+def run(workdir, loader, steps=STEPS, held_out=held_out, **changes):
+    model = tiny()
     fields = dict(steps=steps, log_every=2, eval_every=20, checkpoint_every=5, optimizer={"learning_rate": 0.02})
-    return train(model, TrainConfig.from_dict(fields | changes), loader, workdir, held_out=held_out, flops_per_token=1e6, peak_flops=1e9)
+    config = TrainConfig.from_dict(fields | changes)
+    return train(model, config, lambda: loader, workdir, held_out=held_out, flops_per_token=1e6, peak_flops=1e9)
 
 
 def results(workdir):
@@ -155,6 +167,105 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     assert min(goodput["seconds"][cause] for cause in ("step", "start-up", "down", "checkpoint", "evaluation")) > 0
 
 
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nobody saves anything."""
+
+
+def passes(trouble, at):
+    """held_out() whose pass number `at` (from 0; the first is the look before the first step) is `trouble()`."""
+    count = itertools.count()
+    return lambda: trouble() if next(count) == at else held_out()
+
+
+def raises(error):
+    def trouble(*_):
+        raise error
+
+    return trouble
+
+
+def same_results(workdir, uninterrupted, missing=()):
+    lines, variables = results(workdir)
+    expected_lines, expected_variables = results(uninterrupted[0])
+    assert json.dumps(lines) == json.dumps([line for line in expected_lines if line["step"] not in missing])
+    jax.tree.map(np.testing.assert_array_equal, variables, expected_variables)
+
+
+def saved_steps(workdir):
+    return steps_in(workdir / "checkpoints")
+
+
+def test_killed_between_a_save_and_its_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
+    """At step 20 before the evaluation, then before it is noted, and the same at the last step, which has no step after it."""
+    result = None
+    for at, step in ((1, 20), (None, 20), (2, 40), (None, 40)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if at is None:
+                patch.setattr(Checkpoints, "note", raises(Killed()))
+            run(tmp_path, Counting(), held_out=passes(raises(Killed()), at))
+        assert saved_steps(tmp_path)[-1] == step and not (tmp_path / "checkpoints" / str(step) / "metrics.json").exists()
+    result = run(tmp_path, Bad(ends))  # every step is made: asks for no data
+    assert result.metrics == uninterrupted[1].metrics
+    assert load_variables(tmp_path, best=True)[0] == load_variables(uninterrupted[0], best=True)[0]
+    assert json.loads((tmp_path / "checkpoints" / "40" / "metrics.json").read_text()) == result.metrics
+    same_results(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(("where", "step"), [("a batch", 12), ("an evaluation", 20), ("the log", 13), ("the last evaluation", 40)])
+def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys, where, step):
+    """It ends the run, after what was reached is saved and said; the run goes on from there, bit for bit."""
+    error, loader, passing = DataError("file.jsonl line 7: bad"), Counting(), held_out
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"^file.jsonl line 7: bad$"):
+        if where == "a batch":
+            loader = Fails(error, after=12)
+        elif where == "the log":
+            write = MetricsWriter.write
+            patch.setattr(MetricsWriter, "write", lambda self, at, values: raises(error)() if at > 11 else write(self, at, values))
+        else:
+            passing = passes(raises(error), 1 if step == 20 else 2)
+        run(tmp_path, loader, held_out=passing)
+    assert saved_steps(tmp_path)[-1] == step and loader.closed
+    assert ("start again to go on from there" in capsys.readouterr().out) == (step % 5 != 0)  # else it was saved before the exception
+    run(tmp_path, Counting())
+    same_results(tmp_path, uninterrupted, missing=(12,) if where == "the log" else ())
+
+
+def test_held_out_data_is_looked_at_before_the_first_step(tmp_path):
+    def wrong(**fields):
+        return lambda: [batch | fields for batch in held_out()]
+
+    outside = held_out()[0]["tokens"] + 60
+    for trouble, message in (
+        (raises(DataError("held.jsonl line 1")), "held.jsonl line 1"),
+        (lambda: [], "the held-out data gives no batch"),
+        (wrong(tokens=outside), "outside the model's vocabulary of 61"),
+        (wrong(tokens=outside - 100), "is negative: ids go from 0 to 60"),
+        (wrong(tokens=outside / 2), "a batch has tokens of dtype float64: token ids are integers"),
+    ):
+        loader = Bad(raises(AssertionError("asked for a batch")))
+        with pytest.raises(DataError, match=message):
+            run(tmp_path, loader, held_out=trouble)
+        assert not saved_steps(tmp_path) and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_without_held_out_data(tmp_path):
+    result = run(tmp_path, Counting(), steps=2, eval_every=1, held_out=None)
+    assert result.metrics == {} and saved_steps(tmp_path) == [2]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2]
+    assert run(tmp_path, Bad(ends), steps=2, eval_every=1, held_out=None).metrics == {}
+
+
+def test_a_state_that_was_given_away_is_not_saved(tmp_path):
+    model = tiny()
+    optimizer = build_optimizer(TrainConfig(steps=1).optimizer)
+    state = create_state(model, optimizer, jax.random.key(0)).replace(step=jax.numpy.int32(3))
+    with contextlib.closing(Checkpoints(tmp_path, model.config)) as store:
+        assert store.rescue(state).startswith("saved step 3 in") and steps_in(tmp_path) == [3]
+        state.params["embed"]["embedding"].delete()
+        said = store.rescue(state.replace(step=jax.numpy.int32(4)))
+        assert "has destroyed its state. Checkpoints of steps [3] are untouched" in said and steps_in(tmp_path) == [3]
+
+
 def test_batch_size_follows_its_schedule(tmp_path):
     run(tmp_path, Counting(), steps=4, log_every=1, batch_size={"kind": "switch", "first": 2, "second": 4, "at": 0.5})
     assert [line["tokens"] for line in read_metrics(tmp_path) if "tokens" in line] == [24, 24, 48, 48]
@@ -195,6 +306,20 @@ class Bad(Counting):
         return self.change(super().__next__())
 
 
+class Fails(Counting):
+    """Raises `error` for the batch after the first `after`, and is then at some place inside it."""
+
+    def __init__(self, error, after):
+        super().__init__()
+        self.error, self.after = error, after
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position > self.after:
+            raise self.error
+        return batch
+
+
 def ends(_):
     raise StopIteration
 
@@ -203,13 +328,17 @@ def ends(_):
     ("change", "message"),
     [
         (lambda batch: batch | {"tokens": batch["tokens"] + 5}, "is outside the model's vocabulary of 61: raise model.vocab_size"),
+        (lambda batch: batch | {"tokens": batch["tokens"] - 5}, "is negative: ids go from 0 to 60"),
+        (lambda batch: batch | {"tokens": batch["tokens"] * 1.0}, "a batch has tokens of dtype float64"),
         (lambda batch: {"tokens": batch["tokens"]}, "a batch lacks segment_ids, positions, loss_mask"),
         (ends, "the data ended after 0 of 40 steps: repeat it"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_compiled(tmp_path, change, message):
+    loader = Bad(change)
     with pytest.raises(DataError, match=message):
-        run(tmp_path, Bad(change))
+        run(tmp_path, loader)
+    assert loader.closed and not saved_steps(tmp_path)
 
 
 def test_bad_configs_are_refused():

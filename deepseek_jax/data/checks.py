@@ -1,0 +1,24 @@
+"""Opens data before anything is trained on it: what cannot be read is found before the first step of the first stage."""
+
+from collections.abc import Sequence
+
+from deepseek_jax.data.config import SourceConfig
+from deepseek_jax.data.documents import Tokenise
+from deepseek_jax.data.sources import open_source
+from deepseek_jax.data.tokenizers import Tokenizer
+
+
+def check_sources(
+    sources: Sequence[SourceConfig], splits: Sequence[str], tokenizer: Tokenizer, data_dir: str | None = None, *, prepare: bool = True
+) -> None:
+    """Opens the sources and tokenizes the first record of each split: the chat template is rendered too.
+
+    A source that holds nothing out has no validation split to open. Without `prepare` only local files are opened: a TFDS dataset may
+    have to be downloaded. Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
+    """
+    for source in sources:
+        if not prepare and (source.name == "stdlib" or source.name.startswith("tfds:")):
+            continue
+        for split in splits:
+            if split == "train" or source.holds_out:
+                Tokenise(source, tokenizer)(open_source(source, split, data_dir)[0])
