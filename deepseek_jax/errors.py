@@ -26,6 +26,10 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that is damaged, incomplete or of another model."""
 
 
+class NumericsError(UserError, ArithmeticError):
+    """A network whose numbers are not finite."""
+
+
 class RewardError(UserError, RuntimeError):
     """A reward function that raised or returned something that is not a number."""
 

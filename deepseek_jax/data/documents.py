@@ -73,25 +73,25 @@ class Tokenise:
 
     def _completion(self, record: Mapping[str, Any]) -> np.ndarray:
         prompt, completion = record["prompt"], record["completion"]
-        prompt_ids = self._tokenizer.chat([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt
-        return self._prompted(prompt_ids, completion)
+        question = [{"role": "user", "content": prompt}]
+        if isinstance(completion, str):
+            if isinstance(prompt, str):
+                return self._messages({"messages": [*question, {"role": "assistant", "content": completion}]})
+            self._refuse_second_opening(prompt, completion)
+            return _answered(prompt, self._tokenizer.answer(completion), completion)
+        prompt_ids = self._tokenizer.chat(question) if isinstance(prompt, str) else prompt
+        return _answered(prompt_ids, completion, self._tokenizer.decode(completion, skip_special=True))
 
     def _messages(self, record: Mapping[str, Any]) -> np.ndarray:
-        *context, answer = record["messages"]
-        return self._prompted(self._tokenizer.chat(context), answer["content"])
+        """The turn that ends the conversation, as the chat template writes it, is trained on."""
+        return _answered(*self._tokenizer.turn(record["messages"]), record["messages"][-1]["content"])
 
-    def _prompted(self, prompt_ids: Sequence[int], completion: str | Sequence[int]) -> np.ndarray:
-        if isinstance(completion, str):
-            if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith("<think>"):
-                raise DataError(
-                    f"source {self._source.name!r}: the chat template's prompt already ends with <think>, and so starts this completion: "
-                    f"{completion[:40]!r}; remove it from the completions"
-                )
-            num_bytes = _utf8_length(completion)
-            completion = self._tokenizer.encode(completion, eos=True, allow_special=True)
-        else:
-            num_bytes = _utf8_length(self._tokenizer.decode(completion, skip_special=True))
-        return _document([*prompt_ids, *completion], [0] * len(prompt_ids) + [1] * len(completion), num_bytes)
+    def _refuse_second_opening(self, prompt_ids: Sequence[int], completion: str) -> None:
+        if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith("<think>"):
+            raise DataError(
+                f"source {self._source.name!r}: the prompt already ends with <think>, and so starts this completion: "
+                f"{completion[:40]!r}; remove it from the completions"
+            )
 
     def _tokens(self, record: Mapping[str, Any]) -> np.ndarray:
         ids = np.asarray(record["tokens"], np.int32)
@@ -117,6 +117,11 @@ def completion_documents(
         loss_mask = np.concatenate([np.full(length, loss_on_prompt), np.ones(len(completion))]).astype(np.int32)
         documents.append({"tokens": tokens, "loss_mask": loss_mask})
     return documents
+
+
+def _answered(prompt_ids: Sequence[int], answer_ids: Sequence[int], text: str) -> np.ndarray:
+    """The document of a prompt and the answer that is trained on, which stands for `text`."""
+    return _document([*prompt_ids, *answer_ids], [0] * len(prompt_ids) + [1] * len(answer_ids), _utf8_length(text))
 
 
 def _document(ids: Sequence[int], mask: Sequence[int], num_bytes: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The files of a tokenizer: which there are, how they are read and written, and where a checkpoint's lie."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.errors import DataError
+from deepseek_jax.json_io import parse_json
 
 TOKENIZER, SETTINGS, SPECIALS, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, TEMPLATES, GENERATION, MODEL = "chat_template.jinja", "chat_templates", "generation_config.json", "config.json"
@@ -42,10 +42,8 @@ def decode_text(content: bytes, where: Path) -> str:
 def read_object(content: bytes, where: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises DataError naming the file."""
     try:
-        value = json.loads(decode_text(content, where))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        value = parse_json(content)
+    except ValueError as error:
         raise DataError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} holds {type(value).__name__}, not a JSON object")
@@ -60,21 +58,31 @@ def find_tokenizer(checkpoint: Path) -> str:
     where nothing says which.
     """
     checkpoint = Path(checkpoint).absolute()
+    if not checkpoint.is_dir():
+        raise DataError(f"no checkpoint at {checkpoint}: there is no such folder")
     if checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints":
         checkpoint = checkpoint.parent
     stage = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
     for folder in (stage, stage / FOLDER):
         if (folder / TOKENIZER).is_file():
             return str(folder)
-    for run in (stage, stage.parent):
-        file = run / MODEL
-        config = read_object(_read(file), file) if file.is_file() else {}
-        if "stages" in config:
-            return str(config.get("tokenizer") or "byte")  # an experiment that names none uses bytes
+    for folder in (stage, stage.parent):
+        if is_run(folder):
+            return str(_config(folder).get("tokenizer") or "byte")  # an experiment that names none uses bytes
     raise DataError(
         f"no tokenizer at {checkpoint}: it has no {TOKENIZER}, no folder {FOLDER!r} with one, and no config.json of a run that names one; "
         f"say which the model was trained with: 'byte', a {TOKENIZER} or its folder (--tokenizer=…)"
     )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder's config.json is an experiment's and not a network's of Hugging Face."""
+    return "stages" in _config(folder)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / MODEL
+    return read_object(_read(file), file) if file.is_file() else {}
 
 
 def _read(file: Path) -> bytes:

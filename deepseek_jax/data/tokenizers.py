@@ -82,37 +82,45 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive: the pieces returned by `push` and `flush` together are the decoded whole.
+    """Decodes ids as they arrive: the pieces returned by `push` and `flush` together are the text of all.
 
     A character whose bytes have not all arrived shows as U+FFFD at the end of the text, so up to three of those (the most an
-    unfinished UTF-8 sequence can show) are held back until later ids complete or refute them.
+    unfinished UTF-8 sequence can show) are held back until later ids complete or refute them. Ids are decoded behind those
+    of the piece before, since many tokenizers write the first token of a text in another way than the ones that follow.
     """
-
-    _KEEP, _LIMIT = 16, 64
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._before: list[int] = []  # returned as a whole
         self._ids: list[int] = []
-        self._sent = 0  # characters of the decoded self._ids that were returned
+        self._sent = 0  # characters of the text of self._ids that were returned
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that became certain with these ids."""
-        self._ids.extend(map(int, ids))
-        text = self._decode()
-        held = min(3, len(text) - len(text.rstrip("\ufffd")))
-        piece = text[self._sent : len(text) - held]
-        self._sent = max(self._sent, len(text) - held)
-        if held == 0 and len(self._ids) > self._LIMIT:  # everything was sent: old ids only cost time
-            self._ids = self._ids[-self._KEEP :]
-            self._sent = len(self._decode())
-        return piece
+        return "".join(self._push(int(i)) for i in ids)
 
     def flush(self) -> str:
         """What was held back; the decoder is then as new."""
-        piece = self._decode()[self._sent :]
-        self._ids, self._sent = [], 0
+        piece = self._text()[self._sent :]
+        self._before, self._ids, self._sent = [], [], 0
         return piece
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special=self._skip_special)
+    def _push(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._text()
+        held = min(3, len(text) - len(text.rstrip("\ufffd")))
+        certain = len(text) - held
+        piece = text[self._sent : certain]
+        self._sent = max(self._sent, certain)
+        if text and held == 0:
+            self._before, self._ids, self._sent = self._ids, [], 0
+        return piece
+
+    def _text(self) -> str:
+        """The text of self._ids, behind what came before."""
+        before, whole = self._decode(self._before), self._decode(self._before + self._ids)
+        return whole[len(before) :] if whole.startswith(before) else self._decode(self._ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)

@@ -5,14 +5,15 @@ Streams a completion to stdout, or holds a chat. Notes and errors go to stderr.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 
 from deepseek_jax import cli
+from deepseek_jax.data.tokenizer_files import find_tokenizer, is_run
 from deepseek_jax.data.tokenizers import StreamDecoder, Tokenizer, check_vocabulary, load_tokenizer
-from deepseek_jax.errors import DataError
+from deepseek_jax.errors import NumericsError
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
 from deepseek_jax.interop import import_folder
@@ -20,13 +21,15 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import RECIPES, FP8Recipe, recipe
 from deepseek_jax.training.checkpoints import load_variables
 
+Completion = Callable[[Sequence[int], int], Iterator[list[int]]]  # ids of a prompt, number of the turn -> chunks of ids
 
-def main(argv: Sequence[str]) -> None:
+
+def main(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
-    tokenizer = load_tokenizer(flags.tokenizer or _own_tokenizer(flags.checkpoint))
+    tokenizer = load_tokenizer(flags.tokenizer or find_tokenizer(flags.checkpoint))
     sampling = SamplingConfig(
         max_new_tokens=flags.max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         temperature=flags.temperature,
         top_k=flags.top_k,
@@ -44,24 +47,36 @@ def main(argv: Sequence[str]) -> None:
     def completion(prompt_ids: Sequence[int], turn: int) -> Iterator[list[int]]:
         return stream(model, variables, prompt_ids, jax.random.fold_in(rng, turn), sampling)
 
-    if flags.interactive:
-        _chat(tokenizer, completion)
-        return
+    try:
+        return _chat(tokenizer, completion) if flags.interactive else _complete(tokenizer, completion, flags)
+    except NumericsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _complete(tokenizer: Tokenizer, completion: Completion, flags: argparse.Namespace) -> int:
+    """Prints the completion of --prompt; 1 where no text came."""
     prompt_ids = Chat(tokenizer).ask(flags.prompt) if flags.chat else tokenizer.encode(flags.prompt, bos=True)
     ids: list[int] = []
-    _print_stream(tokenizer, completion(prompt_ids, 0), ids)
-    if ids[-1] != tokenizer.eos_id:
+    text = _print_stream(tokenizer, completion(prompt_ids, 0), ids)
+    ended = bool(ids) and ids[-1] in tokenizer.stop_ids
+    if not ended:
         print(f"stopped after --max_new_tokens={flags.max_new_tokens}", file=sys.stderr)
+    if not text.strip():
+        how = "the model ended its answer at once" if ended and len(ids) == 1 else f"the {len(ids)} tokens of the answer show nothing"
+        print(f"no text came: {how}; was it trained on prompts like this one, with or without --chat?", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("deepseek_jax.generation", "Streams text from a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a stage's folder, one checkpoint in it, or a Hugging Face folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a stage's or a run's folder, one checkpoint, or a Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument("--interactive", action="store_true", help="chat; end with an empty line or Ctrl-D")
     parser.add_argument("--chat", action="store_true", help="pass --prompt as a user's question instead of text to continue")
-    parser.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own, else 'byte'")
+    parser.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=0.95, help="1 is off")
     parser.add_argument("--top_k", type=int, default=0, help="0 is off")
@@ -72,39 +87,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_hugging_face(checkpoint: Path) -> bool:
-    """A config.json without a checkpoint of ours beside it (an import keeps both)."""
-    return (checkpoint / "config.json").is_file() and not (checkpoint / "checkpoints").is_dir()
+    """A config.json that is not a run's, without a checkpoint of ours beside it (an import keeps both)."""
+    config = checkpoint / "config.json"
+    return config.is_file() and not (checkpoint / "checkpoints").is_dir() and not is_run(checkpoint)
 
 
-def _own_tokenizer(checkpoint: Path) -> str:
-    if (checkpoint / "tokenizer.json").is_file():
-        return str(checkpoint)
-    if _is_hugging_face(checkpoint):
-        raise DataError(f"{checkpoint} has no tokenizer.json: say which tokenizer the model was trained with, --tokenizer=<folder>")
-    return "byte"
-
-
-def _print_stream(tokenizer: Tokenizer, chunks: Iterator[list[int]], ids: list[int]) -> None:
-    """Prints a completion as it is made and collects its ids, so that they are there even if Ctrl-C ends it."""
-    decoder = StreamDecoder(tokenizer)
+def _print_stream(tokenizer: Tokenizer, chunks: Iterator[list[int]], ids: list[int]) -> str:
+    """Prints a completion as it is made and returns its text; collects its ids, so that they are there even if Ctrl-C ends it."""
+    decoder, text = StreamDecoder(tokenizer), []
     try:
         for chunk in chunks:
             ids += chunk
-            print(decoder.push(chunk), end="", flush=True)
+            text.append(decoder.push(chunk))
+            print(text[-1], end="", flush=True)
     finally:
-        print(decoder.flush(), flush=True)
+        text.append(decoder.flush())
+        print(text[-1], flush=True)
+    return "".join(text)
 
 
-def _chat(tokenizer: Tokenizer, completion) -> None:
+def _chat(tokenizer: Tokenizer, completion: Completion) -> int:
     chat, turn = Chat(tokenizer), 0
     while True:
         try:
             text = input("> ")
         except EOFError:
             print()
-            return
+            return 0
         if not text:
-            return
+            return 0
         ids: list[int] = []
         try:
             _print_stream(tokenizer, completion(chat.ask(text), turn), ids)

@@ -10,10 +10,11 @@ ever moved. Padding slots hold position -1, which no query attends to.
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.generation.sampling import SamplingConfig, sample
+from deepseek_jax.generation.sampling import SamplingConfig, are_finite, sample
 from deepseek_jax.model.cache import Cache, init_cache, write
 from deepseek_jax.model.transformer import Output, Transformer
 
@@ -23,18 +24,19 @@ class Generation:
     """Completions of B rows, at most N tokens each.
 
     tokens_BN int32, pad after the end; mask_BN bool, true on the tokens of the completion, eos included; lengths_B int32 their
-    number; finished_B bool, whether eos was reached. logp_BN is the log-probability of each token under the distribution
-    it was drawn from (temperature, top-k and top-p applied; 0 when greedy), model_logp_BN under the model's own softmax;
-    both float32 and 0 on padding. expert_ids_LBTK int32 are the experts chosen for every slot that was fed through
-    the model, in the order the router chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
+    number; finished_B bool, whether eos was reached; finite_B bool, false where the network's logits were NaN or infinite:
+    nothing is drawn from those, and the row ends before them, unfinished. logp_BN float32 is the log-probability of each
+    token under the distribution it was drawn from (temperature, top-k and top-p applied; 0 when greedy, and on padding).
+    expert_ids_LBTK int32 are the experts chosen for every slot that was fed through the model, in the order the router
+    chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
     """
 
     tokens_BN: jax.Array
     mask_BN: jax.Array
     lengths_B: jax.Array
     finished_B: jax.Array
+    finite_B: jax.Array
     logp_BN: jax.Array
-    model_logp_BN: jax.Array
     expert_ids_LBTK: jax.Array | None
 
 
@@ -51,15 +53,15 @@ class State:
     prompt_lengths_B: jax.Array
     lengths_B: jax.Array
     finished_B: jax.Array
+    finite_B: jax.Array
     tokens_BN: jax.Array
     logp_BN: jax.Array
-    model_logp_BN: jax.Array
     expert_ids_LBTK: jax.Array | None
 
     @property
     def live_B(self) -> jax.Array:
         """Rows that want more tokens. A row without a prompt is batch padding and never does."""
-        return ~self.finished_B & (self.prompt_lengths_B > 0)
+        return ~self.finished_B & self.finite_B & (self.prompt_lengths_B > 0)
 
 
 def generate(
@@ -88,7 +90,7 @@ def generate(
       return_experts: also keep the chosen experts of all layers.
 
     Raises:
-      DataError: prompts and lengths whose shapes don't fit.
+      DataError: prompts that `check_prompts` refuses.
     """
     state = start(
         model,
@@ -118,10 +120,7 @@ def start(
     return_experts: bool = False,
 ) -> State:
     """Prefills the prompts and draws the first token. Arguments and errors as for `generate`."""
-    if prompts_BP.ndim != 2 or prompt_lengths_B.shape != prompts_BP.shape[:1] or prompts_BP.shape[1] == 0:
-        raise DataError(
-            f"prompts {prompts_BP.shape} and prompt_lengths {prompt_lengths_B.shape}: give [batch, slots] with at least one slot, and [batch]"
-        )
+    check_prompts(prompts_BP, prompt_lengths_B, model.config.vocab_size)
     config, (P, N) = model.config, (prompts_BP.shape[1], sampling.max_new_tokens)
     slots_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), prompts_BP.shape)
     real_BP = slots_BP < prompt_lengths_B[:, None]
@@ -158,12 +157,31 @@ def start(
         prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
         lengths_B=divided(jnp.zeros(B, jnp.int32)),
         finished_B=divided(jnp.zeros(B, bool)),
+        finite_B=divided(jnp.ones(B, bool)),
         tokens_BN=divided(jnp.full((B, N), sampling.pad_id, jnp.int32)),
         logp_BN=divided(jnp.zeros((B, N), jnp.float32)),
-        model_logp_BN=divided(jnp.zeros((B, N), jnp.float32)),
         expert_ids_LBTK=expert_ids_LBTK,
     )
     return _append(state, per_sample(logits_BV), sampling)
+
+
+def check_prompts(prompts_BP: jax.Array | np.ndarray, prompt_lengths_B: jax.Array | np.ndarray, vocab_size: int) -> None:
+    """Raises DataError for shapes that don't fit, ids that are not integers, and, outside jit, lengths and ids out of range."""
+    if prompts_BP.ndim != 2 or prompt_lengths_B.shape != prompts_BP.shape[:1] or prompts_BP.shape[1] == 0:
+        raise DataError(
+            f"prompts {prompts_BP.shape} and prompt_lengths {prompt_lengths_B.shape}: give [batch, slots] with at least one slot, and [batch]"
+        )
+    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (prompts_BP, prompt_lengths_B)):
+        raise DataError(f"prompts are {prompts_BP.dtype}, their lengths {prompt_lengths_B.dtype}: both must be integers")
+    if any(isinstance(x, jax.core.Tracer) for x in (prompts_BP, prompt_lengths_B)):
+        return
+    prompts, lengths = np.asarray(prompts_BP), np.asarray(prompt_lengths_B)
+    if np.any((lengths < 0) | (lengths > prompts.shape[1])):
+        raise DataError(f"prompt_lengths {lengths.tolist()}: must be from 0 to the {prompts.shape[1]} slots")
+    wrong = (np.arange(prompts.shape[1]) < lengths[:, None]) & ((prompts < 0) | (prompts >= vocab_size))
+    if np.any(wrong):
+        row, slot = np.argwhere(wrong)[0]
+        raise DataError(f"prompt {row} has token {prompts[row, slot]} in slot {slot}: the model's vocabulary has the ids 0 to {vocab_size - 1}")
 
 
 def feed(
@@ -207,25 +225,26 @@ def finish(state: State) -> Generation:
         mask_BN=jnp.arange(state.tokens_BN.shape[1]) < state.lengths_B[:, None],
         lengths_B=state.lengths_B,
         finished_B=state.finished_B,
+        finite_B=state.finite_B,
         logp_BN=state.logp_BN,
-        model_logp_BN=state.model_logp_BN,
         expert_ids_LBTK=state.expert_ids_LBTK,
     )
 
 
 def _append(state: State, logits_BV: jax.Array, sampling: SamplingConfig) -> State:
-    """Draws token `state.step` of every live row from `logits_BV` and notes it."""
-    live_B, step = state.live_B, state.step
+    """Draws token `state.step` of every live row from `logits_BV` and notes it; rows whose logits are not finite end here."""
+    finite_B, step = state.finite_B & (~state.live_B | are_finite(logits_BV)), state.step
+    drawn_B = state.live_B & finite_B
     uniform_B = lax.dynamic_index_in_dim(state.uniform_BN, step, axis=1, keepdims=False)
-    tokens_B, logp_B, model_logp_B = sample(uniform_B, logits_BV, sampling)
-    tokens_B = jnp.where(live_B, tokens_B, sampling.pad_id)
+    tokens_B, logp_B = sample(uniform_B, logits_BV, sampling)
+    tokens_B = jnp.where(drawn_B, tokens_B, sampling.pad_id)
     return state.replace(
         step=step + 1,
-        lengths_B=state.lengths_B + live_B,
-        finished_B=state.finished_B | (live_B & (tokens_B == sampling.eos_id)),
+        lengths_B=state.lengths_B + drawn_B,
+        finished_B=state.finished_B | (drawn_B & jnp.isin(tokens_B, jnp.asarray(sampling.stop_ids))),
+        finite_B=finite_B,
         tokens_BN=_set(state.tokens_BN, tokens_B[:, None], step, axis=1),
-        logp_BN=_set(state.logp_BN, jnp.where(live_B, logp_B, 0.0)[:, None], step, axis=1),
-        model_logp_BN=_set(state.model_logp_BN, jnp.where(live_B, model_logp_B, 0.0)[:, None], step, axis=1),
+        logp_BN=_set(state.logp_BN, jnp.where(drawn_B, logp_B, 0.0)[:, None], step, axis=1),
     )
 
 

@@ -17,12 +17,12 @@ from deepseek_jax.errors import ConfigError
 class SamplingConfig:
     """How completions are drawn; static, so a change compiles a new program.
 
-    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id` (a negative id never stops) and is
-    filled with `pad_id` from there on.
+    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id`, or at any of several (a negative id
+    never stops), and is filled with `pad_id` from there on.
     """
 
     max_new_tokens: int
-    eos_id: int
+    eos_id: int | tuple[int, ...]
     pad_id: int
     temperature: float = 1.0
     top_k: int = 0
@@ -31,12 +31,22 @@ class SamplingConfig:
     def __post_init__(self):
         for field, allowed, fits in (
             ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            ("temperature", "0 (greedy) or more", 0 <= self.temperature < float("inf")),
+            ("temperature", "0 (greedy) or from 1e-5 up", self.temperature == 0 or 1e-5 <= self.temperature < float("inf")),
             ("top_k", "0 (off) or more", self.top_k >= 0),
             ("top_p", "above 0, and at most 1 (off)", 0 < self.top_p <= 1),
         ):
             if not fits:
                 raise ConfigError(f"SamplingConfig.{field}={getattr(self, field)}: must be {allowed}")
+
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+
+
+def are_finite(logits_BV: jax.Array) -> jax.Array:
+    """bool [B]: rows of logits that can be sampled from. -inf excludes a token; NaN, +inf or nothing but -inf spoil the row."""
+    return jnp.isfinite(jnp.max(logits_BV, axis=-1))
 
 
 def keep_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
@@ -88,24 +98,19 @@ def draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
     return jnp.argmax(cdf_BV > threshold_B1, axis=-1).astype(jnp.int32)
 
 
-def sample(uniform_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next token of each row, its log-probability under the sampled distribution and under the model (temperature 1).
+def sample(uniform_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row and its log-probability under the distribution that is sampled.
 
     Args:
       uniform_B: float32 in [0, 1); unused when greedy.
-      logits_BV: float32 [B, V].
+      logits_BV: float32 [B, V]; rows that are not finite give tokens without a meaning (see `are_finite`).
 
     Returns:
-      tokens_B int32, logp_B and model_logp_B float32. Greedy log-probabilities under the sampled distribution are 0.
+      tokens_B int32, logp_B float32; greedy log-probabilities are 0.
     """
-    model_logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     if sampling.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return tokens_B, jnp.zeros(tokens_B.shape, jnp.float32), _pick(model_logp_BV, tokens_B)
+        return tokens_B, jnp.zeros(tokens_B.shape, jnp.float32)
     logp_BV = log_probs(logits_BV, sampling)
     tokens_B = draw(uniform_B, logp_BV)
-    return tokens_B, _pick(logp_BV, tokens_B), _pick(model_logp_BV, tokens_B)
-
-
-def _pick(values_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return tokens_B, jnp.take_along_axis(logp_BV, tokens_B[:, None], axis=-1)[:, 0]

@@ -1,5 +1,6 @@
 """Completions as they are made, a few tokens at a time, and a chat that keeps the ids of its earlier turns."""
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.tokenizers import Tokenizer
-from deepseek_jax.errors import DataError
-from deepseek_jax.generation.generate import advance, start
+from deepseek_jax.errors import DataError, NumericsError
+from deepseek_jax.generation.generate import advance, check_prompts, start
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
 
@@ -23,14 +24,17 @@ _advance = jax.jit(advance, static_argnames=("model", "sampling"), donate_argnam
 def stream(model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Array, sampling: SamplingConfig) -> Iterator[list[int]]:
     """Yields the ids of one completion, at most `TOKENS_PER_CALL` at a time, eos included.
 
-    Raises DataError for an empty prompt.
+    Raises DataError for an empty prompt or ids outside the vocabulary, and NumericsError, after the ids that came before,
+    where the network's logits are not finite.
     """
     length = len(prompt_ids)
     if length == 0:
         raise DataError("the prompt has no tokens: give at least a begin-of-sequence token")
     prompts_BP = np.full((1, -(-length // PROMPT_SLOTS) * PROMPT_SLOTS), sampling.pad_id, np.int32)
     prompts_BP[0, :length] = prompt_ids
-    state = _start(model, variables, prompts_BP, np.asarray([length], np.int32), rng, sampling)
+    lengths_B = np.asarray([length], np.int32)
+    check_prompts(prompts_BP, lengths_B, model.config.vocab_size)
+    state = _start(model, variables, prompts_BP, lengths_B, rng, sampling)
     advance_some = functools.partial(_advance, model, variables, sampling=sampling, steps=jnp.asarray(TOKENS_PER_CALL))
     sent = 0
     while True:
@@ -38,35 +42,49 @@ def stream(model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Ar
         if made > sent:
             yield state.tokens_BN[0, sent:made].tolist()
             sent = made
+        if not state.finite_B[0]:
+            raise NumericsError(
+                f"the network's numbers are not finite (NaN or infinity) at token {made + 1} of the answer: its weights are damaged, or "
+                "its training diverged; use an earlier checkpoint"
+            )
         if not live:
             return
         state = advance_some(state=state)
 
 
 class Chat:
-    """A conversation as token ids. What was sampled is kept as it is and never rendered to text and back, so the model
-    sees exactly what it wrote, reasoning included."""
+    """A conversation, rendered by the tokenizer's template at every turn.
+
+    Where the template leaves an answer as it is, the ids that were sampled are kept, so that the model sees exactly what it
+    wrote; where it rewrites earlier answers, as R1's drops their reasoning, the model sees what the template writes.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._messages: list[dict[str, str]] = []
         self.ids: list[int] = []
 
     def ask(self, text: str) -> list[int]:
         """Adds the user's turn and returns the whole conversation, ready for the answer."""
-        user = {"role": "user", "content": text}
-        if not self.ids:
-            self.ids = self._tokenizer.chat([user])
-            return self.ids
-        # What the template adds to a finished exchange for one more question does not depend on that exchange's words.
-        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before = self._tokenizer.chat(exchange, add_generation_prompt=False)
-        after = self._tokenizer.chat([*exchange, user])
-        if after[: len(before)] != before:
-            raise DataError("this tokenizer's chat template rewrites earlier turns; a chat that keeps them can't use it")
-        self.ids = self.ids + after[len(before) :]
+        messages = [*self._messages, {"role": "user", "content": text}]
+        rendered = self._tokenizer.chat(messages)
+        place = self._place_in(rendered)
+        self._messages = messages
+        self.ids = rendered if place is None else [*self.ids, *rendered[place:]]
         return self.ids
 
+    def _place_in(self, rendered: Sequence[int]) -> int | None:
+        """How many ids at the start of `rendered` write the conversation so far; None where the template has rewritten it."""
+
+        def written(count: int) -> str:
+            return self._tokenizer.decode(rendered[:count])
+
+        said = self._tokenizer.decode(self.ids)
+        place = bisect.bisect_left(range(len(rendered)), len(said), key=lambda count: len(written(count)))
+        return place if written(place) == said else None
+
     def answer(self, ids: Sequence[int]) -> None:
-        """Adds what the model said; an answer that was cut off is closed with eos."""
-        eos = self._tokenizer.eos_id
-        self.ids = self.ids + list(ids) + ([] if list(ids[-1:]) == [eos] else [eos])
+        """Adds what the model said, which may have been cut off."""
+        said = list(ids[:-1]) if ids and ids[-1] in self._tokenizer.stop_ids else list(ids)
+        self._messages.append({"role": "assistant", "content": self._tokenizer.answer_opening + self._tokenizer.decode(said)})
+        self.ids = self.ids + said

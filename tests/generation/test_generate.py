@@ -9,13 +9,15 @@ import pytest
 from generation_cases import EOS, LENGTHS, PAD, SAMPLING, N, P, V
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.generation.generate import advance, feed, finish, generate, start
+from deepseek_jax.generation.generate import advance, check_prompts, feed, finish, generate, start
 from deepseek_jax.generation.sampling import log_probs
 from deepseek_jax.model.cache import init_cache
 
 B = len(LENGTHS)
 
 
+PLAIN = dataclasses.replace(SAMPLING, temperature=1.0, top_k=0, top_p=1.0)
+COLD = dataclasses.replace(PLAIN, temperature=0.7)
 GREEDY = dataclasses.replace(SAMPLING, temperature=0.0, top_k=0, top_p=1.0)
 
 
@@ -47,23 +49,31 @@ def assert_same(a, b, atol=1e-5):
     np.testing.assert_array_equal(a.mask_BN, b.mask_BN)
     np.testing.assert_array_equal(a.finished_B, b.finished_B)
     np.testing.assert_allclose(a.logp_BN, b.logp_BN, atol=atol)
-    np.testing.assert_allclose(a.model_logp_BN, b.model_logp_BN, atol=atol)
+    np.testing.assert_array_equal(a.finite_B, b.finite_B)
 
 
 def without_experts(generation):
     return generation.replace(expert_ids_LBTK=None)
 
 
-def test_log_probs_are_those_of_the_full_forward_pass(case):
-    generation = case.rollout(case.prompts_BP, LENGTHS)
+def sampled_log_probs(logits_BNV, tokens_BN, sampling=SAMPLING):
+    """Log-probabilities [B, N] of tokens under the distribution they are drawn from."""
+    logp = log_probs(jnp.asarray(np.asarray(logits_BNV).reshape(-1, V)), sampling).reshape(*logits_BNV.shape)
+    return pick(logp, tokens_BN)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, PLAIN, COLD], ids=["top-k, top-p", "plain", "temperature 0.7"])
+def test_log_probs_are_those_of_the_full_forward_pass(case, sampling):
+    """For prompts of unequal length, each token from the logits behind its own row's last token, divided by the temperature."""
+    generation = finish(case.advance(case.start(case.prompts_BP, LENGTHS, sampling=sampling), N, sampling=sampling))
     logits_BTV, _ = case.forward(*layout(case.prompts_BP, LENGTHS, generation))
     logits_BNV, mask_BN = completion_logits(logits_BTV, LENGTHS), np.asarray(generation.mask_BN)
-    model_logp = pick(jax.nn.log_softmax(logits_BNV), generation.tokens_BN)
-    sampled = log_probs(jnp.asarray(logits_BNV.reshape(-1, V)), SAMPLING).reshape(B, N, V)
-    np.testing.assert_allclose(generation.model_logp_BN, np.where(mask_BN, model_logp, 0), atol=1e-5)
-    np.testing.assert_allclose(generation.logp_BN, np.where(mask_BN, pick(sampled, generation.tokens_BN), 0), atol=1e-5)
-    assert np.all(np.asarray(generation.logp_BN)[mask_BN] > np.asarray(generation.model_logp_BN)[mask_BN] - 2)
-    assert len(set(np.asarray(generation.tokens_BN)[mask_BN].tolist())) > 8  # not a degenerate network
+    expected = sampled_log_probs(logits_BNV, generation.tokens_BN, sampling)
+    np.testing.assert_allclose(generation.logp_BN, np.where(mask_BN, expected, 0), atol=1e-5)
+    if sampling.top_k == 0:
+        by_hand = pick(jax.nn.log_softmax(logits_BNV / sampling.temperature), generation.tokens_BN)
+        np.testing.assert_allclose(np.asarray(generation.logp_BN)[mask_BN], by_hand[mask_BN], atol=1e-5)
+    assert len(set(np.asarray(generation.tokens_BN)[mask_BN].tolist())) > 6 and np.all(generation.finite_B)
 
 
 def test_feeding_an_empty_cache_equals_the_full_forward_pass(case):
@@ -100,7 +110,8 @@ def test_experts_are_those_of_the_full_forward_pass_and_replay_changes_nothing(m
     before, after = (jax.nn.log_softmax(completion_logits(x, LENGTHS)) for x in (logits, replayed))
     mask = np.asarray(rollout.mask_BN)
     np.testing.assert_allclose(np.asarray(after)[mask], np.asarray(before)[mask], atol=1e-5)
-    np.testing.assert_allclose(pick(after, rollout.tokens_BN)[mask], np.asarray(rollout.model_logp_BN)[mask], atol=1e-5)
+    replayed_logp = sampled_log_probs(completion_logits(replayed, LENGTHS), rollout.tokens_BN)
+    np.testing.assert_allclose(replayed_logp[mask], np.asarray(rollout.logp_BN)[mask], atol=1e-5)
 
 
 def test_every_expert_slot_holds_a_valid_choice(rollout):
@@ -125,7 +136,7 @@ def test_a_greedy_row_gets_alone_what_it_gets_in_a_batch(mla):
     logits_BTV, _ = mla.forward(*layout(mla.prompts_BP, LENGTHS, together))
     mask = np.asarray(together.mask_BN)
     np.testing.assert_array_equal(np.asarray(together.tokens_BN)[mask], completion_logits(logits_BTV, LENGTHS).argmax(-1)[mask])
-    assert not np.any(together.logp_BN) and np.all(np.asarray(together.model_logp_BN)[mask] < 0)
+    assert not np.any(together.logp_BN)
 
 
 def test_padding_is_never_seen(mla, rollout):
@@ -160,7 +171,50 @@ def test_eos_ends_a_row(rollout):
         assert lengths[b] == (tokens[b].tolist().index(EOS) + 1 if ended else N)
         assert rollout.mask_BN[b].tolist() == [True] * lengths[b] + [False] * (N - lengths[b])
         assert np.all(tokens[b, lengths[b] :] == PAD)
-        assert not np.any(rollout.logp_BN[b, lengths[b] :]) and not np.any(rollout.model_logp_BN[b, lengths[b] :])
+        assert not np.any(rollout.logp_BN[b, lengths[b] :])
+
+
+def test_any_of_several_stop_tokens_ends_a_row(mla, rollout):
+    """Row by row the first stop token ends it; what was drawn before is unchanged."""
+    plain = dataclasses.replace(SAMPLING, eos_id=-1)
+    free = finish(mla.advance(mla.start(mla.prompts_BP, LENGTHS, sampling=plain), N, sampling=plain))
+    tokens = np.asarray(free.tokens_BN)
+    stops = (int(tokens[0, 4]), int(tokens[1, 2]), 10**6)
+    both = dataclasses.replace(SAMPLING, eos_id=stops)
+    stopped = finish(mla.advance(mla.start(mla.prompts_BP, LENGTHS, sampling=both), N, sampling=both))
+    for b in range(B):
+        ends = [n for n in range(N) if tokens[b, n] in stops]
+        length = ends[0] + 1 if ends else N
+        assert stopped.lengths_B[b] == length and stopped.finished_B[b] == bool(ends)
+        assert np.asarray(stopped.tokens_BN)[b].tolist() == tokens[b, :length].tolist() + [PAD] * (N - length)
+    assert stopped.lengths_B[0] <= 5 and stopped.lengths_B[1] <= 3
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY], ids=["sampled", "greedy"])
+def test_logits_that_are_no_numbers_are_never_sampled_from(mla, sampling):
+    """A NaN in one token's embedding spoils the rows that hold it, from there on, and no other row."""
+    healthy = finish(mla.advance(mla.start(mla.prompts_BP, LENGTHS, sampling=sampling), N, sampling=sampling))
+    tokens = np.asarray(healthy.tokens_BN)
+    in_prompts = set(mla.prompts_BP[np.arange(P) < LENGTHS[:, None]].tolist())
+    place, bad = next((n, int(tokens[2, n])) for n in range(N) if int(tokens[2, n]) not in in_prompts | {EOS})
+    leaf = np.asarray(mla.variables["params"]["embed"]["embedding"]).copy()
+    leaf[bad] = np.nan
+    params = mla.variables["params"] | {"embed": mla.variables["params"]["embed"] | {"embedding": leaf}}
+    spoiled = mla._replace(variables=mla.variables | {"params": params})
+    rows = finish(spoiled.advance(spoiled.start(mla.prompts_BP, LENGTHS, sampling=sampling), N, sampling=sampling))
+    assert not rows.finite_B[2] and not rows.finished_B[2] and rows.lengths_B[2] == place + 1
+    assert np.asarray(rows.tokens_BN)[2].tolist() == tokens[2, : place + 1].tolist() + [PAD] * (N - place - 1)
+    assert np.all(np.isfinite(rows.logp_BN))
+    for b in range(B):
+        whole = bad not in tokens[b, : int(healthy.lengths_B[b]) - 1]
+        assert bool(rows.finite_B[b]) == whole
+        if whole:
+            assert np.asarray(rows.tokens_BN)[b].tolist() == tokens[b].tolist()
+
+    everywhere = mla._replace(variables=jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), mla.variables))
+    state = everywhere.start(mla.prompts_BP, LENGTHS * (np.arange(B) > 0), sampling=sampling)
+    assert state.finite_B.tolist() == [True, False, False, False], "a row without a prompt has no numbers"
+    assert not np.any(state.lengths_B) and np.all(state.tokens_BN == PAD) and not np.any(state.live_B)
 
 
 def test_the_loop_ends_with_its_longest_row(mla, rollout):
@@ -240,3 +294,22 @@ def test_shapes_that_do_not_fit(mla):
     for prompts, lengths in ((np.zeros((2, 0), np.int32), LENGTHS[:2]), (mla.prompts_BP, LENGTHS[:2]), (mla.prompts_BP[0], LENGTHS)):
         with pytest.raises(DataError, match="prompt_lengths"):
             generate(mla.model, mla.variables, prompts, lengths, jax.random.key(0), SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "token, length, message",
+    [
+        (V, 4, f"prompt 2 has token {V} in slot 3: the model's vocabulary has the ids 0 to {V - 1}"),
+        (-1, 4, "prompt 2 has token -1 in slot 3"),
+        (5, P + 1, f"must be from 0 to the {P} slots"),
+        (5, -1, f"must be from 0 to the {P} slots"),
+    ],
+)
+def test_prompts_outside_the_vocabulary(mla, token, length, message):
+    prompts, lengths = mla.prompts_BP.copy(), LENGTHS.copy()
+    prompts[2, 3], lengths[2] = token, length
+    with pytest.raises(DataError, match=message):
+        start(mla.model, mla.variables, prompts, lengths, jax.random.key(0), SAMPLING)
+    with pytest.raises(DataError, match="float32.*must be integers"):
+        start(mla.model, mla.variables, prompts.astype(np.float32), lengths, jax.random.key(0), SAMPLING)
+    check_prompts(np.where(np.arange(P) < LENGTHS[:, None], mla.prompts_BP, V), LENGTHS, V)  # padding is never read

@@ -1,5 +1,7 @@
 """Streaming, chats that keep their ids, and the command line on a checkpoint of a tiny byte-level model."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import GQA, MLA, SAMPLING, N, build_case
+
+from tokenizer_cases import R1, make_tokenizer
 
 from deepseek_jax import cli
 from deepseek_jax.data.tokenizers import StreamDecoder, load_tokenizer
@@ -40,7 +44,13 @@ def checkpoint(tmp_path_factory):
     store = Checkpoints(folder / "checkpoints", case.model.config)
     store.save(Weights(step=jnp.zeros((), jnp.int32), params=case.variables["params"], router_bias={}))
     store.close()
+    BYTES.save(folder / "tokenizer")
     return folder, case
+
+
+@pytest.fixture(scope="module")
+def r1_tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("r1"), R1, ("<|user|>", "<|assistant|>", "<think>", "</think>")))
 
 
 def run(*flags, stdin=""):
@@ -78,18 +88,40 @@ def test_chat_keeps_ids_and_closes_turns():
     ]  # fmt: skip
 
 
-def test_chat_refuses_a_template_that_rewrites_history():
-    class Counting:
-        eos_id = 1
+def test_chat_shows_the_model_what_the_template_writes(r1_tokenizer):
+    """Reasoning that the template drops from earlier answers is gone in the next turn; what it keeps stays as it was sampled."""
+    chat, parse = Chat(r1_tokenizer), functools.partial(r1_tokenizer.encode, allow_special=True)
+    assert chat.ask("one") == parse("<s><|user|>one<|assistant|><think>\n")
+    chat.answer(parse("reason</think>two</s>"))
+    assert chat.ask("three") == parse("<s><|user|>one<|assistant|>two</s><|user|>three<|assistant|><think>\n")
+    chat.answer(parse("cut off"))  # no </think>: the template has nothing to drop
+    messages = [("user", "one"), ("assistant", "<think>\nreason</think>two"), ("user", "three"), ("assistant", "<think>\ncut off"), ("user", "?")]
+    assert chat.ask("?") == r1_tokenizer.chat([{"role": role, "content": content} for role, content in messages])
 
-        def chat(self, messages, *, add_generation_prompt=True):
-            return [len(messages), 7]
+    kept = Chat(BYTES)
+    kept.ask("hi")
+    kept.answer([259, 0xC3, 77, 260, 65, BYTES.eos_id])
+    assert kept.ask("?")[5:11] == [259, 0xC3, 77, 260, 65, BYTES.eos_id]
 
-    chat = Chat(Counting())
+
+def test_a_refused_question_leaves_the_chat_as_it_was():
+    class Strict:
+        stop_ids, answer_opening = (1,), ""
+
+        def chat(self, messages):
+            if messages[-1]["content"] == "bad":
+                raise DataError("no")
+            return [len(messages)]
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    chat = Chat(Strict())
     chat.ask("a")
-    chat.answer([1])
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        chat.ask("b")
+    chat.answer([7, 1])
+    with pytest.raises(DataError, match="no"):
+        chat.ask("bad")
+    assert chat.ask("b") == [3], "user, assistant, user"
 
 
 def test_command_streams_the_completion(checkpoint):
@@ -133,7 +165,7 @@ def test_a_chat_compiles_one_program_per_prompt_width(gqa):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt=a", "--temperature=-1"], "SamplingConfig.temperature=-1.0: must be 0 (greedy) or more"),
+        (["--prompt=a", "--temperature=-1"], "SamplingConfig.temperature=-1.0: must be 0 (greedy) or from 1e-5 up"),
         (["--prompt=a", "--tokenizer=/nowhere"], "no tokenizer at '/nowhere'"),
     ],
 )
@@ -148,6 +180,53 @@ def test_a_missing_checkpoint_ends_the_command(tmp_path):
     result = run(f"--checkpoint={tmp_path / 'gone'}", "--prompt=a")
     assert result.returncode == 2 and result.stdout == "" and "there is no such folder" in result.stderr
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_a_run_that_saved_no_tokenizer_names_it_in_its_config(checkpoint, tmp_path, monkeypatch, capsys):
+    """Never the bytes in silence: the run's config.json says which, or nobody does and the flag is asked for."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "checkpoints").symlink_to(checkpoint[0] / "checkpoints")
+    prompts = []
+
+    def fake_stream(model, variables, prompt_ids, rng, sampling):
+        prompts.append(list(prompt_ids))
+        return iter([[65]])
+
+    monkeypatch.setattr("deepseek_jax.generation.__main__.stream", fake_stream)
+    ask = [f"--checkpoint={tmp_path / 'sft'}", "--prompt=<eos>h"]
+    with pytest.raises(DataError, match="no tokenizer.json, no folder 'tokenizer'.*--tokenizer="):
+        main(ask)
+    spec = make_tokenizer(tmp_path / "fox", R1, ())
+    (tmp_path / "config.json").write_text(json.dumps({"stages": ["sft"], "tokenizer": spec}))
+    monkeypatch.setattr("deepseek_jax.generation.__main__.check_vocabulary", lambda tokenizer, size: None)
+    assert main(ask) == 0
+    (tmp_path / "config.json").write_text(json.dumps({"stages": ["sft"]}))  # an experiment that names none uses bytes
+    assert main(ask) == 0
+    assert prompts == [load_tokenizer(spec).encode("<eos>h", bos=True), BYTES.encode("<eos>h", bos=True)]
+
+
+@pytest.mark.parametrize("ids", [[BYTES.eos_id], [10, 32, BYTES.eos_id], [BYTES.pad_id] * 3], ids=["at once", "blanks", "nothing to show"])
+def test_an_answer_without_text_is_said(checkpoint, ids, monkeypatch, capsys):
+    monkeypatch.setattr("deepseek_jax.generation.__main__.stream", lambda *_: iter([ids]))
+    assert main([f"--checkpoint={checkpoint[0]}", "--prompt=a"]) == 1
+    assert "no text came" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_end_the_program(checkpoint, tmp_path, monkeypatch, capsys):
+    folder, case = checkpoint
+    spoiled = jax.tree.map(lambda x: x * jnp.nan, case.variables)
+    monkeypatch.setattr("deepseek_jax.generation.__main__.load_variables", lambda path: (case.model.config, spoiled))
+    for flags in (["--prompt=a"], ["--prompt=a", "--temperature=0"], ["--interactive"]):
+        monkeypatch.setattr("builtins.input", lambda prompt: "hi")
+        assert main([f"--checkpoint={folder}", "--max_new_tokens=20", *flags]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "\n" and captured.err.startswith("error: the network's numbers are not finite (NaN or infinity) at token 1")
+
+
+def test_stream_refuses_ids_outside_the_vocabulary(gqa):
+    for token in (-1, 40):
+        with pytest.raises(DataError, match=f"has token {token} in slot 1: .* 0 to 39"):
+            next(stream(gqa.model, gqa.variables, [5, token], jax.random.key(0), SAMPLING))
 
 
 def test_a_hugging_face_folder_is_read_directly(mla, tmp_path, monkeypatch, capsys):
