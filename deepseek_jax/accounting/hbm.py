@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from deepseek_jax.accounting.branches import Taken, compiled_branches
 from deepseek_jax.accounting.collectives import KINDS
-from deepseek_jax.accounting.hlo import Computation, Instruction, Module, Scope, arrays, entry_scope, trip_count
+from deepseek_jax.accounting.hlo import Computation, Instruction, Module, Scope, arrays, entry_scope, shape_bytes, trip_count
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "iota"}
 _MOVES = ("bitcast", "copy", "convert")
@@ -91,11 +91,11 @@ def _produced(name: str, body: Computation, module: Module) -> int:
     """Bytes that a fusion writes for one of its results: the changed part of an update in place."""
     instruction = _behind_moves(body.instructions[name], body)
     if instruction.opcode == "dynamic-update-slice":
-        return sum(size for size, _ in arrays(body.instructions[instruction.operands[1]].shape))
+        return shape_bytes(body.instructions[instruction.operands[1]].shape)
     if instruction.opcode == "fusion":
         inner = module[instruction.called[0]]
         return sum(_produced(result, inner, module) for result in _results(inner))
-    return sum(size for size, _ in arrays(instruction.shape))
+    return shape_bytes(body.instructions[name].shape)
 
 
 def _used(body: Computation, position: int, module: Module) -> int:
@@ -113,17 +113,14 @@ def _uses(name: str, body: Computation, module: Module) -> Iterator[int]:
             continue
         inner = module[user.called[0]] if user.opcode == "fusion" else None
         if user.opcode in _MOVES or (inner and _behind_moves(inner.root, inner).name == _parameter(inner, user.operands.index(name))):
-            # No more of it is read than is used of the copy.
-            yield from (_whole(name, body) if user.is_root else _uses(user.name, body, module))
+            # No more of it is read than is used of the copy, which may have another dtype.
+            whole, copied = shape_bytes(body.instructions[name].shape), shape_bytes(user.shape)
+            yield from [whole] if user.is_root else (used * whole // copied for used in _uses(user.name, body, module))
         elif inner:
             yield from (_used(inner, position, module) for position, operand in enumerate(user.operands) if operand == name)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-            yield from _whole(user.name, body)
+            yield shape_bytes(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             yield 0
         elif user.opcode != "tuple":
-            yield from _whole(name, body)
-
-
-def _whole(name: str, body: Computation) -> Iterator[int]:
-    return (size for size, _ in arrays(body.instructions[name].shape))
+            yield shape_bytes(body.instructions[name].shape)

@@ -292,3 +292,146 @@ ENTRY %main (a: f32[100,8], i: s32[]) -> f32[100,8] {
     row, index = 8 * 4, 4
     # The row is read and written; then read again to be negated on the chip; then written from there. Both fusions read the index.
     assert memory_traffic(hlo.parse(text)) == (row + index + row) + row + (index + row)
+
+
+TOUCHED = """
+%double (d0: f32[8]) -> f32[8] {{
+  %d0 = f32[8]{{0}} parameter(0)
+  ROOT %twice = f32[8]{{0}} add(%d0, %d0)
+}}
+
+%row (r0: f32[100,8], r1: s32[]) -> f32[1,8] {{
+  %r0 = f32[100,8]{{1,0}} parameter(0)
+  %r1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{{1,0}} dynamic-slice(%r0, %r1, %zero), dynamic_slice_sizes={{1,8}}
+}}
+
+%two_rows (t0: f32[100,8], t1: s32[]) -> f32[1,8] {{
+  %t0 = f32[100,8]{{1,0}} parameter(0)
+  %t1 = s32[] parameter(1)
+  %zero.2 = s32[] constant(0)
+  %one_row = f32[1,8]{{1,0}} fusion(%t0, %t1), kind=kLoop, calls=%row
+  %first = f32[1,8]{{1,0}} slice(%t0), slice={{[0:1],[0:8]}}
+  ROOT %both = f32[1,8]{{1,0}} add(%one_row, %first)
+}}
+
+%row_of_wide (n0: bf16[2,8], n1: s32[]) -> f32[1,8] {{
+  %n0 = bf16[2,8]{{1,0}} parameter(0)
+  %n1 = s32[] parameter(1)
+  %zero.3 = s32[] constant(0)
+  %converted = f32[2,8]{{1,0}} convert(%n0)
+  ROOT %narrow = f32[1,8]{{1,0}} dynamic-slice(%converted, %n1, %zero.3), dynamic_slice_sizes={{1,8}}
+}}
+
+%write (w0: f32[100,8], w1: bf16[2,8], w2: s32[]) -> (f32[100,8], f32[2,8]) {{
+  %w0 = f32[100,8]{{1,0}} parameter(0)
+  %w1 = bf16[2,8]{{1,0}} parameter(1)
+  %w2 = s32[] parameter(2)
+  %wide = f32[2,8]{{1,0}} convert(%w1)
+  %update = f32[100,8]{{1,0}} dynamic-update-slice(%w0, %wide, %w2, %w2)
+  %moved = f32[100,8]{{1,0}} copy(%update)
+  ROOT %results = (f32[100,8]{{1,0}}, f32[2,8]{{1,0}}) tuple(%moved, %wide)
+}}
+
+ENTRY %main (a: f32[100,8], b: f32[1,8], i: s32[], v: f32[8], w: bf16[2,8], near: f32[8], rows: s32[3]) -> f32[] {{
+  %a = f32[100,8]{{1,0}} parameter(0)
+  %b = f32[1,8]{{1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %v = f32[8]{{0}} parameter(3)
+  %w = bf16[2,8]{{1,0}} parameter(4)
+  %near = f32[8]{{0:T(128)S(1)}} parameter(5)
+  %rows = s32[3]{{0}} parameter(6)
+  %x = {instruction}
+  ROOT %done = f32[] constant(0)
+}}
+"""
+V, ROW, INDEX = 8 * 4, 8 * 4, 4
+
+
+@pytest.mark.parametrize(
+    "instruction, read, written",
+    [
+        ("f32[8]{0} add(%v, %v)", 2 * V, V),
+        ("f32[8]{0} add(%v, %near)", V, V),  # what lies on the chip costs nothing
+        ("f32[8]{0:T(128)S(1)} negate(%v)", V, 0),
+        ("f32[1,8]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,8}", ROW, ROW),
+        ("f32[50,8]{1,0} slice(%a), slice={[0:50],[0:8]}", 50 * ROW, 50 * ROW),
+        ("f32[3,8]{1,0} gather(%a, %rows), offset_dims={1}", 3 * ROW, 3 * ROW),
+        ("f32[100,8]{1,0} dynamic-update-slice(%a, %b, %i, %i)", ROW + 2 * INDEX, ROW),
+        ("f32[100,8]{1,0} scatter(%a, %rows, %b), to_apply=%double", 3 * 4 + ROW, ROW),
+        ("f32[8]{0} fusion(%v), kind=kLoop, calls=%double", V, V),  # used twice, read once
+        ("f32[1,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%row", ROW + INDEX, ROW),
+        ("f32[1,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%two_rows", 2 * ROW + INDEX, ROW),
+        ("f32[1,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%row_of_wide", 8 * 2 + INDEX, ROW),
+        ("(f32[100,8]{1,0}, f32[2,8]{1,0}) fusion(%a, %w, %i), kind=kLoop, calls=%write", 2 * 8 * 2 + INDEX, 2 * 2 * ROW),
+        ("(f32[8]{0:T(128)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%v)", V, 0),
+        ("(f32[8]{0}, f32[16]{0}) all-gather-start(%v), replica_groups={{0,1}}, dimensions={0}", V, 2 * V),
+        ("f32[8]{0} all-reduce-start(%v), replica_groups={{0,1}}, to_apply=%double", V, V),
+        ("f32[8]{0} call(%v), to_apply=%double", 2 * V, V),
+        ("f32[8]{0} bitcast(%v)", 0, 0),
+    ],
+)
+def test_bytes_that_an_instruction_touches(instruction, read, written):
+    assert memory_traffic(hlo.parse(TOUCHED.format(instruction=instruction))) == read + written
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [("pred", 8), ("s4", 4), ("u2", 2), ("s8", 8), ("f8e4m3fn", 8), ("f8e8m0fnu", 8), ("f4e2m1fn", 4), ("bf16", 16), ("f16", 16), ("f32", 32), ("s64", 64), ("c64", 64), ("c128", 128)],
+)
+def test_width_of_an_element(dtype, size):
+    assert hlo.shape_bytes(f"{dtype}[3,8]{{1,0}}") == 3 * size
+    assert hlo.shape_bytes(f"{dtype}[]") == -(-size // 8)
+
+
+COUNTED = """
+%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %c = (s32[], f32[8]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[8]{{0}} get-tuple-element(%c), index=1
+  %step = s32[] constant({step})
+  %next = s32[] {update}
+  %y = f32[8]{{0}} negate(%x)
+  ROOT %out = (s32[], f32[8]{{0}}) tuple(%next, %y)
+}}
+
+%condition (k: (s32[], f32[8])) -> pred[] {{
+  %k = (s32[], f32[8]{{0}}) parameter(0)
+  %j = s32[] get-tuple-element(%k), index=0
+  %limit = s32[] constant({limit})
+  ROOT %test = pred[] compare(%j, %limit), direction={direction}
+}}
+
+ENTRY %main (v: f32[8]) -> f32[8] {{
+  %v = f32[8]{{0}} parameter(0)
+  %start = s32[] constant({start})
+  %both = (s32[], f32[8]{{0}}) tuple(%start, %v)
+  %loop = (s32[], f32[8]{{0}}) while(%both), condition=%condition, body=%body
+  ROOT %last = f32[8]{{0}} get-tuple-element(%loop), index=1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "start, limit, direction, update, step, trips",
+    [
+        (0, 10, "LT", "add(%i, %step)", 3, 4),
+        (0, 9, "LT", "add(%step, %i)", 3, 3),
+        (0, 9, "LE", "add(%i, %step)", 3, 4),
+        (10, 0, "GT", "subtract(%i, %step)", 4, 3),
+        (8, 0, "GE", "subtract(%i, %step)", 4, 3),
+        (10, 0, "GT", "add(%i, %step)", -5, 2),
+        (-2, 2, "NE", "add(%i, %step)", 2, 2),
+        (5, 5, "LT", "add(%i, %step)", 1, 0),
+        (0, 10, "LT", "subtract(%i, %step)", 1, None),
+        (0, 10, "LT", "add(%i, %step)", 0, None),
+        (0, 10, "LT", "subtract(%step, %i)", 1, None),
+        (0, 10, "LT", "multiply(%i, %step)", 2, None),
+    ],
+)
+def test_loops_that_count(start, limit, direction, update, step, trips):
+    """The negation in the body moves 64 bytes each time, the counter 12; a loop whose end is not known is counted as often as one says."""
+    module = hlo.parse(COUNTED.format(start=start, limit=limit, direction=direction, update=update, step=step))
+    assert hlo.trip_count(module["main"].instructions["loop"], hlo.entry_scope(module)) == trips
+    assert memory_traffic(module, while_trips=7) == (64 + 12) * (7 if trips is None else trips)

@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.accounting import hlo
@@ -17,6 +18,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.precision import recipe
 from kernels_pallas import fp8_grouped_linear, fp8_linear
 from kernels_pallas._compat import plgpu
@@ -277,6 +279,34 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
     in_no_product = 2 * (norms + moe_layers * 16)
     gates = 2 * moe_layers * 4 * 96
     assert counted == 2 * length * (forward_flops_per_token(config, length, mtp=mtp) + masked + gates - in_no_product)
+
+
+class _TPUs(MeshPlacement):
+    """Eight TPUs: tokens reach their experts by a ragged exchange."""
+
+    device_kind = "tpu"
+
+
+def test_routed_experts_on_an_expert_mesh_are_computed_again():
+    """Of a rematerialised MoE layer each routed product counts four times: forward, again, and twice backward; without remat three times. So it does in
+    the round that serves a balanced load, whose receive buffers are half full. Experts twice as wide show what they alone take."""
+    tokens, width, top_k, peers = (8, 64), 64, 2, 8
+    mesh = Mesh(np.array(jax.devices()[:peers]).reshape(1, 1, peers, 1, 1), ("data", "fsdp", "expert", "context", "tensor"))
+
+    def gradient_flops(intermediate_size: int, remat: str) -> int:
+        moe = MoEConfig(num_experts=16, top_k=top_k, intermediate_size=intermediate_size, num_shared_experts=0)
+        attention = MLAConfig(num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+        config = ModelConfig(vocab_size=500, hidden_size=width, num_layers=1, intermediate_size=96, attention=attention, moe=moe, first_k_dense=0, remat=remat)
+        model = Transformer(config, recipe("bfloat16"), _TPUs(mesh))
+        loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
+        variables = abstract_variables(Transformer(config))
+        params = variables.pop("params")
+        return count(jax.grad(loss), params, variables, jax.ShapeDtypeStruct(tokens, jnp.int32), assumptions=Assumptions(branch="least", ragged_fill=0.5))
+
+    wider = 128
+    product = 2 * tokens[0] * tokens[1] * top_k * width * wider
+    for remat, times in (("none", 3), ("full", 4)):
+        assert gradient_flops(2 * wider, remat) - gradient_flops(wider, remat) == times * 3 * product, remat
 
 
 @pytest.mark.parametrize("implementation, number_format", [("mosaic_gpu_sm90", "float8_e4m3fn"), ("mosaic_tpu", "bfloat16")])
