@@ -19,6 +19,7 @@ from rich.console import Console
 from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
+from deepseek_jax.accounting.work import works
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
 from deepseek_jax.json_io import read_json
 from deepseek_jax.parallel import hosts
@@ -66,7 +67,7 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
     experiment = build_experiment(config, name, workdir)
     stages = build_stages(experiment)
     console = Console(highlight=False)
-    console.print(model_table(experiment.name, model_report(experiment.model.config)))
+    cli.show(model_table(experiment.name, model_report(experiment.model.config, stages=works(stages))))
     for index, stage in enumerate(stages, start=1):
         stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)

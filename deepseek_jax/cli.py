@@ -8,6 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+
 from deepseek_jax.errors import UserError
 
 
@@ -19,6 +22,24 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_price(flags: argparse._ActionsContainer) -> None:
+    """The flag for what an hour of a chip costs, as `dollars_per_chip_hour`."""
+    flags.add_argument(
+        "--dollars_per_hour",
+        "--dollars_per_chip_hour",
+        dest="dollars_per_chip_hour",
+        type=float,
+        help="what a chip costs for an hour (default: its list price, where one is known)",
+    )
+
+
+def show(table: RenderableType) -> None:
+    """Prints a table with every number whole: where the terminal is narrower than the table, it is the terminal that breaks lines."""
+    console = Console(highlight=False)
+    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    Console(highlight=False, width=max(console.width, width)).print(table)
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:

@@ -1,18 +1,20 @@
-"""python -m deepseek_jax.accounting v3_671b | --config=experiments/x.py [--config.model.any.field=value] [--json]
+"""python -m deepseek_jax.accounting v3_671b | FOLDER | --config=experiments/x.py [--config.model.any.field=value] [--json]
 
-What a network costs; without a network, the published ones in a list.
+What a network costs: a published one, the one of a Hugging Face folder, or an experiment with all its stages; without any, the
+published ones in a list.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import cli
+from deepseek_jax.accounting.cost import Work
 from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.experiment import read_flags
+from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import PRESETS, ModelConfig, preset
 
@@ -20,12 +22,12 @@ from deepseek_jax.model.config import PRESETS, ModelConfig, preset
 def main(argv: Sequence[str]) -> None:
     defaults = Assumptions()
     parser = cli.parser("deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated.")
-    parser.add_argument("preset", nargs="?", help="a published model; the list is printed without it")
-    parser.add_argument("--config", help="an experiment file whose model is counted instead; --config.field=value overrides")
+    parser.add_argument("preset", nargs="?", help="a published model, or a folder with its config.json; the list is printed without it")
+    parser.add_argument("--config", help="an experiment file that is counted instead; --config.field=value overrides")
     parser.add_argument("--sequence_length", type=int, default=defaults.sequence_length, help="tokens of context for the FLOPs")
-    parser.add_argument("--tokens", type=float, default=defaults.tokens, help="training tokens for the cost")
-    parser.add_argument("--sustained_tflops", type=float, default=defaults.sustained_tflops, help="per GPU, for the cost")
-    parser.add_argument("--dollars_per_hour", type=float, default=defaults.dollars_per_hour, help="per GPU, for the cost")
+    parser.add_argument("--tokens", type=float, help="training tokens for the cost (default: those of the experiment's stages, 1e12 without an experiment)")
+    parser.add_argument("--sustained_tflops", type=float, default=defaults.sustained_tflops, help="per GPU, for the cost: V3's own on an H800")
+    parser.add_argument("--dollars_per_hour", type=float, default=defaults.dollars_per_hour, help="per GPU, for the cost: V3's own for an H800")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     flags = parser.parse_args([argument for argument in argv if argument not in overrides])
@@ -34,30 +36,50 @@ def main(argv: Sequence[str]) -> None:
     if not flags.preset and not flags.config:
         list_presets(flags.json)
         return
+    assumptions, stages = assumptions_from(flags), {}
     if flags.config:
-        name, config = flags.config, experiment_model([f"--config={flags.config}", *overrides])
+        name, (config, stages) = flags.config, experiment_work([f"--config={flags.config}", *overrides])
     else:
-        name, config = flags.preset, preset(flags.preset)
-    figures = report(config, assumptions_from(flags))
+        name, config = flags.preset, named_model(flags.preset)
+    figures = report(config, assumptions, stages)
     if flags.json:
         print(to_json({"model": name, **figures}, indent=2))
     else:
-        Console(width=100).print(table(name, figures))
+        cli.show(table(name, figures))
 
 
 def assumptions_from(flags) -> Assumptions:
     for field in ("sequence_length", "tokens", "sustained_tflops", "dollars_per_hour"):
-        if getattr(flags, field) <= 0:
-            raise ConfigError(f"--{field}={getattr(flags, field)}: must be above 0")
+        value = getattr(flags, field)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{field}={value}: must be above 0")
     return Assumptions(flags.sequence_length, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
 
 
-def experiment_model(arguments: Sequence[str]) -> ModelConfig:
-    """The model of an experiment file, overrides applied. Raises ConfigError where the file or its model can't be read."""
-    config = read_flags(arguments)[0]
+def named_model(name: str) -> ModelConfig:
+    """A published model, or that of a Hugging Face folder, of which config.json is enough."""
+    if name in PRESETS or not Path(name).is_dir():
+        return preset(name)
+    from deepseek_jax.interop.hf_config import config_from_hf, read_config
+
+    return config_from_hf(read_config(Path(name)))
+
+
+def experiment_work(arguments: Sequence[str]) -> tuple[ModelConfig, dict[str, Work]]:
+    """The model of an experiment file and what its stages do, overrides applied; {} for a file without stages. Raises ConfigError where the file
+    or its model can't be read."""
+    config, name, workdir, *_ = read_flags(arguments)
     if "model" not in config:
         raise ConfigError(f"{arguments[0]}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
-    return ModelConfig.from_dict(config.model.to_dict())
+    if not config.get("stages"):
+        return ModelConfig.from_dict(config.model.to_dict()), {}
+    with config.unlocked():
+        config.mesh = {}  # its devices are not here
+    from deepseek_jax.accounting.work import works  # with everything that stages need, which a network alone does not
+    from deepseek_jax.stages import build_stages
+
+    experiment = build_experiment(config, name, workdir)
+    return experiment.model.config, works(build_stages(experiment))
 
 
 def list_presets(as_json: bool) -> None:
@@ -68,7 +90,7 @@ def list_presets(as_json: bool) -> None:
     view = Table("preset", "parameters", "activated (with head)", "MTP", box=None)
     for name, c in counts.items():
         view.add_row(name, f"{c.total:,}", f"{c.activated():,}", f"{c.mtp_total:,}")
-    Console(width=100).print(view)
+    cli.show(view)
 
 
 if __name__ == "__main__":

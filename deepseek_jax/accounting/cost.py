@@ -1,4 +1,6 @@
-"""GPU-hours and dollars."""
+"""Work, GPU-hours and dollars."""
+
+import dataclasses
 
 # V3 report, Table 1: H800 hours of the final run. Research and ablations before it are not in there.
 V3_GPU_HOURS = {"pre-training": 2_664_000, "context extension": 119_000, "post-training": 5_000}
@@ -7,9 +9,18 @@ DOLLARS_PER_GPU_HOUR = 2.0  # the rental price V3 assumes for an H800
 V3_SUSTAINED_TFLOPS = 385.0  # per H800, causal attention ("Insights into DeepSeek-V3", Table 4)
 
 
-def gpu_hours(flops_per_token: float, tokens: float, sustained_tflops: float = V3_SUSTAINED_TFLOPS) -> float:
-    """GPU-hours to train on `tokens`, at `sustained_tflops` TFLOP/s a GPU that really go into the model."""
-    return flops_per_token * tokens / (sustained_tflops * 1e12) / 3600
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """`tokens` that a stage trains on, padding included, or draws (RL), and the useful `flops`, recomputation not counted; a sequence is so long."""
+
+    tokens: int
+    flops: float
+    sequence_length: int
+
+
+def gpu_hours(flops: float, sustained_tflops: float = V3_SUSTAINED_TFLOPS) -> float:
+    """GPU-hours for so many FLOPs, at `sustained_tflops` TFLOP/s a GPU that really go into the model."""
+    return flops / (sustained_tflops * 1e12) / 3600
 
 
 def dollars(hours: float, dollars_per_hour: float = DOLLARS_PER_GPU_HOUR) -> float:

@@ -11,16 +11,17 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from deepseek_jax import cli
 from deepseek_jax.accounting import cost
 from deepseek_jax.accounting.compiled import measure
+from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.dry_run_table import table
 from deepseek_jax.accounting.programs import PROGRAMS, Program
 from deepseek_jax.accounting.topologies import Topology, prepare, topology
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.model.config import preset
 from deepseek_jax.json_io import to_json
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x8, v6e:16x16*2 (two slices), h100:64, …")
     parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
     parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
-    parser.add_argument("--dollars_per_chip_hour", type=float, help="for the cost (default: the chip's price where it is public)")
+    cli.add_price(parser)
     parser.add_argument("--rows", type=int, help="sequences that are decoded at once (default: 8 a device)")
     parser.add_argument("--context", type=int, default=4096, help="tokens in the cache while decoding")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.json == "-":
         print(to_json(figures, indent=2))
         return
-    Console(width=110).print(table(figures))
+    cli.show(table(figures))
     if flags.json:
         path = Path(flags.json)
         partial = path.with_suffix(path.suffix + ".partial")
@@ -69,12 +70,14 @@ def dry_run(
     """All figures of one program on one topology, fit for JSON; `options` are those of the program (rows and context of "decode").
 
     Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire
-    by mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known. For a program that
+    by mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known ("price_source" says whose it is). For a program that
     does not fit, what depends on the compiled text is None. Raises ConfigError for names that mean nothing and for an experiment
     that does not fit the mesh, UserError where libtpu or the CUDA plugin is missing.
     """
     if program not in PROGRAMS:
         raise ConfigError(f"--program={program}: {nearest(program, PROGRAMS)}")
+    if dollars_per_chip_hour is not None and not 0 < dollars_per_chip_hour < float("inf"):
+        raise ConfigError(f"--dollars_per_hour={dollars_per_chip_hour}: must be above 0")
     target = topology(topology_name)
     config = config.copy_and_resolve_references()
     if not config.get("mesh"):
@@ -84,7 +87,7 @@ def dry_run(
     plan = PROGRAMS[program](experiment, stage, **options)
     mesh = experiment.model.placement.mesh
     measured = measure(plan.jitted, plan.arguments, target, mesh, named=plan.named, assumptions=plan.assumptions)
-    price = target.chip.dollars_per_hour if dollars_per_chip_hour is None else dollars_per_chip_hour
+    is_v3 = count_parameters(experiment.model.config).main == count_parameters(preset("v3_671b")).main
     return {
         "experiment": name,
         "program": program,
@@ -97,23 +100,24 @@ def dry_run(
         "steps": plan.calls,
         "model_flops": plan.model_flops,
         **measured,
-        **bounds(plan, target, measured, price),
+        **bounds(plan, target, measured, dollars_per_chip_hour, is_v3),
     }
 
 
-def bounds(plan: Program, target: Topology, measured: dict[str, Any], price: float | None) -> dict[str, Any]:
-    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit."""
+def bounds(plan: Program, target: Topology, measured: dict[str, Any], price: float | None, is_v3: bool) -> dict[str, Any]:
+    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit. Without a `price` it is the chip's.
+    "v3_bill" is V3's own, for V3's own network, else None."""
     seconds = measured["roofline"]["seconds"] if measured["roofline"] else None
-    result: dict[str, Any] = {"step_seconds_lower_bound": seconds, "dollars_per_chip_hour": price}
+    source = "--dollars_per_hour" if price is not None else target.chip.price_source
+    price = target.chip.dollars_per_hour if price is None else price
+    result: dict[str, Any] = {"step_seconds_lower_bound": seconds, "dollars_per_chip_hour": price, "price_source": source if price is not None else None}
     speed = None if seconds is None else plan.tokens / seconds
     result["tokens_per_second_upper_bound"] = speed
     result["mfu_upper_bound"] = None if seconds is None else plan.model_flops / (seconds * target.chip.bf16 * target.num_chips)
     hours = None if seconds is None or plan.calls is None else seconds * plan.calls / 3600
-    v3_hours = None if speed is None else cost.V3_TOKENS / speed / 3600
     result |= {"hours_lower_bound": hours, "dollars_lower_bound": _dollars(hours, target, price)}
-    result["v3_tokens"] = {"tokens": cost.V3_TOKENS, "hours_lower_bound": v3_hours, "dollars_lower_bound": _dollars(v3_hours, target, price)}
     stated = sum(cost.V3_GPU_HOURS.values())
-    result["v3_bill"] = {"h800_hours": stated, "dollars": cost.dollars(stated)}
+    result["v3_bill"] = {"h800_hours": stated, "dollars": cost.dollars(stated)} if is_v3 else None
     return result
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from deepseek_jax.accounting.report import quantity
+
 GIB = 2**30
 
 
@@ -12,7 +14,7 @@ def table(figures: dict[str, Any]) -> Table:
     """A rich table of `dry_run`'s figures."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items()) or "one device"
     title = f"{figures['experiment']}, {figures['program']}, on {figures['topology']} ({figures['num_chips']:,} chips, {mesh})"
-    view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    view = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False)
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(no_wrap=True)
@@ -75,13 +77,20 @@ def _bound_rows(view: Table, figures: dict[str, Any]) -> None:
     _section(view, "At most")
     view.add_row("  model FLOPs utilisation", f"{figures['mfu_upper_bound']:.1%}", "of the bfloat16 peak")
     view.add_row("  tokens per second", f"{figures['tokens_per_second_upper_bound']:,.0f}", f"{figures['tokens_per_step']:,} a step")
-    price = figures["dollars_per_chip_hour"]
-    _section(view, "At least", "no price known: --dollars_per_chip_hour" if price is None else f"at ${price:g} a chip-hour")
+    _price_rows(view, figures)
+
+
+def _price_rows(view: Table, figures: dict[str, Any]) -> None:
+    price, chip = figures["dollars_per_chip_hour"], figures["topology"].partition(":")[0]
+    if price is None:
+        _section(view, "At least", f"no price known for {chip}: pass --dollars_per_hour")
+    else:
+        _section(view, "At least", f"at ${price:g} an hour and chip ({figures['price_source']})")
     if figures["hours_lower_bound"] is not None:
-        _time_row(view, f"  {figures['steps']:,.0f} steps", figures)
-    _time_row(view, f"  {figures['v3_tokens']['tokens'] / 1e12:g}T tokens", figures["v3_tokens"])
-    bill = figures["v3_bill"]
-    view.add_row("  V3's own bill", f"{bill['h800_hours']:,} H800-hours", f"${bill['dollars']:,.0f}")
+        tokens = quantity(figures["steps"] * figures["tokens_per_step"])
+        _time_row(view, f"  {figures['steps']:,.0f} steps, {tokens} tokens", figures)
+    if (bill := figures["v3_bill"]) is not None:
+        view.add_row("  V3's own bill", f"{bill['h800_hours']:,} H800-hours", f"${bill['dollars']:,.0f}")
 
 
 def _time_row(view: Table, label: str, figures: dict[str, Any]) -> None:

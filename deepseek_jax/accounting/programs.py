@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.accounting.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
+from deepseek_jax.accounting.flops import decode_flops_per_token
 from deepseek_jax.accounting.program_flops import Assumptions
+from deepseek_jax.accounting.work import rollout_flops, training_rows
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.generation.generate import advance, start
@@ -20,7 +21,6 @@ from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import batch_sharding, state_sharding, variables_sharding, with_sharding
 from deepseek_jax.rl.grpo import GRPOState
 from deepseek_jax.stages import GRPOStage, TrainStage
-from deepseek_jax.training.objective import uses_mtp
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step import make_train_step
@@ -61,12 +61,9 @@ def train(experiment: Experiment, stage: str | None) -> Program:
         microbatch=config.microbatch,
         centred=config.router_bias_centred,
     )
-    calls = float(config.steps)
-    if config.batch_size is not None:  # smaller batches first: as many tokens take fewer of the largest
-        calls = float(np.sum(np.asarray(config.batch_size(np.arange(config.steps)), np.float64))) / section.batch_size
+    calls = float(np.sum(training_rows(section))) / section.batch_size  # smaller batches first: as many tokens take fewer of the largest
     tokens = section.batch_size * section.seq_len
-    per_token = training_flops_per_token(model.config, section.seq_len, mtp=uses_mtp(model, config.objective))
-    return Program(step, (state, batch), _parts(state), tokens, calls, tokens * per_token, assumptions(experiment))
+    return Program(step, (state, batch), _parts(state), tokens, calls, tokens * section.flops_per_token, assumptions(experiment))
 
 
 def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
@@ -96,14 +93,9 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
     state = GRPOState(**fields, reference=train_state.variables, rollouts=train_state.step)
     state = with_sharding(state, state_sharding(model, state))
     rows, drawn = config.completions_per_rollout, config.max_completion_length
-    length = config.max_prompt_length + drawn
-    passes = 3 * config.inner_epochs + (config.kl_coefficient > 0) * config.inner_epochs
-    useful = passes * rows * length * forward_flops_per_token(model.config, length)
+    useful = rollout_flops(model.config, config, sampled=program.rewards.in_graph)
     if program.rewards.in_graph:
         jitted, arguments = type(program).iteration, (program, state)
-        sampled = rows * config.oversampling
-        useful += sampled * sum(decode_flops_per_token(model.config, context) for context in range(length - drawn, length))
-        useful += sampled // config.group_size * (length - drawn) * forward_flops_per_token(model.config, length - drawn)
     else:
         samples = jax.eval_shape(lambda state: program.sample(state), state)
         parts = {reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32) for reward in program.rewards.rewards if not reward.in_graph}

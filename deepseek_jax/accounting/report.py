@@ -1,6 +1,7 @@
 """All figures of one network, as plain data and as a table."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -12,22 +13,35 @@ from deepseek_jax.model.config import MLAConfig, ModelConfig
 from deepseek_jax.model.rope import softmax_scale, yarn_correction_range, yarn_mscale
 
 
+DEFAULT_TOKENS = 1e12
+
+
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What the figures depend on besides the network."""
+    """What the figures depend on besides the network. `sequence_length` None: that of the experiment's first stage, 4096 without an experiment;
+    `tokens` None: as many as its stages train on, 1T without one."""
 
-    sequence_length: int = 4096
-    tokens: float = 1e12
+    sequence_length: int | None = None
+    tokens: float | None = None
     sustained_tflops: float = cost.V3_SUSTAINED_TFLOPS
     dollars_per_hour: float = cost.DOLLARS_PER_GPU_HOUR
 
 
-def report(config: ModelConfig, assumptions: Assumptions = Assumptions()) -> dict[str, Any]:
-    """Parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for JSON."""
+def report(config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}) -> dict[str, Any]:
+    """Parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for JSON.
+
+    The cost is that of the `stages` of an experiment; of so many tokens of pre-training where `assumptions` say how many, or there are no stages.
+    """
     counts = count_parameters(config)
-    length = assumptions.sequence_length
+    length = assumptions.sequence_length or next((work.sequence_length for work in stages.values()), 4096)
     training = flops.training_flops_per_token(config, length)
-    hours = cost.gpu_hours(training, assumptions.tokens, assumptions.sustained_tflops)
+    tokens = assumptions.tokens
+    if stages and tokens is None:
+        tokens, total = sum(work.tokens for work in stages.values()), sum(work.flops for work in stages.values())
+    else:
+        tokens, stages = DEFAULT_TOKENS if tokens is None else tokens, {}
+        total = training * tokens
+    hours = cost.gpu_hours(total, assumptions.sustained_tflops)
     return {
         "parameters": {
             "main": dict(counts.main),
@@ -55,9 +69,12 @@ def report(config: ModelConfig, assumptions: Assumptions = Assumptions()) -> dic
         },
         "yarn": _yarn(config),
         "cost": {
-            "tokens": assumptions.tokens,
+            "stages": {name: dataclasses.asdict(work) for name, work in stages.items()},
+            "tokens": tokens,
+            "flops": total,
             "sustained_tflops": assumptions.sustained_tflops,
             "gpu_hours": hours,
+            "dollars_per_hour": assumptions.dollars_per_hour,
             "dollars": cost.dollars(hours, assumptions.dollars_per_hour),
         },
     }
@@ -78,7 +95,7 @@ def _yarn(config: ModelConfig) -> dict[str, Any] | None:
 
 def table(name: str, figures: dict[str, Any]) -> Table:
     """A rich table of `report`'s figures."""
-    view = Table(title=name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    view = Table(title=name, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False)
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
@@ -90,10 +107,7 @@ def table(name: str, figures: dict[str, Any]) -> Table:
         view.add_row("  √t (mscale)", f"{figures['yarn']['mscale']:.6f}")
         view.add_row("  softmax scale", f"{figures['yarn']['softmax_scale']:.7f}")
         view.add_row("  correction range", "{}-{}".format(*figures["yarn"]["correction_range"]))
-    bill = figures["cost"]
-    _section(view, f"Training on {bill['tokens'] / 1e12:g}T tokens")
-    view.add_row(f"  GPU-hours at {bill['sustained_tflops']:g} TFLOP/s", f"{bill['gpu_hours']:,.0f}")
-    view.add_row("  dollars", f"{bill['dollars']:,.0f}")
+    _cost_rows(view, figures["cost"])
     return view
 
 
@@ -120,11 +134,11 @@ def _parameter_rows(view: Table, parameters: dict[str, Any]) -> None:
 
 def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
     _section(view, "GFLOPs per token", f"{figures['sequence_length']:,} tokens of context")
-    view.add_row("  training", f"{figures['training'] / 1e9:,.2f}")
+    view.add_row("  training", _giga(figures["training"]))
     if figures["training_with_mtp"] != figures["training"]:
-        view.add_row("  training with MTP", f"{figures['training_with_mtp'] / 1e9:,.2f}")
-    view.add_row("  forward", f"{figures['forward'] / 1e9:,.2f}")
-    view.add_row("  decoding from the cache", f"{figures['decoding'] / 1e9:,.2f}")
+        view.add_row("  training with MTP", _giga(figures["training_with_mtp"]))
+    view.add_row("  forward", _giga(figures["forward"]))
+    view.add_row("  decoding from the cache", _giga(figures["decoding"]))
 
 
 def _memory_rows(view: Table, figures: dict[str, Any]) -> None:
@@ -142,9 +156,35 @@ def _memory_rows(view: Table, figures: dict[str, Any]) -> None:
     view.add_row("  AdamW moments, bfloat16", _gigabytes(small["moments"]))
 
 
+def _cost_rows(view: Table, bill: dict[str, Any]) -> None:
+    _section(view, "Training, all stages" if bill["stages"] else f"Training on {quantity(bill['tokens'])} tokens")
+    for name, work in bill["stages"].items():
+        view.add_row(f"  {name}, FLOPs", f"{work['flops']:.3g}", f"{quantity(work['tokens'])} tokens")
+    view.add_row("  FLOPs", f"{bill['flops']:.3g}", f"{quantity(bill['tokens'])} tokens")
+    view.add_row(f"  H800-hours at {bill['sustained_tflops']:g} TFLOP/s", _rounded(bill["gpu_hours"]))
+    view.add_row("  dollars", _rounded(bill["dollars"]), f"at ${bill['dollars_per_hour']:g} an hour")
+
+
+def quantity(count: float) -> str:
+    """A number of tokens in three digits: 14.8T, 819k."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def _rounded(number: float) -> str:
+    """Whole from 100 on, two digits below."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
+def _giga(n: int) -> str:
+    return f"{n / 1e9:,.2f}" if n >= 1e9 else f"{n / 1e9:.3g}"
+
+
 def _billions(n: int) -> str:
-    return f"{n / 1e9:,.2f}B"
+    return f"{n / 1e9:,.2f}B" if n >= 1e8 else f"{n / 1e6:,.2f}M"
 
 
 def _gigabytes(n: int) -> str:
-    return f"{n / 1e9:,.1f} GB"
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -23,7 +23,7 @@ GPUS_PER_HOST = 8
 # What libtpu and the CUDA plugin ask their surroundings, answered for a host that has neither TPU nor GPU.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
-    "TPU_ACCELERATOR_TYPE": "none",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any that libtpu knows: the topology is named in full, and one that it does not know makes it complain
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no hold of a chip, so several processes may
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN

@@ -117,7 +117,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--workdir", help="where results go (runs/<name of the sweep file> without it)")
     parser.add_argument("--plan", action="store_true", help="print what would run, where, for how long and at what cost; start nothing")
     parser.add_argument("--results", action="store_true", help="write the table and the plot of what has finished; start nothing")
-    parser.add_argument("--dollars_per_chip_hour", type=float, help="for --plan, in place of the known price")
+    cli.add_price(parser)
     local = parser.add_argument_group("local")
     local.add_argument("--slots", type=int, default=1, help="runs at a time")
     local.add_argument("--slot_environment", action="append", default=[], metavar="NAME=VALUE", help="{slot} in a value is the slot's number; may be repeated")

@@ -4,22 +4,24 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from deepseek_jax.accounting.work import works
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, claim_workdir, mesh_sizes, read_flags
 from deepseek_jax.json_io import to_json
 from deepseek_jax.launch.sweep import Run, Sweep
 from deepseek_jax.parallel.mesh import MeshConfig
-from deepseek_jax.stages import TrainStage, build_stages
+from deepseek_jax.parallel.rules import build_rules
+from deepseek_jax.parallel.rules import shards as batch_shards
+from deepseek_jax.stages import build_stages
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run that can start: `python -m deepseek_jax` with `arguments` leaves its results in `folder`.
 
-    `tokens` and `flops` are those of its training stages, forward and backward, MTP modules included.
+    `tokens` and `flops` are those of all its stages (see `accounting.work`).
     """
 
     run: Run
@@ -67,30 +69,22 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
     if "mesh" in here:
         here.mesh = ConfigDict()  # its devices are where the run will be, not here
     built = build_experiment(here, name, folder)
+    shards = 1
     if config.get("mesh"):
         mesh = MeshConfig.from_dict(config.mesh.to_dict())
         if run.resources.kind != "cpu":  # how many devices a CPU is made to have is for the run's environment to say
-            mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
+            sizes = mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
+            shards = batch_shards(dict(build_rules(mesh.rules)), sizes, "batch")
     stages = build_stages(built)
     if (folder / "config.json").exists():
         claim_workdir(dataclasses.replace(built, config=json.loads(to_json(config.to_dict()))))
-    train = [stage for stage in stages if isinstance(stage, TrainStage)]
+    work = works(stages, shards).values()
     return Job(
         run=run,
         folder=folder,
         experiment=experiment,
         config=config,
         stages=tuple(stage.name for stage in stages),
-        tokens=sum(map(_tokens, train)),
-        flops=float(sum(_tokens(stage) * stage.flops_per_token for stage in train)),
+        tokens=sum(stage.tokens for stage in work),
+        flops=sum(stage.flops for stage in work),
     )
-
-
-def _tokens(stage: TrainStage) -> int:
-    """Tokens that the stage reads, padding included; the batch is rounded as the training loop rounds it."""
-    config = stage.config
-    if config.batch_size is None:
-        return config.steps * stage.batch_size * stage.seq_len
-    unit = max(config.microbatch, 1)
-    sizes = np.maximum(unit, np.round(np.asarray(config.batch_size(np.arange(config.steps)), np.float64) / unit) * unit)
-    return int(sizes.sum()) * stage.seq_len

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from deepseek_jax.model.config import GQAConfig, ModelConfig
 from deepseek_jax.parallel.mesh import Fits, MeshConfig
-from deepseek_jax.parallel.rules import build_rules
+from deepseek_jax.parallel.rules import build_rules, shards
 
 
 def fits(config: MeshConfig, model: ModelConfig, rows: Mapping[str, int] = {}, lengths: Mapping[str, int] = {}) -> Fits:
@@ -14,12 +14,6 @@ def fits(config: MeshConfig, model: ModelConfig, rows: Mapping[str, int] = {}, l
     """
     rules = dict(build_rules(config.rules))
 
-    def shards(sizes: Mapping[str, int], name: str) -> int:
-        count = 1
-        for axis in rules[name]:
-            count *= sizes[axis]
-        return count
-
     def wrong(sizes: Mapping[str, int]) -> str | None:
         heads = model.attention.num_kv_heads if isinstance(model.attention, GQAConfig) else model.attention.num_heads
         divided = [("the attention heads", heads, "heads"), *((field, count, "batch") for field, count in rows.items())]
@@ -27,9 +21,9 @@ def fits(config: MeshConfig, model: ModelConfig, rows: Mapping[str, int] = {}, l
         if model.moe is not None:
             divided.append(("model.moe.num_experts", model.moe.num_experts, "experts"))
         for what, count, name in divided:
-            if count % shards(sizes, name):
+            if count % shards(rules, sizes, name):
                 axes = " and ".join(axis for axis in rules[name] if sizes[axis] > 1)
-                return f"{axes} of {shards(sizes, name)} in all {'does' if ' and ' not in axes else 'do'} not divide {what}={count}"
+                return f"{axes} of {shards(rules, sizes, name)} in all {'does' if ' and ' not in axes else 'do'} not divide {what}={count}"
         for axis, factor in config.dcn:
             if sizes[axis] % factor:
                 return f"dcn.{axis}={factor} does not divide {axis}={sizes[axis]}"

@@ -1,5 +1,6 @@
 """From logical axes, which parameters and activations carry, to axes of the mesh: one table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ def build_rules(changes: Sequence[tuple[str, Any]] = ()) -> Rules:
                 raise ConfigError(f"mesh.rules.{name}={axis!r}: {nearest(str(axis), AXES)}")
         rules[name] = axes
     return tuple(rules.items())
+
+
+def shards(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], name: str) -> int:
+    """Into how many parts a mesh of these sizes divides a dimension."""
+    return math.prod(sizes[axis] for axis in rules[name])
 
 
 def divide(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], names: Sequence[str | None], shape: Sequence[int], prefix: str = ""):

@@ -32,11 +32,17 @@ def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_ste
             if config.batch_size is None:
                 batch = next(loader)
             else:
-                unit = math.lcm(max(config.microbatch, 1), shards)
-                batch = loader.take(max(unit, round(float(config.batch_size(step)) / unit) * unit))
+                batch = loader.take(int(batch_rows(config, step, shards)))
         except StopIteration:
             raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
         yield check_batch(batch, vocab_size)
+
+
+def batch_rows(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
+    """Rows of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple of the microbatch and of the
+    `shards` that a mesh divides them into."""
+    unit = math.lcm(max(config.microbatch, 1), shards)
+    return np.maximum(unit, np.round(np.asarray(config.batch_size(step), np.float64) / unit) * unit).astype(np.int64)
 
 
 def check_batch(batch: Batch, vocab_size: int) -> Batch:

@@ -7,8 +7,13 @@ import time
 
 import pytest
 
+from deepseek_jax.__main__ import print_plan
+from deepseek_jax.accounting import training_flops_per_token
 from deepseek_jax.accounting.__main__ import main
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.experiment import read_flags
+from deepseek_jax.interop import config_to_hf
+from deepseek_jax.model.config import preset
 
 
 def test_table_of_v3_holds_the_published_figures(capsys):
@@ -60,6 +65,58 @@ def test_experiment_file(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["memory_bytes"]["cache_elements_per_token"] == 5 * 576
     with pytest.raises(ConfigError, match="num_layers"):
         main([f"--config={path}", "--config.model.num_layer=5"])
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_no_number_is_cut_on_a_narrow_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    main(["v3_671b"])
+    printed = capsys.readouterr().out
+    assert "671,026,419,200" in printed and "11,413,547,008" in printed and "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+STAGES = """
+from ml_collections import ConfigDict
+from deepseek_jax.model.config import preset
+
+def get_config():
+    config = ConfigDict({"model": preset("v2_lite_16b").replace(num_layers=3, mtp_depth=1).to_dict(), "stages": ("pretrain", "sft"), "tokenizer": "byte"})
+    config.pretrain = {"kind": "pretrain", "seq_len": 512, "batch_size": 8, "train": {"steps": 30, "objective": {"mtp_weight": 0.3}}}
+    config.sft = {"kind": "sft", "seq_len": 256, "batch_size": 4, "train": {"steps": 20, "objective": {"mtp_weight": 0.0}}}
+    return config
+"""
+
+
+def test_the_bill_is_that_of_the_experiments_own_stages(tmp_path, capsys):
+    """By hand; one stage trains the MTP module, the other one does not. Without an experiment the bill is for 1T tokens."""
+    path = tmp_path / "mine.py"
+    path.write_text(STAGES)
+    main([f"--config={path}", "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    config = preset("v2_lite_16b").replace(num_layers=3, mtp_depth=1)
+    pretrain = 30 * 8 * 512 * training_flops_per_token(config, 512, mtp=True)
+    sft = 20 * 4 * 256 * training_flops_per_token(config, 256)
+    bill = figures["cost"]
+    assert bill["stages"]["pretrain"] == {"tokens": 30 * 8 * 512, "flops": pretrain, "sequence_length": 512}
+    assert bill["stages"]["sft"] == {"tokens": 20 * 4 * 256, "flops": sft, "sequence_length": 256}
+    assert (bill["tokens"], bill["flops"]) == (30 * 8 * 512 + 20 * 4 * 256, pretrain + sft)
+    assert bill["gpu_hours"] == pytest.approx((pretrain + sft) / 385e12 / 3600) and bill["dollars"] == pytest.approx(2 * bill["gpu_hours"])
+    assert figures["flops_per_token"]["training"] == training_flops_per_token(config, 512)
+    print_plan(*read_flags([f"--config={path}"])[:3])
+    printed = capsys.readouterr().out
+    assert f"{pretrain:.3g}" in printed and f"{sft:.3g}" in printed and "123k tokens" in printed and "1T" not in printed
+    main([f"--config={path}", "--tokens=2e12"])
+    assert "Training on 2T tokens" in capsys.readouterr().out
+    main(["v2_lite_16b"])
+    assert "Training on 1T tokens" in capsys.readouterr().out
+
+
+def test_a_hugging_face_folder(tmp_path, capsys):
+    fields = {"model_type": "deepseek_v3", **config_to_hf(preset("v3_671b"))}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main([str(tmp_path)])
+    assert "671,026,419,200" in capsys.readouterr().out
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):

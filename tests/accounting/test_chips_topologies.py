@@ -53,8 +53,10 @@ def test_peaks_by_number_format():
         chip("v5pp")
 
 
-def test_the_one_price_is_v3s():
-    assert {name: chip.dollars_per_hour for name, chip in CHIPS.items() if chip.dollars_per_hour} == {"h800": 2.0}
+def test_prices_have_a_source_and_a_date():
+    prices = {name: chip.dollars_per_hour for name, chip in CHIPS.items() if chip.dollars_per_hour is not None}
+    assert prices == {"v5e": 1.20, "v5p": 4.20, "v6e": 2.70, "h100": 55.04 / 8, "h200": 63.296 / 8, "h800": 2.0}
+    assert all(re.search(r", 20\d\d-\d\d", CHIPS[name].price_source) for name in prices)
 
 
 @NEEDS_LIBTPU

@@ -9,6 +9,7 @@ import json
 import pytest
 from dry_run_cases import BIG, CASES, GOLDEN, ONE_LAYER, figures
 
+from deepseek_jax import cli
 from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
 from deepseek_jax.accounting.dry_run import dry_run
 from deepseek_jax.accounting.dry_run_table import table
@@ -46,7 +47,25 @@ def test_state_is_divided_among_all_devices():
     stored = json.loads((GOLDEN / "small_h100.json").read_text())
     memory = stored["memory_bytes_per_device"]
     assert memory["optimizer"] == pytest.approx(memory["parameters"], rel=1e-5)
-    assert stored["v3_bill"] == {"h800_hours": 2_788_000, "dollars": 5_576_000.0}
+
+
+def test_v3s_bill_stands_beside_v3_alone():
+    stored = {case: json.loads((GOLDEN / f"{case}.json").read_text()) for case in ("v3_h100", "v2_lite_v6e", "small_h100")}
+    assert stored["v3_h100"]["v3_bill"] == {"h800_hours": 2_788_000, "dollars": 5_576_000.0}
+    assert stored["v2_lite_v6e"]["v3_bill"] is stored["small_h100"]["v3_bill"] is None
+
+
+@pytest.mark.parametrize("case, price", [("v3_v5p", "at $4.2 an hour and chip (Google Cloud on demand, 2026-11-28)"), ("v3_tpu7x", "no price known for tpu7x: pass --dollars_per_hour")])
+def test_the_table_says_whose_price_it_is(case, price, capsys, monkeypatch):
+    """Whole on a narrow terminal: every number that is not cut."""
+    monkeypatch.setenv("COLUMNS", "60")
+    stored = json.loads((GOLDEN / f"{case}.json").read_text()) | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}
+    cli.show(table(stored))
+    printed = capsys.readouterr().out
+    assert price in printed and "14.8T tokens" in printed and "…" not in printed
+    assert f"{stored['hours_lower_bound']:,.1f} hours" in printed and f"{stored['tokens_per_second_upper_bound']:,.0f}" in printed
+    if stored["dollars_lower_bound"] is not None:
+        assert f"${stored['hours_lower_bound'] * stored['num_chips'] * 4.2:,.0f}" in printed
 
 
 @pytest.mark.aot(chip="h100")

@@ -100,8 +100,8 @@ def test_cost_of_v3():
 
 def test_gpu_hours_from_flops():
     """250 GFLOPs per token at 385.8 TFLOP/s are V3's 180K GPU-hours per trillion tokens."""
-    assert cost.gpu_hours(250e9, 1e12, 385.8) == pytest.approx(180_000, rel=1e-4)
-    estimate = cost.gpu_hours(flops.training_flops_per_token(preset("v3_671b")), cost.V3_TOKENS)
+    assert cost.gpu_hours(250e9 * 1e12, 385.8) == pytest.approx(180_000, rel=1e-4)
+    estimate = cost.gpu_hours(flops.training_flops_per_token(preset("v3_671b")) * cost.V3_TOKENS)
     assert estimate == pytest.approx(cost.V3_GPU_HOURS["pre-training"], rel=0.005)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from launch_cases import BASE
+from launch_cases import BASE, ROOT
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from deepseek_jax.accounting import count_parameters
+from deepseek_jax.accounting import count_parameters, decode_flops_per_token, forward_flops_per_token
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch import Resources, Run, Sweep, grid, paired_seeds
 from deepseek_jax.launch.jobs import Job, build_jobs
@@ -19,6 +19,7 @@ from deepseek_jax.launch.plots import group, plot
 from deepseek_jax.launch.results import collect, stage_metrics, write_table
 from deepseek_jax.launch.state import Status, read_status, write_status
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.rl.tasks import build_task
 
 PEAK = "pretrain.train.optimizer.learning_rate.peak"
 
@@ -46,6 +47,31 @@ def test_tokens_with_a_growing_batch(tmp_path):
     (job,) = build_jobs(Sweep(BASE, [Run("a", ramp)]), tmp_path)
     sizes = [round(min(4 + 4 * step / 50, 8) / 4) * 4 for step in range(100)]
     assert job.tokens == sum(sizes) * 128
+
+
+def test_tokens_of_a_batch_that_a_mesh_divides(tmp_path):
+    """The training loop rounds to what the mesh's 64 parts and the microbatch divide; the run is for machines that are not here."""
+    ramp = {"pretrain.batch_size": 256, "pretrain.train.batch_size": {"kind": "ramp", "start": 40, "end": 250, "steps": 50}, "pretrain.train.steps": 100}
+    (job,) = build_jobs(Sweep(BASE, [Run("a", ramp | {"mesh.fsdp": 64}, Resources("v5p:4x4x4"))]), tmp_path)
+    sizes = [max(64, round(min(40 + 210 * step / 50, 250) / 64) * 64) for step in range(100)]
+    assert job.tokens == sum(sizes) * 128 and set(sizes) == {64, 128, 192, 256}
+
+
+def test_reinforcement_learning_is_work_too(tmp_path):
+    """By hand: three passes (KL is off) over prompts and completions, and what drawing them takes."""
+    overrides = {"stages": ("grpo",), "grpo.grpo.steps": 3, "grpo.grpo.num_minibatches": 1, "grpo.grpo.inner_epochs": 1, "grpo.grpo.kl_coefficient": 0.0, "grpo.grpo.prompts_per_rollout": 4, "grpo.grpo.group_size": 8}
+    (job,) = build_jobs(Sweep(str(ROOT / "experiments" / "r1_tiny.py"), [Run("a", overrides)]), tmp_path)
+    config, rows = ModelConfig.from_dict(job.config.model), 4 * 8
+    prompt, drawn = prompt_and_completion(job)
+    assert job.tokens == 3 * rows * drawn
+    read = forward_flops_per_token(config, prompt + drawn) * (prompt + drawn) * 3 * rows
+    decoded = sum(decode_flops_per_token(config, context) for context in range(prompt, prompt + drawn)) * rows
+    assert job.flops == 3 * (read + decoded + 4 * prompt * forward_flops_per_token(config, prompt))
+
+
+def prompt_and_completion(job):
+    task = build_task(job.config.task.to_dict())
+    return task.prompt_length, task.completion_length
 
 
 def test_the_last_value_of_every_metric(tmp_path):
