@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from deepseek_jax.data.tokenizers import StreamDecoder, check_vocabulary, load_tokenizer
+from tokenizer_cases import DEEPSEEK, ROLES, TAGS, make_tokenizer
+
+from deepseek_jax.data.tokenizers import ByteTokenizer, StreamDecoder, check_vocabulary, find_tokenizer, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
 BOS, EOS, PAD, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
@@ -188,3 +190,150 @@ def test_stream_holds_back_unfinished_characters_only(byte_tokenizer):
     assert [stream.push([byte]) for byte in (0xFF, 0xFF, 0xFF, 0xFF)] == ["", "", "", "\ufffd"], "no more than three wait"
     assert stream.flush() == "\ufffd" * 3
     assert stream.push(byte_tokenizer.encode("<think>x<eos>", allow_special=True)) == "<think>x"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prefix_space", "fallback"])
+def test_streams_of_every_kind_of_tokenizer(tmp_path, kind):
+    """Characters of several tokens, spaces at joins, hidden tokens between words, tokens that arrive together."""
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path, DEEPSEEK, ROLES + TAGS, kind=kind))
+    texts = ("日本語 🦙🦙 Größe", " the quick<think> fox</think> jumps ", "x</s> y</s></s> z", "a\n\n b  c", "日本語" * 30)
+    assert len(tokenizer.encode(texts[0])) > len(texts[0]) + 10, "most characters are several tokens"
+    for text in texts:
+        ids = tokenizer.encode(text, allow_special=True)
+        for skip in (True, False):
+            for step in (1, 2, 3, 4, 7, len(ids)):
+                stream = StreamDecoder(tokenizer, skip_special=skip)
+                pieces = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+                assert not any("\ufffd" in piece for piece in pieces), "no half characters"
+                assert "".join(pieces) == tokenizer.decode(ids, skip_special=skip), "nothing waits for the end"
+                assert stream.flush() == ""
+    cut = tokenizer.encode("ab日")[:-1]
+    stream = StreamDecoder(tokenizer)
+    assert (stream.push(cut) + stream.flush()).rstrip("\ufffd").strip() == "ab"
+    assert stream.push(tokenizer.encode("the")).strip() == "the", "after a flush it is as new"
+
+
+def test_reasoning_tags_survive_decoding(tmp_path):
+    """Also where the file marks them as special; what is hidden are the tokens of sequences, and padding."""
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path, DEEPSEEK, ROLES, lambda made: made.add_special_tokens([*TAGS, "<hidden>"])))
+    ids = tokenizer.encode("<s><think>a</think>b<hidden></s>", allow_special=True)
+    assert tokenizer.decode(ids, skip_special=True) == "<think>a</think>b" and len(ids) == 7
+    assert tokenizer.decode([-1, *ids, tokenizer.vocab_size, 2**40]) == "<s><think>a</think>b<hidden></s>"
+
+
+def test_truncation_and_padding_of_the_file_never_apply(tmp_path):
+    text = "the quick brown fox " * 30
+    plain = load_tokenizer(make_tokenizer(tmp_path / "plain", DEEPSEEK, ROLES))
+    for name, change in (
+        ("cut", lambda made: made.enable_truncation(8)),
+        ("left", lambda made: made.enable_truncation(8, direction="left", stride=2)),
+        ("padded", lambda made: made.enable_padding(length=400, pad_id=1, pad_token="</s>")),
+        ("multiple", lambda made: made.enable_padding(pad_to_multiple_of=64, pad_id=1, pad_token="</s>")),
+    ):
+        changed = load_tokenizer(make_tokenizer(tmp_path / name, DEEPSEEK, ROLES, change))
+        for spoken in (text, "hi"):
+            chat = [{"role": "user", "content": spoken}]
+            assert changed.encode(spoken, eos=True) == plain.encode(spoken, eos=True) and changed.chat(chat) == plain.chat(chat), name
+            assert changed.chat([{"role": "user", "content": spoken + "</s>"}]) == plain.chat([{"role": "user", "content": spoken + "</s>"}])
+
+
+def test_tokens_that_only_the_settings_know(tmp_path):
+    """As transformers: added_tokens_decoder is added, or, in files of old, special_tokens_map.json names what the settings don't."""
+    transformers = pytest.importorskip("transformers")
+    listed = {"270": {"content": "<|new|>", "special": True}, "271": {"content": " word", "special": False, "normalized": False}}
+    first = make_tokenizer(tmp_path / "first", DEEPSEEK, ROLES, added_tokens_decoder=listed)
+    second = make_tokenizer(tmp_path / "second", DEEPSEEK, ROLES, eos_token=None)
+    (tmp_path / "second" / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "pad_token": "<|user|>"}))
+    third = make_tokenizer(tmp_path / "third", DEEPSEEK, ROLES, eos_token="x")  # a letter of the vocabulary
+    for folder in (first, second, third):
+        ours, theirs = load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        text = "a<|new|>b word fo x</s>"
+        assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False)
+        assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+    assert "<|new|>" in load_tokenizer(first).specials and load_tokenizer(second).pad_id == load_tokenizer(second).specials["<|user|>"]
+
+
+def test_saved_files_give_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    again = load_tokenizer(tmp_path / "tokenizer")
+    assert type(again) is type(tokenizer) and again.specials == tokenizer.specials and again.vocab_size == tokenizer.vocab_size
+    chat = [{"role": "user", "content": "hé<eos>"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    assert again.turn(chat) == tokenizer.turn(chat) and again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert (again.bos_id, again.eos_id, again.pad_id, again.stop_ids) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids)
+    again.save(tmp_path / "tokenizer")  # over itself
+    assert load_tokenizer(tmp_path / "tokenizer").specials == tokenizer.specials
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_transformers_reads_the_saved_bytes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = ByteTokenizer()
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, "\x00\x7f \u00a0\u00ad\xff", "".join(map(chr, range(256)))):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, allow_special=True)
+        assert theirs.decode(ours.encode(text)) == text
+    for ids in (list(range(265)), [0xC3, 258, 0xA9]):
+        assert theirs.decode(ids) == ours.decode(ids)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}, {"role": "user", "content": "c"}]
+    for messages, prompt in ((chat, True), (chat[:2], False)):
+        assert theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False) == ours.chat(messages, add_generation_prompt=prompt)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (257, 258, 256)
+    config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (257, 258, 256)
+
+
+def test_where_a_checkpoint_has_its_tokenizer(folder, tmp_path):
+    """A stage's folder, `checkpoints` in it or one step; an import's folder; a run's config.json for stages that have none."""
+    stage = tmp_path / "run" / "sft"
+    step = stage / "checkpoints" / "120"
+    step.mkdir(parents=True)
+    inside = (stage, stage / "checkpoints", step)
+    for path in (*inside, tmp_path):
+        with pytest.raises(DataError, match="no tokenizer at .*say which the model was trained with.*--tokenizer="):
+            load_tokenizer(path)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps({"stages": ["sft"], "tokenizer": str(folder)}))
+    for path in (*inside, tmp_path / "run"):
+        assert load_tokenizer(path).encode(TEXT) == load_tokenizer(folder).encode(TEXT)
+    for named in ({}, {"tokenizer": None}, {"tokenizer": "byte"}):
+        config.write_text(json.dumps({"stages": ["sft"]} | named))
+        assert find_tokenizer(step) == "byte" and isinstance(load_tokenizer(stage), ByteTokenizer)
+    config.write_text(json.dumps({"stages": ["sft"], "tokenizer": str(tmp_path / "run")}))
+    with pytest.raises(DataError, match="which names none"):
+        load_tokenizer(stage)
+    load_tokenizer(folder).save(stage / "tokenizer")
+    assert all(load_tokenizer(path).encode(TEXT) == load_tokenizer(folder).encode(TEXT) for path in inside), "its own goes first"
+    config.write_text(json.dumps({"model_type": "deepseek_v3"}))
+    with pytest.raises(DataError, match="no tokenizer at"):
+        find_tokenizer(tmp_path / "run")
+    with pytest.raises(DataError, match="there is no such folder"):
+        find_tokenizer(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("tokenizer_config.json", "[]", "tokenizer_config.json holds list, not a JSON object"),
+        ("tokenizer_config.json", b"\xff{}", "tokenizer_config.json is not valid JSON: byte 0 is not UTF-8"),
+        ("tokenizer_config.json", {"bos_token": 5}, "bos_token=5: must be a token's text"),
+        ("tokenizer_config.json", {"eos_token": {"text": "</s>"}}, "eos_token={'text': '</s>'}: must be"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template holds int, not a template's text"),
+        ("tokenizer_config.json", {"chat_template": [{"template": "x"}]}, "needs objects with `name` and `template`"),
+        ("tokenizer_config.json", {"chat_template": []}, "none named 'default'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder: invalid literal"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": 3}}, "must be an object of objects"),
+        ("generation_config.json", "nonsense", "generation_config.json is not valid JSON"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8 text"),
+        ("chat_template.jinja", "{% for %}", "chat_template.jinja does not compile"),
+        ("config.json", "{" * 9, "config.json is not valid JSON"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, content, message):
+    make_tokenizer(tmp_path, DEEPSEEK, ROLES)
+    load_tokenizer(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((tmp_path / file).read_text()) | content)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
