@@ -23,7 +23,6 @@ from deepseek_jax.accounting.work import works
 from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
 from deepseek_jax.json_io import read_json
 from deepseek_jax.parallel import hosts
-from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.report import comparison_table, samples_table
 from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
 from deepseek_jax.training.checkpoints import saved_steps
@@ -60,18 +59,14 @@ def main(argv: Sequence[str]) -> int | None:
 
 def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
     """What would run, and on what network and mesh; the machine it is meant for need not be this one."""
-    mesh = config.to_dict().get("mesh")
-    MeshConfig.from_dict(mesh or {})
-    with config.unlocked():
-        config.mesh = {}
-    experiment = build_experiment(config, name, workdir)
+    experiment = build_experiment(config, name, workdir, elsewhere=0)
     stages = build_stages(experiment)
     console = Console(highlight=False)
     cli.show(model_table(experiment.name, model_report(experiment.model.config, stages=works(stages))))
     for index, stage in enumerate(stages, start=1):
         stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
-    if mesh:
+    if mesh := experiment.config.get("mesh"):
         console.print(f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run", markup=False)
     console.print("The experiment is valid. Nothing was allocated.")
 

@@ -11,12 +11,27 @@ from collections.abc import Callable, Sequence
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import ConfigError, UserError, nearest
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for what it does not understand, naming the nearest flag for an unknown one."""
+
+    def parse_args(self, args=None, namespace=None):
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            name = unknown[0].partition("=")[0]
+            self.error(f"unknown flag {name}: {nearest(name, known)}" if name.startswith("-") else f"{unknown[0]!r} belongs to no flag")
+        return flags
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} ({self.prog} --help says more)")
+
+
+def parser(module: str, description: str) -> Parser:
     """A parser for `python -m {module}`: flags are spelled out in full, and help shows the defaults."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -11,25 +11,29 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
     seed       seed of weights, data order and sampling
 """
 
-import ast
+import copy
 import dataclasses
 import json
+import math
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from deepseek_jax import cli
+from deepseek_jax.config_file import call, dotted_names
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import convert, inside, is_mapping
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.overrides import override, plain, split
 from deepseek_jax.parallel.fit import fits
 from deepseek_jax.parallel.hosts import from_primary, write_text
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
@@ -39,6 +43,7 @@ from deepseek_jax.precision import recipe
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import Task, build_task
 from deepseek_jax.training.checkpoints import COMPUTED_AS
+from deepseek_jax.training.config import TrainConfig
 
 FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
 
@@ -60,124 +65,124 @@ class Experiment:
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     """-> (config with overrides applied, experiment name, workdir, dry). Raises ConfigError for what can't be read.
 
-    A field that the file leaves at its default, or at None, can be overridden too; whether it exists is checked where it is used.
+    Any field can be overridden, whether the file mentions it or not; whether it exists is checked where it is used.
     """
-    path = next((argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")), None)
-    if path is None:
+    overrides, rest = split(argv)
+    parser = cli.parser("deepseek_jax", "Runs an experiment's stages in order.")
+    parser.add_argument("--config", action="append", default=[], help="an experiment file; --config.field=value overrides")
+    parser.add_argument("--workdir", help="where results go (runs/<name of the experiment file> without it)")
+    parser.add_argument("--dry", action="store_true", help="check everything and print the plan; allocate and run nothing")
+    flags = parser.parse_args(rest)
+    if len(flags.config) > 1:
+        raise ConfigError(f"--config is given twice, {' and '.join(flags.config)}: one run is one experiment")
+    if not flags.config or not flags.config[0]:
         here = ", ".join(sorted(map(str, Path("experiments").glob("*.py"))))
         raise ConfigError(f"no experiment given: pass --config=FILE. Here: {here or 'no experiments'}")
-    if not Path(path).is_file():
-        raise ConfigError(f"no such file: {path}")
-    folder = str(Path(path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # an experiment may import its neighbours and change a few lines
-    bare = _parse([f"--config={path}"]).config
-    added = [a for a in argv if a.startswith("--config.") and not _has(bare, a.partition("=")[0].removeprefix("--config.").split("."))]
-    values = _parse([argument for argument in argv if argument not in added])
-    with values.config.unlocked():
-        for argument in added:
-            _add(values.config, argument)
-    name = Path(path).stem
-    return values.config, name, Path(values.workdir or os.path.join("runs", name)), values.dry
+    name = Path(flags.config[0]).stem
+    return read_config(flags.config[0], overrides), name, Path(flags.workdir or os.path.join("runs", name)), flags.dry
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    arguments = ["deepseek_jax", *argv]
-    config_flags.DEFINE_config_file("config", None, "Experiment file.", flag_values=values, sys_argv=arguments)
-    flags.DEFINE_string("workdir", None, "Where results go (default: runs/<name of the experiment file>).", flag_values=values)
-    flags.DEFINE_bool("dry", False, "Check everything and print the plan; allocate and run nothing.", flag_values=values)
-    try:
-        values(arguments)
-        if not isinstance(values.config, ConfigDict):
-            values.config["model"]  # what stands in for a file that could not be loaded raises the reason when it is used
-    except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return values
+def read_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """What get_config() of a file returns, with fields set to (path, text) pairs. Raises ConfigError for what can't be read."""
+    made, where = call(path, "get_config")
+    if not is_mapping(made):
+        raise ConfigError(f"{where}: get_config() returns {type(made).__name__}, not a ConfigDict of {', '.join(FIELDS)} and stages")
+    with dotted_names():
+        config = copy.deepcopy(made) if isinstance(made, ConfigDict) else ConfigDict(plain(made))
+        for field, text in overrides:
+            override(config, field, text)
+    return config
 
 
-def _has(node: Any, path: Sequence[str]) -> bool:
-    for part in path:
-        if not isinstance(node, ConfigDict) or part not in node:
-            return False
-        node = node[part]
-    return node is not None  # a None has no type for a flag to be read as
-
-
-def _add(config: ConfigDict, argument: str) -> None:
-    """Sets a field that the file doesn't mention or has as None: `--config.grpo.eval.problems=64`. The value is a Python literal, or else text."""
-    path, _, text = argument.removeprefix("--config.").partition("=")
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
-    *parents, last = path.split(".")
-    node = config
-    for part in parents:
-        if part not in node:
-            node[part] = ConfigDict()
-        node = node[part]
-        if not isinstance(node, ConfigDict):
-            raise ConfigError(f"{argument}: {part!r} is {node!r}, which has no fields")
-    node[last] = value
-
-
-def build_experiment(config: ConfigDict, name: str, workdir: Path, devices: Sequence[jax.Device] | None = None) -> Experiment:
+def build_experiment(
+    config: ConfigDict, name: str, workdir: Path, devices: Sequence[jax.Device] | None = None, elsewhere: int | None = None
+) -> Experiment:
     """Checks everything that the stages share. Raises ConfigError with what to change.
 
-    `devices` make up the mesh (default: all there are).
+    `devices` make up the mesh (default: all there are). For a machine that is not here say how many devices it has, `elsewhere`, or
+    0 where that is not known: the mesh is checked, and the experiment is one for a single device.
     """
-    fields = config.to_dict()
-    stages = tuple(fields.get("stages", ()))
+    fields = plain(config)
+    for field in ("model", "stages"):
+        if field not in fields:
+            raise ConfigError(f"missing field config.{field}")
+    stages = _stage_names(fields["stages"])
     for field in fields:
         unused_stage = isinstance(fields[field], dict) and "kind" in fields[field]  # left out of `stages`, kept in the file
         if field not in FIELDS and field not in stages and not unused_stage:
             raise ConfigError(f"unknown field config.{field}: {nearest(field, (*FIELDS, *stages))}")
-    for field in ("model", "stages"):
-        if field not in fields:
-            raise ConfigError(f"missing field config.{field}")
     for stage in stages:
         if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
             known = [field for field, value in fields.items() if isinstance(value, dict) and "kind" in value]
             raise ConfigError(f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}")
-    tokenizer = load_tokenizer(fields.get("tokenizer", "byte"))
+    tokenizer = load_tokenizer(convert(fields.get("tokenizer", "byte"), str, "config.tokenizer"))
     model_config = ModelConfig.from_dict(fields["model"])
     check_vocabulary(tokenizer, model_config.vocab_size)
     return Experiment(
         name=name,
-        model=Transformer(model_config, recipe(fields.get("precision", "float32")), place(fields, model_config, stages, devices)),
+        model=Transformer(model_config, recipe(fields.get("precision", "float32")), place(fields, model_config, stages, devices, elsewhere)),
         tokenizer=tokenizer,
         task=build_task(fields["task"]) if fields.get("task") else None,
         sections={stage: fields[stage] for stage in stages},
-        seed=fields.get("seed", 0),
+        seed=_seed(fields.get("seed", 0)),
         workdir=workdir,
         config=json.loads(to_json(fields)),  # tuples as lists, as they come back from a file
     )
 
 
-def place(fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], devices: Sequence[jax.Device] | None) -> Placement:
+def _stage_names(names: Any) -> tuple[str, ...]:
+    names = convert(names, tuple[str, ...], "config.stages")
+    if not names:
+        raise ConfigError("config.stages is empty: name at least one stage")
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ConfigError(f"config.stages names {name!r}: a stage has a folder of that name, so letters, digits, '_' and '-'")
+        if names.count(name) > 1:
+            raise ConfigError(f"config.stages names {name!r} twice: every stage has a section and a folder of its own")
+    return names
+
+
+def _seed(value: Any) -> int:
+    seed = convert(value, int, "config.seed")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"config.seed={seed}: from 0 to 2**32 - 1")
+    return seed
+
+
+def place(
+    fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], devices: Sequence[jax.Device] | None, elsewhere: int | None = None
+) -> Placement:
     """The placement on the mesh that `config.mesh` describes. Raises ConfigError if the network or a stage's batches don't fit it."""
     if not fields.get("mesh"):
-        if devices is None and jax.process_count() > 1:
+        if devices is None and elsewhere is None and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes and no mesh: say how they share the work, for one config.mesh={{'fsdp': -1}}")
         return Placement()
     config = MeshConfig.from_dict(fields["mesh"])
+    rules = build_rules(config.rules)
+    if elsewhere is not None:
+        if elsewhere or -1 not in config.sizes.values():
+            mesh_sizes(config, fields, model, stages, elsewhere or math.prod(config.sizes.values()))
+        return Placement()
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, fields, model, stages, len(devices))
-    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), build_rules(config.rules), config.dispatch)
+    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), rules, config.dispatch)
 
 
 def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], num_devices: int) -> dict[str, int]:
     """The mesh's sizes on `num_devices`, wherever these are. Raises ConfigError if the network or a stage's batches don't fit it."""
-    rows, lengths = {}, {}
+    rows, lengths = [], []
     for stage in stages:
-        train = fields[stage].get("train", {})
-        if "batch_size" in fields[stage] and train:
-            field = "train.microbatch" if train.get("microbatch") else "batch_size"
-            rows[f"{stage}.{field}"] = train.get("microbatch") or fields[stage]["batch_size"]
-            lengths[f"{stage}.seq_len"] = fields[stage].get("seq_len", 1)
-        if fields[stage].get("grpo"):
-            rows[f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches"] = GRPOConfig.from_dict(fields[stage]["grpo"]).minibatch_size
+        section = fields[stage]
+        with inside(f"config.{stage}"):
+            if "train" in section:
+                train = TrainConfig.from_dict(section["train"])
+                sizes = train.batch_sizes(convert(section.get("batch_size"), int | None, "batch_size"))
+                field, sizes = ("train.microbatch", [train.microbatch]) if train.microbatch else ("batch_size", sizes)
+                rows += [(f"{stage}.{field}", size) for size in sizes]
+                lengths.append((f"{stage}.seq_len", convert(section.get("seq_len", 1), int, "seq_len")))
+            if "grpo" in section:
+                size = GRPOConfig.from_dict(section["grpo"]).minibatch_size
+                rows.append((f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches", size))
     return resolve(config, num_devices, fits(config, model, rows, lengths))
 
 

@@ -19,7 +19,9 @@ from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.data.checks import check_sources
 from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
-from deepseek_jax.errors import ConfigError, build, nearest
+from deepseek_jax.data.tokenizers import ByteTokenizer
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import build, change, inside
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.transformer import Transformer, init_variables
@@ -72,6 +74,14 @@ class TaskDocuments:
     corrupt_probability: float | None = None
     whole_document: bool = False
 
+    def __post_init__(self):
+        if self.count < 1:
+            raise ConfigError(f"task_documents.count={self.count}: at least 1")
+        for name in ("cot_probability", "corrupt_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"task_documents.{name}={value}: a probability, from 0 to 1, or None for the task's own")
+
     def write(self, task: Task, seed: int) -> list[dict[str, np.ndarray]]:
         """Records {"tokens", "loss_mask"} for the loader."""
         changes = {name: getattr(self, name) for name in ("cot_probability", "corrupt_probability") if getattr(self, name) is not None}
@@ -83,40 +93,41 @@ class TaskDocuments:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStage:
-    """Pre-training or SFT: next-token prediction on packed documents. They differ in their data alone."""
+    """Pre-training or SFT: next-token prediction on packed documents. They differ in their data alone.
+
+    `batch_size` is the sequences of a step; where `train.batch_size` is a schedule, the largest, and None in the experiment.
+    """
 
     name: str
     experiment: Experiment
-    config: TrainConfig
-    data: DataConfig
+    train: TrainConfig
     seq_len: int
-    batch_size: int
-    task_documents: TaskDocuments
+    batch_size: int | None = None
+    data: DataConfig = DataConfig()
+    task_documents: TaskDocuments = TaskDocuments()
 
-    FIELDS = ("kind", "train", "data", "seq_len", "batch_size", "task_documents")
+    def __post_init__(self):
+        _require_length(self.seq_len)
+        object.__setattr__(self, "batch_size", self.train.batch_sizes(self.batch_size)[-1])
+        if self._uses_task():
+            task = _require_task(self.name, self.experiment)
+            needed = task.prompt_length + task.completion_length
+            if needed > self.seq_len:
+                raise ConfigError(
+                    f"seq_len={self.seq_len}: a demonstration of the task has up to {needed} tokens and would be torn; "
+                    f"raise seq_len to at least {needed}, or make the task smaller"
+                )
 
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "TrainStage":
-        _check_fields(name, fields, cls.FIELDS, required=("train", "seq_len", "batch_size"))
-        stage = cls(
-            name=name,
-            experiment=experiment,
-            config=TrainConfig.from_dict(fields["train"]),
-            data=DataConfig.from_dict(fields.get("data", {})),
-            seq_len=fields["seq_len"],
-            batch_size=fields["batch_size"],
-            task_documents=build(TaskDocuments, fields.get("task_documents", {}), f"config.{name}.task_documents"),
-        )
-        if stage._uses_task():
-            _require_task(name, experiment)
-        return stage
+        return build(cls, fields, "", given={"name": name, "experiment": experiment})
 
     def _uses_task(self) -> bool:
         return any(source.name == "task" for source in self.data.sources)
 
     def summary(self) -> str:
         sources = ", ".join(f"{source.name} ({source.weight:g})" for source in self.data.sources)
-        return f"{self.config.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
+        return f"{self.train.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
 
     def check_data(self, prepare: bool) -> None:
         check_sources(self._text(), ("train", "validation"), self.experiment.tokenizer, self.data.data_dir, prepare=prepare)
@@ -134,7 +145,7 @@ class TrainStage:
             held_out = held_out_batches(dataclasses.replace(self.data, sources=self._held_out()), experiment, self.seq_len, self.batch_size)
         result = train(
             model,
-            self.config,
+            self.train,
             self._open_loader,
             experiment.workdir / self.name,
             variables=variables,
@@ -150,7 +161,7 @@ class TrainStage:
     def flops_per_token(self) -> int:
         """Forward and backward, MTP modules included where they are trained."""
         model = self.experiment.model
-        return training_flops_per_token(model.config, self.seq_len, mtp=uses_mtp(model, self.config.objective))
+        return training_flops_per_token(model.config, self.seq_len, mtp=uses_mtp(model, self.train.objective))
 
     def _open_loader(self) -> Loader:
         experiment, in_memory = self.experiment, None
@@ -170,6 +181,21 @@ class TrainStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class GRPOSection:
+    """What an experiment file says of a GRPO stage: `grpo` the fields of GRPOConfig, `optimizer` those that differ from the recipe's."""
+
+    grpo: dict[str, Any]
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loop: LoopConfig = LoopConfig()
+    eval: EvalConfig = EvalConfig()
+    loss_chunk: int = 4096
+
+    def __post_init__(self):
+        if self.loss_chunk < 1:
+            raise ConfigError(f"loss_chunk={self.loss_chunk}: at least 1 token at a time")
+
+
+@dataclasses.dataclass(frozen=True)
 class GRPOStage:
     """Reinforcement learning with rule rewards on the experiment's task. Also leaves curves.png."""
 
@@ -179,25 +205,22 @@ class GRPOStage:
     loop: LoopConfig
     evaluation: EvalConfig
 
-    FIELDS = ("kind", "grpo", "optimizer", "loop", "eval", "loss_chunk")
-
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "GRPOStage":
-        _check_fields(name, fields, cls.FIELDS, required=("grpo",))
+        section = build(GRPOSection, fields, "")
         task = _require_task(name, experiment)
-        config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | fields["grpo"])
+        config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | section.grpo)
         if config.max_prompt_length < task.prompt_length:
-            raise ConfigError(f"{name}.grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
-        optimizer = build(OptimizerConfig, {"learning_rate": learning_rate(config), "weight_decay": 0.0} | fields.get("optimizer", {}), f"config.{name}.optimizer")
-        return cls(
-            name=name,
-            experiment=experiment,
-            grpo=GRPO(
-                experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), fields.get("loss_chunk", 4096)
-            ),
-            loop=LoopConfig.from_dict(fields.get("loop", {})),
-            evaluation=EvalConfig.from_dict(fields.get("eval", {})),
-        )
+            raise ConfigError(f"grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
+        recipe = OptimizerConfig(learning_rate(config), weight_decay=0.0)
+        optimizer = change(recipe, section.optimizer, "optimizer", {"steps": config.steps})
+        twice = [field for field in ("learning_rate", "warmup_steps") if field in section.grpo]
+        if twice and optimizer.learning_rate != recipe.learning_rate:
+            raise ConfigError(
+                f"optimizer.learning_rate and {' and '.join(f'grpo.{field}' for field in twice)} are two answers to one question: leave one of them out"
+            )
+        program = GRPO(experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk)
+        return cls(name, experiment, program, section.loop, section.eval)
 
     def summary(self) -> str:
         config = self.grpo.config
@@ -221,35 +244,39 @@ class GRPOStage:
 
 @dataclasses.dataclass(frozen=True)
 class EvalStage:
-    """Held-out accuracy on the task and, with `data`, held-out bits per byte. Leaves evaluation.json; changes no weights."""
+    """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves evaluation.json;
+    changes no weights."""
 
     name: str
     experiment: Experiment
-    evaluation: EvalConfig
-    data: DataConfig | None
-    seq_len: int
-    batch_size: int
-    eval_batches: int | None
+    eval: EvalConfig | None = None
+    data: DataConfig | None = None
+    seq_len: int = 512
+    batch_size: int = 16
+    eval_batches: int | None = None
 
-    FIELDS = ("kind", "eval", "data", "seq_len", "batch_size", "eval_batches")
+    def __post_init__(self):
+        _require_length(self.seq_len)
+        for field in ("batch_size", "eval_batches"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"{field}={value}: at least 1")
+        if self.eval is not None or self.data is None:
+            _require_task(self.name, self.experiment)
 
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "EvalStage":
-        _check_fields(name, fields, cls.FIELDS, required=())
-        _require_task(name, experiment)
-        return cls(
-            name=name,
-            experiment=experiment,
-            evaluation=EvalConfig.from_dict(fields.get("eval", {})),
-            data=DataConfig.from_dict(fields["data"]) if "data" in fields else None,
-            seq_len=fields.get("seq_len", 512),
-            batch_size=fields.get("batch_size", 16),
-            eval_batches=fields.get("eval_batches"),
-        )
+        if experiment.task is not None:
+            fields = {"eval": {}} | fields
+        return build(cls, fields, "", given={"name": name, "experiment": experiment})
 
     def summary(self) -> str:
-        config = self.evaluation
-        return f"{config.problems} problems greedily, {config.sampled_problems} × {config.samples} sampled"
+        config, parts = self.eval, []
+        if config is not None:
+            parts.append(f"{config.problems} problems greedily, {config.num_sampled} × {config.samples} sampled")
+        if self.data is not None:
+            parts.append(f"bits per byte of {', '.join(source.name for source in self.data.sources)}")
+        return "; ".join(parts)
 
     def check_data(self, prepare: bool) -> None:
         if self.data is not None:
@@ -269,9 +296,11 @@ class EvalStage:
             batches = held_out_batches(self.data, experiment, self.seq_len, self.batch_size)()
             measured = make_evaluate(experiment.model, max_batches=self.eval_batches)(variables, batches)
             result["bits_per_byte"] = measured["bits_per_byte"]
-        result |= evaluate(experiment.model, variables, experiment.task, self.evaluation)
+        if self.eval is not None:
+            result |= evaluate(experiment.model, variables, experiment.task, self.eval)
         write_text(self.path, to_json(result, indent=1) + "\n")
-        print(f"{self.name}: greedy accuracy {result['greedy_accuracy']:.3f}, response length {result['response_length']:.1f}", flush=True)
+        shown = [(name, result[name]) for name in ("bits_per_byte", "greedy_accuracy", "response_length") if name in result]
+        print(f"{self.name}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown), flush=True)
         return variables
 
 
@@ -284,15 +313,14 @@ class OutliersStage:
     channels: int
     factor: float
 
-    FIELDS = ("kind", "channels", "factor")
+    def __post_init__(self):
+        width = self.experiment.model.config.hidden_size
+        if not 0 < self.channels <= width or self.factor <= 0:
+            raise ConfigError(f"channels={self.channels} must be 1 to {width}, and factor={self.factor} above 0")
 
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "OutliersStage":
-        _check_fields(name, fields, cls.FIELDS, required=("channels", "factor"))
-        channels, width = fields["channels"], experiment.model.config.hidden_size
-        if not 0 < channels <= width or fields["factor"] <= 0:
-            raise ConfigError(f"{name}: channels={channels} must be 1 to {width}, and factor={fields['factor']} above 0")
-        return cls(name, experiment, channels, fields["factor"])
+        return build(cls, fields, "", given={"name": name, "experiment": experiment})
 
     def summary(self) -> str:
         return f"{self.channels} channels {self.factor:g} times as large"
@@ -310,12 +338,17 @@ KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": E
 
 def build_stages(experiment: Experiment) -> list[Stage]:
     """All stages, checked: a mistake in the last one is found before the first one runs."""
-    stages = []
-    for name, fields in experiment.sections.items():
-        if fields["kind"] not in KINDS:
-            raise ConfigError(f"{name}.kind={fields['kind']!r}: {nearest(str(fields['kind']), KINDS)}")
-        stages.append(KINDS[fields["kind"]].build(name, experiment, fields))
-    return stages
+    return [build_stage(experiment, name) for name in experiment.sections]
+
+
+def build_stage(experiment: Experiment, name: str) -> Stage:
+    """The stage called `name`. Raises ConfigError for what its section of the experiment file cannot be."""
+    fields = dict(experiment.sections[name])
+    kind = fields.pop("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(f"{name}.kind={kind!r}: {nearest(str(kind), KINDS)}")
+    with inside(f"config.{name}"):
+        return KINDS[kind].build(name, experiment, fields)
 
 
 def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
@@ -352,13 +385,14 @@ def _weights(variables: Variables | None, experiment: Experiment) -> Variables:
 def _require_task(name: str, experiment: Experiment) -> Task:
     if experiment.task is None:
         raise ConfigError(f"stage {name!r} works on a task: add config.task, for example {{'name': 'parity', 'bits': 20}}")
+    if not isinstance(experiment.tokenizer, ByteTokenizer):
+        raise ConfigError(
+            f"stage {name!r} works on config.task, whose problems are written in the ids of the byte tokenizer, and "
+            f"config.tokenizer={experiment.config.get('tokenizer')!r}: set it to 'byte', and model.vocab_size to {ByteTokenizer.vocab_size} or more"
+        )
     return experiment.task
 
 
-def _check_fields(name: str, fields: Mapping[str, Any], known: tuple[str, ...], required: tuple[str, ...]) -> None:
-    for field in fields:
-        if field not in known:
-            raise ConfigError(f"unknown field config.{name}.{field}: {nearest(field, known)}")
-    for field in required:
-        if field not in fields:
-            raise ConfigError(f"missing field config.{name}.{field}")
+def _require_length(seq_len: int) -> None:
+    if seq_len < 2:
+        raise ConfigError(f"seq_len={seq_len}: at least 2, a token and the next one")

@@ -73,7 +73,7 @@ def one_data_dir(tmp_path_factory, monkeypatch):
         ("--config.pretrain.train.optimizer.b1=1.5", "optimizer.b1=1.5"),
         ("--config.pretrain.train.step=5", "unknown field train.step: did you mean 'steps'"),
         ("--config.seed.x=5", "has no fields"),
-        ("--config.model.hidden_size=wide", "invalid literal"),
+        ("--config.model.hidden_size=wide", "model.hidden_size='wide': must be a whole number"),
     ],
 )
 def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, 
     ("change", "message"),
     [
         (lambda c: c.update(extra=1), "unknown field config.extra"),
-        (lambda c: c.pretrain.update(sequence_length=5), "unknown field config.pretrain.sequence_length: did you mean 'seq_len'"),
+        (lambda c: c.pretrain.update(sequence_length=5), "config.pretrain: unknown field sequence_length: did you mean 'seq_len'"),
         (lambda c: c.grpo.grpo.update(clip_eps=0.2), "unknown field grpo.clip_eps: did you mean 'clip_epsilon'"),
         (lambda c: c.grpo.grpo.update(rewards={"acuracy": 1.0}), "unknown reward 'acuracy'"),
         (lambda c: c.__delattr__("task"), "works on a task"),

@@ -20,7 +20,7 @@ from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import batch_sharding, state_sharding, variables_sharding, with_sharding
 from deepseek_jax.rl.grpo import GRPOState
-from deepseek_jax.stages import GRPOStage, TrainStage
+from deepseek_jax.stages import build_stage
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step import make_train_step
@@ -45,8 +45,8 @@ class Program:
 def train(experiment: Experiment, stage: str | None) -> Program:
     """The optimiser step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
     name = _stage(experiment, stage, ("pretrain", "sft"))
-    section = TrainStage.build(name, experiment, experiment.sections[name])
-    model, config = experiment.model, section.config
+    section = build_stage(experiment, name)
+    model, config = experiment.model, section.train
     optimizer = build_optimizer(config.optimizer)
     state = abstract_state(model, optimizer)
     shape = (section.batch_size, section.seq_len)
@@ -86,7 +86,7 @@ def decode(experiment: Experiment, stage: str | None, rows: int | None = None, c
 def grpo(experiment: Experiment, stage: str | None) -> Program:
     """One rollout with its updates, every completion at its full length; with rewards in Python, the updates alone."""
     name = _stage(experiment, stage, ("grpo",))
-    section = GRPOStage.build(name, experiment, experiment.sections[name])
+    section = build_stage(experiment, name)
     program, config, model = section.grpo, section.grpo.config, experiment.model
     train_state = abstract_state(model, program.optimizer)
     fields = {field.name: getattr(train_state, field.name) for field in dataclasses.fields(train_state)}

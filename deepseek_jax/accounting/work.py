@@ -34,7 +34,7 @@ def works(stages: Iterable[Any], shards: int | None = None) -> dict[str, Work]:
 
 def training_rows(stage: TrainStage, shards: int | None = None) -> np.ndarray:
     """Rows of the batch of every step, as the training loop takes them."""
-    config = stage.config
+    config = stage.train
     if config.batch_size is None:
         return np.full(config.steps, stage.batch_size)
     return batch_rows(config, np.arange(config.steps), stage.experiment.model.placement.batch_shards if shards is None else shards)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, build, nearest
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import build
 
 FORMATS = ("text", "completion", "messages", "tokens")
 PACKINGS = ("split", "whole")
@@ -49,7 +50,7 @@ class SourceConfig:
         where = f"source {self.name!r}"
         _choice(f"{where}: format", self.format, FORMATS)
         if not self.weight > 0:
-            raise ConfigError(f"{where}: weight={self.weight}: must be above 0; leave the source out to switch it off")
+            raise ConfigError(f"{where}: weight={self.weight:g}: must be above 0; leave the source out to switch it off")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"{where}: validation_fraction={self.validation_fraction}: at least 0 and below 1")
         if self.max_bytes is not None and self.max_bytes < 1:
@@ -118,14 +119,8 @@ class DataConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DataConfig":
-        """Builds a config from nested mappings (a ConfigDict, JSON). Raises ConfigError for an unknown field, naming the nearest."""
-        fields = dict(fields)
-        if "sources" in fields:
-            sources = fields["sources"]
-            if isinstance(sources, Mapping | str):
-                raise ConfigError(f"data.sources must be a list of sources, not {type(sources).__name__}")
-            fields["sources"] = tuple(
-                source if isinstance(source, SourceConfig) else build(SourceConfig, source, f"data.sources[{i}]")
-                for i, source in enumerate(sources)
-            )
+        """Builds a config from nested mappings (a ConfigDict, JSON).
+
+        Raises ConfigError for an unknown field, naming the nearest, and for a value of the wrong kind.
+        """
         return build(cls, fields, "data")

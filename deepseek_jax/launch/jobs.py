@@ -1,7 +1,6 @@
 """Every run of a sweep, checked as a whole before the first one starts."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,8 +8,8 @@ from ml_collections import ConfigDict
 from deepseek_jax.accounting.work import works
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, claim_workdir, mesh_sizes, read_flags
-from deepseek_jax.json_io import to_json
 from deepseek_jax.launch.sweep import Run, Sweep
+from deepseek_jax.overrides import written
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.parallel.rules import shards as batch_shards
@@ -43,7 +42,7 @@ class Job:
 
 def arguments(experiment: str, run: Run, folder: Path) -> list[str]:
     """The command line after `python -m deepseek_jax`."""
-    return [f"--config={experiment}", f"--workdir={folder}", *(f"--config.{field}={value}" for field, value in run.overrides.items())]
+    return [f"--config={experiment}", f"--workdir={folder}", *(f"--config.{field}={written(value)}" for field, value in run.overrides.items())]
 
 
 def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
@@ -65,19 +64,16 @@ def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
 
 def _build(experiment: str, run: Run, folder: Path) -> Job:
     config, name, _, _ = read_flags(arguments(experiment, run, folder))
-    here = config.copy_and_resolve_references()
-    if "mesh" in here:
-        here.mesh = ConfigDict()  # its devices are where the run will be, not here
-    built = build_experiment(here, name, folder)
+    devices = 0 if run.resources.kind == "cpu" else run.resources.num_devices  # a CPU's are for the run's environment to say
+    built = build_experiment(config, name, folder, elsewhere=devices)
     shards = 1
-    if config.get("mesh"):
-        mesh = MeshConfig.from_dict(config.mesh.to_dict())
-        if run.resources.kind != "cpu":  # how many devices a CPU is made to have is for the run's environment to say
-            sizes = mesh_sizes(mesh, config.to_dict(), built.model.config, tuple(built.sections), run.resources.num_devices)
-            shards = batch_shards(dict(build_rules(mesh.rules)), sizes, "batch")
+    if built.config.get("mesh") and devices:
+        mesh = MeshConfig.from_dict(built.config["mesh"])
+        sizes = mesh_sizes(mesh, built.config, built.model.config, tuple(built.sections), devices)
+        shards = batch_shards(dict(build_rules(mesh.rules)), sizes, "batch")
     stages = build_stages(built)
     if (folder / "config.json").exists():
-        claim_workdir(dataclasses.replace(built, config=json.loads(to_json(config.to_dict()))))
+        claim_workdir(built)
     work = works(stages, shards).values()
     return Job(
         run=run,

@@ -8,7 +8,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json, to_json
 
 LOG = "output.log"

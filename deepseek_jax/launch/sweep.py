@@ -4,15 +4,13 @@ A sweep file has one function, `get_sweep()`, that returns a Sweep.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from deepseek_jax.config_file import call
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch.resources import Resources
 
@@ -95,17 +93,9 @@ def paired_seeds(runs: Iterable[Run], seeds: Sequence[int]) -> tuple[Run, ...]:
 
 
 def load_sweep(path: str) -> Sweep:
-    """The sweep of a file. Raises ConfigError for a file that is not there or holds none."""
-    if not Path(path).is_file():
-        here = ", ".join(sorted(map(str, Path("experiments/sweeps").glob("*.py"))))
-        raise ConfigError(f"no such sweep file: {path}. Here: {here or 'no sweeps'}")
-    for folder in (Path(path).resolve().parent, Path(path).resolve().parents[1]):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))  # a sweep may import its neighbours and the experiments a folder above
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sweep = module.get_sweep() if hasattr(module, "get_sweep") else None
+    """The sweep of a file, which may import its neighbours and the experiments a folder above. Raises ConfigError for a file
+    that is not there, cannot be run or holds none."""
+    sweep, where = call(path, "get_sweep", levels=2)
     if not isinstance(sweep, Sweep):
-        raise ConfigError(f"{path} has no function get_sweep() that returns a deepseek_jax.launch.Sweep")
+        raise ConfigError(f"{where}: get_sweep() returns {type(sweep).__name__}, not a deepseek_jax.launch.Sweep")
     return sweep

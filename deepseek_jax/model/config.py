@@ -9,7 +9,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, build, nearest
+from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import build
 
 
 def _require(condition: bool, message: str) -> None:
@@ -220,31 +221,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is MLA unless it has a field of GQA alone.
+        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is of the kind that has most of its fields.
 
-        Raises ConfigError for an unknown or a missing field, naming the nearest known one, and for sizes that don't fit.
+        Raises ConfigError for an unknown or a missing field, naming the nearest known one, for a value of the wrong kind, and
+        for sizes that don't fit.
         """
-        fields = dict(fields)
-        if _is_mapping(fields.get("attention")):
-            kind = GQAConfig if {"num_kv_heads", "head_dim"} & set(fields["attention"]) else MLAConfig
-            fields["attention"] = build(kind, fields["attention"], "model.attention")
-        if _is_mapping(fields.get("moe")):
-            fields["moe"] = build(MoEConfig, fields["moe"], "model.moe")
-        if _is_mapping(fields.get("rope")):
-            rope = dict(fields["rope"])
-            if _is_mapping(rope.get("yarn")):
-                rope["yarn"] = build(YarnConfig, rope["yarn"], "model.rope.yarn")
-            fields["rope"] = build(RopeConfig, rope, "model.rope")
         return build(cls, fields, "model")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
-
-
-def _is_mapping(value: Any) -> bool:
-    """True of dictionaries and of ml_collections' ConfigDict, which is no Mapping."""
-    return hasattr(value, "keys")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import build
 from deepseek_jax.parallel.dispatch import DispatchConfig
 
 # Outermost first. Devices that talk most stand closest; axes that divide a batch's rows come before those that don't, so
@@ -38,7 +39,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     dcn: tuple[tuple[str, int], ...] = ()
-    rules: tuple[tuple[str, Any], ...] = ()
+    rules: tuple[tuple[str, str | tuple[str, ...] | None], ...] = ()
     dispatch: DispatchConfig = DispatchConfig()
 
     def __post_init__(self):
@@ -55,12 +56,6 @@ class MeshConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "MeshConfig":
-        fields = dict(fields)
-        for name in ("dcn", "rules"):
-            if name in fields:
-                fields[name] = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in dict(fields[name]).items())
-        if isinstance(fields.get("dispatch"), Mapping):
-            fields["dispatch"] = build(DispatchConfig, fields["dispatch"], "mesh.dispatch")
         return build(cls, fields, "mesh")
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import change, is_mapping
 
 CHOICES = {
     "ratio": ("token", "sequence"),
@@ -91,8 +92,6 @@ class GRPOConfig:
     bias_update_rate: float = 0.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
         for field, allowed in CHOICES.items():
             value = getattr(self, field)
             _require(value in allowed, f"grpo.{field}={value!r}: {nearest(str(value), allowed)}")
@@ -163,33 +162,18 @@ class GRPOConfig:
         `clip_epsilon` may be one number for both sides, `rewards` a mapping from name to weight.
         Raises ConfigError for an unknown field, naming the nearest known one, and for values that can't work.
         """
-        fields = dict(fields)
-        base = preset(fields.pop("preset")) if fields.get("preset") else cls()
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in fields:
-            _require(name in known, f"unknown field grpo.{name}: {nearest(name, [*known, 'preset'])}")
-        if "clip_epsilon" in fields:
-            epsilon = fields["clip_epsilon"]
-            fields["clip_epsilon"] = (epsilon, epsilon) if isinstance(epsilon, int | float) else tuple(epsilon)
-        if "rewards" in fields:
-            rewards = fields["rewards"]
-            pairs = rewards.items() if isinstance(rewards, Mapping) else rewards
-            fields["rewards"] = tuple((name, float(weight)) for name, weight in pairs)
-        return dataclasses.replace(base, **fields)
+        fields = dict(fields.items()) if is_mapping(fields) else fields
+        base = cls()
+        if is_mapping(fields):
+            base = preset(fields.pop("preset")) if fields.get("preset") is not None else base
+            fields.pop("preset", None)
+            if isinstance(fields.get("clip_epsilon"), int | float):
+                fields["clip_epsilon"] = [fields["clip_epsilon"]] * 2
+        return change(base, fields, "grpo")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "clip_epsilon": list(self.clip_epsilon), "rewards": dict(self.rewards)}
-
-
-def _check_type(field: dataclasses.Field, value: Any) -> None:
-    """Numbers, switches and names have to be what they are by default; a string from a command line isn't a number."""
-    kind = type(field.default)
-    if kind not in (bool, int, float, str):
-        return
-    allowed = (int, float) if kind is float else kind
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a name"}[kind]
-    _require(isinstance(value, allowed) and isinstance(value, bool) == (kind is bool), f"grpo.{field.name}={value!r}: must be {words}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -290,5 +274,5 @@ PRESETS: dict[str, Callable[[], GRPOConfig]] = {f.__name__: f for f in (deepseek
 
 def preset(name: str) -> GRPOConfig:
     """The published recipe called `name`; raises ConfigError with the nearest name."""
-    _require(name in PRESETS, f"grpo.preset={name!r}: {nearest(str(name), PRESETS)}")
+    _require(isinstance(name, str) and name in PRESETS, f"grpo.preset={name!r}: {nearest(str(name), PRESETS)}")
     return PRESETS[name]()

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import build
 from deepseek_jax.generation.generate import generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
@@ -24,13 +25,14 @@ from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, to_texts
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Greedy answers to `problems` problems; `samples` sampled answers to each of the first `sampled_problems` of them.
+    """Greedy answers to `problems` problems; `samples` sampled answers to each of the first `sampled_problems` of them (None:
+    128, or all if there are fewer).
 
     `max_completion_length` 0 takes the task's. `show` is how many completions are kept to be read. `seed` draws the problems.
     """
 
     problems: int = 512
-    sampled_problems: int = 128
+    sampled_problems: int | None = None
     samples: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
@@ -39,13 +41,25 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("problems", "sampled_problems", "samples"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"eval.{field}={getattr(self, field)}: at least 1")
-        if self.sampled_problems > self.problems:
+        for field, value in (("problems", self.problems), ("sampled_problems", self.num_sampled), ("samples", self.samples)):
+            if value < 1:
+                raise ConfigError(f"eval.{field}={value}: at least 1")
+        if self.num_sampled > self.problems:
             raise ConfigError(f"eval.sampled_problems={self.sampled_problems} exceeds eval.problems={self.problems}")
+        for field in ("max_completion_length", "show"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"eval.{field}={getattr(self, field)}: 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"eval.top_p={self.top_p}: above 0 and at most 1, which is off")
+        if not 0 <= self.seed < 2**32 - 1:
+            raise ConfigError(f"eval.seed={self.seed}: from 0 to 2**32 - 2")
         if self.temperature <= 0:
             raise ConfigError(f"eval.temperature={self.temperature}: above 0; greedy accuracy is measured anyway")
+
+    @property
+    def num_sampled(self) -> int:
+        """Problems that get sampled answers."""
+        return min(128, self.problems) if self.sampled_problems is None else self.sampled_problems
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "EvalConfig":
@@ -92,7 +106,7 @@ def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> d
     """
     result: dict[str, Any] = greedy(model, variables, task, config)
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
-    asked = jax.tree.map(lambda x: x[: config.sampled_problems], problems)
+    asked = jax.tree.map(lambda x: x[: config.num_sampled], problems)
     k = config.samples
     sampling = sampling_of(config, task, config.temperature)
     generation, right_QK = answer_everywhere(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)

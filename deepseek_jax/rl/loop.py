@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.multihost_utils import process_allgather
 
-from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
 from deepseek_jax.rl.evaluate import EvalConfig, greedy

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, build
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import NO_CONTEXT, build, convert, is_mapping
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
-from deepseek_jax.training.schedules import Schedule, build_schedule
+from deepseek_jax.training.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +44,49 @@ class TrainConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: at least {least}")
+        if min(self.router_bias_rate.values) < 0:
+            raise ConfigError(f"train.router_bias_rate goes down to {min(self.router_bias_rate.values):g}: 0 or more")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ConfigError(f"train.eval_batches={self.eval_batches}: at least 1, or None for all")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+        """As `read`, of a mapping called "train"."""
+        return cls.read(fields, "train", NO_CONTEXT)
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], path: str, context: Mapping[str, Any]) -> "TrainConfig":
         """Schedules may be numbers or {"kind": …} (see `schedules.build_schedule`); those without `steps` span the stage.
 
-        Raises ConfigError for an unknown or missing field, naming the nearest known one.
+        Raises ConfigError for an unknown or missing field, naming the nearest known one, and for a value of the wrong kind.
         """
-        fields = dict(fields)
-        if "steps" not in fields:
-            raise ConfigError("missing field train.steps: how many optimiser steps to make")
-        steps = fields["steps"]
-        for name, kind, schedule in (("optimizer", OptimizerConfig, "learning_rate"), ("objective", ObjectiveConfig, "mtp_weight")):
-            if isinstance(fields.get(name), Mapping):
-                part = dict(fields[name])
-                if schedule in part:
-                    part[schedule] = build_schedule(part[schedule], f"train.{name}.{schedule}", steps)
-                fields[name] = build(kind, part, f"train.{name}")
-        for name in ("router_bias_rate", "batch_size"):
-            if fields.get(name) is not None:
-                fields[name] = build_schedule(fields[name], f"train.{name}", steps)
-        return build(cls, fields, "train")
+        if is_mapping(fields):  # schedules are built over so many
+            if "steps" not in fields:
+                raise ConfigError(f"missing field {path}.steps: how many optimiser steps to make")
+            context = {**context, "steps": convert(fields["steps"], int, f"{path}.steps")}
+            if context["steps"] < 1:
+                raise ConfigError(f"{path}.steps={context['steps']}: at least 1")
+        return build(cls, fields, path, context)
+
+    def batch_sizes(self, batch_size: int | None) -> tuple[int, ...]:
+        """Sequences a step, ascending: `batch_size` of the stage, or all that the schedule names; it rounds what lies between.
+
+        Raises ConfigError for a size that no step can have, and where the stage's and the schedule's disagree.
+        """
+        if self.batch_size is None:
+            if batch_size is None:
+                raise ConfigError("missing field batch_size: sequences a step")
+            field, sizes = "batch_size", (batch_size,)
+        else:
+            field, sizes = "train.batch_size", tuple(sorted(set(self.batch_size.values)))
+        for size in sizes:
+            if size < 1 or size != int(size):
+                raise ConfigError(f"{field}={size:g}: a whole number of sequences, at least 1")
+            if self.microbatch and size % self.microbatch:
+                raise ConfigError(f"train.microbatch={self.microbatch} does not divide {field}={size:g}")
+        if batch_size is not None and batch_size != sizes[-1]:
+            raise ConfigError(
+                f"batch_size={batch_size} and train.batch_size, which reaches {sizes[-1]:g}, are two answers to one question: leave "
+                "one of them out, or train.batch_size=None for the same size throughout"
+            )
+        return tuple(map(int, sizes))

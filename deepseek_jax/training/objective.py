@@ -46,6 +46,8 @@ class ObjectiveConfig:
         for field, allowed in (("balance", ("none", *BALANCE_LOSSES)), ("balance_reduction", tuple(BALANCE_REDUCTIONS))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"objective.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}")
+        if min(self.mtp_weight.values) < 0:
+            raise ConfigError(f"objective.mtp_weight goes down to {min(self.mtp_weight.values):g}: 0 or more")
         if self.balance_alpha < 0:
             raise ConfigError(f"objective.balance_alpha={self.balance_alpha}: 0 or more")
         if self.loss_chunk < 1:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import Unbounded
 from deepseek_jax.training.schedules import Schedule
 
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -24,7 +25,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: Unbounded = 1.0
     moment_dtype: str = "float32"
 
     def __post_init__(self):
@@ -34,6 +35,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(f"optimizer.{name}={value}: from 0 up to, but not including, 1")
+        if min(self.learning_rate.values) < 0:
+            raise ConfigError(f"optimizer.learning_rate goes down to {min(self.learning_rate.values):g}: 0 or more")
         for name in ("eps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)}: 0 or more")

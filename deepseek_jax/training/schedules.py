@@ -14,6 +14,7 @@ import jax
 import optax
 
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.fields import convert, is_mapping
 
 SHAPES = ("linear", "cosine", "constant")
 
@@ -35,7 +36,7 @@ class Segment:
             )
 
     def over(self, start: float) -> optax.Schedule:
-        if self.shape == "constant":
+        if self.shape == "constant" or self.end == start:
             return optax.constant_schedule(self.end)
         if self.shape == "linear":
             return optax.linear_schedule(start, self.end, self.steps)
@@ -49,6 +50,11 @@ class Schedule:
     start: float
     segments: tuple[Segment, ...] = ()
 
+    def __post_init__(self):
+        for before, segment in zip(self.values, self.segments, strict=False):
+            if segment.shape == "cosine" and before == 0 != segment.end:
+                raise ConfigError(f"a cosine from 0 to {segment.end:g}: it has to start from another value")
+
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         pieces, boundaries, value, begin = [], [], self.start, 0
         for segment in self.segments:
@@ -60,9 +66,21 @@ class Schedule:
         pieces.append(optax.constant_schedule(value))
         return jax.numpy.asarray(optax.join_schedules(pieces, boundaries)(step), jax.numpy.float32)
 
+    DESCRIPTION = "a number, or a mapping with 'kind' and its arguments"
+
+    @classmethod
+    def read(cls, spec: "float | Mapping[str, Any]", path: str, context: Mapping[str, Any]) -> "Schedule":
+        """As `build_schedule`, over the `steps` of the stage that the context is of."""
+        return build_schedule(spec, path, context["steps"])
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Where the schedule starts and where each segment ends; all other values lie between two of these."""
+        return (self.start, *(segment.end for segment in self.segments))
+
     def always(self, value: float) -> bool:
         """Whether the schedule never leaves `value`."""
-        return self.start == value and all(segment.end == value for segment in self.segments)
+        return all(other == value for other in self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,22 +239,24 @@ def build_schedule(spec: "Schedule | float | Mapping[str, Any]", path: str, step
     if isinstance(spec, Schedule):
         return spec
     if isinstance(spec, (int, float)) and not isinstance(spec, bool):
-        return constant(float(spec))
-    if not isinstance(spec, Mapping) or "kind" not in spec:
+        return constant(convert(spec, float, path))
+    if not is_mapping(spec) or "kind" not in spec:
         raise ConfigError(f"{path}={spec!r}: a number, or a mapping with 'kind' and its arguments; kinds: {', '.join(sorted(SCHEDULES))}")
-    arguments = dict(spec)
+    arguments = dict(spec.items())
     kind = arguments.pop("kind")
-    if kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ConfigError(f"{path}.kind={kind!r}: {nearest(str(kind), SCHEDULES)}")
     parameters = inspect.signature(SCHEDULES[kind]).parameters
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in parameters:
-            raise ConfigError(f"unknown argument {path}.{name} of schedule {kind!r}: {nearest(name, parameters)}")
+            raise ConfigError(f"unknown argument {path}.{name} of schedule {kind!r}: {nearest(str(name), parameters)}")
+        arguments[name] = convert(value, parameters[name].annotation, f"{path}.{name}")
     if "steps" in parameters:
         arguments.setdefault("steps", steps)
     for name, parameter in parameters.items():
         if name not in arguments and parameter.default is inspect.Parameter.empty:
             raise ConfigError(f"{path}: schedule {kind!r} needs {name!r}")
-    if "at" in arguments and isinstance(arguments["at"], list):
-        arguments["at"] = tuple(arguments["at"])
-    return SCHEDULES[kind](**arguments)
+    try:
+        return SCHEDULES[kind](**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

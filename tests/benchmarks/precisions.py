@@ -20,7 +20,7 @@ from rich.table import Table
 from deepseek_jax import cli
 from deepseek_jax.accounting import programs
 from deepseek_jax.experiment import build_experiment, read_flags
-from deepseek_jax.stages import TrainStage
+from deepseek_jax.stages import build_stage
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import create_state
 
@@ -37,7 +37,7 @@ class Step:
         state, batch = self.program.arguments
         self.compiled = self.program.jitted.lower(state, batch).compile()
         stage = next(name for name, fields in experiment.sections.items() if fields["kind"] in ("pretrain", "sft"))
-        optimizer = build_optimizer(TrainStage.build(stage, experiment, experiment.sections[stage]).config.optimizer)
+        optimizer = build_optimizer(build_stage(experiment, stage).train.optimizer)
         self.state = create_state(experiment.model, optimizer, jax.random.key(0))
         shape = batch["tokens"].shape
         tokens_BT = np.random.default_rng(0).integers(0, experiment.model.config.vocab_size, shape, dtype=np.int32)

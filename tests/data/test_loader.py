@@ -151,7 +151,7 @@ def test_a_position_of_other_data_is_refused(make):
         ({"sources": [{"weight": 1.0}]}, r"missing field data.sources\[0\].name"),
         ({"sources": [{"name": "x", "weight": 0}]}, r"'x': weight=0: must be above 0"),
         ({"sources": []}, r"data.sources is empty"),
-        ({"sources": {"name": "x"}}, r"data.sources must be a list of sources, not dict"),
+        ({"sources": {"name": "x"}}, r"data.sources={'name': 'x'}: must be a list"),
         ({"num_epochs": 0}, r"data.num_epochs=0: at least 1"),
         ({"streams": 0}, r"data.streams=0: at least 1"),
         ({"num_epochs": 1, "streams": 4}, r"the data.streams=4 streams would not end together; set num_epochs=None, or streams=1"),

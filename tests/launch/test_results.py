@@ -43,7 +43,7 @@ def test_tokens_and_flops_of_a_run(tmp_path):
 
 
 def test_tokens_with_a_growing_batch(tmp_path):
-    ramp = {"pretrain.train.batch_size": {"kind": "ramp", "start": 4, "end": 8, "steps": 50}, "pretrain.train.steps": 100, "pretrain.train.microbatch": 4}
+    ramp = {"pretrain.batch_size": 8, "pretrain.train.batch_size": {"kind": "ramp", "start": 4, "end": 8, "steps": 50}, "pretrain.train.steps": 100, "pretrain.train.microbatch": 4}
     (job,) = build_jobs(Sweep(BASE, [Run("a", ramp)]), tmp_path)
     sizes = [round(min(4 + 4 * step / 50, 8) / 4) * 4 for step in range(100)]
     assert job.tokens == sum(sizes) * 128

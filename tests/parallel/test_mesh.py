@@ -51,7 +51,7 @@ def test_impossible_meshes_are_refused(fields, message):
 def test_what_does_not_divide_is_refused_with_the_nearest_mesh_that_works(sizes, rows, lengths, message, hint):
     config = MeshConfig(**sizes)
     with pytest.raises(ConfigError, match=message) as error:
-        resolve(config, 16, fits(config, CONFIG, rows, lengths))
+        resolve(config, 16, fits(config, CONFIG, tuple(rows.items()), tuple(lengths.items())))
     assert hint in str(error.value).partition("nearest mesh that works is")[2]
 
 

@@ -67,7 +67,7 @@ def test_from_dict_starts_from_a_preset():
         ({"num_minibatches": 7}, "must divide prompts_per_rollout"),
         ({"temperature": 0.0}, "above 0"),
         ({"clip_epsilon": (0.2, 0.0)}, "R1 uses 10"),
-        ({"clip_epsilon": (0.2,)}, "low, high"),
+        ({"clip_epsilon": (0.2,)}, "must be a list of 2"),
         ({"ref_mix": 0.0}, "ref_mix"),
         ({"dual_clip": 0.9}, "dual_clip"),
         ({"aggregation": "token-mean"}, "did you mean 'token_mean'"),

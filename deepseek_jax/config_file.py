@@ -1,0 +1,90 @@
+"""Python files that a person wrote, an experiment or a sweep: found, run, and what is wrong in them said with file and line."""
+
+import difflib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from deepseek_jax.errors import ConfigError, UserError
+
+
+def call(path: str, function: str, levels: int = 1) -> tuple[Any, str]:
+    """-> (what `function`() of the file returns, "file:line" where it is defined).
+
+    The file may import what lies in its folder; with `levels` = 2 what lies a folder above it, too. Raises ConfigError for a file that is
+    not there, cannot be run or has no such function, and for whatever is raised in it.
+    """
+    folders = Path(path).resolve().parents[:levels]
+    _require_file(path)
+    for folder in reversed(folders):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    name = f"file {Path(path).resolve()}"  # no module that anyone imports
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for the module they are defined in
+    with _reported(path, folders), dotted_names():
+        spec.loader.exec_module(module)
+        made = getattr(module, function, None)
+        if callable(made):
+            return made(), f"{path}:{_line(made)}"
+    raise ConfigError(f"{path} has no function {function}()")
+
+
+def _require_file(path: str) -> None:
+    if Path(path).is_dir():
+        raise ConfigError(f"{path} is a folder{_suggested(sorted(Path(path).glob('*.py')))}")
+    if not Path(path).is_file():
+        near = sorted({*Path(path).parent.glob("*.py"), *Path("experiments").glob("*.py"), *Path("experiments/sweeps").glob("*.py")})
+        by_stem = {file.stem: file for file in near}
+        close = difflib.get_close_matches(Path(path).stem, by_stem, n=1)
+        raise ConfigError(f"no such file: {path}" + (f"; did you mean {by_stem[close[0]]}?" if close else _suggested(near)))
+    if Path(path).suffix != ".py":
+        raise ConfigError(f"{path} is not a Python file: its name has to end in .py")
+
+
+def _suggested(files: list[Path]) -> str:
+    return f"; there are {', '.join(map(str, files))}" if files else ""
+
+
+def _line(function: Callable) -> int:
+    return getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
+
+
+@contextmanager
+def _reported(path: str, folders: list[Path]) -> Iterator[None]:
+    """What is raised inside as a ConfigError that gives the last line of the person's own files."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = [f"{_short(frame.filename, path)}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename, folders)]
+        if isinstance(error, SyntaxError) and error.filename:
+            frames.append(f"{_short(error.filename, path)}:{error.lineno}")
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        raise ConfigError(f"{frames[-1] if frames else path}: {what}") from error
+
+
+def _own(file: str, folders: list[Path]) -> bool:
+    return Path(file).resolve().parent in folders
+
+
+def _short(file: str, path: str) -> str:
+    return path if Path(file).resolve() == Path(path).resolve() else file
+
+
+@contextmanager
+def dotted_names() -> Iterator[None]:
+    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does. It refuses them by default."""
+    defaults = ConfigDict.__init__.__kwdefaults__
+    before = defaults["allow_dotted_keys"]
+    defaults["allow_dotted_keys"] = True
+    try:
+        yield
+    finally:
+        defaults["allow_dotted_keys"] = before
