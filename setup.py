@@ -31,7 +31,7 @@ setup(
         # runs the tests, two files at a time; compares trees of arrays; see "slurm"
         "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "submitit>=1.5.4"],
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
-        "math": ["math-verify[antlr4_13_2]>=0.9.0"],  # equality of mathematical answers in natural language
+        "math": ["math-verify[antlr4-13-2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
         "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
         # compile for TPUs and GPUs that are not there, and read the machine code

@@ -18,8 +18,8 @@ from deepseek_jax.generation.generate import advance, start
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import batch_sharding, state_sharding, variables_sharding, with_sharding
-from deepseek_jax.rl.grpo import GRPOState
+from deepseek_jax.parallel.shardings import batch_sharding, variables_sharding, with_sharding
+from deepseek_jax.rl.grpo import abstract_grpo_state
 from deepseek_jax.stages import build_stage
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state
@@ -88,10 +88,7 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
     name = _stage(experiment, stage, ("grpo",))
     section = build_stage(experiment, name)
     program, config, model = section.grpo, section.grpo.config, experiment.model
-    train_state = abstract_state(model, program.optimizer)
-    fields = {field.name: getattr(train_state, field.name) for field in dataclasses.fields(train_state)}
-    state = GRPOState(**fields, reference=train_state.variables, rollouts=train_state.step)
-    state = with_sharding(state, state_sharding(model, state))
+    state = abstract_grpo_state(model, program.optimizer, config.has_reference)
     rows, drawn = config.completions_per_rollout, config.max_completion_length
     useful = rollout_flops(model.config, config, sampled=program.rewards.in_graph)
     if program.rewards.in_graph:
@@ -100,7 +97,7 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
         samples = jax.eval_shape(lambda state: program.sample(state), state)
         parts = {reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32) for reward in program.rewards.rewards if not reward.in_graph}
         jitted, arguments = type(program).learn, (program, state, samples, parts)
-    named = _parts(state) | {"reference": state.reference}
+    named = _parts(state) | ({"reference": state.reference} if config.has_reference else {})
     return Program(jitted, arguments, named, rows * drawn, float(config.rollouts), useful, assumptions(experiment, while_trips=drawn - 1))
 
 

@@ -47,22 +47,31 @@ def group_advantages(
 def group_metrics(rewards_B: jax.Array, group_size: int, correct_B: jax.Array | None = None) -> dict[str, jax.Array]:
     """Counters a run is watched by; `health` turns them into words.
 
-    `reward_mean` and `reward_std` are over valid samples, the latter averaged over groups. `zero_variance_fraction` is
-    the share of groups that give no gradient; given which completions are right, `all_right_fraction` and
-    `all_wrong_fraction` say why.
+    `reward_mean` and `reward_std` are over valid samples, the latter averaged over groups that have any; NaN where there
+    are none. `zero_variance_fraction` is the share of groups that give no gradient; given which completions are right
+    (above 0, NaN where that is not known), `all_right_fraction` and `all_wrong_fraction` say why: groups whose judged
+    completions are all right, or all wrong.
     """
     rewards_QG, valid_QG = _grouped(rewards_B, group_size)
+    std_Q1 = _centre(rewards_QG, valid_QG, axis=1)[1]
     metrics = {
-        "reward_mean": rewards_QG.sum() / jnp.maximum(valid_QG.sum(), 1),
-        "reward_std": _centre(rewards_QG, valid_QG, axis=1)[1].mean(),
+        "reward_mean": finite_mean(jnp.where(valid_QG, rewards_QG, jnp.nan)),
+        "reward_std": finite_mean(jnp.where(valid_QG.any(1, keepdims=True), std_Q1, jnp.nan)),
         "zero_variance_fraction": (_spread(rewards_QG, valid_QG) <= EQUAL_WITHIN).mean(dtype=jnp.float32),
         "non_finite_rewards": (~valid_QG).sum().astype(jnp.float32),
     }
     if correct_B is not None:
-        correct_QG = correct_B.reshape(-1, group_size) > 0
-        metrics["all_right_fraction"] = correct_QG.all(1).mean(dtype=jnp.float32)
-        metrics["all_wrong_fraction"] = (~correct_QG).all(1).mean(dtype=jnp.float32)
+        correct_QG = correct_B.reshape(-1, group_size)
+        right_Q, wrong_Q = (correct_QG > 0).any(1), (correct_QG <= 0).any(1)
+        metrics["all_right_fraction"] = (right_Q & ~wrong_Q).mean(dtype=jnp.float32)
+        metrics["all_wrong_fraction"] = (wrong_Q & ~right_Q).mean(dtype=jnp.float32)
     return metrics
+
+
+def finite_mean(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """The mean over `axis` (None: everything) of the numbers that are finite, NaN where there are none."""
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, x, 0.0).sum(axis) / finite.sum(axis)
 
 
 def first_live_groups(live_B: jax.Array, group_size: int, keep: int) -> jax.Array:

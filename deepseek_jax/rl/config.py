@@ -40,14 +40,14 @@ AT_LEAST_ZERO = (
 class GRPOConfig:
     """Group relative policy optimisation (DeepSeekMath §4, R1 §2.1). A "step" is one optimiser update, as in R1.
 
-    Rollout: `prompts_per_rollout` prompts with `group_size` completions each, drawn with `temperature`, `top_k` and
-    `top_p`, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the prompts
+    Rollout: `prompts_per_rollout` prompts with `group_size` completions each, drawn with `temperature` from the whole
+    vocabulary, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the prompts
     and keeps the groups that carry a gradient (DAPO's dynamic sampling).
 
     Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1 reuses
     samples. `clip_epsilon` is (low, high); R1's 10 leaves the lower side open. `dual_clip` bounds the loss of bad tokens,
     `off_policy_delta` is V3.2's sequence mask; None turns either off. Every `reference_refresh_every` steps (0: never) the
-    reference becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides the policy term by the
+    reference policy becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides the policy term by the
     completions whose group has variance. `mask_truncated` leaves completions that hit the length limit out of the loss;
     `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so many tokens of it (DAPO eq. 13).
 
@@ -146,6 +146,11 @@ class GRPOConfig:
     @property
     def steps_per_rollout(self) -> int:
         return self.num_minibatches * self.inner_epochs
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept: a copy of the weights, which the KL term alone needs."""
+        return self.kl_coefficient > 0
 
     @property
     def rollouts(self) -> int:

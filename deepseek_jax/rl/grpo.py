@@ -16,22 +16,22 @@ import optax
 
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import constrain_state
-from deepseek_jax.rl.advantages import first_live_groups, group_advantages, group_metrics
+from deepseek_jax.rl.advantages import finite_mean, first_live_groups, group_advantages, group_metrics
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.losses import grpo_loss
 from deepseek_jax.rl.rewards import RewardSet
 from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
 from deepseek_jax.training.schedules import Schedule, constant, ramp
-from deepseek_jax.training.state import TrainState, state_of
+from deepseek_jax.training.state import TrainState, abstract_state, state_of
 from deepseek_jax.training.step import guarded_update, load_metrics
 
 
 @flax.struct.dataclass
 class GRPOState(TrainState):
-    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to."""
+    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to, None without one."""
 
-    reference: dict[str, Any]  # {"params", "router_bias"}
+    reference: dict[str, Any] | None  # {"params", "router_bias"}
     rollouts: jax.Array  # int32
 
 
@@ -43,11 +43,19 @@ class Samples:
     trajectories: Trajectories
 
 
-def grpo_state(model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> GRPOState:
-    """A state at step 0 whose reference is the policy it starts from."""
+def grpo_state(
+    model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array, has_reference: bool = True
+) -> GRPOState:
+    """A state at step 0 whose reference, if it has one, is the policy it starts from."""
     train = state_of(model, variables, optimizer, rng)
-    fields = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    return GRPOState(**fields, reference=jax.tree.map(jnp.copy, train.variables), rollouts=jnp.copy(train.step))
+    reference, rollouts = jax.tree.map(jnp.copy, (train.variables if has_reference else None, train.step))
+    return GRPOState(**vars(train), reference=reference, rollouts=rollouts)
+
+
+def abstract_grpo_state(model: Transformer, optimizer: optax.GradientTransformation, has_reference: bool = True) -> GRPOState:
+    """Shapes, dtypes and places of `grpo_state`; nothing is allocated."""
+    train = abstract_state(model, optimizer)
+    return GRPOState(**vars(train), reference=train.variables if has_reference else None, rollouts=train.step)
 
 
 def learning_rate(config: GRPOConfig) -> Schedule:
@@ -88,9 +96,8 @@ class GRPO:
 
     def _sample(self, state: GRPOState) -> Samples:
         config = self.config
-        key = jax.random.fold_in(state.rng, state.rollouts)
         num_prompts = config.prompts_per_rollout * config.oversampling
-        return Samples(*roll_out(self.model, state.variables, self.task, config, key, num_prompts))
+        return Samples(*roll_out(self.model, state.variables, self.task, config, rollout_keys(state)[0], num_prompts))
 
     def _learn(self, state: GRPOState, samples: Samples, text_parts: dict[str, jax.Array]):
         config = self.config
@@ -99,21 +106,25 @@ class GRPO:
             self.task, samples.instances, trajectories.completions_BN, trajectories.mask_BN
         )
         lengths_B = jnp.sum(trajectories.mask_BN, axis=1)
+        parts = {name: jnp.where(lengths_B > 0, values_B, jnp.nan) for name, values_B in parts.items()}
         rewards_B = self.rewards.total(parts, lengths_B, config.max_completion_length)
         correct_B = next((parts[reward.name] for reward in self.rewards.rewards if reward.role == "accuracy"), None)
         metrics = group_metrics(rewards_B, config.group_size, correct_B)
-        metrics |= {f"reward_{name}": jnp.nanmean(values_B) for name, values_B in parts.items()}
+        metrics |= {f"reward_{name}": finite_mean(values_B) for name, values_B in parts.items()}
         metrics |= length_metrics(trajectories, correct_B)
         advantages = group_advantages(
-            rewards_B, config.group_size, config.advantage_normalisation, config.advantage_eps, config.advantage_std_floor
+            rewards_B,
+            config.group_size,
+            config.advantage_normalisation,
+            eps=config.advantage_eps,
+            std_floor=config.advantage_std_floor,
         )
         batch = (trajectories, advantages.advantages_B, advantages.live_B)
         if config.oversampling > 1:  # dynamic sampling: the groups that carry a gradient first
             rows = first_live_groups(advantages.live_B, config.group_size, config.prompts_per_rollout)
             batch, samples, rewards_B = jax.tree.map(lambda x: x[rows], (batch, samples, rewards_B))
 
-        shuffle_key = jax.random.fold_in(jax.random.fold_in(state.rng, state.rollouts), 1)
-        epoch_keys = jax.random.split(shuffle_key, config.inner_epochs)
+        epoch_keys = jax.random.split(rollout_keys(state)[1], config.inner_epochs)
         rows_EB = jax.vmap(lambda key: jax.random.permutation(key, config.completions_per_rollout))(epoch_keys)
         rows_MB = rows_EB.reshape(config.steps_per_rollout, config.minibatch_size)
 
@@ -125,7 +136,7 @@ class GRPO:
 
         skipped_before = state.skipped
         state, steps = jax.lax.scan(update, state, rows_MB)
-        metrics |= {name: jnp.mean(values, axis=0) for name, values in steps.items()}
+        metrics |= {name: finite_mean(values, axis=0) for name, values in steps.items()}
         # The policy that sampled is the policy of the first minibatch: its ratios are 1 but for rounding.
         metrics["first_ratio_error"] = jnp.maximum(steps["ratio_max"][0] - 1.0, 1.0 - steps["ratio_min"][0])
         metrics |= {"ratio_max": jnp.max(steps["ratio_max"]), "ratio_min": jnp.min(steps["ratio_min"])}
@@ -141,7 +152,7 @@ class GRPO:
             return completion_log_probs(self.model, variables, trajectories, config.temperature, self.loss_chunk)
 
         ref_logp_BN = None
-        if config.kl_coefficient > 0:  # the experts that are replayed are the policy's, not the reference's
+        if config.has_reference:  # the experts that are replayed are the policy's, not the reference's
             ref_logp_BN, _, _ = log_probs(state.reference, trajectories.replace(expert_ids_BLTK=None))
 
         def loss_fn(params):
@@ -170,7 +181,7 @@ class GRPO:
     def _refresh(self, state: GRPOState) -> GRPOState:
         """reference <- ref_mix · policy + (1 - ref_mix) · reference every `reference_refresh_every` steps."""
         every, mix = self.config.reference_refresh_every, self.config.ref_mix
-        if every == 0 or self.config.kl_coefficient == 0:
+        if every == 0 or not self.config.has_reference:
             return state
 
         def mixed(reference):
@@ -179,16 +190,27 @@ class GRPO:
         return state.replace(reference=jax.lax.cond(state.step % every == 0, mixed, lambda reference: reference, state.reference))
 
 
+def rollout_keys(state: GRPOState) -> jax.Array:
+    """The random keys of the rollout to come, [2]: one for problems and completions, one for the order of the updates."""
+    return jax.random.split(jax.random.fold_in(state.rng, state.rollouts))
+
+
 def length_metrics(trajectories: Trajectories, correct_B: jax.Array | None) -> dict[str, jax.Array]:
-    """Completion lengths in tokens, of right and of wrong answers apart, and the share that hit the limit."""
+    """Completion lengths in tokens, of right and of wrong answers apart (NaN where there are none), and the share that hit
+    the limit. Completions that the network's numbers spoilt have no tokens; they are counted, and enter nothing else."""
     lengths_B = jnp.sum(trajectories.mask_BN, axis=1).astype(jnp.float32)
+    sampled_B = lengths_B > 0
+
+    def mean(x_B, where_B):
+        return finite_mean(jnp.where(sampled_B & where_B, x_B, jnp.nan))
+
     metrics = {
-        "length_mean": jnp.mean(lengths_B),
+        "length_mean": mean(lengths_B, True),
         "length_max": jnp.max(lengths_B),
-        "truncated_fraction": 1.0 - jnp.mean(trajectories.finished_B, dtype=jnp.float32),
+        "truncated_fraction": mean(1.0 - trajectories.finished_B, True),
+        "non_finite_completions": jnp.sum(~sampled_B).astype(jnp.float32),
     }
     if correct_B is not None:
-        right_B = (correct_B > 0).astype(jnp.float32)
-        metrics["length_right_mean"] = jnp.sum(lengths_B * right_B) / jnp.maximum(jnp.sum(right_B), 1.0)
-        metrics["length_wrong_mean"] = jnp.sum(lengths_B * (1 - right_B)) / jnp.maximum(jnp.sum(1 - right_B), 1.0)
+        metrics["length_right_mean"] = mean(lengths_B, correct_B > 0)
+        metrics["length_wrong_mean"] = mean(lengths_B, correct_B <= 0)
     return metrics

@@ -14,30 +14,32 @@ from jax.experimental.multihost_utils import process_allgather
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json_lines, to_json
-from deepseek_jax.parallel.hosts import is_primary, write_text
-from deepseek_jax.rl.evaluate import EvalConfig, greedy
-from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, grpo_state
-from deepseek_jax.rl.health import Health
+from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
+from deepseek_jax.rl.evaluate import EvalConfig, evaluate, greedy
+from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, abstract_grpo_state, grpo_state
+from deepseek_jax.rl.health import Health, HealthConfig
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.goodput import Goodput
-from deepseek_jax.training.metrics import MetricsWriter, Progress, has_step
+from deepseek_jax.training.metrics import MetricsWriter, Progress, has_step, read_metrics
 from deepseek_jax.training.stopping import Terminated, stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Counted in rollouts: a log line every `log_every`, a greedy held-out evaluation every `eval_every` (and before the
-    first), a checkpoint every `checkpoint_every` (and at the end), `show` completions to samples.jsonl with every log line."""
+    """Counted in rollouts: a log line every `log_every`, a greedy held-out evaluation every `eval_every`, a sampled one with
+    pass@k and maj@k every `sampled_eval_every` (both before the first rollout and after the last too; 0 is never), a checkpoint
+    every `checkpoint_every` (and at the end), `show` completions to samples.jsonl with every log line."""
 
     log_every: int = 1
     eval_every: int = 5
+    sampled_eval_every: int = 0
     checkpoint_every: int = 10
     keep_last: int = 2
     show: int = 4
 
     def __post_init__(self):
-        for name, least in (("log_every", 1), ("eval_every", 0), ("checkpoint_every", 0), ("keep_last", 1), ("show", 0)):
+        for name, least in (("log_every", 1), ("eval_every", 0), ("sampled_eval_every", 0), ("checkpoint_every", 0), ("keep_last", 1), ("show", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"loop.{name}={getattr(self, name)}: at least {least}")
 
@@ -53,6 +55,7 @@ def train_grpo(
     variables: Mapping[str, Any],
     workdir: pathlib.Path,
     *,
+    health: HealthConfig = HealthConfig(),
     seed: int = 0,
     name: str = "grpo",
 ) -> GRPOState:
@@ -60,28 +63,46 @@ def train_grpo(
 
     Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in `workdir`. Weights, optimiser, reference and
     random state are all in the checkpoint, so that a run that was killed goes on bit for bit. SIGTERM or Ctrl-C saves
-    and raises `Terminated`. Raises RewardError for a reward that fails, after saving what was reached.
+    and raises `Terminated`. Raises RewardError for a reward that fails. Whatever is raised, the rollouts that were
+    finished are saved first, where their state is still there.
     """
-    total, clock = grpo.config.rollouts, Goodput(workdir)
-    state = grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(seed))
+    total, clock, optimizer = grpo.config.rollouts, Goodput(workdir), grpo.optimizer
+    abstract = abstract_grpo_state(grpo.model, optimizer, grpo.config.has_reference)
     store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
     with contextlib.closing(store):
-        store.require_space(state)
-        restored = store.restore(state)
+        store.require_space(abstract)
+        restored = store.restore(abstract)
         if restored is not None:
             state = restored.state
-        done = int(state.rollouts)
-        if done >= total:
+        else:
+            state = grpo_state(grpo.model, variables, optimizer, jax.random.key(seed), grpo.config.has_reference)
+        done = saved = int(state.rollouts)
+
+        def due(every: int) -> bool:
+            return every > 0 and (done == total or done % every == 0)
+
+        def evaluation_due():
+            """The evaluation that is due after `done` rollouts: `evaluate`, `greedy` or None."""
+            return evaluate if due(config.sampled_eval_every) else greedy if due(config.eval_every) else None
+
+        logged = [line for line in read_metrics(workdir) if line["step"] == int(state.step)]
+        evaluated = from_primary(str(any("held_out_accuracy" in line for line in logged))) == "True"
+        if done >= total and (evaluated or evaluation_due() is None):
             return state
-        writer = MetricsWriter(workdir, last_step=int(state.step) if done else -1)
+        writer = MetricsWriter(workdir, last_step=int(state.step))
         samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))
-        progress, health = Progress(name, total, done), Health()
+        progress, watch = Progress(name, total, done), Health(health)
         clock.begin(done)
 
         def held_out() -> dict[str, float]:
+            """The evaluation that is due, measured and logged; {} if none is."""
+            measure = evaluation_due()
+            if measure is None:
+                return {}
             with clock("evaluation"):
-                values = greedy(grpo.model, state.variables, grpo.task, evaluation)
-            return {"heldout_accuracy": values["greedy_accuracy"], "heldout_length": values["greedy_length"]}
+                values = held_out_metrics(measure(grpo.model, state.variables, grpo.task, evaluation))
+            writer.write(int(state.step), values)
+            return values
 
         def save() -> None:
             with clock("checkpoint"):
@@ -89,44 +110,56 @@ def train_grpo(
                 if done == total or stop is not None:
                     store.wait()
 
+        def rescue() -> str:
+            """Saves the rollouts that were finished, where an error has left them. Says what there is to go on from; raises nothing."""
+            lost = f"rollouts {saved + 1} to {done} are lost" if done > saved else "nothing is lost"
+            newest = f"the newest checkpoint is that of step {max(store.steps())}" if store.steps() else "nothing was saved yet"
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):  # the update that failed had been given its buffers
+                return f"the error took the weights with it: {lost}, {newest}"
+            try:
+                if done > saved:
+                    save()
+                    store.wait()
+            except Exception as error:
+                return f"{lost}, {newest}: {error}"
+            return f"rollout {done} of {total} is saved in {store.directory}; start again to go on" if done else newest
+
         with contextlib.closing(writer), progress, stop_signals() as asked_to_stop:
             if done:
                 progress.say(f"going on from rollout {done} of {total}")
-            elif config.eval_every:
-                writer.write(0, held_out())
-            saved, stop = done, None
-            while done < total and stop is None:
-                begin = time.monotonic()
-                try:
+            stop = None
+            try:
+                if not evaluated:
+                    watch.observe(held_out())
+                while done < total and stop is None:
+                    begin = time.monotonic()
                     state, metrics, samples, rewards_B = iterate(grpo, state)
-                except Exception:
-                    if done > saved:
+                    values = jax.device_get(metrics)
+                    clock.started(metrics)
+                    done += 1
+                    step = int(state.step)
+                    stop = asked_to_stop()
+                    last = done == total or stop is not None
+                    values["rollout_seconds"] = time.monotonic() - begin
+                    progress.advance(done)
+                    line = last or done % config.log_every == 0
+                    if line:
+                        writer.write(step, values)
+                        _append(samples_path, [{"step": step} | row for row in sample_rows(grpo, samples, rewards_B, config.show)])
+                    save_now = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                    if save_now:
                         save()
-                        store.wait()
-                    raise
-                values = jax.device_get(metrics)
-                clock.started(metrics)
-                done += 1
-                step = int(state.step)
-                stop = asked_to_stop()
-                last = done == total or stop is not None
-                values["rollout_seconds"] = time.monotonic() - begin
-                if config.eval_every and (done == total or done % config.eval_every == 0):
+                        saved = done
                     values |= held_out()
-                progress.advance(done)
-                line = last or done % config.log_every == 0
-                if line:
-                    writer.write(step, values)
-                    progress.report(headline(values))
-                    _append(samples_path, [{"step": step} | row for row in sample_rows(grpo, samples, rewards_B, config.show)])
-                for sentence in health.observe(values):
-                    progress.say(f"rollout {done}: {sentence}")
-                save_now = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
-                if save_now:
-                    save()
-                    saved = done
-                if line or save_now:
-                    clock.reached(done)
+                    if line:
+                        progress.report(headline(values))
+                    for sentence in watch.observe(values):
+                        progress.say(f"rollout {done}: {sentence}")
+                    if line or save_now:
+                        clock.reached(done)
+            except Exception:
+                progress.say(rescue())
+                raise
             progress.say(clock.report())
             if stop is not None:
                 progress.say(f"{stop.name}: saved rollout {done} of {total} in {store.directory}; start again to go on")
@@ -173,11 +206,19 @@ def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
     return path
 
 
+def held_out_metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation's numbers under the names they are logged by: held_out_accuracy and held_out_length of greedy answers, and
+    held_out_<name> of the sampled ones."""
+    named = {"greedy_accuracy": "accuracy", "greedy_length": "length"}
+    return {f"held_out_{named.get(name, name)}": value for name, value in measured.items() if isinstance(value, float)}
+
+
 def headline(values: Mapping[str, Any]) -> str:
     """The few numbers a person watches. Not the loss: it starts near 0 and says nothing (see `grpo_loss`)."""
     parts = [f"reward {values['reward_mean']:.3f}"]
     parts += [f"{key.removeprefix('reward_')} {value:.3f}" for key, value in values.items() if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
-    parts += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}", f"kl {values['kl']:.4f}", f"grad {values['grad_norm']:.2f}"]
-    if "heldout_accuracy" in values:
-        parts.append(f"held-out {values['heldout_accuracy']:.3f}")
+    parts += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}"]
+    parts += [f"kl {values['kl']:.4f}"] if "kl" in values else []
+    parts.append(f"grad {values['grad_norm']:.2f}")
+    parts += [f"held-out {values['held_out_accuracy']:.3f}"] if "held_out_accuracy" in values else []
     return "  ".join(parts)

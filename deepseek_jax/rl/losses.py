@@ -2,7 +2,7 @@
 
 Axes: B completions, N completion tokens. `mask_BN` is 1 on the real tokens of a completion, its end-of-sequence token
 included. `logp_BN` is log pi_theta, `old_logp_BN` the log-probability the sampler drew the token with (the behaviour
-policy pi_old, temperature and truncation applied), `ref_logp_BN` that of the reference policy. Values outside the mask may be
+policy pi_old, temperature applied), `ref_logp_BN` that of the reference policy. Values outside the mask may be
 anything, NaN included: they are replaced before they enter a formula, so that they can't reach the gradient either.
 """
 
@@ -106,7 +106,7 @@ def grpo_loss(
     `ref_logp_BN` is needed where `config.kl_coefficient > 0`, `finished_B` (end-of-sequence reached) where
     `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through
     `logp_BN` alone. At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is not;
-    watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl, clip_low_fraction, clip_high_fraction,
+    watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl (where it is measured), clip_low_fraction, clip_high_fraction,
     dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean, off_policy_fraction (of completions), tokens.
     """
     old_logp_BN, advantages_B = jax.lax.stop_gradient((old_logp_BN, advantages_B.astype(jnp.float32)))
@@ -125,12 +125,12 @@ def grpo_loss(
         kept_B = off_policy_mask(log_ratio_BN, advantages_B, mask_BN, config.off_policy_delta)
     pg_loss = -aggregate(surrogate_BN * kept_B[:, None], mask_BN, counted_B, config.aggregation)
 
-    kl = jnp.zeros(())
-    if config.kl_coefficient > 0:
+    loss, kl = pg_loss, {}
+    if config.has_reference:
         ref_logp_BN = jax.lax.stop_gradient(ref_logp_BN)
         kl_BN = kl_divergence(logp_BN, ref_logp_BN, old_logp_BN, mask_BN, config.kl_estimator)
-        kl = aggregate(kl_BN, mask_BN, every_B, config.aggregation)
-    loss = pg_loss + config.kl_coefficient * kl
+        kl = {"kl": aggregate(kl_BN, mask_BN, every_B, config.aggregation)}
+        loss += config.kl_coefficient * kl["kl"]
 
     negative_B1 = advantages_B[:, None] < 0
     tokens = mask_BN.sum()
@@ -141,7 +141,7 @@ def grpo_loss(
     metrics = {
         "loss": loss,
         "pg_loss": pg_loss,
-        "kl": kl,
+        **kl,
         "clip_low_fraction": token_share((ratio_BN < 1.0 - clip_low) & negative_B1),
         "clip_high_fraction": token_share((ratio_BN > 1.0 + clip_high) & (advantages_B[:, None] > 0)),
         "dual_clip_fraction": token_share((ratio_BN > (config.dual_clip or jnp.inf)) & negative_B1),

@@ -66,7 +66,7 @@ REWARDS: dict[str, Reward] = {
             math_reward.math_accuracy_reward,
             in_graph=False,
             role="accuracy",
-            requires=("math_verify", "math-verify[antlr4_13_2]"),
+            requires=("math_verify", "math-verify[antlr4-13-2]"),
         ),
     )
 }

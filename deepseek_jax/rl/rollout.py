@@ -18,7 +18,11 @@ from deepseek_jax.training.log_probs import token_log_probs
 
 @flax.struct.dataclass
 class Trajectories:
-    """B completions with what training needs to judge them; every leaf has B rows, siblings of a group adjacent."""
+    """B completions with what training needs to judge them; every leaf has B rows, siblings of a group adjacent.
+
+    Where the network gave a logit that is not finite, the row is emptied: no prompt, no completion, length 0 and mask 0,
+    like a row that only fills a batch, so that it reaches no sum and no gradient.
+    """
 
     prompts_BP: jax.Array  # int32, right-padded
     prompt_lengths_B: jax.Array  # int32
@@ -29,11 +33,16 @@ class Trajectories:
     expert_ids_BLTK: jax.Array | None  # int32, the experts sampling used, where asked for
 
     def sequences(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """tokens, segment_ids and positions [B, P+N] of the whole sequences, as generation laid them out."""
+        """tokens, segment_ids and positions [B, P+N] of the whole sequences, as generation laid them out.
+
+        A completion's last token is padding here (segment 0), as it was for the sampler: nothing is predicted from it, so it
+        was never fed, and no router's load may count it.
+        """
         prompt_slots_P = jnp.arange(self.prompts_BP.shape[1])
         completion_slots_N = jnp.arange(self.completions_BN.shape[1])
         real_BP = prompt_slots_P < self.prompt_lengths_B[:, None]
-        segment_ids_BT = jnp.concatenate([real_BP, self.mask_BN > 0], axis=1).astype(jnp.int32)
+        fed_BN = jnp.pad(self.mask_BN[:, 1:] > 0, ((0, 0), (0, 1)))
+        segment_ids_BT = jnp.concatenate([real_BP, fed_BN], axis=1).astype(jnp.int32)
         positions_BP = jnp.broadcast_to(prompt_slots_P, real_BP.shape)
         positions_BT = jnp.concatenate([positions_BP, self.prompt_lengths_B[:, None] + completion_slots_N], axis=1)
         return jnp.concatenate([self.prompts_BP, self.completions_BN], axis=1), segment_ids_BT, positions_BT
@@ -69,14 +78,15 @@ def roll_out(model: Transformer, variables, task: Task, config: GRPOConfig, key:
     def per_completion(x):
         return jnp.repeat(x, config.group_size, axis=0)
 
+    finite_B, finite_B1 = sampled.finite_B, sampled.finite_B[:, None]
     experts = sampled.expert_ids_LBTK
     trajectories = Trajectories(
-        prompts_BP=per_completion(prompts_QP),
-        prompt_lengths_B=per_completion(lengths_Q),
-        completions_BN=sampled.tokens_BN,
-        mask_BN=sampled.mask_BN.astype(jnp.int32),
+        prompts_BP=jnp.where(finite_B1, per_completion(prompts_QP), PAD),
+        prompt_lengths_B=jnp.where(finite_B, per_completion(lengths_Q), 0),
+        completions_BN=jnp.where(finite_B1, sampled.tokens_BN, PAD),
+        mask_BN=(sampled.mask_BN & finite_B1).astype(jnp.int32),
         finished_B=sampled.finished_B,
-        old_logp_BN=sampled.logp_BN,
+        old_logp_BN=jnp.where(finite_B1, sampled.logp_BN, 0.0),
         expert_ids_BLTK=None if experts is None else jnp.swapaxes(experts, 0, 1),
     )
     return jax.tree.map(per_completion, instances), trajectories
@@ -98,7 +108,7 @@ def completion_log_probs(model: Transformer, variables, trajectories: Trajectori
         expert_ids_LBTK=None if experts is None else jnp.swapaxes(experts, 0, 1),
     )
     slots = trajectories.prompts_BP.shape[1]
-    last_B11 = (trajectories.prompt_lengths_B - 1)[:, None, None]
+    last_B11 = jnp.maximum(trajectories.prompt_lengths_B - 1, 0)[:, None, None]
     first_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     hidden_BND = jnp.concatenate([first_B1D, output.hidden_BTD[:, slots:-1]], axis=1)
     logp_BN, entropy_BN = token_log_probs(model, variables, hidden_BND, trajectories.completions_BN, chunk, temperature)

@@ -159,7 +159,8 @@ class Checkpoints:
     def restore(self, like) -> Restored | None:
         """The newest readable checkpoint, placed as `like` is; None if there is none.
 
-        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings. A damaged checkpoint is reported, set aside as
+        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that is None
+        in it is let go. A damaged checkpoint is reported, set aside as
         `<step>.damaged`, and the one before it is used. Raises CheckpointError for a checkpoint of another model or optimiser,
         naming the first difference, and if every checkpoint is damaged: training anew over them is the caller's decision.
         """
@@ -188,7 +189,7 @@ class Checkpoints:
             differs = _first_difference(_identity(meta["model"]), _identity(self.config.to_dict()), "model")
             if differs:
                 raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
-            parts = {"variables": variables, "training": training}
+            parts = {"variables": variables, "training": training | _unwanted(meta["training"], like)}
             for part, tree in parts.items():
                 _refuse_other_leaves(meta[part], tree, where)
             return meta, {part: _read_part(where / part, tree) for part, tree in parts.items()}
@@ -202,7 +203,7 @@ class Checkpoints:
         if damage is not None:
             log.warning("checkpoint %s is damaged and will not be used: %s", where, damage)
             return None
-        fields = {"router_bias": {}} | parts["variables"] | parts["training"]
+        fields = {"router_bias": {}} | parts["variables"] | {name: parts["training"][name] for name in training}
         return Restored(like.replace(**fields), _decode(meta["loader"]), _read_metrics(where))
 
     def _set_aside(self, step: int) -> None:
@@ -309,10 +310,18 @@ def saved_steps(workdir) -> str:
 
 
 def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two array parts of a checkpoint. An empty router bias is left out: it has nothing to store."""
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """The two array parts of a checkpoint. An empty router bias and a field that is None are left out: they have nothing to store."""
+    fields = {name: value for name, value in vars(state).items() if value is not None}
     variables = {name: fields.pop(name) for name in ("params", "router_bias")}
     return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}, fields
+
+
+def _unwanted(described: Mapping[str, Mapping[str, Any]], like) -> dict[str, Any]:
+    """Abstract arrays that a checkpoint has of fields that are None in the state `like`: they are read with the rest, since Orbax
+    reads all or nothing, and let go. Reinforcement learning without a KL term once kept a reference policy."""
+    absent = [name for name, value in vars(like).items() if value is None]
+    leaves = {path: leaf for path, leaf in described.items() if path.split("/")[0] in absent}
+    return _nested({path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()})
 
 
 def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_refused(names, task, message):
 
 def test_missing_math_verify_is_said_before_the_run(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'math-verify\[antlr4-13-2\]'"):
         build_rewards(GRPOConfig(rewards=(("math_accuracy", 1.0),)))
 
 
