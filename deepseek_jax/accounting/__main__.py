@@ -73,12 +73,10 @@ def experiment_work(arguments: Sequence[str]) -> tuple[ModelConfig, dict[str, Wo
         raise ConfigError(f"{arguments[0]}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
     if not config.get("stages"):
         return ModelConfig.from_dict(config.model.to_dict()), {}
-    with config.unlocked():
-        config.mesh = {}  # its devices are not here
     from deepseek_jax.accounting.work import works  # with everything that stages need, which a network alone does not
     from deepseek_jax.stages import build_stages
 
-    experiment = build_experiment(config, name, workdir)
+    experiment = build_experiment(config, name, workdir, elsewhere=0)
     return experiment.model.config, works(build_stages(experiment))
 
 

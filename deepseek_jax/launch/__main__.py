@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from deepseek_jax import cli
 from deepseek_jax.errors import ConfigError, nearest
@@ -24,6 +23,7 @@ from deepseek_jax.launch.plots import plot
 from deepseek_jax.launch.results import collect, write_table
 from deepseek_jax.launch.state import Status, read_status
 from deepseek_jax.launch.sweep import Sweep, load_sweep
+from deepseek_jax.launch.variants import results_table
 
 
 class Launcher(Protocol):
@@ -40,7 +40,7 @@ def main(argv: Sequence[str], dry_run: DryRun | None = None) -> int:
     statuses = {job.name: read_status(job.folder) for job in jobs}
     if flags.plan:
         estimates = plan(chosen, statuses, dry_run or _dry_run, flags.dollars_per_chip_hour)
-        Console(highlight=False, width=160).print(plan_table(name, estimates))
+        cli.show(plan_table(name, estimates, flags.launcher))
         return 0
     failed = 0
     if not flags.results:
@@ -73,13 +73,14 @@ def choose(jobs: Sequence[Job], only: str | None, here: bool) -> list[Job]:
 
 
 def write_results(sweep: Sweep, name: str, jobs: Sequence[Job], workdir: Path) -> None:
-    """Leaves results.parquet, results.csv and results.png in the workdir and says how many runs are in what state."""
+    """Prints what the variants have brought and how many runs are in what state; leaves results.parquet, results.csv and results.png in the workdir."""
     statuses = {job.name: read_status(job.folder) for job in jobs}
     rows = collect(jobs, statuses)
     paths = write_table(rows, workdir)
     figure = workdir / "results.png"
     if plot(sweep, rows, figure, name):
         paths.append(figure)
+    cli.show(results_table(sweep, rows, name))
     print(f"{name}: {_tally(statuses)}; {', '.join(map(str, paths))}", flush=True)
 
 
@@ -116,7 +117,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--only", help="names or patterns of runs, with commas; the others are left alone")
     parser.add_argument("--workdir", help="where results go (runs/<name of the sweep file> without it)")
     parser.add_argument("--plan", action="store_true", help="print what would run, where, for how long and at what cost; start nothing")
-    parser.add_argument("--results", action="store_true", help="write the table and the plot of what has finished; start nothing")
+    parser.add_argument("--results", action="store_true", help="print and write the table and the plot of what has finished; start nothing")
     cli.add_price(parser)
     local = parser.add_argument_group("local")
     local.add_argument("--slots", type=int, default=1, help="runs at a time")

@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 from deepseek_jax.accounting.work import works
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, claim_workdir, mesh_sizes, read_flags
+from deepseek_jax.launch.metric_names import check_metric
 from deepseek_jax.launch.sweep import Run, Sweep
 from deepseek_jax.overrides import written
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.parallel.rules import shards as batch_shards
-from deepseek_jax.stages import build_stages
+from deepseek_jax.stages import Stage, build_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +49,26 @@ def arguments(experiment: str, run: Run, folder: Path) -> list[str]:
 def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
     """A job for each run, in `workdir`/<name of the run>.
 
-    Raises ConfigError naming the runs whose fields or values are not valid, or whose folder holds another run.
+    Raises ConfigError naming the runs whose fields or values are not valid, or whose folder holds another run, and for a
+    metric that the first run will not have.
     """
-    jobs, mistakes = [], []
+    jobs, mistakes, stages = [], [], None
     for run in sweep.runs:
         try:
-            jobs.append(_build(sweep.experiment, run, workdir / run.name))
+            job, built = _build(sweep.experiment, run, workdir / run.name)
         except UserError as error:
             mistakes.append(f"{run.name}: {error}")
+        else:
+            jobs.append(job)
+            stages = stages or built
     if mistakes:
         more = f"\n  and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
         raise ConfigError(f"{len(mistakes)} of {len(sweep.runs)} runs are not valid, nothing was started:\n  " + "\n  ".join(mistakes[:5]) + more)
+    check_metric(sweep.metric, stages)
     return jobs
 
 
-def _build(experiment: str, run: Run, folder: Path) -> Job:
+def _build(experiment: str, run: Run, folder: Path) -> tuple[Job, list[Stage]]:
     config, name, _, _ = read_flags(arguments(experiment, run, folder))
     devices = 0 if run.resources.kind == "cpu" else run.resources.num_devices  # a CPU's are for the run's environment to say
     built = build_experiment(config, name, folder, elsewhere=devices)
@@ -75,7 +81,7 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
     if (folder / "config.json").exists():
         claim_workdir(built)
     work = works(stages, shards).values()
-    return Job(
+    job = Job(
         run=run,
         folder=folder,
         experiment=experiment,
@@ -84,3 +90,4 @@ def _build(experiment: str, run: Run, folder: Path) -> Job:
         tokens=sum(stage.tokens for stage in work),
         flops=sum(stage.flops for stage in work),
     )
+    return job, stages

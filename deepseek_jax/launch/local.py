@@ -11,17 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from deepseek_jax.launch.execute import start, stop
 from deepseek_jax.launch.jobs import Job
-from deepseek_jax.launch.state import LOG, STOPPED, last_lines, read_status
+from deepseek_jax.launch.state import LOG, STOPPED, last_lines, progress_line, read_status
 
 PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
 
 class LocalLauncher:
     """`slots` runs at a time, each its own process. `environment` is set for them; "{slot}" in a value is the slot's number,
-    from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}. Where there are as many cores as slots, each slot has its share of them.
+    from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}. Where there are as many cores as slots, each slot has its share of them. Every `report_seconds` each
+    run says how far it is, if it has got further.
     """
 
-    def __init__(self, slots: int = 1, environment: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM, poll_seconds: float = 0.2):
+    def __init__(
+        self,
+        slots: int = 1,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = PROGRAM,
+        poll_seconds: float = 0.2,
+        report_seconds: float = 30.0,
+    ):
+        self.report_seconds = report_seconds
         self.slots, self.environment, self.program, self.poll_seconds = slots, dict(environment or {}), program, poll_seconds
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone can divide them
         self.cores = [cores[slot::slots] for slot in range(slots)] if slots <= len(cores) else None
@@ -33,6 +42,8 @@ class LocalLauncher:
         KeyboardInterrupt; a second signal, passed on too, ends them at once.
         """
         waiting, running, failed, passed_on = deque(enumerate(jobs, start=1)), {}, 0, 0
+        begin, shown = time.monotonic(), {}
+        reported = begin
         with _stop_signals() as received:
             while running or (waiting and not received):
                 for slot in range(self.slots):
@@ -49,6 +60,13 @@ class LocalLauncher:
                     if process.poll() is not None:
                         del running[slot]
                         failed += self._report(label, job, process.returncode)
+                        self._time_left(begin, len(jobs) - len(waiting) - len(running), len(waiting) + len(running))
+                if time.monotonic() - reported >= self.report_seconds:
+                    reported = time.monotonic()
+                    for label, job, _ in running.values():
+                        if (line := progress_line(job.folder)) and shown.get(job.name) != line:
+                            shown[job.name] = line
+                            print(f"{label} {job.name}: {line}", flush=True)
         if received:
             raise KeyboardInterrupt
         return failed
@@ -59,6 +77,14 @@ class LocalLauncher:
         if self.cores is not None:
             os.sched_setaffinity(process.pid, self.cores[slot])
         return process
+
+    @staticmethod
+    def _time_left(begin: float, ended: int, left: int) -> None:
+        """Prints how long the rest will take if it takes as long as what has ended."""
+        if left:
+            seconds = (time.monotonic() - begin) / ended * left
+            time_left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            print(f"{ended} of {ended + left} runs have ended, about {time_left} left", flush=True)
 
     @staticmethod
     def _report(label: str, job: Job, exit_status: int) -> bool:

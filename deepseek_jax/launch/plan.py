@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.accounting.report import quantity
+from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.launch.jobs import Job
+from deepseek_jax.launch.resources import Resources, job_parameters
 from deepseek_jax.launch.state import Status
 
 DryRun = Callable[..., Mapping[str, Any]]
@@ -17,7 +19,7 @@ DryRun = Callable[..., Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from."""
+    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from, `price` whose it is."""
 
     job: Job
     status: Status
@@ -27,6 +29,7 @@ class Estimate:
     memory: int | None
     limit: int | None
     basis: str
+    price: str | None = None
 
 
 def plan(jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None) -> list[Estimate]:
@@ -75,29 +78,60 @@ def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, kn
         memory=result["memory_bytes_per_device"]["total"],
         limit=result["hbm_capacity"],
         basis="dry run, lower bound",
+        price=result.get("price_source"),
     )
 
 
-def plan_table(name: str, estimates: Sequence[Estimate]) -> Table:
-    """One row per run; below, what is still to do in all."""
+def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local") -> Table:
+    """One row per run: what its launcher asks for, and for how long; below, what is still to do in all and why a cost is not known."""
     missing = [estimate for estimate in estimates if estimate.status.state != "done"]
-    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True)
-    table.add_column("run", footer="to do")
-    table.add_column("status")
-    table.add_column("where")
-    table.add_column("tokens", justify="right", footer=_count(sum(e.job.tokens for e in missing)))
-    table.add_column("FLOPs", justify="right", footer=f"{sum(e.job.flops for e in missing):.2g}")
-    table.add_column("time", justify="right", footer=_total([e.hours for e in missing], _hours))
-    table.add_column("cost", justify="right", footer=_total([e.dollars for e in missing], _dollars))
-    table.add_column("memory per device", justify="right")
+    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True, caption_justify="left")
+    table.add_column("run", footer="to do", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("where", no_wrap=True)
+    table.add_column("tokens", justify="right", footer=quantity(sum(e.job.tokens for e in missing)), no_wrap=True)
+    table.add_column("FLOPs", justify="right", footer=f"{sum(e.job.flops for e in missing):.2g}", no_wrap=True)
+    table.add_column("time", justify="right", footer=_total([e.hours for e in missing], _hours), no_wrap=True)
+    table.add_column("cost", justify="right", footer=_total([e.dollars for e in missing if e.job.run.resources.kind != "cpu"], _dollars), no_wrap=True)
+    table.add_column("memory per device", justify="right", no_wrap=True)
     table.add_column("from")
     for e in estimates:
-        row = (e.job.name, e.status.state, e.job.run.resources.topology, _count(e.job.tokens), f"{e.job.flops:.2g}")
-        table.add_row(*row, _hours(e.hours), _dollars(e.dollars), _memory(e), e.basis)
+        row = (e.job.name, e.status.state, _where(e.job.run.resources, launcher), quantity(e.job.tokens), f"{e.job.flops:.2g}")
+        cost = "this machine's" if e.job.run.resources.kind == "cpu" and launcher == "local" else _dollars(e.dollars)
+        table.add_row(*row, _hours(e.hours), cost, _memory(e), e.basis)
+    table.caption = "\n".join(_notes(estimates, launcher)) or None
     return table
 
 
+def _where(resources: Resources, launcher: str) -> str:
+    """What the launcher asks for, in its own words; why it cannot have it."""
+    try:
+        if launcher == "slurm":
+            asked = job_parameters(resources)
+            gpus = f" × {asked['gpus_per_node']} GPUs" if "gpus_per_node" in asked else ""
+            return f"{resources.topology}: SLURM, {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}{gpus}, {asked['timeout_min'] / 60:g} h a job"
+        if launcher == "skypilot":
+            spot = "spot" if resources.spot else "on demand"
+            return f"{resources.topology}: SkyPilot, {resources.num_nodes} × {resources.accelerators or 'a machine without accelerators'}, {spot}"
+    except ConfigError as error:
+        return str(error)
+    return resources.topology
+
+
+def _notes(estimates: Sequence[Estimate], launcher: str) -> Iterator[str]:
+    unpriced = sorted({e.job.run.resources.kind for e in estimates if e.hours is not None and e.dollars is None} - {"cpu"})
+    if unpriced:
+        yield f"no price known for {', '.join(unpriced)}: pass --dollars_per_hour"
+    prices = sorted({f"{e.job.run.resources.kind}: {e.price}" for e in estimates if e.dollars is not None and e.price is not None})
+    if prices:
+        yield f"prices: {'; '.join(prices)}" + (" (on demand; spot machines cost less)" if launcher == "skypilot" else "")
+    if launcher == "skypilot" and any(e.job.run.resources.kind == "cpu" for e in estimates):
+        yield "machines without accelerators are not priced here: see `sky show-gpus` and your cloud"
+
+
 def _total(values: Sequence[float | None], text: Callable[[float | None], str]) -> str:
+    if not values:
+        return ""
     known = [value for value in values if value is not None]
     return text(sum(known)) + (" + unknown" if known and len(known) < len(values) else "") if known else text(None)
 
@@ -111,7 +145,7 @@ def _hours(hours: float | None) -> str:
 
 
 def _dollars(dollars: float | None) -> str:
-    return "" if dollars is None else f"${dollars:,.0f}"
+    return "unknown" if dollars is None else f"${dollars:,.0f}"
 
 
 def _memory(estimate: Estimate) -> str:
@@ -119,10 +153,3 @@ def _memory(estimate: Estimate) -> str:
         return ""
     needed, limit = "?" if estimate.memory is None else f"{estimate.memory / 1e9:.1f}", f"{estimate.limit / 1e9:.1f} GB"
     return f"{needed} of {limit}" if estimate.fits else f"{needed} of {limit}: does not fit"
-
-
-def _count(tokens: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{unit}"
-    return str(tokens)

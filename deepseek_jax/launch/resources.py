@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 
@@ -86,3 +87,15 @@ class Resources:
         """The machine image of a TPU's hosts; None without a TPU."""
         tpu = TPUS.get(self.kind)
         return tpu[2] if tpu else None
+
+
+def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, Any]:
+    """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM does not have."""
+    if resources.kind != "cpu" and not resources.is_gpu:
+        raise ConfigError(f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or --launcher=skypilot")
+    parameters = {"nodes": resources.num_nodes, "tasks_per_node": 1, "timeout_min": round(resources.hours * 60)}
+    if resources.is_gpu:
+        parameters["gpus_per_node"] = resources.gpus_on_a_node
+    if cluster == "slurm":
+        parameters |= {"slurm_signal_delay_s": 300, "slurm_additional_parameters": {"requeue": True}}
+    return parameters

@@ -1,5 +1,6 @@
 """What a sweep has brought: one table with a row per run, as parquet and as CSV."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.json_io import read_json
 from deepseek_jax.launch.jobs import Job
 from deepseek_jax.launch.state import Status
+from deepseek_jax.launch.variants import Row
 from deepseek_jax.training.metrics import read_metrics
 
-Row = Mapping[str, Any]
 SPEEDS = ("tokens_per_second", "flops_per_second", "mfu")  # the run's median, not the last line's
 
 
@@ -50,14 +52,21 @@ def stage_metrics(folder: Path) -> dict[str, float]:
     A metric that was not finite in the end is left out: an earlier value would pass for the result.
     """
     records = read_metrics(folder)
-    last = {name: value for record in records for name, value in record.items()}
-    last = {name: value for name, value in last.items() if isinstance(value, (int, float))}
+    last = {name: number for record in records for name, value in record.items() if (number := _number(value)) is not None}
     for name in SPEEDS:
         if name in last:
-            last[name] = statistics.median(record[name] for record in records if record.get(name) is not None)
+            measured = [record[name] for record in records if record.get(name) is not None]
+            last[name] = statistics.median(measured) if measured else math.nan
     path = folder / "evaluation.json"
-    evaluation = read_json(path, f"remove it and start {folder.parent.name} again") if path.exists() else {}
-    return last | {name: value for name, value in evaluation.items() if isinstance(value, (int, float))}
+    evaluation = read_json(path, "remove it and start the run again: the evaluation is then made anew", ConfigError) if path.exists() else {}
+    return last | {name: number for name, value in evaluation.items() if (number := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A logged number; NaN and infinity are written as null. None for lists and texts."""
+    if value is None:
+        return math.nan
+    return value if isinstance(value, (int, float)) else None
 
 
 def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Runs as SLURM jobs, through submitit: an array of jobs for all runs that want the same machines."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -11,7 +12,7 @@ import submitit
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch.jobs import Job
 from deepseek_jax.launch.node import RunOnNode
-from deepseek_jax.launch.resources import Resources
+from deepseek_jax.launch.resources import job_parameters
 
 PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
@@ -43,7 +44,10 @@ class SlurmLauncher:
         path = job.folder / "slurm_job"
         if not path.exists():
             return False
-        submitted = _job_class(self.cluster)(self.folder, path.read_text(encoding="utf-8").strip())
+        number = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"\d+(_\d+)?", number):
+            raise ConfigError(f"{path} is damaged ({number[:20]!r} is no job): look for {job.name} in `squeue`, then write its number there or remove the file")
+        submitted = _job_class(self.cluster)(self.folder, number)
         if submitted.done():
             return False
         print(f"{job.name} is job {submitted.job_id}, {submitted.state.lower()}: left alone")
@@ -59,21 +63,11 @@ class SlurmLauncher:
             submitted = [executor.submit(task) for task in tasks]
         for job, at in zip(jobs, submitted, strict=True):
             job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "slurm_job").write_text(at.job_id, encoding="utf-8")
+            partial = job.folder / "slurm_job.partial"
+            partial.write_text(at.job_id, encoding="utf-8")
+            partial.replace(job.folder / "slurm_job")
             print(f"{job.name} is job {at.job_id}: {resources.num_nodes} × {resources.gpus_on_a_node or 'no'} GPUs")
         return submitted
-
-
-def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, Any]:
-    """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM does not have."""
-    if resources.kind != "cpu" and not resources.is_gpu:
-        raise ConfigError(f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or --launcher=skypilot")
-    parameters = {"nodes": resources.num_nodes, "tasks_per_node": 1, "timeout_min": round(resources.hours * 60)}
-    if resources.is_gpu:
-        parameters["gpus_per_node"] = resources.gpus_on_a_node
-    if cluster == "slurm":
-        parameters |= {"slurm_signal_delay_s": 300, "slurm_additional_parameters": {"requeue": True}}
-    return parameters
 
 
 def _job_class(cluster: str) -> type[submitit.Job]:

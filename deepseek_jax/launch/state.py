@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json, to_json
 
 LOG = "output.log"
+STATES = ("missing", "running", "done", "stopped", "failed")
 # What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost another host (75).
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 75)
 
@@ -24,6 +26,12 @@ class Status:
     state: str = "missing"
     exit_status: int | None = None
     seconds: float = 0.0
+
+    def __post_init__(self):
+        if self.state not in STATES:
+            raise ConfigError(f"status.state={self.state!r}: {nearest(str(self.state), STATES)}")
+        if not 0 <= self.seconds < float("inf"):
+            raise ConfigError(f"status.seconds={self.seconds}: 0 or more")
 
 
 def read_status(folder: Path) -> Status:
@@ -86,3 +94,9 @@ def last_lines(folder: Path, count: int = 12) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16_384))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
+
+
+def progress_line(folder: Path) -> str:
+    """The newest line of a run's output that says how far it is ("pretrain 20/60 …"); "" without one."""
+    lines = (line.strip() for line in reversed(last_lines(folder, 50).splitlines()))
+    return next((line for line in lines if re.search(r"(?<![\d/])\d+/\d+(?![\d/])", line)), "")

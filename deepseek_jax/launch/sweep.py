@@ -34,9 +34,9 @@ class Run:
 class Sweep:
     """`experiment` is the base file, seen from the working directory.
 
-    The plot shows `metric` (a column of the table) over `x`: an overridden field, or "flops", the training FLOPs of a
+    The plot shows `metric` ("stage.name", a column of the table) over `x`: an overridden field, or "flops", the training FLOPs of a
     run. Runs that differ in their seed alone are one point with a spread; `by` is an overridden field with a curve for
-    each of its values. `best` is "lowest" or "highest".
+    each of its values; where runs differ in other fields too, these tell curves apart as well. `best` is "lowest" or "highest".
     """
 
     experiment: str
@@ -58,16 +58,32 @@ class Sweep:
         for axis, other in ((self.x, ("flops",)), (self.by, (None,))):
             if axis not in fields and axis not in other:
                 raise ConfigError(f"the plot's axis {axis!r} is no overridden field: {', '.join(sorted(fields))}")
+            for value in (run.overrides.get(axis) for run in self.runs):
+                if isinstance(value, (Mapping, list, tuple)):
+                    raise ConfigError(f"the plot's axis {axis!r} has a value of several parts, {value!r}: override one of its fields, or choose another axis")
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Run, ...]:
-    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last parts."""
+    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last parts and the values; a value of
+    several parts, such as a schedule, is called by its number in its row."""
     last = [field.rpartition(".")[2] for field in fields]
     short = last if len(set(last)) == len(last) else list(fields)
+    named = [[(f"{name}_{word}", value) for word, value in zip(_words(values), values, strict=True)] for name, values in zip(short, fields.values(), strict=True)]
     return tuple(
-        Run("-".join(f"{name}_{value}" for name, value in zip(short, values, strict=True)), dict(zip(fields, values, strict=True)))
-        for values in itertools.product(*fields.values())
+        Run("-".join(name for name, _ in chosen), dict(zip(fields, (value for _, value in chosen), strict=True))) for chosen in itertools.product(*named)
     )
+
+
+def _words(values: Sequence[Any]) -> list[str]:
+    """Each value as a part of a name; by its number where a value has several parts, or two would be called the same."""
+    if any(isinstance(value, (Mapping, list, tuple)) for value in values):
+        return [str(number) for number in range(len(values))]
+    words = [str(value) if isinstance(value, (int, float)) else re.sub(r"[^A-Za-z0-9]+", _separator, str(value)).strip("._-") for value in values]
+    return words if len(set(words)) == len(words) and all(words) else [str(number) for number in range(len(values))]
+
+
+def _separator(found: re.Match) -> str:
+    return found[0] if found[0] in ("_", ".", "-") else "-"
 
 
 def cross(*groups: Iterable[Run]) -> tuple[Run, ...]:

@@ -29,7 +29,9 @@ if folder.name.startswith("slow") and not (folder / "saved").exists():
     (folder / "ready").touch()
     time.sleep(60)
 if folder.name.startswith("while"):
-    time.sleep(0.7)
+    for step in range(7):
+        print(f"pretrain {step}/7  loss 2.5  {step} s, {7 - step} s left", flush=True)
+        time.sleep(0.1)
 (folder / "ends").write_text(str(time.time()))
 """
 

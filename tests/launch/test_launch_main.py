@@ -63,7 +63,8 @@ def test_plan_and_results_start_nothing(sweep, tmp_path, capsys):
     assert main([f"--sweep={sweep}", f"--workdir={workdir}", "--plan"]) == 0
     assert "2 of 2 runs to do" in capsys.readouterr().out and not workdir.exists()
     assert main([f"--sweep={sweep}", f"--workdir={workdir}", "--results"]) == 0
-    assert "2 missing" in capsys.readouterr().out and sorted(path.name for path in workdir.iterdir()) == ["results.csv", "results.parquet"]
+    shown = capsys.readouterr().out
+    assert "2 missing" in shown and "pretrain.bits_per_byte, mean ± standard deviation" in shown and "1 missing" in shown and sorted(path.name for path in workdir.iterdir()) == ["results.csv", "results.parquet"]
 
 
 def test_the_plan_of_a_pod_asks_the_dry_run(tmp_path, capsys):

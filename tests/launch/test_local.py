@@ -1,6 +1,7 @@
 """Local slots, with a stand-in for the program: how many at a time, failures, starting again, being told to stop."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,24 @@ def test_slots_share_the_cores(tmp_path):
     LocalLauncher(2, program=stand_in(tmp_path), poll_seconds=0.02).launch(jobs)
     shares = [set((job.folder / "cores").read_text().split()) for job in jobs]
     assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == len(os.sched_getaffinity(0))
+
+
+def test_every_run_says_how_far_it_is(tmp_path, capsys):
+    jobs = jobs_of(tmp_path, "while_a", "while_b", "c")
+    LocalLauncher(2, program=stand_in(tmp_path), poll_seconds=0.02, report_seconds=0.05).launch(jobs)
+    shown = capsys.readouterr().out.splitlines()
+    for number, name in ((1, "while_a"), (2, "while_b")):
+        steps = [int(found[1]) for line in shown if (found := re.match(rf"\[{number}/3\] {name}: pretrain (\d)/7  loss 2.5  \d s, \d s left", line))]
+        assert steps and steps == sorted(set(steps))  # a line that has not changed is not shown again
+    left = [line for line in shown if "runs have ended" in line]
+    assert len(left) == 2 and left[0].startswith("1 of 3 runs have ended, about ") and left[1].startswith("2 of 3 ")
+
+
+@pytest.mark.parametrize("text", ['{"state": "do', "[]", "null", '{"state": "finished"}', '{"state": "done", "seconds": "x"}', '{"state": "done", "seconds": -1}', "\udcff"])
+def test_a_torn_status_is_refused_in_words(text, tmp_path):
+    (tmp_path / "status.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match="status.json is damaged.*remove it"):
+        read_status(tmp_path)
 
 
 def test_a_failure_is_shown_and_stops_nothing(tmp_path, capsys):

@@ -64,6 +64,17 @@ def test_a_job_in_the_queue_is_left_alone(tmp_path, capsys, monkeypatch):
     assert (job.folder / "slurm_job").read_text() == "17" and not (job.folder / "starts").exists()
 
 
+@pytest.mark.parametrize("text", ["", "17\n18", "job", "\ufffd"])
+def test_a_torn_job_number_is_refused_in_words(text, tmp_path):
+    """A run in the queue must not be submitted twice, and whether it is there the file does not say."""
+    (job,) = jobs_of(tmp_path, "a")
+    job.folder.mkdir()
+    (job.folder / "slurm_job").write_text(text)
+    with pytest.raises(ConfigError, match="slurm_job is damaged.*squeue"):
+        SlurmLauncher(tmp_path, cluster="local", program=stand_in(tmp_path)).launch([job])
+    assert not (job.folder / "starts").exists()
+
+
 def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
     """With an sbatch that keeps what it is given: an array for the runs that want the same machines."""
     commands = tmp_path / "commands"

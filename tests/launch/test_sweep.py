@@ -25,6 +25,37 @@ def test_grid_over_fields_with_the_same_last_part():
     assert run.name == "pretrain.seq_len_8-sft.seq_len_9"
 
 
+def test_names_of_values_that_are_no_words():
+    """Values of several parts, and those that would be called the same, go by their number."""
+    schedules = ({"kind": "constant", "value": 1e-3}, 1e-3)
+    assert [run.name for run in grid({"a.rate": schedules})] == ["rate_0", "rate_1"]
+    assert [run.overrides["a.rate"] for run in grid({"a.rate": schedules})] == list(schedules)
+    names = [run.name for run in grid({"x": (-0.5, None, True, "fp8_deepseek", "my_rewards:brevity", "a/b", "..")})]
+    assert names == ["x_0", "x_1", "x_2", "x_3", "x_4", "x_5", "x_6"]  # the last one has no letter
+    names = [run.name for run in grid({"x": (-0.5, None, True, "fp8_deepseek", "my_rewards:brevity", "a/b")})]
+    assert names == ["x_-0.5", "x_None", "x_True", "x_fp8_deepseek", "x_my_rewards-brevity", "x_a-b"]
+    assert [run.name for run in grid({"x": ("a/b", "a:b")})] == ["x_0", "x_1"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("pretrain.bits_per_bite", "stage pretrain logs no 'bits_per_bite'; did you mean 'bits_per_byte'"),
+        ("pretrian.loss", "did you mean 'pretrain'"),
+        ("loss", "a stage and one of its metrics"),
+        ("pretrain.max_violation_per_layer", "logs no 'max_violation_per_layer'"),  # a list
+    ],
+)
+def test_a_metric_that_no_run_will_have_is_refused_before_the_first_one(metric, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        build_jobs(Sweep(BASE, [Run("a", {"seed": 1})], metric=metric), tmp_path)
+
+
+@pytest.mark.parametrize("metric", ["pretrain.loss", "pretrain.max_violation_mean", "pretrain.tokens_per_second", "pretrain.grad_norm"])
+def test_metrics_that_a_run_has(metric, tmp_path):
+    assert len(build_jobs(Sweep(BASE, [Run("a", {"seed": 1})], metric=metric), tmp_path)) == 1
+
+
 def test_seeds_are_the_same_for_every_variant():
     runs = paired_seeds(grid({PEAK: (1e-3, 3e-3)}), (0, 1, 2))
     seeds = {peak: [run.overrides["seed"] for run in runs if run.overrides[PEAK] == peak] for peak in (1e-3, 3e-3)}
@@ -57,6 +88,8 @@ def test_a_rung_becomes_the_model_it_names(tmp_path, monkeypatch):
         ({"runs": []}, "at least one run"),
         ({"runs": [Run("a", {}), Run("a", {})]}, "several runs are called 'a'"),
         ({"runs": [Run("a", {"seed": 1})], "x": "sead"}, "'sead' is no overridden field: seed"),
+        ({"runs": [Run("a", {"p": {"kind": "constant"}})], "by": "p"}, "'p' has a value of several parts, {'kind': 'constant'}"),
+        ({"runs": [Run("a", {"p": 1}), Run("b", {"p": (1, 2)})], "x": "p"}, "'p' has a value of several parts"),
         ({"runs": [Run("a", {"seed": 1})], "best": "smallest"}, "'lowest' or 'highest'"),
     ],
 )
