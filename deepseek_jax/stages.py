@@ -6,7 +6,8 @@ finished stage again returns what it left.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +131,7 @@ class TrainStage:
         return f"{self.train.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
 
     def check_data(self, prepare: bool) -> None:
-        check_sources(self._text(), ("train", "validation"), self.experiment.tokenizer, self.data.data_dir, prepare=prepare)
+        _check_sources(self._text(), ("train", "validation"), self.experiment, self.data.data_dir, prepare)
 
     def _text(self) -> tuple[SourceConfig, ...]:
         """The sources that are not the experiment's task."""
@@ -177,6 +178,7 @@ class TrainStage:
             seed=_seed(experiment, self.name, "order"),
             share=host_share(experiment.model.placement),
             in_memory=in_memory,
+            vocab_size=experiment.model.config.vocab_size,
         )
 
 
@@ -280,7 +282,7 @@ class EvalStage:
 
     def check_data(self, prepare: bool) -> None:
         if self.data is not None:
-            check_sources(self.data.sources, ("validation",), self.experiment.tokenizer, self.data.data_dir, prepare=prepare)
+            _check_sources(self.data.sources, ("validation",), self.experiment, self.data.data_dir, prepare)
 
     @property
     def path(self) -> Path:
@@ -351,12 +353,24 @@ def build_stage(experiment: Experiment, name: str) -> Stage:
         return KINDS[kind].build(name, experiment, fields)
 
 
+def _check_sources(sources: Sequence[SourceConfig], splits: Sequence[str], experiment: Experiment, data_dir: str | None, prepare: bool) -> None:
+    check_sources(sources, splits, experiment.tokenizer, data_dir, experiment.model.config.vocab_size, prepare=prepare)
+
+
 def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
     """-> a function that starts one ordered pass over the held-out documents, and stops the reading threads when the pass is dropped."""
 
+    @functools.cache
+    def opened() -> Loader:
+        """The data is read and checked once, not at every evaluation."""
+        model = experiment.model
+        share = host_share(model.placement)
+        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share, vocab_size=model.config.vocab_size)
+
     def start() -> Iterator[Batch]:
-        share = host_share(experiment.model.placement)
-        with contextlib.closing(build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share)) as loader:
+        loader = opened()
+        loader.restart()
+        with contextlib.closing(loader):
             yield from loader
 
     return start

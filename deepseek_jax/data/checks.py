@@ -3,22 +3,25 @@
 from collections.abc import Sequence
 
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import Tokenise
+from deepseek_jax.data.documents import Documents, Tokenise
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.data.tokenizers import Tokenizer
 
 
 def check_sources(
-    sources: Sequence[SourceConfig], splits: Sequence[str], tokenizer: Tokenizer, data_dir: str | None = None, *, prepare: bool = True
+    sources: Sequence[SourceConfig], splits: Sequence[str], tokenizer: Tokenizer, data_dir: str | None = None, vocab_size: int | None = None, *, prepare: bool = True
 ) -> None:
-    """Opens the sources and tokenizes the first record of each split: the chat template is rendered too.
+    """Opens the sources and tokenizes one record of each shape (see `Documents`): the chat template is rendered too.
 
     A source that holds nothing out has no validation split to open. Without `prepare` only local files are opened: a TFDS dataset may
     have to be downloaded. Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
     """
+    opened = []  # until the end, so that a file of both splits is read once
     for source in sources:
         if not prepare and (source.name == "stdlib" or source.name.startswith("tfds:")):
             continue
         for split in splits:
             if split == "train" or source.holds_out:
-                Tokenise(source, tokenizer)(open_source(source, split, data_dir)[0])
+                records = open_source(source, split, data_dir, vocab_size=vocab_size)
+                opened.append(Documents(records, Tokenise(source, tokenizer, vocab_size)))
+                opened[-1][0]

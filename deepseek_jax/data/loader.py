@@ -18,7 +18,7 @@ import numpy as np
 
 from deepseek_jax.data import position
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.documents import Tokenise
+from deepseek_jax.data.documents import Documents, Tokenise
 from deepseek_jax.data.packing import empty_row
 from deepseek_jax.data.pipeline import check_lengths, held_out_rows, training_rows
 from deepseek_jax.data.sources import InMemory, open_source
@@ -90,10 +90,14 @@ class Loader:
     def set_state(self, state: position.Position) -> None:
         """Goes to a saved position; the batches that follow are bit-identical. Raises DataError if it was saved over other data."""
         places = position.select(state, json.loads(json.dumps(self._description)), self._streams)
-        self.close()
-        self._start()
+        self.restart()
         for iterator, place in zip(self._iterators, places, strict=True):
             iterator.set_state(place)
+
+    def restart(self) -> None:
+        """Goes back to the first batch, as after a finished pass."""
+        self.close()
+        self._start()
 
     def close(self) -> None:
         """Stops the reading threads. Happens by itself when the loader is dropped or the program ends."""
@@ -115,6 +119,7 @@ def build_loader(
     share: tuple[int, int] = (0, 1),
     *,
     in_memory: InMemory | None = None,
+    vocab_size: int | None = None,
 ) -> Loader:
     """Opens, checks and packs the sources; see `Loader` for what comes out.
 
@@ -127,9 +132,10 @@ def build_loader(
             processes may hold the same one.
         in_memory: for each source that is not on disk: split -> random-access sequence of records, such as
             {'tokens': ids, 'loss_mask': mask} (see `SourceConfig.format`).
+        vocab_size: the model's, which token ids in the data have to be below (None: the tokenizer's).
 
     Raises: ConfigError when shares, streams and batch_size don't divide. DataError when a source is missing, unreadable,
-    empty, has a bad record, has a document longer than a row (packing 'whole'), or when all training documents of a stream
+    empty, has a bad record (naming its file and line), has a document longer than a row (packing 'whole'), or when all training documents of a stream
     together are shorter than its part of a batch.
     """
     if split not in SPLITS:
@@ -140,9 +146,11 @@ def build_loader(
         config = dataclasses.replace(config, streams=1)
     mine = streams_of(share, config.streams)
     check_divisible(batch_size, config.streams, share[1])
-    sources = [open_source(source, split, config.data_dir, in_memory) for source in config.sources]
+    vocab_size = vocab_size or tokenizer.vocab_size
+    sources = [open_source(source, split, config.data_dir, in_memory, vocab_size) for source in config.sources]
     documents = [
-        grain.MapDataset.source(records).map(Tokenise(source, tokenizer)) for records, source in zip(sources, config.sources, strict=True)
+        grain.MapDataset.source(Documents(records, Tokenise(source, tokenizer, vocab_size)))
+        for records, source in zip(sources, config.sources, strict=True)
     ]
     streams = {}
     for stream in mine:

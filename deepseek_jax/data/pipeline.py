@@ -67,8 +67,8 @@ def _rows(config: DataConfig, documents: grain.MapDataset, seq_len: int, held_ou
 def check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], seq_len: int, num_rows: int, stream: int) -> None:
     """Raises DataError for a stream with less text than its `num_rows` rows of a batch, or for a document that is longer than a row.
 
-    Looks at the documents that the stream would get without shuffling: all streams together look at all of them. The first check
-    stops as soon as the rows are filled; the second has to look at every document.
+    Looks at the documents that the stream would get without shuffling, at least one of each source: all streams together look at all of
+    them. The first check stops as soon as the rows are filled; the second has to look at every document.
     """
     streams = config.streams
     refuse_long = config.packing == "whole" and config.long_documents == "error"
@@ -79,7 +79,7 @@ def check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], seq
                 f"source {source.name!r} has {len(source_documents)} documents, too few for data.streams={streams}: lower data.streams"
             )
         for index in range(stream, len(source_documents), streams):
-            if total >= needed and not refuse_long:
+            if total >= needed and not refuse_long and index > stream:  # the first one is looked at in any case
                 break
             length = len(source_documents[index])
             total += length

@@ -1,45 +1,64 @@
 """Opens a source: a sequence of records (dictionaries) with random access, checked before training starts."""
 
+import array
 import difflib
 import glob
 import hashlib
-import json
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 import tensorflow_datasets as tfds
 
 from deepseek_jax.data import stdlib_text
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import check_record, required_fields, split_key
+from deepseek_jax.data.documents import check_record, required_fields, shape, split_key
+from deepseek_jax.data.files import is_packed, read_file, suffixes
 from deepseek_jax.errors import DataError, nearest
 
-Records = Sequence[Mapping[str, Any]]
-InMemory = Mapping[str, Mapping[str, Records]]  # source name -> split -> records
+InMemory = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # source name -> split -> records
+OTHER_DATA = "data from the Hugging Face Hub has to be downloaded first (hf download NAME --repo-type dataset) and named as PATH/*.parquet"
 
 
-def open_source(source: SourceConfig, split: str, data_dir: str | None = None, in_memory: InMemory | None = None) -> Records:
-    """Records of one split ('train' or 'validation'). Raises DataError for what is missing, unreadable or empty."""
+class Records(Protocol):
+    """Records of one split. `where(i)` says where record i stands; `examples()` are indices of records that show whether all can be tokenized."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    def where(self, index: int) -> str: ...
+    def examples(self) -> Sequence[int]: ...
+
+
+def open_source(
+    source: SourceConfig, split: str, data_dir: str | None = None, in_memory: InMemory | None = None, vocab_size: int | None = None
+) -> Records:
+    """Records of one split ('train' or 'validation'). Raises DataError for what is missing, unreadable or empty.
+
+    Every record of a local file is checked here, token ids against `vocab_size`; others when they are tokenized.
+    """
     in_memory = in_memory or {}
     if source.name in in_memory:
-        records = _named(in_memory[source.name], split, f"in-memory source {source.name!r}: no split")
+        records = MemoryRecords(_named(in_memory[source.name], split, f"in-memory source {source.name!r}: no split"), source)
     elif source.name == "stdlib":
         records = TfdsRecords(stdlib_text.prepare(data_dir, source.max_bytes), split, source)
     elif source.name.startswith("tfds:"):
         wanted = source.train_split if split == "train" else source.validation_split
         records = TfdsRecords(_prepare_tfds(source.name.removeprefix("tfds:"), data_dir), wanted, source)
-    elif Path(source.name).suffix in _READERS:
-        records = FileRecords(source, split)
+    elif _looks_like_a_path(source.name):
+        records = FileRecords(source, split, vocab_size)
     else:
-        forms = ["stdlib", "tfds:NAME", *(f"PATH{suffix}" for suffix in _READERS), *in_memory]
+        forms = ["stdlib", "tfds:NAME", *(f"PATH{suffix}" for suffix in suffixes()), *in_memory]
         raise DataError(f"unknown dataset {source.name!r}: {nearest(source.name, forms)}")
     if len(records) == 0:
         raise DataError(f"source {source.name!r} has no documents in its {split} split")
     return records
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return Path(name).suffix.lower() in suffixes() or is_packed(name) or "/" in name or glob.has_magic(name) or Path(name).expanduser().exists()
 
 
 def _named(splits: Mapping[str, Any], split: str, problem: str) -> Any:
@@ -54,7 +73,9 @@ def _prepare_tfds(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise DataError(f"unknown TFDS dataset {name!r}: {hint}tfds.list_builders() names all of them") from error
+        raise DataError(f"unknown TFDS dataset {name!r}: {hint}tfds.list_builders() names all of them; {OTHER_DATA}") from error
+    except Exception as error:  # of the dataset's name, version, options or script: TFDS has no one kind of error
+        raise DataError(f"TFDS cannot open {name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     if not builder.is_prepared():
         try:
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -64,10 +85,31 @@ def _prepare_tfds(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     return builder
 
 
-class TfdsRecords:
+class MemoryRecords:
+    """Records that the caller holds."""
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], source: SourceConfig):
+        self._data, self._name = data, source.name
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._data[index]
+
+    def where(self, index: int) -> str:
+        return f"source {self._name!r} record {index}"
+
+    def examples(self) -> Sequence[int]:
+        """None: what a person made by hand is in files."""
+        return ()
+
+
+class TfdsRecords(MemoryRecords):
     """Records of one TFDS split."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, source: SourceConfig):
+        self._name = source.name
         where = f"source {source.name!r}"
         if split.split("[")[0] not in builder.info.splits:
             raise DataError(
@@ -88,135 +130,85 @@ class TfdsRecords:
                 "set data.data_dir to another folder, where it will be prepared anew"
             ) from error
 
-    def __len__(self) -> int:
-        return len(self._data)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in self._data[index].items()}
+
+
+class LocalFile:
+    """The records of one file, each read and checked once: which side of a split it belongs to, and what shape it has."""
+
+    def __init__(self, path: str, source: SourceConfig, vocab_size: int | None):
+        self.reader = read_file(path, source)
+        self.sides = array.array("d")  # in [0, 1): below validation_fraction is held out
+        self.examples: dict[Hashable, int] = {}  # shape -> first record
+        for index in range(len(self.reader)):
+            record = self.reader[index]
+            check_record(record, source, self.reader.where(index), vocab_size)
+            self.sides.append(_unit_hash(split_key(record, source)))
+            self.examples.setdefault(shape(record, source), index)
+
+
+_open_files: weakref.WeakValueDictionary[Hashable, LocalFile] = weakref.WeakValueDictionary()
+
+
+def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> LocalFile:
+    """The file as it is now; training and held-out data that come from one file share it."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    key = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, source.format, source.text_field, vocab_size)
+    file = _open_files.get(key)
+    if file is None:
+        file = _open_files[key] = LocalFile(path, source, vocab_size)
+    return file
 
 
 class FileRecords:
     """Records of local files; each file is read through once, so that a bad line is found now and not in an hour."""
 
-    def __init__(self, source: SourceConfig, split: str):
-        held_out = source.validation_path is not None
-        pattern = source.validation_path if held_out and split == "validation" else source.name
-        paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-        if not paths:
-            raise DataError(f"no file matches {pattern!r}")
-        self._records: list[tuple[Records, int]] = []
-        total = 0
-        for path in paths:
-            records = _read(path, source)
-            for index in range(len(records)):
-                record, total = records[index], total + 1
-                check_record(record, source, records.where(index))
-                if held_out or (_unit_hash(split_key(record, source)) < source.validation_fraction) == (split == "validation"):
-                    self._records.append((records, index))
-        if total and not self._records:
+    def __init__(self, source: SourceConfig, split: str, vocab_size: int | None = None):
+        separate = source.validation_path is not None
+        self._files = [_open_file(path, source, vocab_size) for path in find_files(source.validation_path if separate and split == "validation" else source.name)]
+        self._numbers, self._indices = array.array("L"), array.array("Q")
+        for number, file in enumerate(self._files):
+            sides = np.asarray(file.sides)
+            mine = np.ones(len(sides), bool) if separate else (sides < source.validation_fraction) == (split == "validation")
+            self._indices.extend(np.flatnonzero(mine).tolist())
+            self._numbers.extend([number] * int(mine.sum()))
+        total = sum(len(file.sides) for file in self._files)
+        if total and not len(self):
             raise DataError(
                 f"source {source.name!r}: none of its {total} documents falls into the {split} split (validation_fraction="
-                f"{source.validation_fraction}); change validation_fraction, or set validation_path to held-out files"
+                f"{source.validation_fraction}); change validation_fraction (0 holds nothing out), or set validation_path to held-out files"
             )
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        records, inner = self._records[index]
-        return records[inner]
+        return self._files[self._numbers[index]].reader[self._indices[index]]
+
+    def where(self, index: int) -> str:
+        return self._files[self._numbers[index]].reader.where(self._indices[index])
+
+    def examples(self) -> list[int]:
+        """One record of each shape."""
+        shapes = {(number, index) for number, file in enumerate(self._files) for index in file.examples.values()}
+        return [i for i, place in enumerate(zip(self._numbers, self._indices, strict=True)) if place in shapes]
+
+
+def find_files(name: str) -> list[str]:
+    """A path that exists is that file, whatever characters it has; else it is a pattern. Raises DataError if nothing is found."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise DataError(f"cannot read {name}: Is a directory; name its files, for example {path}/*.jsonl or {path}/**/*.parquet")
+    paths = [str(path)] if path.exists() else sorted(found for found in glob.glob(str(path), recursive=True) if not Path(found).is_dir())
+    if not paths:
+        raise DataError(f"no file matches {name!r}" + ("" if Path(name).suffix else f"; {OTHER_DATA}"))
+    return paths
 
 
 def _unit_hash(key: bytes) -> float:
     """A number in [0, 1) that depends on the bytes alone."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
-
-
-class _Jsonl:
-    """One JSON object per line; lines are found once and parsed when asked for."""
-
-    def __init__(self, path: str, source: SourceConfig):
-        self._path = path
-        with open(path, "rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if Path(path).stat().st_size else b""
-        self._lines = list(self._find_lines())
-
-    def _find_lines(self) -> Iterator[tuple[int, int, int]]:
-        start, number = 0, 0
-        while start < len(self._bytes):
-            end, number = self._bytes.find(b"\n", start), number + 1
-            end = len(self._bytes) if end < 0 else end
-            if self._bytes[start:end].strip():
-                yield start, end, number
-            start = end + 1
-
-    def where(self, index: int) -> str:
-        return f"{self._path} line {self._lines[index][2]}"
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Any:
-        start, end, _ = self._lines[index]
-        try:
-            return json.loads(self._bytes[start:end])
-        except ValueError as error:
-            raise DataError(f"{self.where(index)}: not valid JSON ({error})") from error
-
-
-class _Parquet:
-    """The needed columns of one file, held in memory as Arrow data."""
-
-    def __init__(self, path: str, source: SourceConfig):
-        self._path = path
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = {*required_fields(source), "loss_mask"}
-            # Without any wanted column one other is read, so that the error about the missing field can name what is there.
-            self._table = file.read(columns=[name for name in names if name in wanted] if wanted & set(names) else names)
-
-    def where(self, index: int) -> str:
-        return f"{self._path} row {index}"
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: self._table[name][index].as_py() for name in self._table.column_names}
-
-
-class _Text:
-    """One file, one document."""
-
-    def __init__(self, path: str, source: SourceConfig):
-        self._path, self._field = path, source.text_field
-        self[0]
-
-    def where(self, index: int) -> str:
-        return self._path
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        try:
-            return {self._field: Path(self._path).read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self._path} is not UTF-8 text (byte {error.start}); convert it first") from error
-
-
-_READERS: dict[str, Callable[[str, SourceConfig], Any]] = {".jsonl": _Jsonl, ".parquet": _Parquet, ".txt": _Text}
-
-
-def _read(path: str, source: SourceConfig) -> Any:
-    suffix = Path(path).suffix
-    if suffix not in _READERS:
-        raise DataError(f"{path}: {nearest(suffix, _READERS)}")
-    if suffix == ".txt" and source.format != "text":
-        raise DataError(f"{path}: a .txt file holds plain text; format {source.format!r} needs .jsonl or .parquet")
-    try:
-        return _READERS[suffix](path, source)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a parquet file that can be read: {error}") from error

@@ -29,7 +29,7 @@ def make(documents, byte_tokenizer):
     def build(split="train", seed=0, share=(0, 1), seq_len=T, batch_size=B, **config):
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
         config = DataConfig(**({"sources": sources, "shuffle_window": 8} | config))
-        return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, share, in_memory=memory)
+        return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, share, in_memory=memory, vocab_size=4096)
 
     return build
 
@@ -132,7 +132,7 @@ def test_a_bad_record_found_while_training_is_named(byte_tokenizer):
     records = [{"text": "long enough " * 20}, {"body": "x"}]
     config = DataConfig(sources=(SourceConfig("texts"),), shuffle=False)
     loader = build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": records}})
-    with pytest.raises(DataError, match="source 'texts': no field 'text'; the fields are: body"):
+    with pytest.raises(DataError, match="source 'texts' record 1: no field 'text'; the fields are: body"):
         loader.take(100)
 
 

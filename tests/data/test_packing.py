@@ -13,7 +13,7 @@ SOURCE = SourceConfig("ids", format="tokens")
 
 def load(documents, tokenizer, split="train", batch_size=4, seq_len=T, **config):
     config = DataConfig(sources=(SOURCE,), **config)
-    return build_loader(config, tokenizer, seq_len, batch_size, split, in_memory={"ids": {"train": documents, "validation": documents}})
+    return build_loader(config, tokenizer, seq_len, batch_size, split, in_memory={"ids": {"train": documents, "validation": documents}}, vocab_size=4096)
 
 
 def segments(batches):

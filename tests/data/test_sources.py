@@ -190,7 +190,7 @@ def test_reasoning_opened_by_prompt_and_completion_is_refused(byte_tokenizer):
         ("a.txt", "one", {"format": "completion"}, r"a .txt file holds plain text"),
         ("a.parquet", "not parquet", {}, r"a.parquet is not a parquet file that can be read"),
         ("a.parquet", {"body": ["a"], "id": [1]}, {}, r"a.parquet row 0: no field 'text'; the fields are: body, id; set text_field"),
-        ("a.csv", "x", {}, r"unknown dataset '.*a.csv': .*PATH.jsonl"),
+        ("a.md", "x", {}, r"a.md: .*allowed: .*\.jsonl"),
         ("b.jsonl", None, {}, r"no file matches '.*b.jsonl'"),
     ],
 )

@@ -38,7 +38,7 @@ def make(documents, byte_tokenizer):
         memory = {"ids": {"train": records, "validation": records}, "texts": {"train": texts, "validation": texts}}
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
         config = DataConfig(**({"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0, "prefetch_rows": 0} | config))
-        return build_loader(config, byte_tokenizer, T, batch_size, split, seed, share, in_memory=memory)
+        return build_loader(config, byte_tokenizer, T, batch_size, split, seed, share, in_memory=memory, vocab_size=4096)
 
     return build
 
