@@ -1,6 +1,7 @@
 """A checkpoint's chat template: Jinja in a sandbox, with the names and filters that transformers gives such templates."""
 
 import datetime
+import functools
 import itertools
 import json
 import re
@@ -32,9 +33,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str):
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
+        del environment.globals["lipsum"]  # text by the megabyte
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        for name in ("center", "indent", "wordwrap", "truncate"):
+            environment.filters[name] = _narrow(environment.filters[name], name)
         self._origin = origin
         self._special_tokens = dict(special_tokens)
         try:
@@ -74,9 +78,14 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which bounds `range`, with bounds on products and powers too: they fill the memory as well."""
+    """Jinja's sandbox, which bounds `range`, with bounds on products, powers and widths too: they fill the memory as well."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call(self, context, call, /, *arguments, **keywords):
+        if any(isinstance(value, int) and abs(value) > _MAX_REPEATED for value in arguments) and hasattr(getattr(call, "__self__", None), "__len__"):
+            raise jinja2.TemplateError(f"{call.__name__} with a number above {_MAX_REPEATED}")
+        return super().call(context, call, *arguments, **keywords)
 
     def call_binop(self, context, operator, left, right):
         if operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and abs(right) > 10_000:
@@ -140,6 +149,18 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
     """JSON as people read it: Jinja's own filter would escape <, > and & for HTML."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     return ascii_json(text) if ensure_ascii else text
+
+
+def _narrow(filter_: Callable, name: str) -> Callable:
+    """A filter of Jinja's that refuses widths that would fill the memory."""
+
+    @functools.wraps(filter_)
+    def checked(*arguments, **keywords):
+        if any(isinstance(value, int) and abs(value) > _MAX_REPEATED for value in (*arguments, *keywords.values())):
+            raise jinja2.TemplateError(f"{name} with a number above {_MAX_REPEATED}")
+        return filter_(*arguments, **keywords)
+
+    return checked
 
 
 def _raise(message: str) -> None:

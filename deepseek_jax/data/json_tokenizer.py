@@ -10,13 +10,12 @@ from typing import Any
 
 import tokenizers
 
-from deepseek_jax.data import tokenizer_files
-from deepseek_jax.data.chat_template import ChatTemplate, Messages, map_strings
+from deepseek_jax.data.chat_template import Messages, map_strings
 from deepseek_jax.data.disguise import LAST, MARK, Disguise, cut, revealed
-from deepseek_jax.data.tokenizer_files import decode_text, read_object
+from deepseek_jax.data.tokenizer_files import SETTINGS
+from deepseek_jax.data.tokenizer_settings import TokenizerSettings
 from deepseek_jax.errors import ConfigError, DataError
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _PROBE = "AnswerOfTheAssistant"
 
@@ -32,20 +31,17 @@ class JsonTokenizer:
     """
 
     def __init__(self, file: Path):
-        self._file, self._folder = file, file.parent
-        self._files = tokenizer_files.read_files(file)
-        settings = self._object(tokenizer_files.SETTINGS)
-        self._parsing = _build(json.dumps(self._object(tokenizer_files.TOKENIZER)), file)
-        named = self._named_tokens(settings)
-        self._add_missing(settings, named)
+        self._file = file
+        self._settings = settings = TokenizerSettings(file)
+        self._parsing = _build(settings.definition, file)
+        self._add_missing()
         self.vocab_size = max(self._parsing.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id = self._named_id(named, "bos_token"), self._named_id(named, "eos_token")
-        self.pad_id = self._named_id(named, "pad_token") if "pad_token" in named else self.eos_id
-        self._template = self._chat_template(settings, named)
+        self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
+        self.pad_id = self._named_id("pad_token") if "pad_token" in settings.named else self.eos_id
 
-        written = self._template.literals if self._template else ""
+        written = settings.template.literals if settings.template else ""
         added = self._parsing.get_added_tokens_decoder()
-        marked = {token.content for token in added.values() if token.special} | set(named.values())
+        marked = {token.content for token in added.values() if token.special} | set(settings.named.values())
         self.specials = {
             token.content: i for i, token in added.items() if token.content in marked or _is_control(token.content, written)
         }
@@ -56,7 +52,8 @@ class JsonTokenizer:
         unknown = self._parsing.token_to_id(str(getattr(self._parsing.model, "unk_token", None)))
         self._control_ids = frozenset(self.specials.values()) - {unknown}
         self._disguise = Disguise(self.specials)
-        self.stop_ids = self._stop_ids()
+        end = [i for i in self._library_ids(self._parsing, self._turn_end) if i in self._control_ids]
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *end[:1], *settings.eos_ids]))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         text = _valid(text)
@@ -82,7 +79,7 @@ class JsonTokenizer:
         dropped = self._dropped_tags(context, chat, content)
         if dropped:
             if last.get("tool_calls"):
-                raise DataError(f"{self._folder}: the chat template drops {dropped[0]} from an answer that has tool_calls: leave one of the two out")
+                raise DataError(f"{self._settings.folder}: the chat template drops {dropped[0]} from an answer that has tool_calls: leave one of the two out")
             opened = self.answer_opening.strip()
             if opened:
                 content = re.sub(rf"\A\s*{re.escape(opened)}\s*", "", content)
@@ -92,7 +89,7 @@ class JsonTokenizer:
         else:  # the template writes the opening of an answer only where one is asked for
             place = chat.rfind(content.strip())
             if place < 0:
-                raise DataError(f"{self._folder}: the chat template rewrites this answer, so that its tokens cannot be told: {revealed(content)[:40]!r}")
+                raise DataError(f"{self._settings.folder}: the chat template rewrites this answer, so that its tokens cannot be told: {revealed(content)[:40]!r}")
             prompt, rest = chat[:place], chat[place:]
         prompt_ids, chat_ids = self._ids(prompt), self._ids(prompt + rest)
         apart = chat_ids[: len(prompt_ids)] == prompt_ids
@@ -100,12 +97,7 @@ class JsonTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that were read, and all stop tokens into generation_config.json."""
-        files = {name: content for name, content in self._files.items() if name != tokenizer_files.MODEL}
-        settings = self._object(tokenizer_files.GENERATION)
-        if not set(self.stop_ids) <= set(self._token_ids(tokenizer_files.GENERATION)):
-            settings["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.eos_id
-            files[tokenizer_files.GENERATION] = json.dumps({"bos_token_id": self.bos_id, "pad_token_id": self.pad_id} | settings, indent=2).encode()
-        tokenizer_files.write_files(Path(folder), files)
+        self._settings.save(Path(folder), {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}, self.stop_ids)
 
     @functools.cached_property
     def answer_opening(self) -> str:
@@ -119,7 +111,7 @@ class JsonTokenizer:
     @functools.cached_property
     def _probed(self) -> tuple[str, str]:
         """(opening, end) of an assistant's turn."""
-        if self._template is None:
+        if self._settings.template is None:
             return "", ""
         question = [{"role": "user", "content": "a"}]
         try:
@@ -140,12 +132,12 @@ class JsonTokenizer:
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
         """The chat as text, control strings in the messages disguised but for an assistant's reasoning tags."""
-        if self._template is None:
+        if self._settings.template is None:
             raise ConfigError(
-                f"{self._folder} has no chat template (neither chat_template in tokenizer_config.json nor chat_template.jinja), and none is "
+                f"{self._settings.folder} has no chat template (neither chat_template in tokenizer_config.json nor chat_template.jinja), and none is "
                 "guessed: add the one the checkpoint was trained with, or give plain text"
             )
-        return _valid(self._template.render([self._hide_message(message) for message in messages], add_generation_prompt))
+        return _valid(self._settings.template.render([self._hide_message(message) for message in messages], add_generation_prompt))
 
     def _hide_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(message, Mapping):
@@ -195,93 +187,23 @@ class JsonTokenizer:
     def _library_ids(self, library: tokenizers.Tokenizer, text: str) -> list[int]:
         return _library(lambda: library.encode(text, add_special_tokens=False).ids, f"{self._file} cannot encode {revealed(text)[:40]!r}")
 
-    def _stop_ids(self) -> tuple[int, ...]:
-        """What ends an answer: eos, the template's end of a turn, and the ids in generation_config.json and the model's config.json."""
-        end = [i for i in self._library_ids(self._parsing, self._turn_end) if i in self._control_ids]
-        stored = [*self._token_ids(tokenizer_files.GENERATION), *self._token_ids(tokenizer_files.MODEL)]
-        return tuple(dict.fromkeys([self.eos_id, *end[:1], *stored]))
-
-    def _token_ids(self, name: str) -> list[int]:
-        stored = self._object(name).get("eos_token_id")
-        ids = stored if isinstance(stored, list) else [] if stored is None else [stored]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise DataError(f"{self._folder / name}: eos_token_id={stored!r}: must be a token id or a list of them")
-        return ids
-
-    def _named_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """The tokens that the settings name, by field. Files of old keep them in special_tokens_map.json."""
-        fields = dict(settings)
-        if "added_tokens_decoder" not in settings:
-            fields |= {name: value for name, value in self._object(tokenizer_files.SPECIALS).items() if value is not None}
-        return {name: self._content(fields[name], name) for name in NAMED if fields.get(name) is not None}
-
-    def _content(self, value: Any, where: str) -> str:
-        """A token in the settings is a string or an object with `content`."""
-        content = value.get("content") if isinstance(value, Mapping) else value
-        if not isinstance(content, str) or not content:
-            raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: {where}={value!r}: must be a token's text, or an object with its `content`")
-        return content
-
-    def _add_missing(self, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    def _add_missing(self) -> None:
         """Adds the tokens that only the settings know, and makes added tokens of the named ones in the vocabulary."""
-        listed = settings.get("added_tokens_decoder")
-        if listed is None:
-            by_text = self._object(tokenizer_files.ADDED)
-            listed = {i: {"content": text, "special": text in named.values()} for text, i in sorted(by_text.items(), key=lambda item: str(item[1]))}
-        if not isinstance(listed, Mapping) or not all(isinstance(token, Mapping) for token in listed.values()):
-            raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: added_tokens_decoder must be an object of objects")
         known = {token.content for token in self._parsing.get_added_tokens_decoder().values()}
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        named = [tokenizers.AddedToken(text, special=True, normalized=False) for text in self._settings.named.values()]
+        in_vocabulary = [token for token in named if self._parsing.token_to_id(token.content) is not None]
+        missing = [token for token in self._settings.added + in_vocabulary if token.content not in known]
+        if missing:
+            _library(lambda: self._parsing.add_tokens(missing), f"{self._file} does not take the added tokens of its settings")
 
-        def missing():
-            try:
-                for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
-                    content = self._content(token, "added_tokens_decoder")
-                    if content not in known:
-                        yield tokenizers.AddedToken(content, **{name: token[name] for name in flags if name in token})
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{self._folder / tokenizer_files.SETTINGS}: added_tokens_decoder: {error}") from error
-            for content in named.values():
-                if content not in known and self._parsing.token_to_id(content) is not None:
-                    yield tokenizers.AddedToken(content, special=True, normalized=False)
-
-        tokens = list(missing())
-        if tokens:
-            _library(lambda: self._parsing.add_tokens(tokens), f"{self._file} does not take the added tokens of its settings")
-
-    def _named_id(self, named: Mapping[str, str], field: str) -> int:
+    def _named_id(self, field: str) -> int:
+        folder, named = self._settings.folder, self._settings.named
         if field not in named:
-            raise DataError(f"{self._folder} names no {field}: add \"{field}\": \"…\" to {self._folder / tokenizer_files.SETTINGS}")
+            raise DataError(f"{folder} names no {field}: add \"{field}\": \"…\" to {folder / SETTINGS}")
         token_id = self._parsing.token_to_id(named[field])
         if token_id is None:
-            raise DataError(f"{self._folder}: {field} {named[field]!r} is not in the vocabulary of {self._file.name}")
+            raise DataError(f"{folder}: {field} {named[field]!r} is not in the vocabulary of {self._file.name}")
         return token_id
-
-    def _chat_template(self, settings: Mapping[str, Any], named: Mapping[str, str]) -> ChatTemplate | None:
-        """The template: of several named ones `default`; files of their own go before tokenizer_config.json."""
-        origin, source = self._folder / tokenizer_files.SETTINGS, settings.get("chat_template")
-        if isinstance(source, list):
-            if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in source):
-                raise DataError(f"{origin}: a chat_template that is a list needs objects with `name` and `template`")
-            source = {entry["name"]: entry.get("template") for entry in source}
-        own = {name: content for name, content in self._files.items() if name.endswith(".jinja")}
-        if own:
-            default = next((name for name in (tokenizer_files.TEMPLATE, f"{tokenizer_files.TEMPLATES}/default.jinja") if name in own), None)
-            origin = self._folder / (default or tokenizer_files.TEMPLATES)
-            source = {Path(name).stem: None for name in own} if default is None else decode_text(own[default], origin)
-        if isinstance(source, Mapping):
-            if "default" not in source:
-                raise DataError(f"{origin} has the chat templates {', '.join(map(str, source))} and none named 'default': name one so")
-            source = source["default"]
-        if source is None:
-            return None
-        if not isinstance(source, str):
-            raise DataError(f"{origin}: chat_template holds {type(source).__name__}, not a template's text")
-        return ChatTemplate(source, named, str(origin))
-
-    def _object(self, name: str) -> dict[str, Any]:
-        where = self._file if name == tokenizer_files.TOKENIZER else self._folder / name
-        return read_object(self._files[name], where) if name in self._files else {}
 
 
 def _is_control(content: str, written: str) -> bool:

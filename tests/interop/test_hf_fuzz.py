@@ -1,12 +1,11 @@
 """Damaged files of a Hugging Face folder: each is read or refused by a UserError, never anything else. 10,000 of each with `-m fuzz`."""
 
-import copy
 import json
-import random
 
 import pytest
+from damage import COUNTS, damaged, damaged_text, tried
 
-from deepseek_jax.errors import CheckpointError, UserError
+from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop import config_from_hf, open_folder
 from deepseek_jax.interop.hf_config import read_config
 from deepseek_jax.interop.safetensors_io import DTYPES, read_header, read_tensor
@@ -34,57 +33,6 @@ VALUES = [
     "\ud800", "\x00", "../x", ".", "F32", "I64", "F8_E4M3", [], {}, [1], [-1], [2.0, 3], ["2", 3], [[1]], {"a": 1}, [0, 24, 1], [24, 0],
     [0, 10**20], [128, 128], "deepseek", "deepseek_v2", "one.safetensors", "two.safetensors",
 ]  # fmt: skip
-COUNTS = [200, pytest.param(10_000, marks=pytest.mark.fuzz)]
-
-
-def damaged(rng, value, changes=3):
-    """`value` with a few entries, at any depth, dropped, added or replaced by something else."""
-    value = json.loads(json.dumps(value))
-    for _ in range(rng.randint(1, changes)):
-        place = value
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            key = rng.choice([*keys, "extra"]) if isinstance(place, dict) else rng.choice(keys)
-            if isinstance(place, dict) and rng.random() < 0.15:
-                place.pop(key, None)
-                break
-            inner = place[key] if key in keys else None
-            if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.4:
-                place[key] = copy.deepcopy(rng.choice(VALUES))
-                break
-            place = inner
-        if not value:
-            break
-    return value
-
-
-def damaged_text(rng, value):
-    """Bytes of JSON: damaged in its values, in its bytes, cut off, too deep, or not JSON at all."""
-    kind = rng.random()
-    if kind < 0.6:
-        return json.dumps(damaged(rng, value)).encode()
-    raw = bytearray(json.dumps(value).encode())
-    if kind < 0.8:
-        for _ in range(rng.randint(1, 5)):
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-        return bytes(raw)
-    if kind < 0.9:
-        return bytes(raw[: rng.randrange(len(raw))])
-    return rng.choice([b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe{}", rng.randbytes(rng.randrange(60)), b"1" * 5000, b"\xef\xbb\xbf" + raw])
-
-
-def tried(count, attempt):
-    """How many of `count` attempts are accepted, the others being refused in words; some of both."""
-    accepted = 0
-    for i in range(count):
-        rng = random.Random(i)
-        try:
-            attempt(rng)
-            accepted += 1
-        except UserError as error:
-            str(error).encode()  # can be printed
-    assert 0 < accepted < count
-    return accepted
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -92,7 +40,7 @@ def test_headers(tmp_path, count):
     file, whole = tmp_path / "x.safetensors", json.dumps(HEADER).encode()
 
     def attempt(rng):
-        raw = damaged_text(rng, HEADER) if rng.random() < 0.9 else whole
+        raw = damaged_text(rng, HEADER, VALUES) if rng.random() < 0.9 else whole
         length = len(raw) if rng.random() < 0.9 else rng.choice([0, 1, 2**63, 2**64 - 1, len(raw) + 50, max(len(raw) - 3, 0)])
         file.write_bytes((length.to_bytes(8, "little") + raw + bytes(rng.choice([35, 35, 35, 34, 36, 0])))[: rng.choice([5, 10**6, 10**6, 10**6])])
         for tensor in read_header(file).values():
@@ -107,7 +55,7 @@ def test_configs(tmp_path, count):
     file = tmp_path / "config.json"
 
     def attempt(rng):
-        file.write_bytes(damaged_text(rng, CONFIG))
+        file.write_bytes(damaged_text(rng, CONFIG, VALUES))
         config_from_hf(read_config(tmp_path))
 
     tried(count, attempt)
@@ -118,7 +66,7 @@ def test_quantization_configs(count):
     known = {"quant_method", "fmt", "weight_block_size", "activation_scheme", "scale_fmt"}
 
     def attempt(rng):
-        quantization = damaged(rng, {"q": CONFIG["quantization_config"]})
+        quantization = damaged(rng, {"q": CONFIG["quantization_config"]}, VALUES)
         fields = CONFIG | {"quantization_config": quantization.get("q")}
         config_from_hf(fields)
         left = {name: value for name, value in (quantization.get("q") or {}).items() if name in known}
@@ -136,7 +84,7 @@ def test_index_files(tmp_path, count):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
 
     def attempt(rng):
-        (tmp_path / "model.safetensors.index.json").write_bytes(damaged_text(rng, INDEX))
+        (tmp_path / "model.safetensors.index.json").write_bytes(damaged_text(rng, INDEX, VALUES))
         opened = open_folder(tmp_path)
         assert opened.problems
         with pytest.raises(CheckpointError, match="can't be imported"):
