@@ -94,9 +94,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion."""
+    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion. Peers are numbered along `axes`,
+    the first axis slowest."""
 
-    axis: str
+    axes: tuple[str, ...]
     peers: int
     rows: int
     ragged: bool
@@ -131,24 +132,24 @@ class Exchange:
         )
 
     def _to_peers(self, x_P: jax.Array) -> jax.Array:
-        return lax.all_to_all(x_P, self.axis, 0, 0, tiled=True)
+        return lax.all_to_all(x_P, self.axes, 0, 0, tiled=True)
 
     def move(self, plan: Plan, x_S: jax.Array, fill: int = 0) -> jax.Array:
         """Rows to their peers: [S, …] -> [R, …]."""
         if not self.ragged:
-            return lax.all_to_all(x_S, self.axis, 0, 0, tiled=True)
+            return lax.all_to_all(x_S, self.axes, 0, 0, tiled=True)
         empty_R = vary(jnp.full((self.peers * self.rows, *x_S.shape[1:]), fill, x_S.dtype), tuple(varying_axes(x_S)))
         return lax.ragged_all_to_all(
-            x_S, empty_R, plan.sent_offsets_P, plan.sent_P, plan.sent_at_peer_P, plan.received_P, axis_name=self.axis
+            x_S, empty_R, plan.sent_offsets_P, plan.sent_P, plan.sent_at_peer_P, plan.received_P, axis_name=self.axes
         )
 
     def move_back(self, plan: Plan, y_R: jax.Array) -> jax.Array:
         """Results to where their rows came from: [R, …] -> [S, …]."""
         if not self.ragged:
-            return lax.all_to_all(y_R, self.axis, 0, 0, tiled=True)
+            return lax.all_to_all(y_R, self.axes, 0, 0, tiled=True)
         empty_S = vary(jnp.zeros((plan.layout.pairs_R.shape[0], *y_R.shape[1:]), y_R.dtype), tuple(varying_axes(y_R)))
         return lax.ragged_all_to_all(
-            y_R, empty_S, plan.received_offsets_P, plan.received_P, plan.received_at_peer_P, plan.sent_P, axis_name=self.axis
+            y_R, empty_S, plan.received_offsets_P, plan.received_P, plan.received_at_peer_P, plan.sent_P, axis_name=self.axes
         )
 
     def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
@@ -197,16 +198,18 @@ def buffer_rows(pairs: int, peers: int, factor: float) -> int:
     return min(pairs, max(-(-int(factor * pairs) // peers), 16))
 
 
-def dispatched(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axis: str, config: DispatchConfig, kind: str) -> tuple[jax.Array, jax.Array]:
+def dispatched(
+    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], config: DispatchConfig, kind: str
+) -> tuple[jax.Array, jax.Array]:
     """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit, int32.
 
-    weights: this device's E experts of the P · E; ids_NK are numbered over all of them.
+    weights: this device's E experts of the P · E that `axes` divide; ids_NK are numbered over all of them. Each device has other tokens.
     """
-    peers, experts = lax.axis_size(axis), jax.tree.leaves(weights)[0].shape[0]
-    exchange = Exchange(axis, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8")
+    peers, experts = lax.axis_size(axes), jax.tree.leaves(weights)[0].shape[0]
+    exchange = Exchange(axes, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8")
     dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
     rank_NK, sizes_P = rank_in_group(dest_NK, peers)
-    arriving = jnp.sum(lax.all_to_all(sizes_P, axis, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)
+    arriving = jnp.sum(lax.all_to_all(sizes_P, axes, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)
     overflows = total((arriving > exchange.rows * (peers if exchange.ragged else 1)).astype(jnp.int32))
 
     def one_round(x_ND, gates_NK, low, whole):
@@ -230,12 +233,16 @@ def dispatched(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axis: str, conf
     return lax.cond(overflows > 0, rounds, whole_round, x_ND, gates_NK), overflows
 
 
-def gathered(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axis: str, divided: bool) -> jax.Array:
-    """The same by bringing all tokens to all devices of the expert axis; `divided` says that each has its own tokens so far."""
-    experts, first = jax.tree.leaves(weights)[0].shape[0], lax.axis_index(axis) * jax.tree.leaves(weights)[0].shape[0]
-    if divided:
-        x_ND, ids_NK, gates_NK = (lax.all_gather(x, axis, tiled=True) for x in (x_ND, ids_NK, gates_NK))
+def gathered(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], token_axes: tuple[str, ...]) -> jax.Array:
+    """The same by bringing all tokens to all devices of the experts' `axes`: along those of `token_axes` devices have different tokens so far,
+    along the others the same."""
+    own, alike = (tuple(axis for axis in axes if (axis in token_axes) == differ) for differ in (True, False))
+    experts = jax.tree.leaves(weights)[0].shape[0]
+    first = lax.axis_index(axes) * experts
+    if own:
+        x_ND, ids_NK, gates_NK = (lax.all_gather(x, own, tiled=True) for x in (x_ND, ids_NK, gates_NK))
     here_NK = (ids_NK >= first) & (ids_NK < first + experts)
     local_ids_NK = jnp.where(here_NK, ids_NK - first, experts)
-    y_ND = combine(apply(weights, *vary((x_ND, local_ids_NK), (axis,))), gates_NK, x_ND.dtype)
-    return lax.psum_scatter(y_ND, axis, tiled=True) if divided else lax.psum(y_ND, axis)
+    y_ND = combine(apply(weights, *vary((x_ND, local_ids_NK), axes)), gates_NK, x_ND.dtype)
+    y_ND = lax.psum(y_ND, alike) if alike else y_ND
+    return lax.psum_scatter(y_ND, own, tiled=True) if own else y_ND

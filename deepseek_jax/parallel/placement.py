@@ -15,7 +15,6 @@ from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered,
 from deepseek_jax.parallel.overlap import TwoMicrobatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
 from kernels_pallas import QTensor
-from kernels_pallas._compat import varying_axes
 from kernels_pallas.implementations import device_kind
 
 TILE = 128  # numbers that share a scale where a product quantises its weight itself
@@ -115,6 +114,7 @@ class MeshPlacement(Placement):
         token_spec = self.spec(("batch", "length"), ids_BT.shape)
         token_axes = sum(self.mesh_axes(("batch", "length"), ids_BT.shape), ())
         width_axes = tuple(axis for axis in width_axes if axis in token_axes)  # the others' tokens are the same: gathered
+        vocab_axes = tuple(axis for axis in vocab_axes if axis not in token_axes)  # the others' rows are of other tokens: gathered
 
         def local(table_vd, ids_bt):
             ids_PN = ids_bt.reshape(1, -1)
@@ -145,7 +145,7 @@ class MeshPlacement(Placement):
         a token in V3, not the keys and values of 128 heads."""
         names = ("batch", "length", "heads")
         first_query = jax.tree.leaves(queries)[0]
-        length_axes = self.mesh_axes(names[:2], first_query.shape[:2])[1]
+        _, length_axes, head_axes = self.mesh_axes(names, first_query.shape[:3])  # an axis of both divides the length
         if not length_axes:
             return super().attend(core, queries, keys, weights)
 
@@ -166,7 +166,7 @@ class MeshPlacement(Placement):
             in_specs=(
                 jax.tree.map(along, queries),
                 jax.tree.map(along, keys),
-                jax.tree.map(lambda x: self.spec((None, "heads", None), x.shape), weights),
+                jax.tree.map(lambda x: PartitionSpec(None, head_axes or None, None), weights),
             ),
             out_specs=self.spec((*names, *(None,) * (len(out_shape) - 3)), out_shape),
         )(queries, keys, weights)
@@ -174,46 +174,47 @@ class MeshPlacement(Placement):
     def experts(
         self, apply: Callable[..., jax.Array], weights: Any, axes: Any, x_BTD: jax.Array, ids_BTK: jax.Array, gates_BTK: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens travel to their experts (see `dispatch`). Weights divided otherwise than by expert or feed-forward width are
-        gathered, and their gradients summed and divided again on the way back."""
-        by_expert = self.mesh_axes(("experts",), weights[0].shape[:1])[0]
-        by_width = {axis for axis in dict(self.rules)["expert_ffn"] if self.sizes[axis] > 1}
+        """Tokens travel to their experts (see `dispatch`), which any number of mesh axes may divide, those of the tokens or others.
+
+        The feed-forward width stays divided by axes that do not divide tokens, and its partial sums are added up. Weights divided
+        otherwise are gathered, and their gradients summed and divided again on the way back.
+        """
+        num_experts, width = weights[0].shape[0], weights[0].shape[axes[0].index("expert_ffn")]
+        by_expert, by_width = self.mesh_axes(("experts", "expert_ffn"), (num_experts, width))
         token_spec = self.spec(("batch", "length", None), x_BTD.shape)
         token_axes = sum(self.mesh_axes(("batch", "length"), x_BTD.shape[:2]), ())
+        by_width = tuple(axis for axis in by_width if axis not in token_axes)
+        width_part = width // math.prod(self.sizes[axis] for axis in by_width)
+        if any(width_part % tile for w in weights for tile in tile_of(w) or ()):
+            by_width = ()  # a part would cut tiles that share a scale
+        gathered_axes = set(token_axes) - set(by_expert)
 
         def divided(w, names):
-            """What is gathered in here; where tokens are not divided, all devices need the same and the compiler gathers it. A weight may be
-            several arrays, such as values and scales: a width whose parts are no whole tiles stays together."""
-            width, tile = names.index("expert_ffn"), tile_of(w)
-            tiled = tile is None or self.part(w.shape, names)[width] % tile[width - 1] == 0
-            kept = ("experts", "expert_ffn") if tiled else ("experts",)
+            """Where parts of a weight, which may be several arrays such as values and scales, are used or gathered in here. What else divides
+            it, the compiler gathers: where tokens are not divided, all devices need the same."""
+            use = {"experts": by_expert, "expert_ffn": by_width}
 
             def spec(leaf) -> PartitionSpec:
-                parts = zip(names, self.mesh_axes(names, leaf.shape), strict=True)
-                axes = (part if name in kept else tuple(axis for axis in part if axis in token_axes) for name, part in parts)
-                return PartitionSpec(*(part or None for part in axes))
+                parts = (use.get(name) or tuple(axis for axis in part if axis in gathered_axes) for name, part in zip(names, self.mesh_axes(names, leaf.shape), strict=True))
+                return PartitionSpec(*(part or None for part in parts))
 
             return jax.tree.map(spec, w)
 
-        gathered_axes = {axis for axis in token_axes if axis not in by_expert and axis not in by_width}
         weight_specs = tuple(divided(*pair) for pair in zip(weights, axes, strict=True))
         kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):
             weights = tuple(jax.tree.map(lambda leaf, spec: self._gather(leaf, spec, gathered_axes), *pair) for pair in zip(weights, weight_specs, strict=True))
             weights = vary(weights, token_axes)
-            width_axes = tuple(axis for axis in by_width if any(axis in varying_axes(w) for w in jax.tree.leaves(weights)))
             x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
-            x_ND, overflows = vary(x_ND, width_axes), jnp.zeros((), jnp.int32)
+            x_ND, overflows = vary(x_ND, by_width), jnp.zeros((), jnp.int32)
             if not by_expert:
                 y_ND = combine(apply(weights, x_ND, ids_NK), gates_NK, x_ND.dtype)
-            elif kind == "gather" or by_expert[0] not in token_axes:
-                y_ND = gathered(apply, weights, x_ND, ids_NK, gates_NK, axis=by_expert[0], divided=by_expert[0] in token_axes)
+            elif kind == "gather" or not set(by_expert) <= set(token_axes):
+                y_ND = gathered(apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, token_axes=token_axes)
             else:
-                y_ND, overflows = dispatched(
-                    apply, weights, x_ND, ids_NK, gates_NK, axis=by_expert[0], config=self.dispatch, kind=kind
-                )
-            y_ND = lax.psum(y_ND, width_axes) if width_axes else y_ND
+                y_ND, overflows = dispatched(apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, config=self.dispatch, kind=kind)
+            y_ND = lax.psum(y_ND, by_width) if by_width else y_ND
             return y_ND.reshape(x_BTD.shape), overflows
 
         return jax.shard_map(

@@ -2,17 +2,44 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas._compat import vary_alike
+from kernels_pallas.accuracy import ATTENDED
 from kernels_pallas.attention import mosaic_gpu_sm90, mosaic_tpu, reference
 from kernels_pallas.attention.vjp import differentiable
-from kernels_pallas.implementations import PREFERRED, choose
+from kernels_pallas.examples import few, normal
+from kernels_pallas.implementations import PREFERRED, Operation, choose
 
-IMPLEMENTATIONS = {
-    "xla": (reference.attention, lambda *_: None),
-    "mosaic_gpu_sm90": (differentiable(mosaic_gpu_sm90), mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (differentiable(mosaic_tpu), mosaic_tpu.reason),
-}
+
+def _small(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+    """One sequence of two documents and two heads, with a gradient of the result: queries at the end of the keys."""
+    heads, queries, keys = min(q.shape[2], 2), few(q.shape[1], 256), few(max(q.shape[1], k.shape[1]), 256)
+    given = ((q, queries), (k, keys), (v, keys), (v, queries))
+    arrays = [normal(i, (1, length, heads, x.shape[-1]), x.dtype, uneven=False) for i, (x, length) in enumerate(given)]
+    segments = (1 + (np.arange(keys) >= keys // 3)).astype(np.int32)[None]
+    return *arrays, segments[:, keys - queries :], segments
+
+
+def _results(function, q, k, v, do, query_segments, segments) -> tuple:
+    """The result and its gradients, heads before positions."""
+    scale, first = q.shape[-1] ** -0.5, jnp.asarray(k.shape[1] - q.shape[1], jnp.int32)
+    o, pull_back = jax.vjp(lambda q, k, v: function(q, k, v, query_segments, segments, first, scale), q, k, v)
+    return tuple(x.swapaxes(1, 2) for x in (o, *pull_back(do)))
+
+
+ATTENTION = Operation(
+    "attention",
+    {
+        "xla": (reference.attention, lambda *_: None),
+        "mosaic_gpu_sm90": (differentiable(mosaic_gpu_sm90), mosaic_gpu_sm90.reason),
+        "mosaic_tpu": (differentiable(mosaic_tpu), mosaic_tpu.reason),
+    },
+    _small,
+    _results,
+    ATTENDED,
+    "The scores lie in memory instead; bfloat16, one query head to each key head, and widths and lengths that the kernel takes avoid it",
+)
 
 
 def attention(
@@ -39,10 +66,16 @@ def attention(
         given = {"q": q, "k": k, "v": v, "query_segments": query_segments, "segments": segments}
         got = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
         raise ValueError(f"attention: {got} must be [B, T, H, k], [B, S, H, k], [B, S, H, v], [B, T], [B, S], the first three of one dtype")
-    chosen = choose("attention", IMPLEMENTATIONS, implementation, q, k, v)
+    chosen = choose(ATTENTION, implementation, q, k, v)
     return chosen(*vary_alike(q, k, v, query_segments, segments, jnp.asarray(first, jnp.int32)), scale)
 
 
-def has_kernel(kind: str, q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether there is one for such operands on that kind of device."""
-    return PREFERRED.get(kind) in IMPLEMENTATIONS and IMPLEMENTATIONS[PREFERRED[kind]][1](q, k, v) is None
+def has_kernel(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, why_not: str | None = None) -> bool:
+    """Whether there is one for such operands on that kind of device; said once where there is one for others, or `why_not` it cannot be used."""
+    name = PREFERRED.get(kind)
+    if name not in ATTENTION.implementations:
+        return False
+    missing = why_not or ATTENTION.missing(name, q, k, v)
+    if missing:
+        ATTENTION.pass_over([f"{name} {missing}"])
+    return missing is None

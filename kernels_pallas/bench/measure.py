@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import dequantize, fp8_grouped_matmul, fp8_grouped_weight_gradient, fp8_matmul, quantize_block, quantize_tile
+from kernels_pallas import accuracy, dequantize, fp8_grouped_matmul, fp8_grouped_weight_gradient, fp8_matmul, quantize_block, quantize_tile
 from kernels_pallas.bench import check
 from kernels_pallas.bench.shapes import Shape, deepgemm
 from kernels_pallas.bench.timing import seconds
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def allowed(self) -> float:
-        return check.SUMMED if self.out_dtype == jnp.float32 else check.ROUNDED
+        return accuracy.SUMMED if self.out_dtype == jnp.float32 else accuracy.ROUNDED
 
 
 def case(shape: Shape, implementation: str | None) -> Case:
@@ -54,9 +54,9 @@ def case(shape: Shape, implementation: str | None) -> Case:
 
 
 def error(shape: Shape, both: Case, fp8: Callable) -> float:
-    """How far off `fp8` is on the case's operands: `check.difference`."""
+    """How far off `fp8` is on the case's operands: `accuracy.difference`."""
     expected = jax.jit(lambda a, b: check.product(shape, dequantize(a), dequantize(b)))(*both.fp8_arguments)
-    return float(check.difference(jax.jit(fp8)(*both.fp8_arguments), expected))
+    return float(accuracy.difference(jax.jit(fp8)(*both.fp8_arguments), expected))
 
 
 def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

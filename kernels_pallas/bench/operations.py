@@ -6,8 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import attention, dequantize, quantize_block, quantize_tile, quantize_transposed, requantize_transposed, swiglu_quantize
-from kernels_pallas.bench import check
+from kernels_pallas import accuracy, attention, dequantize, quantize_block, quantize_tile, quantize_transposed, requantize_transposed, swiglu_quantize
 from kernels_pallas.bench.measure import Ceilings, Row, verdict
 from kernels_pallas.bench.shapes import HEADS
 from kernels_pallas.bench.timing import seconds
@@ -32,9 +31,9 @@ def quantizer_row(name: str, limits: Ceilings, small: bool, implementation: str 
         given = (jax.jit(functools.partial(quantize_tile, implementation="xla"))(*given),)
     run = lambda implementation: functools.partial(function, implementation=implementation)
     numbers = lambda implementation: dequantize(jax.jit(run(implementation))(*given))
-    off, time = float(check.difference(numbers(implementation), numbers("xla"))), seconds(run(implementation), *given)
+    off, time = float(accuracy.difference(numbers(implementation), numbers("xla"))), seconds(run(implementation), *given)
     rate = bytes_each * rows * columns / time
-    row: Row = {"shape": f"{rows} × {columns}", "off by": off, "verdict": verdict(off, check.QUANTIZED)}
+    row: Row = {"shape": f"{rows} × {columns}", "off by": off, "verdict": verdict(off, accuracy.QUANTIZED)}
     return row | {"us": time * 1e6, "GB/s": rate / 1e9, "of copy": rate / limits.bandwidth}
 
 
@@ -57,8 +56,8 @@ def attention_row(name: str, small: bool, implementation: str | None) -> Row:
     expected = jax.jit(run("xla"))(*(x.astype(jnp.float32) for x in given))
     heads_first = lambda x: x.swapaxes(1, 2)
     pairs = zip(jax.jit(run(implementation))(*given), expected, strict=True)
-    off = max(float(check.difference(heads_first(got), heads_first(wanted))) for got, wanted in pairs)
+    off = max(float(accuracy.difference(heads_first(got), heads_first(wanted))) for got, wanted in pairs)
     time, peer = seconds(run(implementation), *given), seconds(run("xla"), *given)
     flops = passes * rows * heads * length**2 * (width + values)
-    row: Row = {"shape": f"{rows} × {heads} × {length}", "off by": off, "verdict": verdict(off, check.ATTENDED)}
+    row: Row = {"shape": f"{rows} × {heads} × {length}", "off by": off, "verdict": verdict(off, accuracy.ATTENDED)}
     return row | {"us": time * 1e6, "TFLOP/s": flops / time / 1e12, "× XLA": peer / time}

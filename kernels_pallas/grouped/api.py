@@ -3,21 +3,42 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.examples import COLUMNS, few, groups, quantized
 from kernels_pallas.grouped import mosaic_gpu_sm90, mosaic_tpu, reference
-from kernels_pallas.implementations import choose
+from kernels_pallas.implementations import Operation, choose
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
-GROUPED_MATMUL = {
-    "xla": (reference.grouped_matmul, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_matmul, mosaic_gpu_sm90.grouped_matmul_reason),
-    "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.reason),
-}
-GROUPED_WEIGHT_GRADIENT = {
-    "xla": (reference.grouped_weight_gradient, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, mosaic_gpu_sm90.grouped_weight_gradient_reason),
-    "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.reason_weight_gradient),
-}
+
+def _small(a: QTensor, b: QTensor, sizes_G: jax.Array, alignment: int, *rest) -> tuple:
+    sizes, rows = groups(b.shape[0], a.shape[0], alignment)
+    b_shape = (len(sizes), few(b.shape[1], COLUMNS), b.shape[2])
+    return quantized(0, a, (rows, a.shape[1])), quantized(1, b, b_shape), sizes, alignment, *rest
+
+
+def _small_weight_gradient(x: QTensor, dy: QTensor, sizes_G: jax.Array, alignment: int, *rest) -> tuple:
+    sizes, depth = groups(sizes_G.shape[0], x.shape[1], alignment)
+    return *(quantized(i, q, (few(q.shape[0], COLUMNS), depth)) for i, q in enumerate((x, dy))), sizes, alignment, *rest
+
+
+GROUPED_MATMUL = Operation(
+    "fp8_grouped_matmul",
+    {
+        "xla": (reference.grouped_matmul, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_matmul, mosaic_gpu_sm90.grouped_matmul_reason),
+        "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.reason),
+    },
+    _small,
+)
+GROUPED_WEIGHT_GRADIENT = Operation(
+    "fp8_grouped_weight_gradient",
+    {
+        "xla": (reference.grouped_weight_gradient, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, mosaic_gpu_sm90.grouped_weight_gradient_reason),
+        "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.reason_weight_gradient),
+    },
+    _small_weight_gradient,
+)
 
 
 def fp8_grouped_matmul(
@@ -40,7 +61,7 @@ def fp8_grouped_matmul(
     if a.shape[0] % alignment:
         raise ValueError(f"fp8_grouped_matmul: alignment={alignment} does not divide the {a.shape[0]} rows")
     arguments = (a, b, group_sizes, alignment, accumulation, out_dtype)
-    return choose("fp8_grouped_matmul", GROUPED_MATMUL, implementation, *arguments)(*arguments)
+    return choose(GROUPED_MATMUL, implementation, *arguments)(*arguments)
 
 
 def fp8_grouped_weight_gradient(
@@ -64,4 +85,4 @@ def fp8_grouped_weight_gradient(
         if alignment % min(q.tile[1], alignment):
             raise ValueError(f"fp8_grouped_weight_gradient: {name}'s tiles {q.tile} lie across groups of multiples of alignment={alignment}")
     arguments = (x, dy, group_sizes, alignment, accumulation, out_dtype)
-    return choose("fp8_grouped_weight_gradient", GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)
+    return choose(GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)

@@ -6,17 +6,42 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas._compat import vary_alike
+from kernels_pallas.examples import COLUMNS, few, groups, normal
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90, reference
-from kernels_pallas.implementations import PREFERRED, choose
+from kernels_pallas.implementations import PREFERRED, Operation, choose
 
-GROUPED_PRODUCT = {
-    "xla": (reference.grouped_product, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_product, lambda x, w, *_: mosaic_gpu_sm90.reason(x, w)),
-}
-GROUPED_WEIGHT_GRADIENT = {
-    "xla": (reference.grouped_weight_gradient, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, lambda x, dy, *_: mosaic_gpu_sm90.reason(x, dy)),
-}
+INSTEAD = "XLA multiplies instead, off TPUs every row with every group's matrix; bfloat16 and arrays that are not empty avoid it"
+
+
+def _small(x: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, transposed: bool) -> tuple:
+    sizes, rows = groups(w.shape[0], x.shape[0], alignment)
+    w_shape = (len(sizes), few(w.shape[1], COLUMNS), w.shape[2]) if transposed else (len(sizes), w.shape[1], few(w.shape[2], COLUMNS))
+    return normal(0, (rows, x.shape[1]), x.dtype), normal(1, w_shape, w.dtype), sizes, alignment, transposed
+
+
+def _small_weight_gradient(x: jax.Array, dy: jax.Array, sizes_G: jax.Array, alignment: int) -> tuple:
+    sizes, rows = groups(sizes_G.shape[0], x.shape[0], alignment)
+    return *(normal(i, (rows, few(y.shape[1], COLUMNS)), y.dtype) for i, y in enumerate((x, dy))), sizes, alignment
+
+
+GROUPED_PRODUCT = Operation(
+    "grouped_linear",
+    {
+        "xla": (reference.grouped_product, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_product, lambda x, w, *_: mosaic_gpu_sm90.reason(x, w)),
+    },
+    _small,
+    instead=INSTEAD,
+)
+GROUPED_WEIGHT_GRADIENT = Operation(
+    "grouped_linear's weight gradient",
+    {
+        "xla": (reference.grouped_weight_gradient, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, lambda x, dy, *_: mosaic_gpu_sm90.reason(x, dy)),
+    },
+    _small_weight_gradient,
+    instead=INSTEAD,
+)
 
 
 def kernel_alignment(kind: str, dtype: jnp.dtype) -> int | None:
@@ -45,7 +70,7 @@ def grouped_product(
 ) -> jax.Array:
     """Rows of group g times w[g], w [G, K, N], or, `transposed`, times w[g] transposed, w [G, N, K]: [R, N]; zero past the last group."""
     arguments = (x_RK, w, sizes_G, alignment, transposed)
-    return choose("grouped_linear", GROUPED_PRODUCT, implementation, *arguments)(*arguments)
+    return choose(GROUPED_PRODUCT, implementation, *arguments)(*arguments)
 
 
 def grouped_weight_gradient(
@@ -53,7 +78,7 @@ def grouped_weight_gradient(
 ) -> jax.Array:
     """x[group g] transposed times dy[group g]: [G, D, F]; zero for an empty group."""
     arguments = (x_RD, dy_RF, sizes_G, alignment)
-    return choose("grouped_linear", GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)
+    return choose(GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -3,16 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.implementations import choose
+from kernels_pallas.examples import COLUMNS, few, few_rows, quantized
+from kernels_pallas.implementations import Operation, choose
 from kernels_pallas.matmul import mosaic_gpu_sm90, mosaic_tpu, reference
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
-MATMUL = {
-    "xla": (reference.matmul, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.matmul, mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (mosaic_tpu.matmul, mosaic_tpu.reason),
-}
+
+def _small(a: QTensor, b: QTensor, *rest) -> tuple:
+    return quantized(0, a, few_rows(a.shape)), quantized(1, b, (few(b.shape[0], COLUMNS), b.shape[1])), *rest
+
+
+MATMUL = Operation(
+    "fp8_matmul",
+    {
+        "xla": (reference.matmul, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.matmul, mosaic_gpu_sm90.reason),
+        "mosaic_tpu": (mosaic_tpu.matmul, mosaic_tpu.reason),
+    },
+    _small,
+)
 
 
 def fp8_matmul(
@@ -31,4 +41,4 @@ def fp8_matmul(
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"fp8_matmul: a {a.shape} and b {b.shape} must be [M, K] and [N, K]")
     arguments = (a, b, accumulation, out_dtype)
-    return choose("fp8_matmul", MATMUL, implementation, *arguments)(*arguments)
+    return choose(MATMUL, implementation, *arguments)(*arguments)

@@ -2,7 +2,8 @@
 
 import jax
 
-from kernels_pallas.implementations import choose
+from kernels_pallas.examples import few_rows, normal, quantized
+from kernels_pallas.implementations import Operation, choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
 from kernels_pallas.quantize import mosaic_gpu_sm90, mosaic_tpu, reference
 
@@ -11,21 +12,45 @@ def _any(*_) -> None:
     return None
 
 
-QUANTIZE = {
-    "xla": (reference.quantize, _any),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize, mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (mosaic_tpu.quantize, mosaic_tpu.reason),
-}
-QUANTIZE_TRANSPOSED = {
-    "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize_transposed, mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.reason_transposed),
-}
-REQUANTIZE_TRANSPOSED = {
-    "xla": (reference.requantize_transposed, _any),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.requantize_transposed, mosaic_gpu_sm90.requantize_reason),
-    "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.reason_requantize),
-}
+def _small(x: jax.Array, quantizer: Quantizer) -> tuple:
+    return normal(0, few_rows(x.shape), x.dtype), quantizer
+
+
+def _small_quantized(q: QTensor, quantizer: Quantizer) -> tuple:
+    return quantized(0, q, few_rows(q.shape)), quantizer
+
+
+INSTEAD = "XLA quantizes instead, in several passes through memory; shapes and formats that the kernel takes avoid it"
+QUANTIZE = Operation(
+    "quantize",
+    {
+        "xla": (reference.quantize, _any),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize, mosaic_gpu_sm90.reason),
+        "mosaic_tpu": (mosaic_tpu.quantize, mosaic_tpu.reason),
+    },
+    _small,
+    instead=INSTEAD,
+)
+QUANTIZE_TRANSPOSED = Operation(
+    "quantize_transposed",
+    {
+        "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize_transposed, mosaic_gpu_sm90.reason),
+        "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.reason_transposed),
+    },
+    _small,
+    instead=INSTEAD,
+)
+REQUANTIZE_TRANSPOSED = Operation(
+    "requantize_transposed",
+    {
+        "xla": (reference.requantize_transposed, _any),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.requantize_transposed, mosaic_gpu_sm90.requantize_reason),
+        "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.reason_requantize),
+    },
+    _small_quantized,
+    instead=INSTEAD,
+)
 
 
 def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
@@ -35,7 +60,7 @@ def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str |
     formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises Unsupported for an implementation that
     cannot do it.
     """
-    return choose("quantize", QUANTIZE, implementation, x, quantizer)(x, quantizer)
+    return choose(QUANTIZE, implementation, x, quantizer)(x, quantizer)
 
 
 def quantize_tile(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
@@ -50,12 +75,12 @@ def quantize_block(x: jax.Array, *, implementation: str | tuple[str, ...] | None
 
 def quantize_transposed(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """[..., R, C] -> QTensor [..., C, R] with tiles along R: an operand of the weight gradient's product."""
-    return choose("quantize_transposed", QUANTIZE_TRANSPOSED, implementation, x, quantizer)(x, quantizer)
+    return choose(QUANTIZE_TRANSPOSED, implementation, x, quantizer)(x, quantizer)
 
 
 def requantize_transposed(q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
     """QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: what was kept for the backward pass, as its product needs it."""
-    return choose("requantize_transposed", REQUANTIZE_TRANSPOSED, implementation, q, quantizer)(q, quantizer)
+    return choose(REQUANTIZE_TRANSPOSED, implementation, q, quantizer)(q, quantizer)
 
 
 dequantize = reference.dequantize

@@ -3,15 +3,26 @@
 import jax
 
 from kernels_pallas._compat import vary_alike
-from kernels_pallas.implementations import choose
+from kernels_pallas.examples import few_rows, normal
+from kernels_pallas.implementations import Operation, choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
 from kernels_pallas.swiglu import mosaic_gpu_sm90, mosaic_tpu, reference
 
-SWIGLU_QUANTIZE = {
-    "xla": (reference.swiglu_quantize, lambda *_: None),
-    "mosaic_gpu_sm90": (mosaic_gpu_sm90.swiglu_quantize, mosaic_gpu_sm90.reason),
-    "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.reason),
-}
+
+def _small(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> tuple:
+    return *(normal(i, few_rows(x.shape), x.dtype) for i, x in enumerate((gate, up))), quantizer
+
+
+SWIGLU_QUANTIZE = Operation(
+    "swiglu_quantize",
+    {
+        "xla": (reference.swiglu_quantize, lambda *_: None),
+        "mosaic_gpu_sm90": (mosaic_gpu_sm90.swiglu_quantize, mosaic_gpu_sm90.reason),
+        "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.reason),
+    },
+    _small,
+    instead="XLA computes it in several passes through memory instead; shapes and formats that the kernel takes avoid it",
+)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -33,4 +44,4 @@ def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE,
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu_quantize: gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must be alike")
-    return choose("swiglu_quantize", SWIGLU_QUANTIZE, implementation, gate, up, quantizer)(gate, up, quantizer)
+    return choose(SWIGLU_QUANTIZE, implementation, gate, up, quantizer)(gate, up, quantizer)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from hopper import compiles
 
-from kernels_pallas import Accumulation, QTensor, quantize_transposed
+from kernels_pallas import Accumulation, QTensor, accuracy, quantize_transposed
 from kernels_pallas.bench import __main__ as bench
-from kernels_pallas.bench import check, measure, operations, timing, tune
+from kernels_pallas.bench import measure, operations, timing, tune
 from kernels_pallas.bench.shapes import LINEARS, Shape, deepgemm, shapes
 from kernels_pallas.matmul import tuning_sm90
 from kernels_pallas.matmul.tuning_sm90 import Config
@@ -61,7 +61,7 @@ def test_a_wrong_product_is_reported(planted, monkeypatch):
     right = measure.fp8_matmul
     monkeypatch.setattr(measure, "fp8_matmul", lambda *x, **fields: planted(right(*x, **fields)))
     row = measure.product_row(SMALL, LIMITS, "xla")
-    assert row["verdict"] == "WRONG" and row["off by"] > check.SUMMED
+    assert row["verdict"] == "WRONG" and row["off by"] > accuracy.SUMMED
 
 
 def test_a_product_without_promotion_is_reported(monkeypatch):
@@ -107,8 +107,8 @@ def test_a_kernel_that_raises_costs_its_own_row(monkeypatch, tmp_path, capsys):
 def test_difference_is_that_of_the_worst_piece():
     x = jnp.ones((2, 256, 256))
     y = x.at[1, 200, 200].set(2.0)
-    assert check.difference(x, y) == pytest.approx(1 / (2 * 128**2 + 3), rel=1e-5)
-    assert check.difference(x, x) == 0 and check.difference(0 * x, 0 * x) == 0 and check.difference(x, x.at[0, 0, 0].set(jnp.nan)) == jnp.inf
+    assert accuracy.difference(x, y) == pytest.approx(1 / (2 * 128**2 + 3), rel=1e-5)
+    assert accuracy.difference(x, x) == 0 and accuracy.difference(0 * x, 0 * x) == 0 and accuracy.difference(x, x.at[0, 0, 0].set(jnp.nan)) == jnp.inf
 
 
 def test_the_cache_is_emptied_right_before_what_is_timed(monkeypatch):

@@ -66,9 +66,11 @@ def reference():
 
 
 @pytest.mark.parametrize("exchange", ["padded", "ragged", "gather"])
-def test_every_exchange_is_the_same_function(exchange, reference, monkeypatch):
+@pytest.mark.parametrize("experts", ["expert", ("expert", "fsdp")], ids=str)
+def test_every_exchange_is_the_same_function(exchange, experts, reference, monkeypatch):
+    """Experts divided by one axis of the mesh, or by two, whichever comes first."""
     monkeypatch.setattr(dispatch.lax, "ragged_all_to_all", ragged_on_cpu)
-    call = experts_call(placement({"fsdp": 2, "expert": 4}, exchange=exchange, buffer_factor=1.0))
+    call = experts_call(placement({"fsdp": 2, "expert": 4}, rules={"experts": experts}, exchange=exchange, buffer_factor=1.0))
     overflowed = {}
     for name, ids in IDS.items():
         y, overflows, gradients = call(ids)

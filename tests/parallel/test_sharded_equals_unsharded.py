@@ -41,6 +41,11 @@ CASES = {
     "gathered tokens": ({"fsdp": 2, "expert": 4}, {"exchange": "gather"}),
     "two microbatches": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"overlap": True}),
     "experts not divided": ({"fsdp": 2, "expert": 4}, {"rules": {"experts": None}}),
+    "experts and vocabulary over axes of tokens and others": (
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        {"rules": {"experts": ("expert", "tensor"), "expert_ffn": ("fsdp", "tensor"), "vocab": ("tensor", "fsdp")}},
+    ),
+    "an axis of length and heads": ({"fsdp": 2, "tensor": 2, "context": 2}, {"rules": {"length": ("context", "tensor")}}),
     "experts across nodes": ({"data": 2, "expert": 4}, {"dcn": {"data": 2, "expert": 2}}),
 }
 
