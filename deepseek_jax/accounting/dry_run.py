@@ -34,15 +34,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
     parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
     cli.add_price(parser)
-    parser.add_argument("--rows", type=int, help="sequences that are decoded at once (default: 8 a device)")
-    parser.add_argument("--context", type=int, default=4096, help="tokens in the cache while decoding")
+    parser.add_argument("--rows", type=int, help="sequences that --program=decode decodes at once (default: 8 a device)")
+    parser.add_argument("--context", type=int, help="tokens in the cache of --program=decode (default: 4096)")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     flags = parser.parse_args([argument for argument in argv if argument not in overrides])
     prepare()
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in it
     config, name, *_ = read_flags([f"--config={flags.config}", *overrides])
-    options = {"rows": flags.rows, "context": flags.context} if flags.program == "decode" else {}
+    options = {name: value for name, value in (("rows", flags.rows), ("context", flags.context)) if value is not None}
     figures = dry_run(
         config, name, flags.topology, stage=flags.stage, program=flags.program, dollars_per_chip_hour=flags.dollars_per_chip_hour, **options
     )
@@ -76,11 +76,14 @@ def dry_run(
     """
     if program not in PROGRAMS:
         raise ConfigError(f"--program={program}: {nearest(program, PROGRAMS)}")
+    if options and program != "decode":
+        raise ConfigError(f"--{next(iter(options))} is for --program=decode, not for --program={program}: leave it out")
     if dollars_per_chip_hour is not None and not 0 < dollars_per_chip_hour < float("inf"):
         raise ConfigError(f"--dollars_per_hour={dollars_per_chip_hour}: must be above 0")
     target = topology(topology_name)
     config = config.copy_and_resolve_references()
-    if not config.get("mesh"):
+    names_mesh = bool(config.get("mesh"))
+    if not names_mesh:
         with config.unlocked():
             config.mesh = {"fsdp": -1}
     experiment = build_experiment(config, name, Path("runs") / name, devices=target.devices)
@@ -95,6 +98,7 @@ def dry_run(
         "num_devices": len(target.devices),
         "num_chips": target.num_chips,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "mesh_assumed": not names_mesh,
         "assumptions": dataclasses.asdict(plan.assumptions),
         "tokens_per_step": plan.tokens,
         "steps": plan.calls,

@@ -5,7 +5,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from deepseek_jax.accounting.chips import CHIPS, Chip
 from deepseek_jax.accounting.report import quantity
+from deepseek_jax.accounting.roofline import unit
 
 GIB = 2**30
 
@@ -18,6 +20,8 @@ def table(figures: dict[str, Any]) -> Table:
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(no_wrap=True)
+    if figures["mesh_assumed"]:
+        view.add_row("The experiment names no mesh", "", "taken as config.mesh={'fsdp': -1}")
     _memory_rows(view, figures)
     _flop_rows(view, figures)
     if figures["roofline"]:
@@ -53,9 +57,16 @@ def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
     _section(view, "FLOPs per step, the whole mesh")
     total = sum(figures["flops"].values())
     for number_format, count in figures["flops"].items():
-        view.add_row(f"  {number_format}", f"{count:.4g}")
+        view.add_row(f"  {number_format}", f"{count:.4g}", _rate(number_format, CHIPS[figures["topology"].partition(":")[0]]))
     useful = figures["model_flops"]
     view.add_row("  useful, by the closed formula", f"{useful:.4g}", f"{useful / total:.1%} of what is computed" if total else "")
+
+
+def _rate(number_format: str, chip: Chip) -> str:
+    """At which rate products run that the matrix unit has no mode for."""
+    format_of_unit = unit(number_format)
+    missing = getattr(chip, format_of_unit) is None or (format_of_unit == "bf16" and number_format != "bfloat16")
+    return f"counted at the bfloat16 rate of {chip.name}" if missing else ""
 
 
 def _traffic_rows(view: Table, figures: dict[str, Any]) -> None:

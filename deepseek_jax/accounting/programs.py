@@ -69,6 +69,12 @@ def train(experiment: Experiment, stage: str | None) -> Program:
 def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
     """One token for each of `rows` sequences (default: 8 a device) that have `context` tokens in the cache."""
     model = experiment.model
+    if stage is not None:
+        raise ConfigError(f"--stage={stage}: decoding belongs to no stage; leave it out")
+    if context < 2:
+        raise ConfigError(f"--context={context}: at least 2, a prompt's token and the one that is decoded")
+    if rows is not None and rows < 1:
+        raise ConfigError(f"--rows={rows}: at least 1")
     rows = rows or 8 * model.placement.batch_shards
     if rows % model.placement.batch_shards:
         raise ConfigError(f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple")

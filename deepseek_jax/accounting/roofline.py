@@ -48,7 +48,7 @@ def roofline(
     """`flops` of the whole mesh by number format (program_flops), `hbm_bytes` per device, `mesh_devices` in the mesh's order."""
     share = topology.chip.devices  # a device has this part of its chip
     devices = np.asarray(mesh_devices, dtype=object).size
-    compute = sum(count / topology.chip.peak(_unit(number_format)) for number_format, count in flops.items()) * share / devices
+    compute = sum(count / topology.chip.peak(unit(number_format)) for number_format, count in flops.items()) * share / devices
     links, host_network = link_bytes(collectives, topology, mesh_devices)
     return Roofline(
         compute=compute,
@@ -58,7 +58,8 @@ def roofline(
     )
 
 
-def _unit(number_format: str) -> str:
+def unit(number_format: str) -> str:
+    """The mode of the matrix unit that multiplies numbers of this format."""
     if number_format.startswith("float8"):
         return "fp8"
     return "int8" if number_format in ("int8", "uint8") else "bf16"

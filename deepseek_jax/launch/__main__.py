@@ -129,6 +129,12 @@ def _parse(argv: Sequence[str]) -> Namespace:
     sky.add_argument("--infra", help="cloud[/region[/zone]]; wherever there are machines without it")
     sky.add_argument("--install", help="what to install on the machines, for pip (the extra that fits them without it)")
     flags = parser.parse_args(argv)
+    for launcher, names in (("local", ("slots", "slot_environment")), ("slurm", ("slurm",)), ("skypilot", ("bucket", "infra", "install"))):
+        given = [name for name in names if getattr(flags, name) != parser.get_default(name)]
+        if given and flags.launcher != launcher:
+            raise ConfigError(f"--{given[0]} is for --launcher={launcher}, not for --launcher={flags.launcher}: leave it out")
+    if flags.dollars_per_chip_hour is not None and not flags.plan:
+        raise ConfigError("--dollars_per_hour is for --plan: leave it out")
     if flags.slots < 1:
         raise ConfigError(f"--slots={flags.slots}: at least 1")
     return flags

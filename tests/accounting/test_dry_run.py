@@ -69,7 +69,21 @@ def test_the_table_says_whose_price_it_is(case, price, capsys, monkeypatch):
 
 
 @pytest.mark.aot(chip="h100")
-@pytest.mark.parametrize("options, message", [({"program": "trian"}, "did you mean 'train'"), ({"program": "grpo"}, "no stage of kind grpo"), ({"stage": "sft"}, "pretrain")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"program": "trian"}, "did you mean 'train'"),
+        ({"program": "grpo"}, "no stage of kind grpo"),
+        ({"stage": "sft"}, "pretrain"),
+        ({"rows": 8}, "--rows is for --program=decode"),
+        ({"program": "decode", "stage": "pretrain"}, "belongs to no stage"),
+        ({"program": "decode", "rows": 0}, "--rows=0: at least 1"),
+        ({"program": "decode", "rows": 9}, "give a multiple"),
+        ({"program": "decode", "context": 1}, "--context=1: at least 2"),
+        ({"dollars_per_chip_hour": float("nan")}, "must be above 0"),
+        ({"dollars_per_chip_hour": -1.0}, "must be above 0"),
+    ],
+)
 def test_wrong_requests_are_refused_before_compiling(options, message):
     config, name, *_ = read_flags(ONE_LAYER)
     with pytest.raises(ConfigError, match=message):
@@ -86,6 +100,16 @@ def test_wrong_requests_are_refused_before_compiling(options, message):
 )
 def test_need_of_what_does_not_fit(message, size):
     assert needed_bytes(message) == size
+
+
+def test_the_table_says_what_was_assumed(capsys):
+    stored = json.loads((GOLDEN / "small_v5p.json").read_text()) | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}
+    cli.show(table(stored | {"flops": {"bfloat16": 1, "float32": 2, "float8_e4m3fn": 3}}))
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "rate" not in lines["bfloat16"]
+    assert all("counted at the bfloat16 rate of v5p" in lines[name] for name in ("float32", "float8_e4m3fn")) and "The" not in lines
+    cli.show(table(stored | {"mesh_assumed": True}))
+    assert "taken as config.mesh={'fsdp': -1}" in capsys.readouterr().out
 
 
 def test_memory_adds_up():

@@ -6,8 +6,11 @@ from launch_cases import BASE, ROOT, jobs_of
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch import Resources
+from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.launch.__main__ import choose, main
+from deepseek_jax.launch.metric_names import check_metric
 from deepseek_jax.launch.state import read_status
+from deepseek_jax.stages import build_stages
 
 SWEEP = """
 from deepseek_jax.launch import Run, Sweep
@@ -46,6 +49,10 @@ def test_a_sweep_and_again(sweep, tmp_path, capsys):
     assert [row["status"] for row in first] == ["done", "failed"]
     assert 4 < first[0]["pretrain.bits_per_byte"] < 9 and first[0]["pretrain.tokens_per_second"] > 0 and first[0]["pretrain.step"] == 2
     assert first[1]["pretrain.bits_per_byte"] is None
+    stages = [stage for stage in build_stages(build_experiment(*read_flags([f"--config={BASE}"])[:2], tmp_path)) if stage.name == "pretrain"]
+    logged = [name for name, value in first[0].items() if name.startswith("pretrain.") and isinstance(value, (int, float)) and "data.sources" not in name]
+    for name in (name for name in logged if name.removeprefix("pretrain.") not in ("seq_len", "batch_size") and not name.startswith("pretrain.train.")):
+        check_metric(name, stages)  # whatever a run logs may be drawn
     assert (tmp_path / "runs" / "results.png").stat().st_size > 5000
 
     assert main(command) == 1
@@ -98,6 +105,9 @@ def test_which_runs(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--slots=0"], "--slots=0: at least 1"),
+        (["--slots=2", "--launcher=slurm"], "--slots is for --launcher=local"),
+        (["--bucket=gs://mine"], "--bucket is for --launcher=skypilot"),
+        (["--dollars_per_hour=2"], "is for --plan"),
         (["--slot_environment=CUDA"], "NAME=VALUE"),
         (["--launcher=slurm", "--slurm=gpu"], "a dictionary"),
         (["--launcher=skypilot"], "--bucket=gs://NAME"),
