@@ -37,6 +37,7 @@ ONE_LAYER = (
     "--config.model.moe.intermediate_size=256",
     "--config.pretrain.seq_len=512",
     "--config.pretrain.batch_size=8",
+    "--config.pretrain.train.batch_size=None",
     "--config.pretrain.train.microbatch=8",
     "--config.mesh.fsdp=2",
     "--config.mesh.expert=4",
