@@ -19,14 +19,16 @@ from deepseek_jax.generation.stream import Chat, stream
 from deepseek_jax.interop import import_folder
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import RECIPES, FP8Recipe, recipe
-from deepseek_jax.training.checkpoints import load_variables
+from deepseek_jax.training.checkpoints import load_variables, resolve_checkpoint
 
 Completion = Callable[[Sequence[int], int], Iterator[list[int]]]  # ids of a prompt, number of the turn -> chunks of ids
 
 
 def main(argv: Sequence[str]) -> int:
     flags = _parser().parse_args(argv)
-    tokenizer = load_tokenizer(flags.tokenizer or find_tokenizer(flags.checkpoint))
+    hugging_face = _is_hugging_face(flags.checkpoint)
+    checkpoint = flags.checkpoint if hugging_face else resolve_checkpoint(flags.checkpoint)
+    tokenizer = load_tokenizer(flags.tokenizer or find_tokenizer(checkpoint))
     sampling = SamplingConfig(
         max_new_tokens=flags.max_new_tokens,
         eos_id=tokenizer.stop_ids,
@@ -36,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
         top_p=flags.top_p,
     )
     precision = recipe(flags.precision)
-    if _is_hugging_face(flags.checkpoint):
-        config, variables = import_folder(flags.checkpoint, "fp8" if isinstance(precision, FP8Recipe) else "float32")
+    if hugging_face:
+        config, variables = import_folder(checkpoint, "fp8" if isinstance(precision, FP8Recipe) else "float32")
     else:
-        config, variables = load_variables(flags.checkpoint)
+        config, variables = load_variables(checkpoint)
     check_vocabulary(tokenizer, config.vocab_size)
     model, variables = Transformer(config, precision), jax.device_put(variables)
     rng = jax.random.key(flags.seed)

@@ -203,6 +203,9 @@ def test_a_run_that_saved_no_tokenizer_names_it_in_its_config(checkpoint, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({"stages": ["sft"]}))  # an experiment that names none uses bytes
     assert main(ask) == 0
     assert prompts == [load_tokenizer(spec).encode("<eos>h", bos=True), BYTES.encode("<eos>h", bos=True)]
+    load_tokenizer(spec).save(tmp_path / "sft" / "tokenizer")
+    assert main([f"--checkpoint={tmp_path}", "--prompt=<eos>h"]) == 0  # a run's folder: its last stage with weights
+    assert prompts[-1] == prompts[0]
 
 
 @pytest.mark.parametrize("ids", [[BYTES.eos_id], [10, 32, BYTES.eos_id], [BYTES.pad_id] * 3], ids=["at once", "blanks", "nothing to show"])
