@@ -48,12 +48,13 @@ class JsonTokenizer:
         if any(text[0] > LAST for text in self.specials):
             raise DataError(f"{file} has a control token that begins with a character behind U+{ord(LAST):04X}, which is not supported")
         self.reasoning_tags = tuple(tag for tag in REASONING_TAGS if tag in self.specials)
-        self._hidden = frozenset(self.specials[text] for text in marked & self.specials.keys() if text not in REASONING_TAGS)
         unknown = self._parsing.token_to_id(str(getattr(self._parsing.model, "unk_token", None)))
         self._control_ids = frozenset(self.specials.values()) - {unknown}
         self._disguise = Disguise(self.specials)
         end = [i for i in self._library_ids(self._parsing, self._turn_end) if i in self._control_ids]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *end[:1], *settings.eos_ids]))
+        shown = {self.specials[tag] for tag in self.reasoning_tags}
+        self._hidden = ({self.specials[text] for text in marked & self.specials.keys()} | set(self.stop_ids) & self._control_ids) - shown
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         text = _valid(text)
@@ -87,7 +88,7 @@ class JsonTokenizer:
         elif chat.startswith(prompt):
             rest = chat[len(prompt) :]
         else:  # the template writes the opening of an answer only where one is asked for
-            place = chat.rfind(content.strip())
+            place = chat.rfind(content.strip(), 0, len(chat) - len(self._turn_end) * chat.endswith(self._turn_end))
             if place < 0:
                 raise DataError(f"{self._settings.folder}: the chat template rewrites this answer, so that its tokens cannot be told: {revealed(content)[:40]!r}")
             prompt, rest = chat[:place], chat[place:]

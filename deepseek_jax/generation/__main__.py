@@ -61,14 +61,18 @@ def _complete(tokenizer: Tokenizer, completion: Completion, flags: argparse.Name
     prompt_ids = Chat(tokenizer).ask(flags.prompt) if flags.chat else tokenizer.encode(flags.prompt, bos=True)
     ids: list[int] = []
     text = _print_stream(tokenizer, completion(prompt_ids, 0), ids)
-    ended = bool(ids) and ids[-1] in tokenizer.stop_ids
-    if not ended:
+    if not (ids and ids[-1] in tokenizer.stop_ids):
         print(f"stopped after --max_new_tokens={flags.max_new_tokens}", file=sys.stderr)
     if not text.strip():
-        how = "the model ended its answer at once" if ended and len(ids) == 1 else f"the {len(ids)} tokens of the answer show nothing"
-        print(f"no text came: {how}; was it trained on prompts like this one, with or without --chat?", file=sys.stderr)
-        return 1
+        return _say_that_nothing_came(tokenizer, ids)
     return 0
+
+
+def _say_that_nothing_came(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    words = [i for i in ids if i not in tokenizer.stop_ids]
+    how = f"the {len(words)} tokens of the answer show nothing" if words else "the model ended its answer at once"
+    print(f"no text came: {how}; was it trained on prompts like this one, with or without --chat?", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +104,7 @@ def _print_stream(tokenizer: Tokenizer, chunks: Iterator[list[int]], ids: list[i
     try:
         for chunk in chunks:
             ids += chunk
-            text.append(decoder.push(chunk))
+            text.append(decoder.push([i for i in chunk if i not in tokenizer.stop_ids]))
             print(text[-1], end="", flush=True)
     finally:
         text.append(decoder.flush())
@@ -120,7 +124,8 @@ def _chat(tokenizer: Tokenizer, completion: Completion) -> int:
             return 0
         ids: list[int] = []
         try:
-            _print_stream(tokenizer, completion(chat.ask(text), turn), ids)
+            if not _print_stream(tokenizer, completion(chat.ask(text), turn), ids).strip():
+                _say_that_nothing_came(tokenizer, ids)
         except KeyboardInterrupt:  # ends the answer, not the chat
             pass
         chat.answer(ids)

@@ -228,7 +228,8 @@ def test_a_turn_is_what_the_template_writes(make):
     prompt, answer = shown(tokenizer, tokenizer.turn(chat))
     assert prompt.endswith("<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n") and answer == " <think>so</think>four <|im_end|>\n"
     _, tokenizer = make(*FAMILIES["r1"])
-    assert shown(tokenizer, tokenizer.turn([USER("one"), ASSISTANT("no reasons")])) == ["<s><|user|>one<|assistant|>", "no reasons</s>"]
+    for plain in ("no reasons", "s", ""):  # what has no reasoning stands behind no <think>
+        assert shown(tokenizer, tokenizer.turn([USER("one"), ASSISTANT(plain)])) == ["<s><|user|>one<|assistant|>", plain + "</s>"]
 
 
 def test_reasoning_is_lost_to_no_template(make):
@@ -272,6 +273,7 @@ def test_stop_tokens_come_from_everywhere(make, tmp_path):
     folder, tokenizer = make(*FAMILIES["llama"])
     eot, eos = tokenizer.specials["<|eot_id|>"], tokenizer.eos_id
     assert tokenizer.stop_ids == (eos, eot)
+    assert tokenizer.decode(tokenizer.answer("a<|eot_id|>"), skip_special=True) == "a<|eot_id|>", "the end is not shown, the words are"
     assert make(*FAMILIES["chatml"])[1].stop_ids == (eos, make(*FAMILIES["chatml"])[1].specials["<|im_end|>"])
     assert make(*FAMILIES["deepseek"])[1].stop_ids == make(*FAMILIES["last"])[1].stop_ids == make(None)[1].stop_ids == (eos,)
 

@@ -213,6 +213,9 @@ def test_an_answer_without_text_is_said(checkpoint, ids, monkeypatch, capsys):
     monkeypatch.setattr("deepseek_jax.generation.__main__.stream", lambda *_: iter([ids]))
     assert main([f"--checkpoint={checkpoint[0]}", "--prompt=a"]) == 1
     assert "no text came" in capsys.readouterr().err
+    asked = iter(["one", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
+    assert main([f"--checkpoint={checkpoint[0]}", "--interactive"]) == 0 and "no text came" in capsys.readouterr().err
 
 
 def test_numbers_that_are_not_finite_end_the_program(checkpoint, tmp_path, monkeypatch, capsys):
