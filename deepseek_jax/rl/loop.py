@@ -177,7 +177,8 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     samples = grpo.sample(state)
     here = process_allgather(samples, tiled=True)  # every process judges all completions: a reward is a function of its text
     completions = to_texts(here.trajectories.completions_BN, here.trajectories.mask_BN)
-    parts = grpo.rewards.text_parts(grpo.task.prompt_text(here.instances), completions, grpo.task.answer_text(here.instances))
+    prompts, answers = grpo.task.prompt_text(here.instances), grpo.task.answer_text(here.instances)
+    parts = grpo.rewards.text_parts(prompts, completions, answers, here.trajectories.finished_B)
     return grpo.learn(state, samples, jax.tree.map(jnp.asarray, parts))
 
 

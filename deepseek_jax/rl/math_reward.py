@@ -1,33 +1,40 @@
 """Accuracy on natural mathematics through math-verify, in a process of its own.
 
 math-verify parses LaTeX with sympy, which can run for ever on a hostile string, and its own time limit is a signal that
-only works in a main thread (elsewhere it raises, or says "wrong"). So the check runs in a worker process under our clock,
-and a worker that is late is killed.
+only works in a main thread (elsewhere it raises, or says "wrong"). So checks run in worker processes under our clock, and a
+worker that is late is killed. There are several, so that answers that take the full time do not wait for one another.
 """
 
 import atexit
 import functools
 import logging
 import multiprocessing
-import threading
+import os
+import queue
+import signal
 from collections.abc import Callable
 
 from deepseek_jax.errors import RewardError
-from deepseek_jax.rl.text_rewards import split_completion
+from deepseek_jax.rl.answers import fold, same_answer
+from deepseek_jax.rl.text_rewards import final_answer
 
 SECONDS = 5.0
 START_SECONDS = 120.0
+WORKERS = min(8, os.cpu_count() or 1)
 
 
 def math_accuracy_reward(prompt: str, completion: str, answer: str) -> float:
-    """1.0 where math-verify finds the answer block equal to `answer`; what it can't judge in time, or at all, counts as wrong."""
-    parts = split_completion(completion)
-    return 0.0 if parts is None else float(_checker()(parts[1], answer) is True)
+    """1.0 where the final answer and `answer` are the same by `same_answer` or by math-verify; what that can't judge in time, or
+    at all, counts as wrong. May be called from several threads, of which `WORKERS` are served at a time."""
+    given = final_answer(prompt, completion)
+    if given is None or not given.strip():
+        return 0.0
+    return float(same_answer(given, answer) or _checkers()(fold(given), fold(answer)) is True)
 
 
 @functools.cache
-def _checker() -> "Worker":
-    return Worker(math_equal, SECONDS)
+def _checkers() -> "Workers":
+    return Workers(math_equal, SECONDS, WORKERS)
 
 
 def math_equal(guess: str, expected: str) -> bool:
@@ -43,29 +50,49 @@ def math_equal(guess: str, expected: str) -> bool:
     return bool(verify(read(expected), read(guess), timeout_seconds=None))
 
 
-class Worker:
-    """Calls `function` in another process: the result, or None where it raised or took longer than `seconds`.
+class Workers:
+    """`count` workers behind one function: a call from any thread goes to one that is free, or waits for it. A worker's process
+    starts when it is first needed."""
 
-    The process lives from call to call and is replaced when it had to be killed. `function` must be importable by name.
+    def __init__(self, function: Callable, seconds: float, count: int):
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the one used last first: few calls start few processes
+        for _ in range(count):
+            self._free.put(Worker(function, seconds))
+
+    def __call__(self, *arguments):
+        worker = self._free.get()
+        try:
+            return worker(*arguments)
+        finally:
+            self._free.put(worker)
+
+
+class Worker:
+    """Calls `function` in another process: the result, or None where it raised or took longer than `seconds`. One call at a time.
+
+    The process lives from call to call. One that was late is killed, one that died (the system may kill it for its memory,
+    even between two calls) is replaced and asked once more. `function` must be importable by name.
     """
 
     def __init__(self, function: Callable, seconds: float):
         self.function, self.seconds = function, seconds
-        self._process, self._lock = None, threading.Lock()
+        self._process = None
         atexit.register(self.stop)
 
     def __call__(self, *arguments):
-        with self._lock:
+        for _ in range(2):
             if self._process is None or not self._process.is_alive():
                 self._start()
-            self._pipe.send(arguments)
             try:
+                self._pipe.send(arguments)
                 if self._pipe.poll(self.seconds):
                     return self._pipe.recv()
-            except EOFError:  # the process died, for instance for want of memory
-                pass
+            except (EOFError, OSError):  # it is dead
+                self.stop()
+                continue
             self.stop()
             return None
+        return None
 
     def stop(self) -> None:
         if self._process is not None:
@@ -92,6 +119,7 @@ class Worker:
 
 
 def _serve(pipe, function: Callable) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the run ends its workers itself
     pipe.send(True)
     while True:
         try:

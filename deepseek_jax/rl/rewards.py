@@ -5,6 +5,7 @@ function, (prompt, completion, answer) -> float. An experiment names them; `pack
 of the user's own.
 """
 
+import concurrent.futures
 import dataclasses
 import importlib
 import importlib.util
@@ -25,13 +26,16 @@ from deepseek_jax.rl.tasks import ChainTask, base
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """`role` is "accuracy" for a reward that counts only if the format holds, "format" for one that says so, else "".
-    `requires` is (module, what to install) of an optional dependency."""
+    `requires` is (module, what to install) of an optional dependency. A Python function is called for `threads`
+    completions at a time, and one that `needs_end` not at all for a completion that was cut off: that scores 0."""
 
     name: str
     function: Callable
     in_graph: bool
     role: str = ""
     requires: tuple[str, str] | None = None
+    needs_end: bool = False
+    threads: int = 1
 
 
 def accuracy(task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
@@ -58,15 +62,17 @@ REWARDS: dict[str, Reward] = {
         Reward("accuracy", accuracy, in_graph=True, role="accuracy"),
         Reward("format", format_, in_graph=True, role="format"),
         Reward("language_consistency", language_consistency, in_graph=True),
-        Reward("text_accuracy", text_rewards.accuracy_reward, in_graph=False, role="accuracy"),
-        Reward("text_format", text_rewards.format_reward, in_graph=False, role="format"),
-        Reward("text_language_consistency", text_rewards.language_consistency_reward, in_graph=False),
+        Reward("text_accuracy", text_rewards.accuracy_reward, in_graph=False, role="accuracy", needs_end=True),
+        Reward("text_format", text_rewards.format_reward, in_graph=False, role="format", needs_end=True),
+        Reward("text_language_consistency", text_rewards.language_consistency_reward, in_graph=False, needs_end=True),
         Reward(
             "math_accuracy",
             math_reward.math_accuracy_reward,
             in_graph=False,
             role="accuracy",
             requires=("math_verify", "math-verify[antlr4-13-2]"),
+            needs_end=True,
+            threads=math_reward.WORKERS,
         ),
     )
 }
@@ -108,11 +114,28 @@ class RewardSet:
         """Every in-graph reward by name: float32[B]."""
         return {r.name: r.function(task, instances, completions_BN, mask_BN) for r in self.rewards if r.in_graph}
 
-    def text_parts(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> dict[str, np.ndarray]:
-        """Every Python reward by name: float32[B]. Where one raises or returns no number: RewardError, or NaN with on_error="skip",
-        which `group_advantages` keeps out of the statistics and `group_metrics` counts."""
-        rows = list(zip(prompts, completions, answers, strict=True))
-        return {r.name: np.array([call_reward(r, *row, self.on_error) for row in rows], np.float32) for r in self.rewards if not r.in_graph}
+    def text_parts(
+        self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Every Python reward by name: float32[B]. `finished` says which completions reached their end (None: all).
+
+        Where a function raises or returns no finite number: RewardError, or NaN with on_error="skip", which `group_advantages`
+        keeps out of the statistics and `group_metrics` counts.
+        """
+        finished = [True] * len(completions) if finished is None else finished
+        rows = list(zip(prompts, completions, answers, finished, strict=True))
+
+        def score(reward: Reward) -> np.ndarray:
+            def one(row) -> float:
+                *texts, ended = row
+                return 0.0 if reward.needs_end and not ended else call_reward(reward, *texts, self.on_error)
+
+            if reward.threads == 1:
+                return np.array([one(row) for row in rows], np.float32)
+            with concurrent.futures.ThreadPoolExecutor(reward.threads) as pool:
+                return np.array(list(pool.map(one, rows)), np.float32)
+
+        return {reward.name: score(reward) for reward in self.rewards if not reward.in_graph}
 
     def total(self, parts: Mapping[str, jax.Array], lengths_B: jax.Array, max_length: int) -> jax.Array:
         """Weighted sum of the parts, float32[B]. An accuracy counts only where every format reward in the set holds; a
@@ -156,9 +179,9 @@ def call_reward(reward: Reward, prompt: str, completion: str, answer: str, on_er
     cause = None
     try:
         value = reward.function(prompt, completion, answer)
-        if isinstance(value, numbers.Real | np.bool_):
+        if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= np.finfo(np.float32).max:  # NaN is not
             return float(value)
-        problem = f"returned {_shown(value)}, which is not a number"
+        problem = f"returned {_shown(value)}, which is not a number that float32 holds"
     except Exception as error:
         problem, cause = f"raised {type(error).__name__}: {error}", error
     if on_error == "skip":

@@ -1,7 +1,9 @@
 """In-graph rewards on good, bad and malicious token sequences; the registry; the weighted sum; Python rewards that misbehave."""
 
+import concurrent.futures
 import importlib.util
 import math
+import os
 import time
 
 import jax
@@ -13,7 +15,7 @@ from deepseek_jax.errors import ConfigError, RewardError
 from deepseek_jax.rl import rewards as rewards_module
 from deepseek_jax.rl.advantages import group_advantages
 from deepseek_jax.rl.config import GRPOConfig
-from deepseek_jax.rl.math_reward import Worker, math_accuracy_reward
+from deepseek_jax.rl.math_reward import Worker, Workers, math_accuracy_reward
 from deepseek_jax.rl.rewards import Reward, RewardSet, build_rewards, call_reward, soft_overlong_punishment
 from deepseek_jax.rl.tasks import ChainTask, CountdownTask, ParityTask, base
 from deepseek_jax.rl.tasks.chain import Chain
@@ -183,6 +185,10 @@ def test_own_function_by_name(monkeypatch):
         (lambda p, c, a: "1.0", "returned '1.0', which is not a number"),
         (lambda p, c, a: [1.0], "which is not a number"),
         (lambda p, c, a: 1j, "which is not a number"),
+        (lambda p, c, a: math.nan, "returned nan, which is not a number"),
+        (lambda p, c, a: np.float32("-inf"), "which is not a number"),
+        (lambda p, c, a: 1e39, "returned 1e+39, which is not a number that float32 holds"),
+        (lambda p, c, a: 10**400, "raised OverflowError"),
         (lambda p: 1.0, "raised TypeError"),
     ],
 )
@@ -243,11 +249,65 @@ def test_worker_is_killed_when_late_and_replaced():
     failing.stop()
 
 
+def test_a_worker_that_died_is_replaced():
+    """Between two calls or in one; a call that kills two of them has no result, and the next one does."""
+    worker = Worker(math.sqrt, seconds=20.0)
+    assert worker(4.0) == 2.0
+    worker._process.kill()
+    worker._process.join()
+    assert worker(9.0) == 3.0
+    died = type("Died", (), {"is_alive": lambda self: True, "kill": lambda self: None, "join": lambda self: None})()
+    worker._process.kill()
+    worker._process.join()
+    worker._process = died  # as it looks when it dies between the question whether it lives and the call
+    assert worker(16.0) == 4.0
+    worker.stop()
+    deadly = Worker(os._exit, seconds=20.0)
+    assert deadly(1) is None and deadly(1) is None
+    deadly.stop()
+
+
+def test_workers_do_not_wait_for_one_another(tmp_path):
+    """Two ends of a named pipe: each is opened only once the other is, so two calls have to run at the same time."""
+    os.mkfifo(tmp_path / "pipe")
+    workers = Workers(os.open, seconds=20.0, count=2)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda flag: workers(str(tmp_path / "pipe"), flag), [os.O_RDONLY, os.O_WRONLY]))
+    assert all(isinstance(end, int) for end in ends) and workers._free.qsize() == 2
+    for _ in range(2):
+        workers._free.get().stop()
+
+
+def test_rewards_in_threads_keep_the_order_and_the_first_error():
+    def slow(prompt, completion, answer):
+        time.sleep(0.2 if completion == "0" else 0.0)
+        if completion == "bad":
+            raise KeyError("bad")
+        return float(completion)
+
+    reward_set = RewardSet((Reward("slow", slow, in_graph=False, threads=4),), (1.0,))
+    texts = [str(i) for i in range(12)]
+    assert reward_set.text_parts(texts, texts, texts)["slow"].tolist() == list(range(12))
+    with pytest.raises(RewardError, match="raised KeyError: 'bad'"):
+        reward_set.text_parts(["p"] * 3, ["0", "bad", "2"], ["a"] * 3)
+
+
+def test_a_completion_without_its_end_has_no_format():
+    """Cut off right after </answer>: its text cannot be told from a finished one's, and in-graph it scores 0 too."""
+    reward_set = build_rewards(GRPOConfig(rewards=(("text_format", 1.0), ("text_accuracy", 1.0), ("text_language_consistency", 1.0))))
+    text = "<think>one and one</think><answer>2</answer>"
+    parts = reward_set.text_parts(["how many"] * 2, [text] * 2, ["2"] * 2, [True, False])
+    assert {name: values.tolist() for name, values in parts.items()} == dict.fromkeys(parts, [1.0, 0.0]) and len(parts) == 3
+    own = RewardSet((Reward("own", own_reward, in_graph=False),), (1.0,))
+    assert (own.text_parts(["p"], [text], ["2"], [False])["own"] > 0).all(), "a function of one's own sees every completion"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 def test_math_accuracy():
     def score(given, expected):
         return math_accuracy_reward("", f"<think>hm</think><answer>{given}</answer>", expected)
 
     assert score("12", "12") == score(r"\frac{1}{2}", "0.5") == score(r"\boxed{07}", "7") == 1.0
+    assert score("１２", "12") == score(r"x=\frac{1}{2}", "0.5") == score("x+y", "y+x") == 1.0
     assert score("13", "12") == score("", "12") == score("9**9**9**9", "12") == 0.0
     assert math_accuracy_reward("", "<answer>12</answer>", "12") == 0.0
