@@ -1,5 +1,6 @@
 """Our variables -> a Hugging Face folder that transformers loads, tensor by tensor."""
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,17 @@ from flax import traverse_util
 
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.atomic import new_folder
-from deepseek_jax.interop.fp8_blocks import quantise
-from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf
+from deepseek_jax.interop.fp8_blocks import quantize
+from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf, scale_format
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
-from deepseek_jax.interop.parts import overlaps, part_of
+from deepseek_jax.interop.folder import shown
+from deepseek_jax.interop.parts import not_finite, overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
 
+log = logging.getLogger(__name__)
 EXPORT_DTYPES = ("bfloat16", "float32", "fp8")
 _Entries = dict[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
@@ -40,27 +43,29 @@ def export_folder(
 
     `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in float32,
     and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json whose token ids
-    are kept; `companions` are files (tokenizer.json and the like) to copy along. At most one tensor is held in memory.
-    The folder appears complete or not at all. Raises CheckpointError if it exists, the disk is too small, the variables
-    are not those of `config` or partly on other hosts, or no config.json can express the network.
+    and `scale_fmt` are kept; `companions` are files (tokenizer.json and the like) to copy along. At most one tensor is held in memory.
+    The folder appears complete or not at all. Weights that are NaN or infinite are written as they are, and logged as a warning.
+    Raises CheckpointError if it exists, the disk is too small, the variables are not those of `config` or partly on other hosts, or no
+    config.json can express the network.
     """
     if dtype not in EXPORT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, EXPORT_DTYPES)}")
     hf = config_to_hf(config, carried) | {"torch_dtype": "float32" if dtype == "float32" else "bfloat16"}
+    scale_fmt = scale_format((carried or {}).get("quantization_config"))
     if dtype == "fp8":
-        hf["quantization_config"] = QUANTISATION
+        hf["quantization_config"] = QUANTISATION | ({"scale_fmt": scale_fmt} if scale_fmt else {})
     table = tensor_table(config)
     leaves = _checked_leaves(table, variables)
     shards = _plan(table, dtype, max_shard_bytes)
     total_bytes = sum(_nbytes(entry) for _, entries in shards for entry in entries.values())
     with new_folder(Path(folder), total_bytes) as building:
-        done, weight_map = 0, {}
+        done, weight_map, bad = 0, {}, {}
         for number, (specs, entries) in enumerate(shards, start=1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(entries, name)
             with ShardWriter(building / name, entries) as writer:
                 for spec in specs:
-                    _write_tensor(writer, spec, entries, leaves)
+                    bad |= _write_tensor(writer, spec, entries, leaves, power_of_two=scale_fmt == "ue8m0")
                     done += 1
                     if progress:
                         progress(done, len(table))
@@ -70,6 +75,9 @@ def export_folder(
         (building / CONFIG_NAME).write_text(to_json(hf, indent=2) + "\n", encoding="utf-8")
         for file in companions:
             shutil.copyfile(file, building / file.name)
+    if bad:
+        lines = [f"{name}: {count:,} numbers NaN or infinite" for name, count in bad.items()]
+        log.warning("%s was written with numbers that no network can use:\n  %s", folder, shown(lines))
 
 
 def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -115,16 +123,20 @@ def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
     return math.prod(entry[1]) * DTYPES[entry[0]].itemsize
 
 
-def _write_tensor(writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any]) -> None:
+def _write_tensor(
+    writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any], power_of_two: bool
+) -> dict[str, int]:
+    """Writes one tensor, with its scales if it is quantised. Returns its name and how many of the numbers written are NaN or infinite, if any."""
     value = _gathered(leaves[spec.path], spec)
     value = value.T if spec.transposed else value
-    stored_dtype = DTYPES[entries[spec.name][0]]
     if spec.scale_name in entries:
-        values, scale_inv = quantise(value)
-        writer.write(spec.name, values)
+        value, scale_inv = quantize(value, power_of_two)
         writer.write(spec.scale_name, scale_inv)
     else:
-        writer.write(spec.name, value.astype(stored_dtype, copy=False))
+        value = value.astype(DTYPES[entries[spec.name][0]], copy=False)
+    writer.write(spec.name, value)
+    count = not_finite(value)
+    return {spec.name: count} if count else {}
 
 
 def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:

@@ -4,16 +4,19 @@ A matrix [out, in] comes with `<name>_scale_inv` [ceil(out/128), ceil(in/128)]; 
 the lower and right edge may be smaller than 128.
 """
 
+import functools
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from kernels_pallas import QTensor, quantize_block
+
 BLOCK = 128
-_FP8 = ml_dtypes.float8_e4m3fn
-_FP8_MAX = float(ml_dtypes.finfo(_FP8).max)  # 448
 # Looking a byte up is several times faster than converting it.
-_VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
+_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -34,20 +37,16 @@ def dequantise_rows(values: np.ndarray, scale_inv: np.ndarray, corner: tuple[int
         start += BLOCK
 
 
-def quantise(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], with scale_inv = max|block| / 448.
+@functools.partial(jax.jit, static_argnames="power_of_two")
+def _quantize(w: jax.Array, power_of_two: bool) -> QTensor:
+    return quantize_block(w, power_of_two=power_of_two, implementation="xla")
 
-    Relative error of an element at most 2^-4 (three mantissa bits) unless it is below the block's subnormal range.
-    A block of zeros gets scale 1.
+
+def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], as training quantises weights
+    (`kernels_pallas.quantize_block`): scale_inv = max(max|block|, 1e-4) / 448, rounded up to a power of two with `power_of_two`.
+
+    A block with a NaN or an infinity becomes NaN.
     """
-    values = np.empty(w.shape, _FP8)
-    scale_inv = np.ones(scale_shape(w.shape), np.float32)
-    columns = np.arange(w.shape[1]) // BLOCK
-    starts = np.arange(0, w.shape[1], BLOCK)
-    for block_row in range(scale_inv.shape[0]):
-        rows = slice(block_row * BLOCK, (block_row + 1) * BLOCK)
-        w_rows = w[rows].astype(np.float32)
-        largest = np.maximum.reduceat(np.abs(w_rows).max(axis=0), starts)
-        scale_inv[block_row] = np.where(largest > 0, largest / _FP8_MAX, 1.0)
-        values[rows] = np.clip(w_rows / scale_inv[block_row][columns], -_FP8_MAX, _FP8_MAX).astype(_FP8)
-    return values, scale_inv
+    q = _quantize(jnp.asarray(w), power_of_two)
+    return np.asarray(q.values), np.asarray(q.scales)

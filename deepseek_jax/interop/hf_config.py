@@ -21,7 +21,7 @@ from typing import Any
 from deepseek_jax.errors import CheckpointError, UserError, nearest
 from deepseek_jax.interop.fp8_blocks import BLOCK
 from deepseek_jax.interop.hf_fields import CARRIED, CONFIG_NAME, FAMILIES, Fields, mapping, number, refuse
-from deepseek_jax.interop.json_file import read_json
+from deepseek_jax.json_io import read_json
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 
 LATENT_NORM_EPS = 1e-6
@@ -33,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}; give a Hugging Face folder with {CONFIG_NAME} and *.safetensors")
-    fields = read_json(file)
+    fields = read_json(file, "download it again", CheckpointError)
     if "model_type" not in fields and "stages" in fields:
         raise CheckpointError(f"{folder} is the folder of a run here, not a Hugging Face folder: export one of its stages ({_stages(folder, fields)}) first")
     return fields

@@ -41,9 +41,10 @@ def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], part: Part, targe
     if spec.transposed:
         place, within = place.T, within[::-1]  # a view in the stored orientation
     bad: Counter[str] = Counter()
-    for rows, values in _converted_rows(spec, stored, within, place.dtype, bad):
-        place[rows] = values
-        bad[spec.name] += bad_scales(place[rows]) if spec.is_scale else not_finite(place[rows])
+    with np.errstate(invalid="ignore", over="ignore"):  # they are counted instead
+        for rows, values in _converted_rows(spec, stored, within, place.dtype, bad):
+            place[rows] = values
+            bad[spec.name] += bad_scales(place[rows]) if spec.is_scale else not_finite(place[rows])
     return +bad
 
 

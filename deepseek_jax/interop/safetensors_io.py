@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.interop.json_file import read_json
+from deepseek_jax.json_io import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -96,7 +96,7 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     index_file = folder / INDEX_NAME
     if not index_file.is_file():
         raise CheckpointError(_nothing_to_read(folder))
-    weight_map = read_json(index_file).get("weight_map")
+    weight_map = read_json(index_file, "download it again", CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise CheckpointError(f"{index_file}: no readable weight_map, which names a file of the folder for each tensor; download the file again")
     shards = sorted(set(weight_map.values()))

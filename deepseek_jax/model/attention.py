@@ -90,14 +90,15 @@ class SelfAttention:
         """MLA as `Placement.attend` calls it -> [B, T, H, v], in float32 or, from a kernel, the compute dtype.
 
         queries: q [B, T, H, k], segment ids [B, T]; keys: latents [B, S, c], rotary keys [B, S, r], segment ids [B, S];
-        weights: their up-projection [c, H, n+v]. The keys and values exist for `heads_at_once` heads at a time.
+        weights: their up-projection [c, H, n+v], as `Recipe.by_heads` divides it. The keys and values exist for `heads_at_once` heads at a time.
         """
         (q_BTHk, query_segments_BT), (c_kv_BSc, k_rope_BSr, segments_BS), kv_b_cHm = queries, keys, weights
         nope = q_BTHk.shape[-1] - k_rope_BSr.shape[-1]
 
         def some_heads(q_BThk, kv_b_chm):
             heads = kv_b_chm.shape[1]
-            latent_Nc, kv_b_cf = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1]), kv_b_chm.reshape(kv_b_chm.shape[0], -1)
+            latent_Nc = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1])
+            kv_b_cf = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), kv_b_chm)
             multiply = functools.partial(self.precision.linear, kind=self.placement.device_kind)
             kv_NF = place(self.placement, self.precision, multiply, kv_b_cf, "linear", ("kv_lora_rank", "heads"), latent_Nc)
             kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
@@ -113,7 +114,7 @@ class SelfAttention:
         def split(x, axis):
             return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :]), axis, 0)
 
-        out_JBThv = jax.lax.map(jax.checkpoint(lambda part: some_heads(*part)), (split(q_BTHk, 2), split(kv_b_cHm, 1)))
+        out_JBThv = jax.lax.map(jax.checkpoint(lambda part: some_heads(*part)), (split(q_BTHk, 2), jax.tree.map(lambda leaf: split(leaf, 1), kv_b_cHm)))
         return jnp.moveaxis(out_JBThv, 0, 2).reshape(*q_BTHk.shape[:3], -1)
 
     def keys_and_values(self, queries, keys, weights, first: jax.Array | int) -> jax.Array:
@@ -217,17 +218,20 @@ class LatentAttention(nn.Module):
         k_rope_BTr = apply_rotary(kv_a[..., config.kv_lora_rank :], cos_BTr, sin_BTr, rope.interleaved)
         q_rope_BTHr = apply_rotary(q_rope_BTHr, cos_BTr[:, :, None], sin_BTr[:, :, None], rope.interleaved)
 
-        kv_b_cF = linear("kv_b", heads * (nope + value), ("kv_lora_rank", "heads")).weight(config.kv_lora_rank)
-        kv_b_cF = self.precision.dense(kv_b_cF)
-        kv_b_cHm = kv_b_cF.reshape(config.kv_lora_rank, heads, nope + value)
+        kv_b_axes = ("kv_lora_rank", "heads")
+        kv_b_cF = linear("kv_b", heads * (nope + value), kv_b_axes).weight(config.kv_lora_rank)
+        # The cache and the absorbed form have the latents and the up-projection as the expanded form's product rounds them (FP8).
+        latent_BTc = self.precision.rounded_input(c_kv_BTc)
         scale = softmax_scale(rope, config.qk_head_dim)
 
         if cache_entry is None:  # expanded
             core = SelfAttention(self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
             queries = (jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1), tokens.segment_ids_BT)
             keys = (c_kv_BTc, k_rope_BTr, tokens.segment_ids_BT)
-            out_BTHv = placement.attend(core.expanded_latents, queries, keys, kv_b_cHm)
+            out_BTHv = placement.attend(core.expanded_latents, queries, keys, self.precision.by_heads(kv_b_cF, heads))
         else:  # absorbed
+            kv_b_cF = self.precision.rounded_weight(kv_b_cF, "linear", placement.part(kv_b_cF.shape, kv_b_axes))
+            kv_b_cHm = kv_b_cF.reshape(config.kv_lora_rank, heads, nope + value)
             key_cHn, value_cHv = kv_b_cHm[..., :nope], kv_b_cHm[..., nope:]
             q_latent_BTHc = einsum("BTHn,cHn->BTHc", q_nope_BTHn, key_cHn)
 
@@ -236,15 +240,15 @@ class LatentAttention(nn.Module):
                 return (scores_BHTS + einsum("BTHr,BSr->BHTS", q_rope_BTHr, k_rope_BSr)) * scale
 
             old_latent_BSc, old_rope_BSr = cache_entry
-            all_scores = jnp.concatenate([scores(old_latent_BSc, old_rope_BSr), scores(c_kv_BTc, k_rope_BTr)], axis=-1)
+            all_scores = jnp.concatenate([scores(old_latent_BSc, old_rope_BSr), scores(latent_BTc, k_rope_BTr)], axis=-1)
             probs_BHTS = masked_softmax(all_scores, tokens.cached_and_new_mask()[:, None])
             probs_old, probs_new = jnp.split(probs_BHTS, [old_latent_BSc.shape[1]], axis=-1)
-            out_BHTc = einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc) + einsum("BHTS,BSc->BHTc", probs_new, c_kv_BTc)
+            out_BHTc = einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc) + einsum("BHTS,BSc->BHTc", probs_new, latent_BTc)
             out_BTHv = einsum("BHTc,cHv->BTHv", out_BHTc, value_cHv)
 
         out_BTF = out_BTHv.reshape(*x_BTD.shape[:2], heads * value).astype(x_BTD.dtype)
         y_BTD = linear("o", x_BTD.shape[-1], ("heads", "embed"), "attention_output")(out_BTF)
-        return y_BTD, (c_kv_BTc, k_rope_BTr)
+        return y_BTD, (latent_BTc, k_rope_BTr)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -20,9 +20,11 @@ from kernels_pallas import (
     fp8_swiglu_linear,
     prepare,
     prepare_weight,
+    quantize,
 )
 from kernels_pallas.implementations import PREFERRED, preferred
 from kernels_pallas.linear.vjp import PRODUCTS
+from kernels_pallas.quantize.reference import retile
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")
 # V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
@@ -67,6 +69,26 @@ class FP8Recipe(Recipe):
 
     def dense(self, x: jax.Array | QTensor | Prepared) -> jax.Array:
         return dequantize(x, self.compute_dtype) if isinstance(x, QTensor) else super().dense(x)
+
+    def by_heads(self, w_DF: jax.Array | QTensor, heads: int) -> jax.Array | QTensor:
+        """Of a weight that is quantised already, values and scales as they are: a scale is repeated for each column of its block, since blocks
+        and heads need not end together."""
+        if not isinstance(w_DF, QTensor):
+            return super().by_heads(w_DF, heads)
+        columns = retile(w_DF.mT, w_DF.tile[0]).mT
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], heads, -1), columns)
+
+    def rounded_weight(self, w_DF: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array:
+        format = self._format(role)
+        if isinstance(w_DF, QTensor) or role in self.high_precision or "forward" not in format.products:
+            return self.dense(w_DF)
+        return dequantize(prepare_weight(w_DF, format.weight, part).quantized, self.compute_dtype)
+
+    def rounded_input(self, x: jax.Array, role: str = "linear") -> jax.Array:
+        format = self._format(role)
+        if role in self.high_precision or "forward" not in format.products:
+            return x
+        return dequantize(quantize(x, format.input, implementation="xla"), x.dtype)
 
     def linear(self, x: jax.Array, w_DF: jax.Array | QTensor | Prepared, role: str = "linear", kind: str = "cpu") -> jax.Array:
         if role in self.high_precision:

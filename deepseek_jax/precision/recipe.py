@@ -65,6 +65,21 @@ class Recipe:
         """An operand as a plain array, for a product that is none of a recipe's."""
         return plain(x)
 
+    def by_heads(self, w_DF: jax.Array, heads: int) -> Any:
+        """A weight with its outputs divided into heads: a tree of arrays [·, heads, ·], to be cut along the heads. `linear` reads it with
+        the last two axes of each put together again."""
+        return w_DF.reshape(w_DF.shape[0], heads, -1)
+
+    def rounded_weight(self, w_DF: jax.Array, role: str, part: tuple[int, ...]) -> jax.Array:
+        """The weight's numbers as `linear` multiplies with them, for a product that is written another way and must give the same."""
+        del role, part
+        return self.dense(w_DF)
+
+    def rounded_input(self, x: jax.Array, role: str = "linear") -> jax.Array:
+        """The numbers of `linear`'s input as it multiplies with them, in x's dtype."""
+        del role
+        return x
+
     def linear(self, x: jax.Array, w_DF: jax.Array, role: str = "linear", kind: str = "cpu") -> jax.Array:
         """x [..., D] times w [D, F] in the compute dtype.
 

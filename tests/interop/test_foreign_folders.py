@@ -218,3 +218,30 @@ def test_bad_scales_and_values_of_fp8_are_named(tmp_path, variables, dtype):
         assert f"model.layers.0.self_attn.{part}.weight_scale_inv: 1 of " in text, part
     assert "numbers not above 0 or not finite" in text
     assert "model.layers.1.mlp.experts.0.up_proj.weight: 3 of 5,120 numbers NaN or infinite" in text
+
+
+@pytest.mark.parametrize("dtype, count", [("float32", 1), ("bfloat16", 1), ("fp8", 32 * 128)])  # of an FP8 block all is lost
+def test_an_export_names_weights_that_are_no_numbers(tmp_path, variables, dtype, count, caplog):
+    flat = traverse_util.flatten_dict(variables)
+    path = ("params", "moe_layers", "ffn", "experts", "up")
+    flat[path] = flat[path].copy()
+    flat[path][1, 2, 3, 4] = np.nan
+    export_folder(TINY, traverse_util.unflatten_dict(flat), tmp_path / "hf", dtype=dtype)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"\n  model.layers.2.mlp.experts.2.up_proj.weight: {count:,} numbers NaN or infinite")
+
+
+def test_scales_that_are_powers_of_two_stay_so_through_import_and_export(tmp_path, variables):
+    """DeepSeek-V3.1's: what was rounded to FP8 once is not rounded again."""
+    fp8 = {"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}
+    export_folder(TINY, variables, tmp_path / "first", dtype="fp8", carried=fp8)
+    hf = json.loads((tmp_path / "first" / "config.json").read_text())
+    assert hf["quantization_config"]["scale_fmt"] == "ue8m0"
+    stored = read_header(tmp_path / "first" / "model.safetensors")
+    scales = [read_tensor(tensor) for name, tensor in stored.items() if name.endswith("_scale_inv")]
+    assert scales and all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+    config, back = import_folder(tmp_path / "first")
+    export_folder(config, back, tmp_path / "second", dtype="fp8", carried=hf)
+    assert_same(import_folder(tmp_path / "second")[1], back)
+    export_folder(config, back, tmp_path / "third", dtype="fp8")
+    assert "scale_fmt" not in json.loads((tmp_path / "third" / "config.json").read_text())["quantization_config"]

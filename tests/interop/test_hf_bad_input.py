@@ -99,9 +99,9 @@ def test_index_that_points_to_the_wrong_shard(folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "is not JSON"), ("[]", "holds a list, expected an object"), ('{"weight_map": 3}', "no readable weight_map"),
+        ("{", "is damaged"), ("[]", r"is damaged \(it holds list, not an object\)"), ('{"weight_map": 3}', "no readable weight_map"),
         ('{"weight_map": {"a": 3}}', "no readable weight_map"), ('{"weight_map": {"a": "../x"}}', "no readable weight_map"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "is damaged"),
     ],
 )  # fmt: skip
 def test_damaged_index(folder, content, message):
@@ -111,7 +111,7 @@ def test_damaged_index(folder, content, message):
 
 def test_damaged_config(folder):
     (folder / "config.json").write_text("{]")
-    refused(folder, r"config\.json is not JSON")
+    refused(folder, r"config\.json is damaged")
     (folder / "config.json").unlink()
     refused(folder, r"has no config\.json")
 

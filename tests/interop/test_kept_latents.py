@@ -1,0 +1,95 @@
+"""Keys and values from an up-projection that is stored in FP8: its numbers are used as they are, in prefill and in decoding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny_checkpoints import TINY
+
+from deepseek_jax.model.attention import LatentAttention, SelfAttention, Tokens
+from deepseek_jax.model.config import MLAConfig
+from deepseek_jax.model.placement import Placement
+from deepseek_jax.precision import recipe
+from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, quantize_block
+
+B, T, D = 2, 6, 32
+# Two blocks of latents, and a block of columns that ends inside the last head (3 · 40 < 128 < 4 · 40).
+ATTENTION = MLAConfig(num_heads=4, q_lora_rank=20, kv_lora_rank=144, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
+MODEL = TINY.replace(attention=ATTENTION, hidden_size=D)
+# Float32 between the products and after attention, so that nothing but the latents' product rounds behind them.
+FP8 = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32), high_precision=("attention_output",))
+ROWS = np.random.default_rng(0)
+KV_B = ROWS.standard_normal((144, 160)).astype(np.float32) * np.exp(ROWS.standard_normal((144, 160))).astype(np.float32)
+QUERIES = jnp.float32(ROWS.standard_normal((B, T, 4, 32)))
+LATENTS, ROPE_KEYS = jnp.float32(3 * ROWS.standard_normal((B, T, 144))), jnp.float32(ROWS.standard_normal((B, T, 8)))
+SEGMENTS = jnp.ones((B, T), jnp.int32)
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def rounded(x, power_of_two):
+    """Tiles of 1 × 128 in E4M3 by their definition."""
+    x = np.asarray(x).copy()
+    for row in x.reshape(-1, x.shape[-1]):
+        for start in range(0, len(row), 128):
+            tile = row[start : start + 128]
+            scale = np.float32(max(np.abs(tile).max(), 1e-4)) / np.float32(448)
+            scale = np.float32(2.0 ** np.ceil(np.log2(scale))) if power_of_two else scale
+            tile[:] = (tile / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    return x
+
+
+@pytest.mark.parametrize("heads_at_once", [0, 2, 1])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, power_of_two):
+    kept = quantize_block(jnp.asarray(KV_B), power_of_two=power_of_two)
+    precision = dataclasses.replace(FP8, format=LinearFormat(input=Quantizer(power_of_two=power_of_two)))
+    core = SelfAttention(precision, Placement(), 0.1, 0, heads_at_once)
+    found = compiled(lambda w: core.expanded_latents((QUERIES, SEGMENTS), (LATENTS, ROPE_KEYS, SEGMENTS), precision.by_heads(w, 4), 0))(kept)
+    kv = (rounded(LATENTS, power_of_two).astype(np.float64) @ np.asarray(dequantize(kept), np.float64)).reshape(B, T, 4, 40)
+    keys = np.concatenate([kv[..., :24], np.broadcast_to(np.asarray(ROPE_KEYS)[:, :, None], (B, T, 4, 8))], axis=-1)
+    scores = np.einsum("bthk,bshk->bhts", np.asarray(QUERIES, np.float64), keys) * 0.1
+    scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhts,bshv->bthv", weights / weights.sum(-1, keepdims=True), kv[..., 24:])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@functools.cache
+def attention(kind):
+    """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the product."""
+    powers = LinearFormat(input=Quantizer(power_of_two=True))
+    precision = dataclasses.replace(FP8, format=powers) if kind == "kept, powers of two" else FP8
+    module = LatentAttention(ATTENTION, MODEL, precision, Placement())
+    x, tokens = jnp.float32(ROWS.standard_normal((B, T, D))), Tokens(jnp.zeros((B, T), jnp.int32), SEGMENTS)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, tokens))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape) / max(leaf.shape[0] ** 0.5, 1)), shapes)
+    if kind != "quantized in the product":
+        variables["params"]["kv_b"]["kernel"] = quantize_block(jnp.asarray(KV_B) / 12, power_of_two=kind == "kept, powers of two")
+    expanded = compiled(lambda v, x, positions: module.apply(v, x, Tokens(positions, jnp.ones_like(positions))))
+    absorbed = compiled(lambda v, x, positions, cached, entry: module.apply(v, x, Tokens(positions, jnp.ones_like(positions), cached), entry))
+    return variables, x, expanded, absorbed
+
+
+@pytest.mark.parametrize("kind", ["kept", "kept, powers of two", "quantized in the product"])
+def test_decoding_agrees_with_prefill(kind):
+    variables, x, expanded, absorbed = attention(kind)
+    is_kept = isinstance(variables["params"]["kv_b"]["kernel"], QTensor)
+    assert is_kept == (kind != "quantized in the product")
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    y, latents = expanded(variables, x, positions)
+    cached = np.where(np.arange(T) < 3, positions, -1)
+    found, new = absorbed(variables, x[:, 3:], positions[:, 3:], cached, latents)
+    np.testing.assert_allclose(found, y[:, 3:], rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
+    for entry, whole in zip(new, latents, strict=True):
+        np.testing.assert_allclose(entry, whole[:, 3:], rtol=1e-6)
+
+
+def test_the_cache_holds_latents_as_the_product_rounds_them():
+    variables, x, expanded, _ = attention("kept, powers of two")
+    latents = expanded(variables, x, np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)))[1][0]
+    np.testing.assert_array_equal(latents, rounded(latents, power_of_two=True))
