@@ -16,7 +16,7 @@ from deepseek_jax.data.tokenizers import StreamDecoder, Tokenizer, check_vocabul
 from deepseek_jax.errors import NumericsError
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
-from deepseek_jax.interop import import_folder
+from deepseek_jax.interop import import_folder, recipe_for
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import RECIPES, FP8Recipe, recipe
 from deepseek_jax.training.checkpoints import load_variables, resolve_checkpoint
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     )
     precision = recipe(flags.precision)
     if hugging_face:
+        precision = recipe_for(checkpoint, precision)
         config, variables = import_folder(checkpoint, "fp8" if isinstance(precision, FP8Recipe) else "float32")
     else:
         config, variables = load_variables(checkpoint)

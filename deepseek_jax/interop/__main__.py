@@ -4,6 +4,7 @@ An imported checkpoint is a folder like a training stage's: `checkpoints/` for g
 tokenizer files and config.json of the original, which an export takes along again.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepseek_jax import cli
+from deepseek_jax.data import tokenizer_files
+from deepseek_jax.data.tokenizer_files import find_tokenizer
+from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from deepseek_jax.errors import ConfigError, DataError
 from deepseek_jax.interop.atomic import check_absent, new_folder
 from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
 from deepseek_jax.interop.folder import open_folder, usable_folder
@@ -23,12 +28,10 @@ from deepseek_jax.interop.hf_config import read_config
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
 from deepseek_jax.interop.importer import PARAM_DTYPES, read_variables
 from deepseek_jax.interop.report import print_report
-from deepseek_jax.training.checkpoints import Checkpoints, load_variables
+from deepseek_jax.training.checkpoints import Checkpoints, load_variables, resolve_checkpoint
 
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
+# What a tokenizer is made of, if not of what `Tokenizer.save` writes, and the settings of text generation.
+COMPANIONS = (tokenizer_files.TOKENIZER, *tokenizer_files.BESIDE, "tokenizer.model", "tiktoken.model")
 
 
 @flax.struct.dataclass
@@ -52,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     exporting.add_argument("hf_folder", type=Path)
     exporting.add_argument("--dtype", choices=EXPORT_DTYPES, default="bfloat16", help="fp8: the released block-scaled layout")
     exporting.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    exporting.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
     inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a Hugging Face folder holds and lacks")
     inspecting.add_argument("hf_folder", type=Path)
     flags = parser.parse_args(argv)
@@ -63,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
     if flags.command == "import":
         import_checkpoint(flags.hf_folder, flags.checkpoint, flags.dtype, console)
     else:
-        export_checkpoint(flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console)
+        if not 0 < flags.max_shard_gb < math.inf:
+            raise ConfigError(f"--max_shard_gb={flags.max_shard_gb}: a size above 0, in 10^9 bytes")
+        export_checkpoint(flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console, flags.tokenizer)
     return 0
 
 
@@ -72,7 +78,7 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
     check_absent(checkpoint)
     folder = usable_folder(hf_folder)
     for note in folder.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     with _progress(console, "importing") as progress:
         variables = read_variables(folder, dtype, progress)
     with new_folder(checkpoint) as building:
@@ -82,17 +88,39 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
         store.close()
         for file in _companions(hf_folder, CONFIG_NAME):
             shutil.copyfile(file, building / file.name)
-    console.print(f"{hf_folder} -> {checkpoint}", markup=False)
+    console.print(f"{hf_folder} -> {checkpoint}", markup=False, soft_wrap=True)
 
 
-def export_checkpoint(checkpoint: Path, hf_folder: Path, dtype: str, max_shard_bytes: int, console: Console) -> None:
-    """Writes the newest weights of `checkpoint` as a Hugging Face folder, with what an import left beside them."""
+def export_checkpoint(
+    checkpoint: Path, hf_folder: Path, dtype: str, max_shard_bytes: int, console: Console, tokenizer: str | None = None
+) -> None:
+    """Writes the newest weights of `checkpoint`, whatever `resolve_checkpoint` takes, as a Hugging Face folder, with the tokenizer it was
+    trained with (or `tokenizer`) and what an import left beside them."""
     check_absent(hf_folder)
-    config, variables = load_variables(checkpoint)
-    carried = read_config(checkpoint) if (checkpoint / CONFIG_NAME).is_file() else None
+    where = resolve_checkpoint(checkpoint)
+    stage = where.parent.parent if where.parent.name == "checkpoints" else where.parent
+    config, variables = load_variables(where)
+    own = _tokenizer(where, tokenizer, console)
+    if own is not None:
+        check_vocabulary(own, config.vocab_size)
+    carried = read_config(stage) if (stage / CONFIG_NAME).is_file() else None
     with _progress(console, "exporting") as progress:
-        export_folder(config, variables, hf_folder, dtype, max_shard_bytes, carried, _companions(checkpoint), progress)
-    console.print(f"{checkpoint} -> {hf_folder}", markup=False)
+        export_folder(config, variables, hf_folder, dtype, max_shard_bytes, carried, _companions(stage), own, progress)
+    console.print(f"{where} -> {hf_folder}", markup=False, soft_wrap=True)
+
+
+def _tokenizer(where: Path, spec: str | None, console: Console) -> Tokenizer | None:
+    """The tokenizer called `spec`, or that of the checkpoint at `where`; None, which is said, if nobody knows it."""
+    try:
+        return load_tokenizer(spec or find_tokenizer(where))
+    except DataError as error:
+        if spec is not None:
+            raise
+        console.print(
+            f"note: exported without a tokenizer and its token ids, so that transformers does not know where a text ends: {error}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return None
 
 
 def _companions(folder: Path, *more: str) -> list[Path]:

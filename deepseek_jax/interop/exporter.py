@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.atomic import new_folder
 from deepseek_jax.interop.fp8_blocks import quantize
@@ -36,6 +37,7 @@ def export_folder(
     max_shard_bytes: int = 5_000_000_000,
     carried: Mapping[str, Any] | None = None,
     companions: Sequence[Path] = (),
+    tokenizer: Tokenizer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `variables` (numpy arrays, or jax arrays with any sharding over this process's devices) as config.json and safetensors,
@@ -43,14 +45,18 @@ def export_folder(
 
     `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in float32,
     and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json whose token ids
-    and `scale_fmt` are kept; `companions` are files (tokenizer.json and the like) to copy along. At most one tensor is held in memory.
+    and `scale_fmt` are kept; `companions` are files to copy along. `tokenizer` is saved with the weights, its files and chat template, and
+    gives the token ids that `carried` does not; ids that nobody gives are null, since transformers would take 0 and 1 for them. At most one
+    tensor is held in memory.
+
     The folder appears complete or not at all. Weights that are NaN or infinite are written as they are, and logged as a warning.
     Raises CheckpointError if it exists, the disk is too small, the variables are not those of `config` or partly on other hosts, or no
     config.json can express the network.
     """
     if dtype not in EXPORT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, EXPORT_DTYPES)}")
-    hf = config_to_hf(config, carried) | {"torch_dtype": "float32" if dtype == "float32" else "bfloat16"}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    hf = ids | config_to_hf(config, carried) | {"torch_dtype": "float32" if dtype == "float32" else "bfloat16"}
     scale_fmt = scale_format((carried or {}).get("quantization_config"))
     if dtype == "fp8":
         hf["quantization_config"] = QUANTISATION | ({"scale_fmt": scale_fmt} if scale_fmt else {})
@@ -75,6 +81,8 @@ def export_folder(
         (building / CONFIG_NAME).write_text(to_json(hf, indent=2) + "\n", encoding="utf-8")
         for file in companions:
             shutil.copyfile(file, building / file.name)
+        if tokenizer is not None:
+            tokenizer.save(building)
     if bad:
         lines = [f"{name}: {count:,} numbers NaN or infinite" for name, count in bad.items()]
         log.warning("%s was written with numbers that no network can use:\n  %s", folder, shown(lines))

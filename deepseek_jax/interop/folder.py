@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.interop.hf_config import config_from_hf, read_config
+from deepseek_jax.interop.hf_config import config_from_hf, read_config, scale_format
 from deepseek_jax.interop.hf_fields import foreign
 from deepseek_jax.interop.parts import fill
 from deepseek_jax.interop.safetensors_io import DTYPES, StoredTensor, read_folder
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.precision import FP8Recipe, Recipe
 
 SHOWN = 10  # problems in one message
 _ROWS = 1024  # of a matrix, compared at a time
@@ -48,6 +49,13 @@ def shown(lines: Sequence[str]) -> str:
     """The first of many lines, and how many more there are."""
     more = len(lines) - SHOWN
     return "\n  ".join([*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def recipe_for(path: str | Path, precision: Recipe) -> Recipe:
+    """The recipe `precision` as the weights of a Hugging Face folder want it: where its config.json says scale_fmt="ue8m0" (DeepSeek-V3.1),
+    an FP8 recipe's scales are powers of two, those of activations too. Raises CheckpointError as `open_folder` does."""
+    powers_of_two = scale_format(read_config(Path(path)).get("quantization_config")) == "ue8m0"
+    return precision.with_powers_of_two() if powers_of_two and isinstance(precision, FP8Recipe) else precision
 
 
 def open_folder(path: str | Path) -> Folder:

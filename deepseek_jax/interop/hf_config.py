@@ -31,6 +31,8 @@ QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dyna
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a Hugging Face folder. Raises CheckpointError if there is none, it isn't a JSON object, or is one of ours."""
     file = folder / CONFIG_NAME
+    if (folder / "checkpoints").is_dir() and not file.is_file():
+        raise CheckpointError(f"{folder} is a checkpoint of ours, not a Hugging Face folder: export it first")
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}; give a Hugging Face folder with {CONFIG_NAME} and *.safetensors")
     fields = read_json(file, "download it again", CheckpointError)
@@ -199,7 +201,7 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
         "attention_bias": False,
         "hidden_act": "silu",
         "max_position_embeddings": int(context),
-        **{name: carried[name] for name in CARRIED if name in carried},
+        **{name: carried[name] for name in CARRIED if carried.get(name) is not None},
     }
     if not config.mtp_depth and hf["model_type"] != "deepseek_v3":
         del hf["num_nextn_predict_layers"]

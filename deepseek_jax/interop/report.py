@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from deepseek_jax.interop.folder import Folder
@@ -18,23 +19,29 @@ _SHOWN_PROBLEMS = 20
 
 def print_report(folder: Folder, console: Console) -> None:
     """Headers only: a folder of any size is inspected in seconds."""
-    console.print(_config_table(folder))
-    console.print(_tensor_table(folder))
+    for table in (_config_table(folder), _tensor_table(folder)):
+        _print_whole(table, console)
     parameters = sum(math.prod(spec.shape) for spec in folder.table if not spec.duplicate)
     stored = sum(tensor.nbytes for tensor in folder.stored.values())
     files = len({tensor.file for tensor in folder.stored.values()})
     console.print(f"{parameters:,} parameters (correction biases and MTP modules included)")
     console.print(f"{len(folder.stored):,} tensors in {files} file(s), {stored:,} bytes")
     for note in folder.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {escape(note)}", soft_wrap=True)
     if not folder.problems:
         console.print("[green]complete: every tensor is there, in the expected shape[/green]")
         return
     console.print(f"[red]{len(folder.problems)} problem(s); this folder can't be imported:[/red]")
     for problem in folder.problems[:_SHOWN_PROBLEMS]:
-        console.print(f"  {escape(problem)}")
+        console.print(f"  {escape(problem)}", soft_wrap=True)
     if len(folder.problems) > _SHOWN_PROBLEMS:
         console.print(f"  and {len(folder.problems) - _SHOWN_PROBLEMS} more")
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """As wide as it has to be: names are to be read, searched for and copied, which a terminal allows for lines that it wraps itself."""
+    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.print(table, width=max(width, console.width), soft_wrap=True)
 
 
 def _config_table(folder: Folder) -> Table:

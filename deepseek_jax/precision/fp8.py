@@ -64,6 +64,15 @@ class FP8Recipe(Recipe):
         crumbs = any(size < all_of_it and math.gcd(size, format.weight.size) < 8 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
         return w if crumbs or not set(PRODUCTS) <= set(format.products) else prepare_weight(w, format.weight, part[-2:])
 
+    def with_powers_of_two(self) -> "FP8Recipe":
+        """All scales rounded up to powers of two, of activations and weights alike, as the weights of DeepSeek-V3.1 were trained."""
+
+        def rounded(format: LinearFormat) -> LinearFormat:
+            changes = {name: dataclasses.replace(getattr(format, name), power_of_two=True) for name in ("input", "weight", "gradient")}
+            return dataclasses.replace(format, **changes)
+
+        return dataclasses.replace(self, format=rounded(self.format), attention_output=rounded(self.attention_output))
+
     def _format(self, role: str) -> LinearFormat:
         return self.attention_output if role == "attention_output" else self.format
 

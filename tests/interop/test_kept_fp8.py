@@ -1,6 +1,8 @@
 """Released FP8 weights run as they are: nothing is dequantised but what enters no FP8 product."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import traverse_util
 from tiny_checkpoints import TINY, assert_same, random_variables
 
 from deepseek_jax.generation.__main__ import main
-from deepseek_jax.interop import export_folder, import_folder, open_folder
+from deepseek_jax.interop import export_folder, import_folder, open_folder, recipe_for
 from deepseek_jax.interop.safetensors_io import read_tensor
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh
@@ -101,7 +103,7 @@ def _split(variables):
     return traverse_util.unflatten_dict(parts)
 
 
-def test_generation_keeps_them(folder, monkeypatch, capsys):
+def test_generation_keeps_them(folder, tmp_path, monkeypatch, capsys):
     given = []
 
     def stream(model, variables, prompt_ids, rng, sampling):
@@ -111,7 +113,15 @@ def test_generation_keeps_them(folder, monkeypatch, capsys):
     monkeypatch.setattr("deepseek_jax.generation.__main__.stream", stream)
     for precision in ("fp8_deepseek", "bfloat16"):
         main([f"--checkpoint={folder}", "--tokenizer=byte", "--prompt=ab", f"--precision={precision}"])
-    (eight, kept), (half, plain) = given
-    assert (eight, half) == (recipe("fp8_deepseek"), recipe("bfloat16")) and capsys.readouterr().out == "ok\nok\n"
+    hf = json.loads((folder / "config.json").read_text())
+    hf["quantization_config"]["scale_fmt"] = "ue8m0"  # DeepSeek-V3.1's
+    shutil.copytree(folder, tmp_path / "v3.1")
+    (tmp_path / "v3.1" / "config.json").write_text(json.dumps(hf))
+    main([f"--checkpoint={tmp_path / 'v3.1'}", "--tokenizer=byte", "--prompt=ab", "--precision=fp8_deepseek"])
+    (eight, kept), (half, plain), (powers, _) = given
+    assert powers == eight.with_powers_of_two() != eight
+    assert powers.format.input.power_of_two and powers.format.weight.power_of_two and powers.attention_output.input.power_of_two
+    assert recipe_for(tmp_path / "v3.1", recipe("bfloat16")) == recipe("bfloat16")
+    assert (eight, half) == (recipe("fp8_deepseek"), recipe("bfloat16")) and capsys.readouterr().out == 3 * "ok\n"
     assert isinstance(kept["params"]["moe_layers"]["attn"]["o"]["kernel"], QTensor)
     assert plain["params"]["moe_layers"]["attn"]["o"]["kernel"].dtype == jnp.float32

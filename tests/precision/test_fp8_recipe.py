@@ -67,7 +67,8 @@ def test_without_any_role_it_is_bfloat16():
 
 
 def eight_bit_casts(spec) -> int:
-    """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows."""
+    """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows; and one in each
+    attention for the latents that a cache keeps, which the compiler drops where there is none."""
     model = Transformer(CONFIG, recipe(spec))
     program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(abstract_variables(Transformer(CONFIG)))
     return len(re.findall(r"new_dtype=float8_e4m3fn", str(program)))
@@ -86,12 +87,22 @@ def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
     """In a layer: q_a, q_b, kv_a, kv_b, o; gate, up, down of the dense layer; and three of the experts' and the shared expert's."""
     attention, dense, moe = 5, 3, 6
     layers = (attention + dense) + (attention + moe) + (attention + moe)  # a dense layer, a MoE layer, the MTP module's
-    shared = 2  # of two MoE layers
-    assert eight_bit_casts("fp8_deepseek") == 2 * layers - shared
-    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": ["experts", "mtp_projection"]}) == 2 * (layers - 6)
-    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": ["attention_output", "mtp_projection"]}) == 2 * (layers - 3) - shared
-    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": []}) == 2 * (layers + 1) - shared
+    shared, latents = 2, 3  # of two MoE layers; of three attentions
+    assert eight_bit_casts("fp8_deepseek") == 2 * layers - shared + latents
+    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": ["experts", "mtp_projection"]}) == 2 * (layers - 6) + latents
+    without_output = {"name": "fp8_deepseek", "high_precision": ["attention_output", "mtp_projection"]}
+    assert eight_bit_casts(without_output) == 2 * (layers - 3) - shared + latents
+    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": []}) == 2 * (layers + 1) - shared + latents
     assert eight_bit_casts("bfloat16") == 0
+
+
+def test_latents_that_no_cache_keeps_are_not_rounded():
+    model = Transformer(ONE_LAYER, recipe("fp8_deepseek"))
+    casts = []
+    for what in (lambda out: out.hidden_BTD, lambda out: (out.hidden_BTD, out.latents)):
+        compiled = jax.jit(lambda v, what=what: what(model.apply(v, TOKENS))).lower(VARIABLES).compile()
+        casts.append(len(re.findall(r"convert\(", compiled.as_text())))
+    assert casts[0] < casts[1]
 
 
 def kept(function, *arguments) -> list[str]:
