@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
+from deepseek_jax import cli
 from deepseek_jax.interop.folder import Folder
 from deepseek_jax.interop.tensors import SCALE_SUFFIX
 
@@ -20,7 +20,7 @@ _SHOWN_PROBLEMS = 20
 def print_report(folder: Folder, console: Console) -> None:
     """Headers only: a folder of any size is inspected in seconds."""
     for table in (_config_table(folder), _tensor_table(folder)):
-        _print_whole(table, console)
+        cli.show(table)
     parameters = sum(math.prod(spec.shape) for spec in folder.table if not spec.duplicate)
     stored = sum(tensor.nbytes for tensor in folder.stored.values())
     files = len({tensor.file for tensor in folder.stored.values()})
@@ -36,12 +36,6 @@ def print_report(folder: Folder, console: Console) -> None:
         console.print(f"  {escape(problem)}", soft_wrap=True)
     if len(folder.problems) > _SHOWN_PROBLEMS:
         console.print(f"  and {len(folder.problems) - _SHOWN_PROBLEMS} more")
-
-
-def _print_whole(table: Table, console: Console) -> None:
-    """As wide as it has to be: names are to be read, searched for and copied, which a terminal allows for lines that it wraps itself."""
-    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-    console.print(table, width=max(width, console.width), soft_wrap=True)
 
 
 def _config_table(folder: Folder) -> Table:
