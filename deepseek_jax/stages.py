@@ -34,6 +34,7 @@ from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
 from deepseek_jax.rl.grpo import GRPO, learning_rate
+from deepseek_jax.rl.health import HealthConfig
 from deepseek_jax.rl.loop import LoopConfig, train_grpo
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.tasks import Task
@@ -41,7 +42,7 @@ from deepseek_jax.training.batches import Batch
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import train
-from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.metrics import MetricsWriter, read_metrics
 from deepseek_jax.training.objective import uses_mtp
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.outliers import add_outliers
@@ -190,6 +191,7 @@ class GRPOSection:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     loop: LoopConfig = LoopConfig()
     eval: EvalConfig = EvalConfig()
+    health: HealthConfig = HealthConfig()
     loss_chunk: int = 4096
 
     def __post_init__(self):
@@ -206,6 +208,7 @@ class GRPOStage:
     grpo: GRPO
     loop: LoopConfig
     evaluation: EvalConfig
+    health: HealthConfig
 
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "GRPOStage":
@@ -222,7 +225,7 @@ class GRPOStage:
                 f"optimizer.learning_rate and {' and '.join(f'grpo.{field}' for field in twice)} are two answers to one question: leave one of them out"
             )
         program = GRPO(experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk)
-        return cls(name, experiment, program, section.loop, section.eval)
+        return cls(name, experiment, program, section.loop, section.eval, section.health)
 
     def summary(self) -> str:
         config = self.grpo.config
@@ -235,7 +238,8 @@ class GRPOStage:
     def run(self, variables: Variables | None) -> Variables:
         experiment, folder = self.experiment, self.experiment.workdir / self.name
         variables = _weights(variables, experiment)
-        state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, seed=_seed(experiment, self.name, "sampling"), name=self.name)
+        seed = _seed(experiment, self.name, "sampling")
+        state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name)
         if is_primary():
             try:
                 plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
@@ -246,8 +250,8 @@ class GRPOStage:
 
 @dataclasses.dataclass(frozen=True)
 class EvalStage:
-    """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves evaluation.json;
-    changes no weights."""
+    """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves evaluation.json, and
+    its numbers as metrics of step 0; changes no weights."""
 
     name: str
     experiment: Experiment
@@ -301,6 +305,8 @@ class EvalStage:
         if self.eval is not None:
             result |= evaluate(experiment.model, variables, experiment.task, self.eval)
         write_text(self.path, to_json(result, indent=1) + "\n")
+        with contextlib.closing(MetricsWriter(self.path.parent, last_step=-1)) as writer:
+            writer.write(0, {name: value for name, value in result.items() if isinstance(value, float)})
         shown = [(name, result[name]) for name in ("bits_per_byte", "greedy_accuracy", "response_length") if name in result]
         print(f"{self.name}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown), flush=True)
         return variables

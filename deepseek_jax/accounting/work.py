@@ -47,7 +47,7 @@ def rollout_flops(model: ModelConfig, config: GRPOConfig, sampled: bool) -> floa
     """
     rows, drawn = config.completions_per_rollout, config.max_completion_length
     length = config.max_prompt_length + drawn
-    passes = (3 + (config.kl_coefficient > 0)) * config.inner_epochs
+    passes = (3 + config.has_reference) * config.inner_epochs
     flops = passes * rows * length * forward_flops_per_token(model, length)
     if sampled:
         sequences = rows * config.oversampling

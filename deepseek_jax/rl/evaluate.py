@@ -6,6 +6,7 @@ alone, so that two models are asked the same ones.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,11 @@ from jax.experimental.multihost_utils import process_allgather
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
-from deepseek_jax.generation.generate import generate
+from deepseek_jax.generation.generate import Generation, generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.rl.passk import maj_at_k, pass_at_k
-from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, to_texts
+from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, parse, to_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,16 @@ class EvalConfig:
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "sampling", "samples"))
 def answer(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int):
-    """Completions of each problem -> (Generation of n · samples rows, right float32 [n, samples])."""
+    """Completions of each problem -> (Generation of n · samples rows, right float32 [n, samples], formatted bool [n · samples]).
+
+    A completion is formatted where `parse` says so; what is cut off or ends badly is neither formatted nor right.
+    """
     prompts_BP, lengths_B = task.prompts(instances)
     generation = generate(model, variables, prompts_BP, lengths_B, key, sampling, samples_per_prompt=samples)
     repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), instances)
-    right_B = task.accuracy(repeated, generation.tokens_BN, generation.mask_BN.astype(jnp.int32))
-    return generation, right_B.reshape(-1, samples)
+    mask_BN = generation.mask_BN.astype(jnp.int32)
+    right_B = task.accuracy(repeated, generation.tokens_BN, mask_BN)
+    return generation, right_B.reshape(-1, samples), parse(generation.tokens_BN, mask_BN).ok_B
 
 
 def answer_everywhere(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int = 1):
@@ -94,31 +99,40 @@ def sampling_of(config: EvalConfig, task: Task, temperature: float) -> SamplingC
 def greedy(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, float]:
     """Accuracy and mean length of greedy answers: the short evaluation, for curves."""
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
-    generation, right = answer_everywhere(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0))
-    return {"greedy_accuracy": float(right.mean()), "greedy_length": float(generation.lengths_B.mean())}
+    generation, right, _ = answer_everywhere(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0))
+    return {"greedy_accuracy": float(right.mean()), "greedy_length": mean_length(generation)}
+
+
+def mean_length(generation: Generation) -> float:
+    """Tokens a completion, over those that no broken logit ended; NaN if there is none."""
+    lengths_B = np.where(generation.finite_B, generation.lengths_B, 0)
+    return float(lengths_B.sum() / generation.finite_B.sum()) if generation.finite_B.any() else math.nan
 
 
 def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, Any]:
-    """All of it: greedy_accuracy, greedy_length, sampled_accuracy, pass@k, maj@k, response_length, format_share, truncated_share
-    and `samples`, a list of {"prompt", "completion", "right"}.
+    """All of it: greedy_accuracy, greedy_length, sampled_accuracy, pass@k, maj@k, response_length, format_share, truncated_share,
+    non_finite_share and `samples`, a list of {"prompt", "completion", "right"}.
 
-    The response length is the mean over sampled answers, as in R1's figure 3.
+    The response length is the mean over sampled answers, as in R1's figure 3. An answer has a vote in maj@k where its
+    completion is formatted and says something; a truncated one is not formatted. Completions that met a broken logit are
+    wrong and not formatted, have no length, and are counted in non_finite_share alone.
     """
     result: dict[str, Any] = greedy(model, variables, task, config)
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
     asked = jax.tree.map(lambda x: x[: config.num_sampled], problems)
     k = config.samples
     sampling = sampling_of(config, task, config.temperature)
-    generation, right_QK = answer_everywhere(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
+    generation, right_QK, formatted_B = answer_everywhere(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
     right_QK = right_QK > 0
     texts = to_texts(generation.tokens_BN, generation.mask_BN)
-    answers = [answer_in(text) for text in texts]
+    answers = [answer_in(text) or None if formatted else None for text, formatted in zip(texts, formatted_B, strict=True)]
     result["sampled_accuracy"] = float(right_QK.mean())
     result[f"pass@{k}"] = float(np.mean(pass_at_k(right_QK.sum(1), k, k)))
     result[f"maj@{k}"] = float(np.mean([maj_at_k(answers[q * k : (q + 1) * k], right_QK[q]) for q in range(len(right_QK))]))
-    result["response_length"] = float(generation.lengths_B.mean())
-    result["format_share"] = float(np.mean([a is not None for a in answers]))
-    result["truncated_share"] = float(1.0 - generation.finished_B.mean())
+    result["response_length"] = mean_length(generation)
+    result["format_share"] = float(formatted_B.mean())
+    result["truncated_share"] = float((generation.finite_B & ~generation.finished_B).mean())
+    result["non_finite_share"] = float(1.0 - generation.finite_B.mean())
     prompts = task.prompt_text(asked)
     result["samples"] = [
         {"prompt": prompts[q], "completion": texts[q * k], "right": bool(right_QK[q, 0])} for q in range(min(config.show, len(prompts)))

@@ -1,34 +1,52 @@
-"""Counters into words: why a run learns nothing, said while it can still be stopped."""
+"""Warnings about a GRPO run: why it learns nothing or the wrong thing, said while it can still be stopped."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
+
+from deepseek_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class HealthConfig:
-    """Shares from which a batch counts as dead, for how many iterations in a row before it is said, and when it is said again."""
+    """Shares from which a batch counts as dead (`zero_variance` of its groups, `truncated` of its completions), and by which
+    completions may get shorter without being more often right (`shorter`); for how many iterations in a row before it is
+    said (`patience`), and after how many it is said again (`repeat`)."""
 
     zero_variance: float = 0.95
     truncated: float = 0.9
+    shorter: float = 0.25
     patience: int = 5
     repeat: int = 50
+
+    def __post_init__(self):
+        for field in ("zero_variance", "truncated", "shorter"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ConfigError(f"health.{field}={getattr(self, field)}: a share, above 0 and at most 1")
+        for field in ("patience", "repeat"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"health.{field}={getattr(self, field)}: at least 1 iteration")
 
 
 class Health:
     """Watches the metrics of successive iterations; `observe` returns sentences, usually none.
 
     Reads zero_variance_fraction, all_right_fraction, all_wrong_fraction and non_finite_rewards (see `group_metrics`),
-    truncated_fraction and skipped_updates; what is absent isn't watched. Numbers that are not finite are reported at
-    once, everything else after `patience` iterations in a row; both again every `repeat` iterations while they last.
+    truncated_fraction, non_finite_completions and length_mean (see `length_metrics`), skipped_updates and held_out_accuracy;
+    what is absent or None isn't watched. Numbers that are not finite are reported at once, everything else after
+    `patience` iterations in a row; both again every `repeat` iterations while they last.
     """
 
     def __init__(self, config: HealthConfig = HealthConfig()):
         self.config = config
         self.streaks: dict[str, int] = {}
+        self.first: dict[str, float] = {}  # length and held-out accuracy as they were first measured, and as they are now
+        self.now: dict[str, float] = {}
 
-    def observe(self, metrics: Mapping[str, float]) -> list[str]:
+    def observe(self, metrics: Mapping[str, Any]) -> list[str]:
         def read(name: str) -> float:
-            return float(metrics.get(name, 0.0))
+            value = metrics.get(name)
+            return 0.0 if value is None else float(value)
 
         same, cut = read("zero_variance_fraction"), read("truncated_fraction")
         truncated = cut >= self.config.truncated
@@ -52,6 +70,17 @@ class Health:
                 f"{same:.0%} of the groups earn one and the same reward, and not for being right: nothing is learnt; check the "
                 "cold start and the format, or make the task easier"
             )
+        if self._lasts("shorter", self._shorter(metrics), self.config.patience):
+            messages.append(
+                f"completions have shrunk from {self.first['length_mean']:.1f} to {self.now['length_mean']:.1f} tokens, and held-out accuracy "
+                f"went from {self.first['held_out_accuracy']:.3f} to {self.now['held_out_accuracy']:.3f}: the policy gives up its reasoning, "
+                "whose steps go wrong too often to pay; teach the single step first, with longer pre-training or more long demonstrations"
+            )
+        if self._lasts("broken", read("non_finite_completions") > 0, 1):
+            messages.append(
+                f"{read('non_finite_completions'):.0f} completions met logits that were not finite; they train nothing. Lower the "
+                "learning rate, or go back to an earlier checkpoint"
+            )
         if self._lasts("non-finite", read("non_finite_rewards") > 0, 1):
             messages.append(f"{read('non_finite_rewards'):.0f} rewards failed or were not finite; those completions train nothing")
         if self._lasts("skipped", read("skipped_updates") > 0, 1):
@@ -59,6 +88,16 @@ class Health:
                 f"{read('skipped_updates'):.0f} updates were skipped because loss or gradient were not finite; the weights are intact"
             )
         return messages
+
+    def _shorter(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether completions are a good deal shorter than at first, and held-out answers not more often right."""
+        names = ("length_mean", "held_out_accuracy")
+        self.now |= {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
+        self.first = self.now | self.first
+        if len(self.now) < len(names):
+            return False
+        length, accuracy = (self.now[name] for name in names)
+        return length <= (1 - self.config.shorter) * self.first["length_mean"] and accuracy <= self.first["held_out_accuracy"]
 
     def _lasts(self, name: str, holds: bool, patience: int) -> bool:
         streak = self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0

@@ -85,13 +85,16 @@ def train_grpo(
             """The evaluation that is due after `done` rollouts: `evaluate`, `greedy` or None."""
             return evaluate if due(config.sampled_eval_every) else greedy if due(config.eval_every) else None
 
-        logged = [line for line in read_metrics(workdir) if line["step"] == int(state.step)]
-        evaluated = from_primary(str(any("held_out_accuracy" in line for line in logged))) == "True"
+        logged = [line for line in read_metrics(workdir) if line["step"] <= int(state.step)]
+        evaluated_here = any("held_out_accuracy" in line for line in logged if line["step"] == int(state.step))
+        evaluated = from_primary(str(evaluated_here)) == "True"
         if done >= total and (evaluated or evaluation_due() is None):
             return state
         writer = MetricsWriter(workdir, last_step=int(state.step))
         samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))
         progress, watch = Progress(name, total, done), Health(health)
+        for line in logged:  # what was said before a run stopped is not said again
+            watch.observe(line)
         clock.begin(done)
 
         def held_out() -> dict[str, float]:

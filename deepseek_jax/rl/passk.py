@@ -1,6 +1,6 @@
 """What repeated sampling is worth: pass@k and maj@k."""
 
-import collections
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -24,23 +24,39 @@ def pass_at_k(correct_Q: np.ndarray, samples: int, k: int) -> np.ndarray:
 
 
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int | None = None) -> float:
-    """Whether the commonest of k sampled answers to one problem is right (R1's cons@k). `correct[i]` belongs to `answers[i]`.
+    """Probability that the commonest of k sampled answers to one problem is right (R1's cons@k); `correct[i]` belongs to `answers[i]`.
 
     Answers that could not be read (None) have no vote; no vote at all is wrong. A tie counts as the share of the tied
-    answers that are right: what a fair draw among them is worth, without drawing. With more than k samples the mean over
-    successive blocks of k is returned, an unbiased estimate since samples are independent; samples left over are not used.
+    answers that are right: what a fair draw among them is worth, without drawing. With more than k samples it is the mean
+    over all choices of k of them, as `pass_at_k` is. Nothing depends on the order of the samples: an answer that was found
+    right in some of them and wrong in others counts as the share in which it was right.
+
+    Counted, for each number of votes m that may win: with c votes of an answer there are C(c, i) ways to choose i, and
+    choices of different answers multiply. `ways[n, t]` are the ways to choose n samples so that t answers have m votes and
+    none has more, `right[n, t]` the sum over those ways of how many of the t are right.
+    Raises ValueError unless 1 <= k <= samples, each with its verdict.
     """
     k = len(answers) if k is None else k
     if not 1 <= k <= len(answers) or len(answers) != len(correct):
         raise ValueError(f"k={k} must lie between 1 and the number of answers, {len(answers)}, each with its verdict ({len(correct)})")
-    starts = range(0, len(answers) - k + 1, k)
-    return float(np.mean([_majority(answers[i : i + k], correct[i : i + k]) for i in starts]))
+    votes: dict[Hashable, list[bool]] = {}
+    for answer, verdict in zip(answers, correct, strict=True):
+        votes.setdefault(answer, []).append(bool(verdict))
+    silent = len(votes.pop(None, []))
+    total = 0.0
+    for m in range(1, min(k, max(map(len, votes.values()), default=0)) + 1):
+        ways, right = np.zeros((2, k + 1, k // m + 1))
+        ways[: silent + 1, 0] = [math.comb(silent, i) for i in range(min(silent, k) + 1)]
+        for verdicts in votes.values():
+            below = [math.comb(len(verdicts), i) for i in range(min(m, len(verdicts) + 1))]
+            tied = math.comb(len(verdicts), m)
+            ways, right, before = _convolved(ways, below), _convolved(right, below), (ways, right)
+            ways[m:, 1:] += tied * before[0][:-m, :-1]
+            right[m:, 1:] += tied * (before[1] + np.mean(verdicts) * before[0])[:-m, :-1]
+        total += np.sum(right[k, 1:] / np.arange(1, right.shape[1]))
+    return float(total / math.comb(len(answers), k))
 
 
-def _majority(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    votes = collections.Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    verdict = dict(zip(answers, correct, strict=True))
-    return float(np.mean([bool(verdict[answer]) for answer, count in votes.items() if count == most]))
+def _convolved(x: np.ndarray, ways: Sequence[int]) -> np.ndarray:
+    """x with its first axis moved on by i in ways[i] ways, for every i."""
+    return sum(count * np.pad(x[: len(x) - i], ((i, 0), (0, 0))) for i, count in enumerate(ways))
