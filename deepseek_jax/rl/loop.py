@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from deepseek_jax.errors import ConfigError
@@ -180,8 +181,12 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     samples = grpo.sample(state)
     here = process_allgather(samples, tiled=True)  # every process judges all completions: a reward is a function of its text
     completions = to_texts(here.trajectories.completions_BN, here.trajectories.mask_BN)
-    prompts, answers = grpo.task.prompt_text(here.instances), grpo.task.answer_text(here.instances)
-    parts = grpo.rewards.text_parts(prompts, completions, answers, here.trajectories.finished_B)
+    texts = (grpo.task.prompt_text(here.instances), completions, grpo.task.answer_text(here.instances), here.trajectories.finished_B)
+    whole_B = here.trajectories.mask_BN.any(axis=1)  # a completion that was emptied (see `Trajectories`) is nobody's to judge
+    judged = grpo.rewards.text_parts(*([column[row] for row in np.flatnonzero(whole_B)] for column in texts))
+    parts = {name: np.full(len(whole_B), np.nan, np.float32) for name in judged}
+    for name, values in judged.items():
+        parts[name][whole_B] = values
     return grpo.learn(state, samples, jax.tree.map(jnp.asarray, parts))
 
 

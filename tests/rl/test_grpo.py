@@ -174,8 +174,8 @@ def test_a_failing_reward_saves_what_was_reached(grpo, variables, tmp_path):
 
 
 def test_an_evaluation_that_fails_loses_no_rollout(grpo, variables, tmp_path, monkeypatch, capsys):
-    """It comes after the save; started again, the run makes up for it and goes on."""
-    settings = loop.LoopConfig(eval_every=2, checkpoint_every=0, show=0)
+    """It comes after the save; started again, the run makes up for it and goes on. Every fourth has samples too."""
+    settings = loop.LoopConfig(eval_every=2, sampled_eval_every=4, checkpoint_every=0, show=0)
     accuracies = iter([0.25, None, 0.5, 0.75])
 
     def greedy(model, variables, task, config):
@@ -185,6 +185,7 @@ def test_an_evaluation_that_fails_loses_no_rollout(grpo, variables, tmp_path, mo
         return {"greedy_accuracy": accuracy, "greedy_length": 6.0}
 
     monkeypatch.setattr(loop, "greedy", greedy)
+    monkeypatch.setattr(loop, "evaluate", lambda *args: greedy(*args) | {"pass@2": 0.5, "maj@2": 0.25, "samples": []})
     with pytest.raises(RuntimeError, match="the plot of it failed"):
         loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
     assert "rollout 2 of 4 is saved in" in capsys.readouterr().out
@@ -193,6 +194,7 @@ def test_an_evaluation_that_fails_loses_no_rollout(grpo, variables, tmp_path, mo
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["held_out_accuracy"]) for r in records if "held_out_accuracy" in r] == [(0, 0.25), (2, 0.5), (4, 0.75)]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    assert [(r["step"], r["held_out_maj@2"]) for r in records if "held_out_pass@2" in r] == [(0, 0.25), (4, 0.25)]
     assert loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5).rollouts == 4  # asks for no evaluation
 
 
@@ -213,6 +215,37 @@ def test_an_update_that_fails_hides_neither_its_error_nor_what_is_safe(grpo, var
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         loop.train_grpo(grpo, loop.LoopConfig(eval_every=0, checkpoint_every=1), EvalConfig(), variables, tmp_path / "two", seed=5)
     assert "nothing is lost, the newest checkpoint is that of step 2" in capsys.readouterr().out
+
+
+def test_python_rewards_do_not_judge_what_a_broken_network_left(first, variables):
+    """Its rows are emptied; a function may well divide by the length of a completion."""
+    judged = []
+    mask_BN = first[2].trajectories.mask_BN.at[3].set(0)
+    samples = first[2].replace(trajectories=first[2].trajectories.replace(mask_BN=mask_BN))
+
+    class Recorded:
+        in_graph = False
+
+        def text_parts(self, prompts, completions, answers, finished):
+            judged.append(list(zip(prompts, completions, answers, finished, strict=True)))
+            return {"digits": np.arange(len(completions), dtype=np.float32)}
+
+    class Halves:
+        rewards, task = Recorded(), TASK
+        sample = staticmethod(lambda state: samples)
+        learn = staticmethod(lambda state, samples, parts: parts)
+
+    parts = loop.iterate(Halves(), None)
+    np.testing.assert_array_equal(parts["digits"], [0, 1, 2, np.nan, *range(3, 15)])
+    texts = to_texts(samples.trajectories.completions_BN, mask_BN)
+    assert [row[1] for row in judged[0]] == texts[:3] + texts[4:]
+    assert [row[3] for row in judged[0]] == np.delete(np.asarray(samples.trajectories.finished_B), 3).tolist()
+
+
+def test_the_headline_has_what_was_measured():
+    values = {"reward_mean": 1.5, "reward_std": 0.1, "reward_digits": 0.25, "length_mean": 6.0, "entropy": 1.0, "grad_norm": 2.0}
+    assert loop.headline(values) == "reward 1.500  digits 0.250  length 6.0  entropy 1.000  grad 2.00"
+    assert "kl 0.0100  grad 2.00  held-out 0.500" in loop.headline(values | {"kl": 0.01, "held_out_accuracy": 0.5})
 
 
 def test_a_checkpoint_with_a_reference_is_read_where_none_is_kept(variables, tmp_path):
