@@ -137,13 +137,13 @@ class SelfAttention:
         Heads go before positions, so that every product is a batch of plain matrix products; on CPU this is three times
         as fast forward. Where `first` is known before compiling, a chunk reads no keys behind it.
         """
-        kind = self.placement.device_kind
-        if q_BTGgk.shape[3] == 1:
-            operands = [x.astype(self.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv)]
-            if has_kernel(kind, *operands):
-                kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(kind))
-                names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
-                return self.placement.on_each_device(kernel, names, *operands, query_segments_BT, segments_BS)[:, :, :, None]
+        kind, grouped = self.placement.device_kind, q_BTGgk.shape[3]
+        why_not = None if grouped == 1 else f"takes one query head to each key head, not {grouped}"
+        operands = [x.astype(self.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv)]
+        if has_kernel(kind, *operands, why_not=why_not):
+            kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(kind))
+            names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
+            return self.placement.on_each_device(kernel, names, *operands, query_segments_BT, segments_BS)[:, :, :, None]
 
         length, chunk = q_BTGgk.shape[1], self.chunk
         q_BGgTk, k_BGSk, v_BGSv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BSGk.transpose(0, 2, 1, 3), v_BSGv.transpose(0, 2, 1, 3)

@@ -1,5 +1,8 @@
 """Two microbatches through the same layer side by side (V3 §3.2.1): while the tokens of one travel, the other computes."""
 
+import functools
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,14 +12,17 @@ from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Block
 from deepseek_jax.precision import Recipe
+from kernels_pallas.trust import say_once
 
 
 class TwoMicrobatches(nn.Module):
-    """A `Block` with the same parameters under the same names, called on the even and on the odd rows of a batch.
+    """A block with the same parameters under the same names, called on the even and on the odd rows of a batch.
 
     Neither half needs anything of the other, so that the compiler can run the exchange of one beside the products of the
-    other. Called with a cache, or with rows that don't make two halves on every device, it is the block itself.
+    other. Called with a cache it is the block itself; with rows that don't make two halves on every device too, which is said once.
     """
+
+    of: ClassVar[type[nn.Module]] = Block
 
     config: ModelConfig
     moe: MoEConfig | None
@@ -24,12 +30,17 @@ class TwoMicrobatches(nn.Module):
     placement: Placement
 
     def setup(self):
-        self.block = Block(self.config, self.moe, self.precision, self.placement)
+        self.block = self.of(self.config, self.moe, self.precision, self.placement)
         nn.share_scope(self, self.block)
 
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
-        rows = x_BTD.shape[0]
-        if cache_entry is not None or rows % (2 * self.placement.batch_shards):
+        rows, halves = x_BTD.shape[0], 2 * self.placement.batch_shards
+        if cache_entry is None and rows % halves:
+            say_once(
+                f"mesh.dispatch.overlap: {rows} sequences do not make two halves on each of the {halves // 2} devices that divide them, so that each layer "
+                f"runs them in one piece and nothing overlaps; batches and microbatches that are multiples of {halves} avoid it"
+            )
+        if cache_entry is not None or rows % halves:
             return self.block(x_BTD, tokens, cache_entry, expert_ids_BTK)
 
         def half(tree, which: int):
@@ -43,3 +54,9 @@ class TwoMicrobatches(nn.Module):
 
         halves = [self.block(*half((x_BTD, tokens), which), None, half(expert_ids_BTK, which)) for which in (0, 1)]
         return jax.tree.map(whole, *halves)
+
+
+@functools.cache
+def two_microbatches(block: type[nn.Module]) -> type[TwoMicrobatches]:
+    """`TwoMicrobatches` of any block that is made and called as `Block` is."""
+    return TwoMicrobatches if block is Block else type(f"TwoMicrobatchesOf{block.__name__}", (TwoMicrobatches,), {"of": block})

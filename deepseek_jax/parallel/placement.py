@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.model.placement import Placement, combine
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
-from deepseek_jax.parallel.overlap import TwoMicrobatches
+from deepseek_jax.parallel.overlap import two_microbatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
 from kernels_pallas import QTensor
 from kernels_pallas.implementations import device_kind
@@ -56,7 +56,7 @@ class MeshPlacement(Placement):
         return self._shards("batch", "length")
 
     def schedule(self, block: type) -> type:
-        return TwoMicrobatches if self.dispatch.overlap else block
+        return two_microbatches(block) if self.dispatch.overlap else block
 
     def mesh_axes(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> tuple[tuple[str, ...], ...]:
         """The mesh axes that divide each dimension of an array; `prefix` looks rows up under another name first."""

@@ -53,20 +53,31 @@ def shards(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], name:
     return math.prod(sizes[axis] for axis in rules[name])
 
 
-def divide(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], names: Sequence[str | None], shape: Sequence[int], prefix: str = ""):
-    """The mesh axes of each dimension, a tuple of tuples; see `RULES`. Raises KeyError for a name without a row."""
+def divide(
+    rules: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, int],
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    prefix: str = "",
+    whole: set[str] | None = None,
+) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of each dimension, a tuple of tuples; see `RULES`. Raises KeyError for a name without a row.
+
+    A dimension that an axis of its row does not divide is added to `whole`, in words.
+    """
     taken: set[str] = set()
     result = []
     for name, size in zip(names, shape, strict=True):
-        axes: tuple[str, ...] = ()
-        if name is not None:
-            for axis in rules.get(prefix + name, rules[name]):
-                if axis in taken or sizes[axis] == 1:
-                    continue
-                if size % sizes[axis]:
-                    break
-                size //= sizes[axis]
-                axes += (axis,)
-                taken.add(axis)
+        axes, left = (), size
+        for axis in () if name is None else rules.get(prefix + name, rules[name]):
+            if axis in taken or sizes[axis] == 1:
+                continue
+            if left % sizes[axis]:
+                if whole is not None:
+                    whole.add(f"{name} of {size} by {' and '.join((*axes, axis))} of {size // left * sizes[axis]}")
+                break
+            left //= sizes[axis]
+            axes += (axis,)
+            taken.add(axis)
         result.append(axes)
     return tuple(result)

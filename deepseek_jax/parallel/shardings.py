@@ -15,16 +15,22 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables, logical_axes
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.rules import OPTIMIZER
+from deepseek_jax.parallel.rules import OPTIMIZER, divide
+from kernels_pallas.trust import say_once
 
 
 def variables_sharding(model: Transformer) -> Any:
-    """A NamedSharding for every leaf of `abstract_variables(model)`."""
+    """A NamedSharding for every leaf of `abstract_variables(model)`. What the mesh cannot divide as its rules want is said once."""
     if not isinstance(model.placement, MeshPlacement):
         return None
-    return jax.tree.map(
-        lambda leaf, axes: model.placement.sharding(tuple(axes), leaf.shape), abstract_variables(model), dict(logical_axes(model))
-    )
+    shapes, axes, place, whole = abstract_variables(model), dict(logical_axes(model)), model.placement, set()
+    jax.tree.map(lambda leaf, axes: divide(dict(place.rules), place.sizes, tuple(axes), leaf.shape, whole=whole), shapes, axes)
+    if whole:
+        say_once(
+            f"mesh: devices do not share these dimensions of parameters, because they do not divide evenly: {'; '.join(sorted(whole))}. Each device holds "
+            "more of them, in weights and optimizer state; sizes that are multiples avoid it"
+        )
+    return jax.tree.map(lambda leaf, axes: place.sharding(tuple(axes), leaf.shape), shapes, axes)
 
 
 def state_sharding(model: Transformer, abstract_state: Any) -> Any:

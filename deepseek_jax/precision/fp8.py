@@ -25,6 +25,7 @@ from kernels_pallas import (
 from kernels_pallas.implementations import PREFERRED, preferred
 from kernels_pallas.linear.vjp import PRODUCTS
 from kernels_pallas.quantize.reference import retile
+from kernels_pallas.trust import say_once
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")
 # V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
@@ -53,6 +54,11 @@ class FP8Recipe(Recipe):
                 raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
 
     def has_kernels(self, kind: str) -> bool:
+        if kind not in PREFERRED and kind != "cpu":
+            say_once(
+                f"precision {self.name}: there are no FP8 kernels for this kind of device, {kind}, so XLA emulates every product in float32, which is "
+                "slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and config.precision=bfloat16 needs none"
+            )
         return kind in PREFERRED
 
     def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Prepared:
