@@ -138,7 +138,7 @@ def train_grpo(
                 while done < total and stop is None:
                     begin = time.monotonic()
                     state, metrics, samples, rewards_B = iterate(grpo, state)
-                    values = jax.device_get(metrics)
+                    values = measured(jax.device_get(metrics))
                     clock.started(metrics)
                     done += 1
                     step = int(state.step)
@@ -213,6 +213,11 @@ def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
     """Drops the samples of steps that will be made again, and a last line cut short."""
     write_text(path, "".join(to_json(row) + "\n" for row in read_json_lines(path, has_step) if row["step"] <= step))
     return path
+
+
+def measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without the mean length of right or of wrong answers where there were none."""
+    return {name: value for name, value in metrics.items() if name not in ("length_right_mean", "length_wrong_mean") or np.isfinite(value)}
 
 
 def held_out_metrics(measured: Mapping[str, Any]) -> dict[str, float]:

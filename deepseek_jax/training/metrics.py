@@ -43,8 +43,6 @@ class MetricsWriter:
             self._file.flush()
             for name, value in values.items():
                 for suffix, number in enumerate_leaves(value):
-                    if not np.isfinite(number):  # nothing was measured; metrics.jsonl has null
-                        continue
                     self._board.add_scalar(name + suffix, number, step)
             self._board.flush()
         except OSError as error:

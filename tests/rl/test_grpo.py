@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import chex
 import jax
@@ -240,6 +241,11 @@ def test_python_rewards_do_not_judge_what_a_broken_network_left(first, variables
     texts = to_texts(samples.trajectories.completions_BN, mask_BN)
     assert [row[1] for row in judged[0]] == texts[:3] + texts[4:]
     assert [row[3] for row in judged[0]] == np.delete(np.asarray(samples.trajectories.finished_B), 3).tolist()
+
+
+def test_lengths_of_answers_that_there_were_none_of_are_not_logged():
+    metrics = {"length_right_mean": math.nan, "length_wrong_mean": 6.0, "loss": math.nan}
+    assert loop.measured(metrics).keys() == {"length_wrong_mean", "loss"}
 
 
 def test_the_headline_has_what_was_measured():
