@@ -29,7 +29,7 @@ def call(path: str, function: str, levels: int = 1) -> tuple[Any, str]:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look for the module they are defined in
-    with _reported(path, folders), dotted_names():
+    with _reported(path, folders), any_names_and_values():
         spec.loader.exec_module(module)
         made = getattr(module, function, None)
         if callable(made):
@@ -79,12 +79,15 @@ def _short(file: str, path: str) -> str:
 
 
 @contextmanager
-def dotted_names() -> Iterator[None]:
-    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does. It refuses them by default."""
-    defaults = ConfigDict.__init__.__kwdefaults__
-    before = defaults["allow_dotted_keys"]
-    defaults["allow_dotted_keys"] = True
+def any_names_and_values() -> Iterator[None]:
+    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does, and values of another type than
+    the one before, as {"name": "fp8_deepseek", …} is where there was a name. It refuses both by default; what a field takes is
+    checked where the experiment is built."""
+    init = ConfigDict.__init__
+    before = init.__defaults__, init.__kwdefaults__
+    init.__defaults__ = (None, False, True)  # initial_dictionary, type_safe, convert_dict
+    init.__kwdefaults__ = before[1] | {"allow_dotted_keys": True}
     try:
         yield
     finally:
-        defaults["allow_dotted_keys"] = before
+        init.__defaults__, init.__kwdefaults__ = before

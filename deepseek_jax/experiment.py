@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from deepseek_jax import cli
-from deepseek_jax.config_file import call, dotted_names
+from deepseek_jax.config_file import call, any_names_and_values
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import convert, inside, is_mapping
@@ -87,7 +87,7 @@ def read_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     made, where = call(path, "get_config")
     if not is_mapping(made):
         raise ConfigError(f"{where}: get_config() returns {type(made).__name__}, not a ConfigDict of {', '.join(FIELDS)} and stages")
-    with dotted_names():
+    with any_names_and_values():
         config = copy.deepcopy(made) if isinstance(made, ConfigDict) else ConfigDict(plain(made))
         for field, text in overrides:
             override(config, field, text)

@@ -70,6 +70,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("reader")
     for name in ("deepseek_jax", "kernels_pallas", "tests"):
         (root / name).symlink_to(ROOT / name)
+    (root / "my_module.py").write_text("def my_reward(prompt, completion, answer):\n    return float(completion == answer)\n", encoding="utf-8")
     shutil.copytree(ROOT / "experiments", root / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
     for block in python_blocks():
         if "def get_config" in block.text:  # `mine.py` is what the page calls it
@@ -239,8 +240,9 @@ def test_overrides_are_valid_as_they_are_printed(folder):
     printed = overrides()
     assert printed
     for where, flags in printed:
+        subject = "deepseek_v3_671b" if where.startswith("deepseek_jax/parallel/") else "r1_tiny"  # what the page speaks of
         try:
-            _run_module("deepseek_jax", ["--config=experiments/r1_tiny.py", *flags, "--dry"])
+            _run_module("deepseek_jax", [f"--config=experiments/{subject}.py", *flags, "--dry"])
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{where}: {flags}: {type(error).__name__}: {error}") from error
 
