@@ -20,12 +20,13 @@ from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.accounting.work import works
-from deepseek_jax.experiment import Experiment, build_experiment, claim_workdir, read_flags
+from deepseek_jax.experiment import Experiment, build_experiment, read_flags
 from deepseek_jax.json_io import read_json
 from deepseek_jax.parallel import hosts
 from deepseek_jax.report import comparison_table, samples_table
 from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
 from deepseek_jax.training.checkpoints import saved_steps
+from deepseek_jax.workdir import claim, explained, hold, plan_run
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -42,19 +43,28 @@ def main(argv: Sequence[str]) -> int | None:
     hosts.join(given or hosts.detect(), lambda: saved_steps(workdir))
     experiment = build_experiment(config, name, workdir)
     stages = build_stages(experiment)
+    plan = plan_run(experiment, stages)
     for stage in stages:
-        stage.check_data(prepare=True)
-    claim_workdir(experiment)
+        if plan.actions[stage.name] != "keep":
+            stage.check_data(prepare=True)
+    with hold(workdir), explained(workdir):
+        claim(experiment, stages, plan)
+        run_stages(experiment, stages, begin)
+        print_results(experiment, stages)
+    print(f"done in {time.monotonic() - begin:.0f} s; everything is in {workdir}", flush=True)
+    return 0
+
+
+def run_stages(experiment: Experiment, stages: Sequence[Stage], begin: float) -> None:
+    """All stages in order, each with the weights that the one before left."""
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
-    print(f"{name}: {total:,} parameters, {active:,} of them active for a token; {experiment.model.precision.name}; results in {workdir}", flush=True)
+    precision = experiment.model.precision.name
+    print(f"{experiment.name}: {total:,} parameters, {active:,} of them active for a token; {precision}; results in {experiment.workdir}", flush=True)
     variables = None
     for index, stage in enumerate(stages, start=1):
         print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}  ({time.monotonic() - begin:.0f} s since the start)", flush=True)
         variables = stage.run(variables)
-    print_results(experiment, stages)
-    print(f"done in {time.monotonic() - begin:.0f} s; everything is in {workdir}", flush=True)
-    return 0
 
 
 def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:

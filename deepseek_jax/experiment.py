@@ -35,14 +35,12 @@ from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.overrides import override, plain, split
 from deepseek_jax.parallel.fit import fits
-from deepseek_jax.parallel.hosts import from_primary, write_text
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.precision import recipe
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import Task, build_task
-from deepseek_jax.training.checkpoints import COMPUTED_AS
 from deepseek_jax.training.config import TrainConfig
 
 FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
@@ -184,34 +182,3 @@ def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig
                 size = GRPOConfig.from_dict(section["grpo"]).minibatch_size
                 rows.append((f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches", size))
     return resolve(config, num_devices, fits(config, model, rows, lengths))
-
-
-def claim_workdir(experiment: Experiment) -> None:
-    """Notes the configuration in the workdir; a run that is started again, and every process of it, has to be the same experiment.
-
-    On which mesh it runs, and how the network is computed, may change: checkpoints don't depend on it. Raises ConfigError naming
-    the first fields that differ.
-    """
-    path = experiment.workdir / "config.json"
-    text = from_primary(path.read_text(encoding="utf-8") if path.exists() else to_json(experiment.config, indent=1) + "\n")
-    try:
-        before = _flat(json.loads(text))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); pass another --workdir, or restore it") from None
-    now = _flat(experiment.config)
-    free = {f"config.model.{field}" for field in COMPUTED_AS}
-    fields = sorted(field for field in {*before, *now} - free if field.split(".")[1] != "mesh" and before.get(field) != now.get(field))
-    changed = [f"{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in fields]
-    if changed:
-        raise ConfigError(
-            f"{experiment.workdir} holds a run of another configuration: {', '.join(changed[:3])}"
-            f"{' and more' if len(changed) > 3 else ''}. Pass another --workdir, or the settings it was started with"
-        )
-    if not path.exists():
-        write_text(path, text)
-
-
-def _flat(node: Any, path: str = "config") -> dict[str, Any]:
-    if isinstance(node, dict) and node:
-        return {key: value for name, child in node.items() for key, value in _flat(child, f"{path}.{name}").items()}
-    return {path: node}

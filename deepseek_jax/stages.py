@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.data.checks import check_sources
 from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
+from deepseek_jax.data.tokenizer_files import FOLDER
 from deepseek_jax.data.tokenizers import ByteTokenizer
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build, change, inside
@@ -39,6 +40,7 @@ from deepseek_jax.rl.loop import LoopConfig, train_grpo
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.tasks import Task
 from deepseek_jax.training.batches import Batch
+from deepseek_jax.training.checkpoints import steps_in
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import train
@@ -50,17 +52,44 @@ from deepseek_jax.training.outliers import add_outliers
 Variables = Mapping[str, Any]
 
 
-class Stage(Protocol):
-    """`variables` is None at the start of an experiment; a stage that needs weights says so."""
+class Stage:
+    """What all kinds of stage have. `variables` is None at the start of an experiment; a stage that needs weights says so."""
 
     name: str
+    experiment: Experiment
+    changes_weights = True
+    leaves_results = True  # in its folder
+    length = ""  # the setting that says how many steps it makes
 
-    def summary(self) -> str: ...
+    @property
+    def folder(self) -> Path:
+        return self.experiment.workdir / self.name
+
+    def summary(self) -> str:
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, under the names of the experiment file."""
+        raise NotImplementedError
+
+    def made(self) -> list[int]:
+        """The steps that its folder has the results of, oldest first; [] where there is nothing yet."""
+        return steps_in(self.folder / "checkpoints")
+
+    def finished(self) -> bool:
+        raise NotImplementedError
 
     def check_data(self, prepare: bool) -> None:
         """Opens the data that `run` will read, without what would have to be downloaded unless `prepare`. Raises DataError."""
 
-    def run(self, variables: Variables | None) -> Variables: ...
+    def run(self, variables: Variables | None) -> Variables:
+        """The weights that the stage leaves; those it has left if it is finished."""
+        raise NotImplementedError
+
+    def keep_tokenizer(self) -> None:
+        """Puts the tokenizer's files beside the checkpoints: whoever takes the folder reads and writes the text it was trained on."""
+        if is_primary():
+            self.experiment.tokenizer.save(self.folder / FOLDER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +123,7 @@ class TaskDocuments:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainStage:
+class TrainStage(Stage):
     """Pre-training or SFT: next-token prediction on packed documents. They differ in their data alone.
 
     `batch_size` is the sequences of a step; where `train.batch_size` is a schedule, the largest, and None in the experiment.
@@ -107,6 +136,8 @@ class TrainStage:
     batch_size: int | None = None
     data: DataConfig = DataConfig()
     task_documents: TaskDocuments = TaskDocuments()
+
+    length = "train.steps"
 
     def __post_init__(self):
         _require_length(self.seq_len)
@@ -131,6 +162,18 @@ class TrainStage:
         sources = ", ".join(f"{source.name} ({source.weight:g})" for source in self.data.sources)
         return f"{self.train.steps} steps of {self.batch_size} × {self.seq_len} tokens from {sources}"
 
+    def settings(self) -> dict[str, Any]:
+        return {
+            "train": self.train,
+            "data": self.data,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size if self.train.batch_size is None else None,
+            "task_documents": self.task_documents if self._uses_task() else None,
+        }
+
+    def finished(self) -> bool:
+        return max(self.made(), default=0) >= self.train.steps
+
     def check_data(self, prepare: bool) -> None:
         _check_sources(self._text(), ("train", "validation"), self.experiment, self.data.data_dir, prepare)
 
@@ -143,13 +186,14 @@ class TrainStage:
 
     def run(self, variables: Variables | None) -> Variables:
         experiment, model, held_out = self.experiment, self.experiment.model, None
+        self.keep_tokenizer()
         if self._held_out():
             held_out = held_out_batches(dataclasses.replace(self.data, sources=self._held_out()), experiment, self.seq_len, self.batch_size)
         result = train(
             model,
             self.train,
             self._open_loader,
-            experiment.workdir / self.name,
+            self.folder,
             variables=variables,
             held_out=held_out,
             seed=experiment.seed,
@@ -200,15 +244,18 @@ class GRPOSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class GRPOStage:
+class GRPOStage(Stage):
     """Reinforcement learning with rule rewards on the experiment's task. Also leaves curves.png."""
 
     name: str
     experiment: Experiment
     grpo: GRPO
+    optimizer: OptimizerConfig
     loop: LoopConfig
     evaluation: EvalConfig
     health: HealthConfig
+
+    length = "grpo.steps"
 
     @classmethod
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "GRPOStage":
@@ -225,18 +272,24 @@ class GRPOStage:
                 f"optimizer.learning_rate and {' and '.join(f'grpo.{field}' for field in twice)} are two answers to one question: leave one of them out"
             )
         program = GRPO(experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk)
-        return cls(name, experiment, program, section.loop, section.eval, section.health)
+        return cls(name, experiment, program, optimizer, section.loop, section.eval, section.health)
 
     def summary(self) -> str:
         config = self.grpo.config
         rewards = ", ".join(f"{name} × {weight:g}" for name, weight in config.rewards)
         return f"{config.rollouts} rollouts of {config.prompts_per_rollout} × {config.group_size}, {config.steps_per_rollout} updates each; {rewards}"
 
-    def check_data(self, prepare: bool) -> None:
-        del prepare  # problems are drawn, not read
+    def settings(self) -> dict[str, Any]:
+        """`loop`, `eval` and `loss_chunk` change no weights."""
+        return {"grpo": self.grpo.config, "optimizer": self.optimizer}
+
+    def finished(self) -> bool:
+        config = self.grpo.config
+        return max(self.made(), default=0) >= config.rollouts * config.steps_per_rollout
 
     def run(self, variables: Variables | None) -> Variables:
-        experiment, folder = self.experiment, self.experiment.workdir / self.name
+        experiment, folder = self.experiment, self.folder
+        self.keep_tokenizer()
         variables = _weights(variables, experiment)
         seed = _seed(experiment, self.name, "sampling")
         state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name)
@@ -249,7 +302,7 @@ class GRPOStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalStage:
+class EvalStage(Stage):
     """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves evaluation.json, and
     its numbers as metrics of step 0; changes no weights."""
 
@@ -260,6 +313,8 @@ class EvalStage:
     seq_len: int = 512
     batch_size: int = 16
     eval_batches: int | None = None
+
+    changes_weights = False
 
     def __post_init__(self):
         _require_length(self.seq_len)
@@ -284,13 +339,23 @@ class EvalStage:
             parts.append(f"bits per byte of {', '.join(source.name for source in self.data.sources)}")
         return "; ".join(parts)
 
+    def settings(self) -> dict[str, Any]:
+        fields = {"eval": self.eval, "data": self.data}
+        return fields | ({} if self.data is None else {"seq_len": self.seq_len, "batch_size": self.batch_size, "eval_batches": self.eval_batches})
+
+    def made(self) -> list[int]:
+        return [0] if self.path.exists() else []
+
+    def finished(self) -> bool:
+        return self.path.exists()
+
     def check_data(self, prepare: bool) -> None:
         if self.data is not None:
             _check_sources(self.data.sources, ("validation",), self.experiment, self.data.data_dir, prepare)
 
     @property
     def path(self) -> Path:
-        return self.experiment.workdir / self.name / "evaluation.json"
+        return self.folder / "evaluation.json"
 
     def run(self, variables: Variables | None) -> Variables:
         experiment = self.experiment
@@ -313,13 +378,15 @@ class EvalStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutliersStage:
+class OutliersStage(Stage):
     """Puts outlier channels into the weights, for studies of number formats; leaves no files."""
 
     name: str
     experiment: Experiment
     channels: int
     factor: float
+
+    leaves_results = False
 
     def __post_init__(self):
         width = self.experiment.model.config.hidden_size
@@ -333,8 +400,11 @@ class OutliersStage:
     def summary(self) -> str:
         return f"{self.channels} channels {self.factor:g} times as large"
 
-    def check_data(self, prepare: bool) -> None:
-        del prepare
+    def settings(self) -> dict[str, Any]:
+        return {"channels": self.channels, "factor": self.factor}
+
+    def finished(self) -> bool:
+        return False
 
     def run(self, variables: Variables | None) -> Variables:
         variables = _weights(variables, self.experiment)

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from deepseek_jax.__main__ import main
 from deepseek_jax.errors import UserError
-from deepseek_jax.experiment import build_experiment, claim_workdir, read_flags
+from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.stages import build_stages
 
 ROOT = Path(__file__).parents[1]
@@ -108,18 +107,6 @@ def test_an_experiment_file_is_checked_as_a_whole(change, message, tmp_path):
     with pytest.raises(UserError) as error:
         build_stages(build_experiment(config, "x", tmp_path))
     assert message in str(error.value)
-
-
-def test_a_workdir_belongs_to_one_configuration(tmp_path):
-    config = ConfigDict(read_flags([f"--config={R1_TINY}"])[0])
-    claim_workdir(build_experiment(config, "x", tmp_path))
-    claim_workdir(build_experiment(config, "x", tmp_path))
-    with config.unlocked():  # another way to compute the same network, on another mesh
-        config.model.remat, config.mesh = "full", {"fsdp": 8}
-    claim_workdir(build_experiment(config, "x", tmp_path))
-    config.seed = 7
-    with pytest.raises(UserError, match=r"config.seed \(0 -> 7\).*another --workdir"):
-        claim_workdir(build_experiment(config, "x", tmp_path))
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("*.py")))

@@ -6,6 +6,7 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
+from deepseek_jax.identity import free
 
 FORMATS = ("text", "completion", "messages", "tokens")
 PACKINGS = ("split", "whole")
@@ -91,9 +92,9 @@ class DataConfig:
     num_epochs: int | None = None
     streams: int = 1
     open_rows: int = 32
-    read_threads: int = 1
-    prefetch_rows: int = 64
-    data_dir: str | None = None
+    read_threads: int = free(1)
+    prefetch_rows: int = free(64)
+    data_dir: str | None = free(None)
 
     def __post_init__(self):
         _choice("data.packing", self.packing, PACKINGS)

@@ -24,6 +24,7 @@ from deepseek_jax.data.pipeline import check_lengths, held_out_rows, training_ro
 from deepseek_jax.data.sources import InMemory, open_source
 from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.identity import is_free
 
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
@@ -196,10 +197,8 @@ def check_divisible(num_rows: int, num_streams: int, num_blocks: int) -> None:
 
 def _describe(config: DataConfig, sources: Sequence[Any]) -> dict[str, Any]:
     """Everything a position depends on; what only affects speed is left out."""
-    fields = dataclasses.asdict(config)
-    for name in ("data_dir", "read_threads", "prefetch_rows"):
-        del fields[name]
-    return fields | {"num_documents": [len(source) for source in sources]}
+    fields, values = dataclasses.fields(config), dataclasses.asdict(config)
+    return {field.name: values[field.name] for field in fields if not is_free(field)} | {"num_documents": [len(source) for source in sources]}
 
 
 def _stop(iterators: list[grain.DatasetIterator]) -> None:

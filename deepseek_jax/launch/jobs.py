@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.accounting.work import works
 from deepseek_jax.errors import ConfigError, UserError
-from deepseek_jax.experiment import build_experiment, claim_workdir, mesh_sizes, read_flags
+from deepseek_jax.experiment import build_experiment, mesh_sizes, read_flags
 from deepseek_jax.launch.metric_names import check_metric
 from deepseek_jax.launch.sweep import Run, Sweep
 from deepseek_jax.overrides import written
@@ -15,6 +15,7 @@ from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.parallel.rules import shards as batch_shards
 from deepseek_jax.stages import Stage, build_stages
+from deepseek_jax.workdir import plan_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,7 @@ def _build(experiment: str, run: Run, folder: Path) -> tuple[Job, list[Stage]]:
         sizes = mesh_sizes(mesh, built.config, built.model.config, tuple(built.sections), devices)
         shards = batch_shards(dict(build_rules(mesh.rules)), sizes, "batch")
     stages = build_stages(built)
-    if (folder / "config.json").exists():
-        claim_workdir(built)
+    plan_run(built, stages)
     work = works(stages, shards).values()
     job = Job(
         run=run,

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
-import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
+from deepseek_jax import locks
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json, to_json
@@ -55,25 +53,9 @@ def write_status(folder: Path, status: Status) -> None:
     partial.replace(folder / "status.json")
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[int | None]:
-    """Holds the folder for one run at a time and gives the descriptor, for child processes to inherit: it is free once
-    all that hold it have ended, however they ended. None where the file system has no locks (a mounted bucket).
-
-    Raises ConfigError if it is held.
-    """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder} is in use: the run is still going on") from None
-        except OSError:
-            yield None
-            return
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def lock(folder: Path) -> contextlib.AbstractContextManager[int | None]:
+    """Holds the folder for one run at a time and gives the descriptor, see `locks.lock`. Raises ConfigError if it is held."""
+    return locks.lock(folder / "lock", f"{folder} is in use: the run is still going on")
 
 
 def is_locked(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
+from deepseek_jax.identity import free
 
 
 def _require(condition: bool, message: str) -> None:
@@ -132,7 +133,7 @@ class MoEConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     correction_bias: bool = True
-    implementation: str = "grouped"
+    implementation: str = free("grouped")
 
     def __post_init__(self):
         _positive(self, "num_experts", "top_k", "intermediate_size", "num_groups", "topk_groups")
@@ -189,10 +190,10 @@ class ModelConfig:
     latent_norm_eps: float = 1e-6
     init_std: float = 0.006
     tie_embeddings: bool = False
-    remat: str = "none"
-    attention_chunk: int = 0
-    attention_heads_at_once: int = 0
-    scan_unroll: int = 1
+    remat: str = free("none")
+    attention_chunk: int = free(0)
+    attention_heads_at_once: int = free(0)
+    scan_unroll: int = free(1)
 
     def __post_init__(self):
         _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")

@@ -19,6 +19,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.generation.generate import Generation, generate
 from deepseek_jax.generation.sampling import SamplingConfig
+from deepseek_jax.identity import free
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.rl.passk import maj_at_k, pass_at_k
 from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, parse, to_texts
@@ -38,7 +39,7 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_completion_length: int = 0
-    show: int = 4
+    show: int = free(4)
     seed: int = 0
 
     def __post_init__(self):

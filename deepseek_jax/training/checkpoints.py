@@ -24,13 +24,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from deepseek_jax.errors import CheckpointError, DataError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
+from deepseek_jax.identity import decisive
 from deepseek_jax.json_io import read_json, to_json
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all, write_text
-
-# Fields that say how the network is computed, not which network it is: they may differ between runs on one checkpoint.
-COMPUTED_AS = ("remat", "attention_chunk", "attention_heads_at_once", "scan_unroll", "moe.implementation")
 
 METRIC = "bits_per_byte"
 METRICS = "metrics.json"  # beside the three parts of a checkpoint
@@ -156,16 +154,23 @@ class Checkpoints:
                 f"free some space or choose another workdir. {self._safe()}"
             )
 
-    def restore(self, like) -> Restored | None:
-        """The newest readable checkpoint, placed as `like` is; None if there is none.
+    def restore(self, like, last: int | None = None) -> Restored | None:
+        """The newest readable checkpoint, placed as `like` is; None if there is none. Of a run that has gone beyond step `last` the one of `last`.
 
         `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that is None
         in it is let go. A damaged checkpoint is reported, set aside as
         `<step>.damaged`, and the one before it is used. Raises CheckpointError for a checkpoint of another model or optimiser,
-        naming the first difference, and if every checkpoint is damaged: training anew over them is the caller's decision.
+        naming the first difference, if every checkpoint is damaged (training anew over them is the caller's decision), and if there is
+        none of `last`.
         """
-        damaged = []
-        for step in reversed(json.loads(from_primary(json.dumps(self.steps())))):
+        steps, damaged = json.loads(from_primary(json.dumps(self.steps()))), []
+        if last is not None and steps and steps[-1] > last:
+            if last not in steps:
+                raise CheckpointError(
+                    f"{self.directory} has gone beyond step {last}, and has checkpoints of steps {steps} alone: ask for as many steps as one of them or more"
+                )
+            steps = [last]
+        for step in reversed(steps):
             restored = self._read(step, like)
             if restored is None:
                 damaged.append(step)
@@ -186,7 +191,11 @@ class Checkpoints:
 
         def read():
             meta = _read_meta(where)
-            differs = _first_difference(_identity(meta["model"]), _identity(self.config.to_dict()), "model")
+            try:
+                saved = ModelConfig.from_dict(meta["model"])
+            except ConfigError as error:
+                raise CheckpointError(f"{where} was written by another version of this program: {error}") from error
+            differs = _first_difference(decisive(saved), decisive(self.config), "model")
             if differs:
                 raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
             parts = {"variables": variables, "training": training | _unwanted(meta["training"], like)}
@@ -428,17 +437,6 @@ def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where
     differs = _first_difference(found, wanted, "state")
     if differs:
         raise CheckpointError(f"{where} does not fit this model and optimiser: {differs}; use another workdir or those settings")
-
-
-def _identity(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's fields by dotted path, without those of `COMPUTED_AS`."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _identity(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in COMPUTED_AS:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> str | None:

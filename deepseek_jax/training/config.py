@@ -6,6 +6,7 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import NO_CONTEXT, build, convert, is_mapping
+from deepseek_jax.identity import free
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import Schedule
@@ -30,12 +31,12 @@ class TrainConfig:
     router_bias_centred: bool = False
     batch_size: Schedule | None = None
     microbatch: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int | None = None
-    checkpoint_every: int = 0
-    keep_last: int = 2
-    keep_best: int = 1
+    log_every: int = free(10)
+    eval_every: int = free(0)
+    eval_batches: int | None = free(None)
+    checkpoint_every: int = free(0)
+    keep_last: int = free(2)
+    keep_best: int = free(1)
 
     def __post_init__(self):
         for name, least in (

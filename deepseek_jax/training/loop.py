@@ -45,6 +45,7 @@ def train(
     name: str = "train",
 ) -> TrainResult:
     """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest checkpoint.
+    Where more steps are made already, the checkpoint of `config.steps` is what it gives.
 
     Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is started again
     with the same arguments gives bit-identical weights and log lines. `open_loader()` is called if there are steps to make, and the
@@ -64,7 +65,7 @@ def train(
         stack.enter_context(contextlib.closing(store))
         wanted = abstract_state(model, optimizer)
         store.require_space(wanted)
-        restored, evaluation = store.restore(wanted), {}
+        restored, evaluation = store.restore(wanted, config.steps), {}
         if restored is not None:
             state, evaluation = restored.state, restored.metrics
         else:
@@ -74,7 +75,8 @@ def train(
         def evaluation_due() -> bool:
             return held_out is not None and step > 0 and (step == config.steps or _due(step, config.eval_every))
 
-        missing = evaluation_due() and not evaluation  # the run was killed between a save and its evaluation
+        beyond = max(store.steps(), default=0) > config.steps  # the stage was longer once; all that it has left stays as it is
+        missing = evaluation_due() and not evaluation and not beyond  # the run was killed between a save and its evaluation
         if step >= config.steps and not missing:
             return TrainResult(state, evaluation)
         if held_out is not None:

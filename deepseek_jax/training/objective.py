@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.identity import free
 from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.router import batch_balance_loss, expert_balance_loss, sequence_balance_loss
 from deepseek_jax.model.transformer import Transformer
@@ -40,7 +41,7 @@ class ObjectiveConfig:
     balance: str = "sequence"
     balance_alpha: float = 1e-4
     balance_reduction: str = "sum"
-    loss_chunk: int = 4096
+    loss_chunk: int = free(4096)
 
     def __post_init__(self):
         for field, allowed in (("balance", ("none", *BALANCE_LOSSES)), ("balance_reduction", tuple(BALANCE_REDUCTIONS))):

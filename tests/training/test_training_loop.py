@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer
@@ -253,6 +253,21 @@ def test_without_held_out_data(tmp_path):
     assert result.metrics == {} and saved_steps(tmp_path) == [2]
     assert [line["step"] for line in read_metrics(tmp_path)] == [2]
     assert run(tmp_path, Bad(ends), steps=2, eval_every=1, held_out=None).metrics == {}
+
+
+def test_a_longer_stage_and_a_shorter_one_again(uninterrupted, tmp_path):
+    """Twenty steps, then forty: the same as forty at once. The twenty are still there afterwards, and asking for them changes nothing."""
+    run(tmp_path, Counting(), steps=20, keep_last=9)
+    first = results(tmp_path)
+    run(tmp_path, Counting(), keep_last=9)
+    same_results(tmp_path, uninterrupted)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = run(tmp_path, Bad(ends), steps=20, keep_last=9)
+    assert int(again.state.step) == 20 and again.metrics["bits_per_byte"] == first[0][-1]["bits_per_byte"]
+    jax.tree.map(np.testing.assert_array_equal, again.state.variables, first[1])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with pytest.raises(CheckpointError, match=r"has gone beyond step 19, and has checkpoints of steps \[5, 10, 15, 20, 25, 30, 35, 40\] alone"):
+        run(tmp_path, Bad(ends), steps=19)
 
 
 def test_a_state_that_was_given_away_is_not_saved(tmp_path):
