@@ -65,11 +65,12 @@ def measure(
         memory = {**parts, "total": needed_bytes(str(error))}
         report |= {"memory_bytes_per_device": memory, "fits": False, "hbm_bytes": None, "collective_bytes": None, "roofline": None, "assumed_loops": []}
     else:
-        report |= _compiled_report(compiled, parts, flops, taken, topology, mesh, assumptions)
+        report |= compiled_report(compiled, parts, flops, taken, topology, mesh, assumptions)
     return report | {"compile_seconds": time.monotonic() - started, "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def _compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
+def compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
+    """What the compiled text tells, for the fields of `measure`; `taken`: the branches that `flops` are those of."""
     memory = memory_bytes(compiled.memory_analysis(), parts)
     module = hlo.parse(compiled.as_text())
     choices = {"while_trips": assumptions.while_trips, "branch": assumptions.branch}

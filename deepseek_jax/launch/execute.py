@@ -23,6 +23,8 @@ def execute(command: Sequence[str], folder: Path) -> int:
     """Runs `command` to its end and returns its exit status, 128 + n if signal n ended it. Raises ConfigError if it runs already."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder) as descriptor:
+        if descriptor is None:
+            print(f"{folder} is on a file system without locks: see to it that no other launcher runs {folder.name} at the same time", flush=True)
         before, begin = read_status(folder).seconds, time.time()
         write_status(folder, Status("running", seconds=before))
         status = _run(command, folder / LOG, () if descriptor is None else (descriptor,))

@@ -42,6 +42,8 @@ class LocalLauncher:
         KeyboardInterrupt; a second signal, passed on too, ends them at once.
         """
         waiting, running, failed, passed_on = deque(enumerate(jobs, start=1)), {}, 0, 0
+        if self.cores is None:
+            print(f"{self.slots} slots and fewer cores, or cores that cannot be divided here: all runs share them", flush=True)
         begin, shown = time.monotonic(), {}
         reported = begin
         with _stop_signals() as received:

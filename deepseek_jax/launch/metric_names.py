@@ -12,7 +12,7 @@ from deepseek_jax.stages import EvalStage, GRPOStage, Stage, TrainStage
 HELD_OUT = ("bits_per_byte", "held_out_loss")
 CLOCK = ("step", "tokens_per_second", "flops_per_second", "mfu")
 EVALUATION = ("bits_per_byte", "greedy_accuracy", "greedy_length", "sampled_accuracy", "response_length", "format_share", "truncated_share")
-OF_SAMPLES = re.compile(r"(pass|maj)@\d+|held_?out_\w+")
+OF_SAMPLES = re.compile(r"(pass|maj)@\d+|held_out_[\w@]+")
 
 
 def check_metric(metric: str, stages: Sequence[Stage]) -> None:

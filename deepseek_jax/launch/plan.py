@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from deepseek_jax.accounting.report import quantity
@@ -82,10 +83,13 @@ def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, kn
     )
 
 
+_NOT_PRICED = {"local": "this machine's", "slurm": "the cluster's", "skypilot": "the cloud's"}  # machines without accelerators
+
+
 def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local") -> Table:
     """One row per run: what its launcher asks for, and for how long; below, what is still to do in all and why a cost is not known."""
     missing = [estimate for estimate in estimates if estimate.status.state != "done"]
-    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True, caption_justify="left")
+    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("run", footer="to do", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("where", no_wrap=True)
@@ -97,7 +101,7 @@ def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local"
     table.add_column("from")
     for e in estimates:
         row = (e.job.name, e.status.state, _where(e.job.run.resources, launcher), quantity(e.job.tokens), f"{e.job.flops:.2g}")
-        cost = "this machine's" if e.job.run.resources.kind == "cpu" and launcher == "local" else _dollars(e.dollars)
+        cost = _NOT_PRICED[launcher] if e.job.run.resources.kind == "cpu" else _dollars(e.dollars)
         table.add_row(*row, _hours(e.hours), cost, _memory(e), e.basis)
     table.caption = "\n".join(_notes(estimates, launcher)) or None
     return table
@@ -125,8 +129,8 @@ def _notes(estimates: Sequence[Estimate], launcher: str) -> Iterator[str]:
     prices = sorted({f"{e.job.run.resources.kind}: {e.price}" for e in estimates if e.dollars is not None and e.price is not None})
     if prices:
         yield f"prices: {'; '.join(prices)}" + (" (on demand; spot machines cost less)" if launcher == "skypilot" else "")
-    if launcher == "skypilot" and any(e.job.run.resources.kind == "cpu" for e in estimates):
-        yield "machines without accelerators are not priced here: see `sky show-gpus` and your cloud"
+    if any(e.job.run.resources.kind == "cpu" for e in estimates) and launcher != "local":
+        yield "machines without accelerators are not priced here"
 
 
 def _total(values: Sequence[float | None], text: Callable[[float | None], str]) -> str:

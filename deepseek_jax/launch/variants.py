@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from deepseek_jax.json_io import to_json
@@ -87,7 +88,7 @@ def distinguishing_fields(sweep: Sweep, rows: Sequence[Row], point: Sequence[str
 
 def results_table(sweep: Sweep, rows: Sequence[Row], title: str) -> Table:
     """A row per variant: the metric's mean and standard deviation over seeds, how many runs that is of, and which runs are left out and why."""
-    view = Table(title=title, title_justify="left", caption_justify="left")
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("variant")
     view.add_column(f"{sweep.metric}, mean ± standard deviation", justify="right", no_wrap=True)
     view.add_column("n", justify="right")

@@ -42,6 +42,30 @@ def test_decoding_computes_what_the_closed_formula_says():
     assert sum(stored["flops"].values()) == pytest.approx(stored["model_flops"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "case, microbatches, layers, tokens, width, id_bytes",
+    [("small_v5p", 1, 1, 512, 512, 512), ("small_h100", 1, 1, 512, 512, 4), ("v3_v5p", 15, 58 + 1, 4096, 7168, 512)],
+)
+def test_every_expert_exchange_is_counted(case, microbatches, layers, tokens, width, id_bytes):
+    """By hand, on one device: its tokens go to 8 experts each and come back, forward and again before the backward pass, and their gradients once in
+    each direction, in bfloat16; each expert's number goes along with its token, 4 bytes that a TPU pads to 512. All but its own part leaves it."""
+    stored = json.loads((GOLDEN / f"{case}.json").read_text())
+    rows, peers = 8 * tokens, stored["mesh"]["expert"]
+    moved = 6 * rows * width * 2 + 2 * rows * id_bytes
+    assert stored["collective_bytes"]["expert"]["ragged-all-to-all"] == microbatches * layers * moved * (peers - 1) // peers
+
+
+def test_v3_on_a_pod():
+    """Figures that were worked out apart from this program: 2.01e19 FLOPs without the recomputation of the routed experts, and with it
+    2 x 3 x 7168 x 2048 FLOPs more for each of 8 experts of 59 layers and every token."""
+    stored = json.loads((GOLDEN / "v3_v5p.json").read_text())
+    total, useful = sum(stored["flops"].values()), stored["model_flops"]
+    assert total == pytest.approx(20.125e18 + 6 * 7168 * 2048 * 8 * 59 * stored["tokens_per_step"], rel=1e-3)
+    assert total == pytest.approx(2.27e19, rel=5e-3) and useful / total == pytest.approx(0.72, abs=5e-3)
+    assert stored["roofline"]["binding"] == "compute" and stored["step_seconds_lower_bound"] == pytest.approx(48.4, rel=5e-3)
+    assert stored["tokens_per_second_upper_bound"] == pytest.approx(1.30e6, rel=5e-3)
+
+
 def test_state_is_divided_among_all_devices():
     """Weights in float32, both moments in bfloat16: 8 bytes a parameter, over the devices of the mesh but for what does not divide."""
     stored = json.loads((GOLDEN / "small_h100.json").read_text())

@@ -1,5 +1,7 @@
 """Compiled programs as text: trip counts, device groups, and the traffic of programs whose traffic is known in closed form."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.accounting import hlo
+from deepseek_jax.accounting.chips import CHIPS
 from deepseek_jax.accounting.collectives import replica_groups, traffic
+from deepseek_jax.accounting.compiled import compiled_report
 from deepseek_jax.accounting.hbm import memory_traffic
-from deepseek_jax.accounting.topologies import topology
+from deepseek_jax.accounting.program_flops import Assumptions
+from deepseek_jax.accounting.topologies import Topology, topology
 
 MESH = {"x": 2, "y": 4}
 TARGETS = [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")]
@@ -186,6 +191,43 @@ def test_compiled_conditionals_of_one_predicate_take_the_same_branch(forward, ba
     assert [len(traffic(module, 8, branch=branch).collectives) for branch in ("least", "most")] == [least, most]
 
 
+def test_conditionals_in_a_loop_count_as_often_as_they_run():
+    """False has one sum outside of the loop and one in each of its four rounds; True has three and none. Written together, they take True."""
+    loop = """
+%body (c: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {{
+  %c = (s32[], f32[8]{{0}}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %y = f32[8]{{0}} get-tuple-element(%c), index=1
+  %test = s32[] get-tuple-element(%c), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %inside = f32[8]{{0}} conditional(%test, %y, %y), branch_computations={{%sums_1, %sums_0}}{backward}
+  ROOT %out = (s32[], f32[8]{{0}}, s32[]) tuple(%next, %inside, %test)
+}}
+
+%condition (k: (s32[], f32[8], s32[])) -> pred[] {{
+  %k = (s32[], f32[8]{{0}}, s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%k), index=0
+  %limit = s32[] constant(4)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}}
+
+ENTRY"""
+    text = BRANCHES.replace("\nENTRY", loop, 1)
+    second = text[text.index("  ROOT %second") : text.rindex("}}")]
+    text = text.replace(
+        second,
+        """  %start = s32[] constant(0)
+  %all = (s32[], f32[8]{{0}}, s32[]) tuple(%start, %first, %other)
+  %loop = (s32[], f32[8]{{0}}, s32[]) while(%all), condition=%condition, body=%body
+  ROOT %last = f32[8]{{0}} get-tuple-element(%loop), index=1
+""",
+    )
+    module = hlo.parse(text.format(forward=FORWARD, backward=BACKWARD))
+    for branch, sums in (("least", 3), ("most", 1 + 4)):
+        assert sum(c.times for c in traffic(module, 8, branch=branch).collectives) == sums
+
+
 def test_branches_follow_another_measure():
     """Each branch has so many collectives, whatever the other one costs; memory follows as well."""
     module = hlo.parse(BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other"))
@@ -196,6 +238,24 @@ def test_branches_follow_another_measure():
         assert [len(found.collectives), found.taken[place, 2]] == [sums, taken]
         # A sum reads 32 bytes and writes 32, and so does a negation; the conversion of the predicate moves 5.
         assert memory_traffic(module, taken=found.taken) == 64 * (2 + 2 * taken) + 5
+
+
+def test_a_report_counts_the_branches_of_the_flops():
+    """Of a compiled program whose bytes would choose otherwise: three sums of True, not two of False, on every line of the report."""
+
+    class Compiled:
+        def as_text(self):
+            return BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other")
+
+        def memory_analysis(self):
+            return types.SimpleNamespace(argument_size_in_bytes=0, output_size_in_bytes=0, alias_size_in_bytes=0, temp_size_in_bytes=0, generated_code_size_in_bytes=0)
+
+    target = Topology("", CHIPS["h100"], tuple(types.SimpleNamespace(platform="gpu", process_index=0) for _ in range(8)), ())
+    mesh = types.SimpleNamespace(size=8, devices=np.array(target.devices, dtype=object), shape={"x": 8})
+    for taken, sums, moved in ((1, 3, 64 * 4 + 5), (0, 2, 64 * 2 + 5)):
+        report = compiled_report(Compiled(), {}, {}, {(hlo.Place("model.py", 30, 8), 2): taken}, target, mesh, Assumptions(branch="least"))
+        assert report["collective_bytes"] == {"x": {"all-reduce": sums * 2 * 32 * 7 // 8}}
+        assert report["hbm_bytes"] == moved
 
 
 def test_arrays_of_a_shape():

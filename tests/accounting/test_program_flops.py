@@ -140,18 +140,21 @@ def test_the_compiled_program_is_asked_about_the_same_branches(branch, index):
     assert list(runs.values()) == [index] * 3
 
 
-def test_one_predicate_at_two_places():
-    """Each conditional has a cheaper branch, not the same one: together the first costs 1 + 3 products, the second 2 + 1."""
+@pytest.mark.parametrize("first, rounds", [(2, 1), (2, 4), (6, 1), (6, 4)])
+def test_one_predicate_at_two_places(first, rounds):
+    """Each conditional has a cheaper branch, not the same one. Products of False and True: `first` and 1 in the first one, 1 and 3 in each round of the
+    second, whose rounds decide."""
     x = f32(4, 4)
     times = lambda n: lambda x: lax.fori_loop(0, n, lambda _, c: c @ c, x)  # noqa: E731
 
     def fn(x):
         positive = x[0, 0] > 0
-        y = lax.cond(positive, times(1), times(2), x)
-        return lax.scan(lambda c, _: (lax.switch(positive.astype(jnp.int32), (times(1), times(3)), c), None), y, None, length=1)[0]
+        y = lax.cond(positive, times(1), times(first), x)
+        return lax.scan(lambda c, _: (lax.switch(positive.astype(jnp.int32), (times(1), times(3)), c), None), y, None, length=rounds)[0]
 
-    assert count(fn, x, assumptions=Assumptions(branch="least")) == (2 + 1) * 2 * 4**3
-    assert count(fn, x) == (1 + 3) * 2 * 4**3
+    together = (first + rounds * 1, 1 + rounds * 3)
+    assert count(fn, x, assumptions=Assumptions(branch="least")) == min(together) * 2 * 4**3
+    assert count(fn, x) == max(together) * 2 * 4**3
 
 
 def test_predicates_apart():
@@ -161,16 +164,21 @@ def test_predicates_apart():
     assert count(fn, x, assumptions=Assumptions(branch="least")) == 0
     assert count(fn, x) == 3 * 2 * 4**3
 
-    def moving(x):
-        def body(carry, _):
-            x, positive = carry
-            return (lax.cond(positive, lambda x: x, lambda x: x @ x, x), ~positive), None
+    def body(carry):
+        x, positive = carry
+        return lax.cond(positive, lambda x: x, lambda x: x @ x, x), ~positive
 
+    def moving(loop, x):
         positive = x[0, 0] > 0
-        (x, _), _ = lax.scan(body, (x, positive), None, length=3)
+        x = loop((x, positive))[0]
         return lax.cond(positive, lambda x: x @ x, lambda x: x, x)
 
-    assert count(moving, x, assumptions=Assumptions(branch="least")) == 0
+    loops = (
+        lambda carry: lax.scan(lambda carry, _: (body(carry), None), carry, None, length=3)[0],
+        lambda carry: lax.while_loop(lambda carry: jnp.sum(carry[0]) < 1, body, carry),
+    )
+    for loop in loops:
+        assert count(functools.partial(moving, loop), x, assumptions=Assumptions(branch="least")) == 0
 
 
 def test_unknown_branch_is_refused():

@@ -1,12 +1,14 @@
 """The terms of the bound against arithmetic by hand on meshes whose traffic is plain to see."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from deepseek_jax.accounting.chips import CHIPS
 from deepseek_jax.accounting.collectives import Collective
+from deepseek_jax.accounting.dry_run import bounds
 from deepseek_jax.accounting.roofline import link_bandwidth, link_bytes, roofline
 from deepseek_jax.accounting.topologies import Topology
 
@@ -115,3 +117,19 @@ def test_a_device_has_its_part_of_the_chip():
     target = tpus("tpu7x", (2, 2, 1))
     bound = roofline({"bfloat16": 4 * 2307e12}, 7380e9 / 2, [], target, target.devices)
     assert (bound.compute, bound.hbm) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "chip, price, dollars, source",
+    [("h100", None, 6.88, "AWS p5.48xlarge, 2026-11-09"), ("h100", 3.5, 3.5, "--dollars_per_hour"), ("b200", None, None, None), ("b200", 9.0, 9.0, "--dollars_per_hour")],
+)
+def test_hours_and_dollars(chip, price, dollars, source):
+    """A step of two seconds on eight chips, 1,800 times: an hour. A price that is given comes before the list's; without either there is none."""
+    target = dataclasses.replace(gpus(1), chip=CHIPS[chip])
+    plan = types.SimpleNamespace(tokens=1000, calls=1800.0, model_flops=4 * target.chip.bf16)
+    found = bounds(plan, target, {"roofline": {"seconds": 2.0}}, price, is_v3=False)
+    assert (found["hours_lower_bound"], found["dollars_per_chip_hour"], found["price_source"]) == (1.0, dollars, source)
+    assert found["dollars_lower_bound"] == (None if dollars is None else pytest.approx(8 * dollars))
+    assert (found["tokens_per_second_upper_bound"], found["mfu_upper_bound"], found["v3_bill"]) == (500, pytest.approx(1 / 4), None)
+    none = bounds(plan, target, {"roofline": None}, price, is_v3=True)
+    assert (none["hours_lower_bound"], none["dollars_lower_bound"], none["v3_bill"]) == (None, None, {"h800_hours": 2_788_000, "dollars": 5_576_000.0})

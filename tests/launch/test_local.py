@@ -130,6 +130,15 @@ def test_other_ranks_keep_a_log_and_no_status(tmp_path):
     assert (tmp_path / "output.3.log").read_text() == "hello\n" and not (tmp_path / "status.json").exists()
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("deepseek_jax.launch.state.fcntl.flock", flock)
+    assert execute([sys.executable, "-c", "pass"], tmp_path / "a") == 0
+    assert "is on a file system without locks" in capsys.readouterr().out and read_status(tmp_path / "a").state == "done"
+
+
 def test_a_lock_is_held_once(tmp_path):
     with lock(tmp_path), pytest.raises(ConfigError, match="in use"), lock(tmp_path):
         pass

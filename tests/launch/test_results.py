@@ -61,16 +61,19 @@ def test_tokens_of_a_batch_that_a_mesh_divides(tmp_path):
     assert job.tokens == sum(sizes) * 128 and set(sizes) == {64, 128, 192, 256}
 
 
-def test_reinforcement_learning_is_work_too(tmp_path):
-    """By hand: three passes (KL is off) over prompts and completions, and what drawing them takes."""
-    overrides = {"stages": ("grpo",), "grpo.grpo.steps": 3, "grpo.grpo.num_minibatches": 1, "grpo.grpo.inner_epochs": 1, "grpo.grpo.kl_coefficient": 0.0, "grpo.grpo.prompts_per_rollout": 4, "grpo.grpo.group_size": 8}
+@pytest.mark.parametrize("kl, passes", [(0.0, 3), (0.01, 4)])
+def test_reinforcement_learning_is_work_too(kl, passes, tmp_path):
+    """By hand, two epochs: forward and backward over prompts and completions, the reference's forward pass where the KL counts, and drawing twice the
+    groups that are trained on, each prompt read once for its group."""
+    changes = {"steps": 6, "num_minibatches": 1, "inner_epochs": 2, "kl_coefficient": kl, "prompts_per_rollout": 4, "group_size": 8, "oversampling": 2}
+    overrides = {"stages": ("grpo",), **{f"grpo.grpo.{name}": value for name, value in changes.items()}}
     (job,) = build_jobs(Sweep(str(ROOT / "experiments" / "r1_tiny.py"), [Run("a", overrides)], metric="grpo.rollout_seconds"), tmp_path)
     config, rows = ModelConfig.from_dict(job.config.model), 4 * 8
     prompt, drawn = prompt_and_completion(job)
-    assert job.tokens == 3 * rows * drawn
-    read = forward_flops_per_token(config, prompt + drawn) * (prompt + drawn) * 3 * rows
-    decoded = sum(decode_flops_per_token(config, context) for context in range(prompt, prompt + drawn)) * rows
-    assert job.flops == 3 * (read + decoded + 4 * prompt * forward_flops_per_token(config, prompt))
+    assert job.tokens == 3 * rows * drawn  # two steps a rollout
+    read = forward_flops_per_token(config, prompt + drawn) * (prompt + drawn) * passes * 2 * rows
+    decoded = sum(decode_flops_per_token(config, context) for context in range(prompt, prompt + drawn)) * 2 * rows
+    assert job.flops == 3 * (read + decoded + 2 * 4 * prompt * forward_flops_per_token(config, prompt))
 
 
 def prompt_and_completion(job):
@@ -205,6 +208,15 @@ def test_runs_that_diverged_or_lack_the_metric_are_counted_and_not_averaged(tmp_
     for part in ("base", "1.0000", "1 diverged, 1 without the metric, 1 failed", "mine", "2.1667 ± 0.1528", "1 diverged"):
         assert part in shown
     assert "left out: 2 diverged, 1 without the metric, 1 failed" in drawn(tmp_path, sweep, rows).get_suptitle()
+
+
+@pytest.mark.parametrize(("best", "bold"), [("lowest", "a"), ("highest", "b")])
+def test_the_best_variant_is_bold(best, bold):
+    sweep = Sweep("x.py", [Run("a", {"x": 1}), Run("b", {"x": 2}), Run("c", {"x": 3})], x="x", best=best)
+    rows = rows_of(sweep, lambda o: float(o["x"]))
+    rows[2]["status"] = "failed"
+    view = results_table(sweep, rows, "title")
+    assert [name for name, row in zip("abc", view.rows, strict=True) if row.style == "bold"] == [bold]
 
 
 def test_variants_with_names_that_hold_no_seed():
