@@ -4,6 +4,7 @@ A program is a `main(argv)` that may raise UserError; its `__main__.py` ends wit
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
 from deepseek_jax.errors import ConfigError, UserError, nearest
+from deepseek_jax.fields import convert, describe
+from deepseek_jax.overrides import parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,13 +42,29 @@ def parser(module: str, description: str) -> Parser:
     )
 
 
+def number(kind: type = float, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """For the `type` of a flag: a finite number, for `kind` int a whole one (1e3 among them), from `least` (or `above` it) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = convert(parse(text), kind, "")
+        except ConfigError:
+            value = math.nan
+        if least <= value <= most and value > above:
+            return value
+        limits = [f"at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {describe(kind)}{', ' if limits else ''}{' and '.join(limits)}")
+
+    return read
+
+
 def add_price(flags: argparse._ActionsContainer) -> None:
     """The flag for what an hour of a chip costs, as `dollars_per_chip_hour`."""
     flags.add_argument(
         "--dollars_per_hour",
         "--dollars_per_chip_hour",
         dest="dollars_per_chip_hour",
-        type=float,
+        type=number(least=0),
         help="what a chip costs for an hour (default: its list price, where one is known)",
     )
 

@@ -14,7 +14,8 @@ from deepseek_jax.accounting.cost import Work
 from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.experiment import build_experiment, read_config
+from deepseek_jax.overrides import plain, split
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import PRESETS, ModelConfig, preset
 
@@ -24,13 +25,13 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.parser("deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated.")
     parser.add_argument("preset", nargs="?", help="a published model, or a folder with its config.json; the list is printed without it")
     parser.add_argument("--config", help="an experiment file that is counted instead; --config.field=value overrides")
-    parser.add_argument("--sequence_length", type=int, default=defaults.sequence_length, help="tokens of context for the FLOPs")
-    parser.add_argument("--tokens", type=float, help="training tokens for the cost (default: those of the experiment's stages, 1e12 without an experiment)")
-    parser.add_argument("--sustained_tflops", type=float, default=defaults.sustained_tflops, help="per GPU, for the cost: V3's own on an H800")
-    parser.add_argument("--dollars_per_hour", type=float, default=defaults.dollars_per_hour, help="per GPU, for the cost: V3's own for an H800")
+    parser.add_argument("--sequence_length", type=cli.number(int, least=1), default=defaults.sequence_length, help="tokens of context for the FLOPs")
+    parser.add_argument("--tokens", type=cli.number(above=0), help="training tokens for the cost (default: those of the experiment's stages, 1e12 without an experiment)")
+    parser.add_argument("--sustained_tflops", type=cli.number(above=0), default=defaults.sustained_tflops, help="per GPU, for the cost: V3's own on an H800")
+    parser.add_argument("--dollars_per_hour", type=cli.number(above=0), default=defaults.dollars_per_hour, help="per GPU, for the cost: V3's own for an H800")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    flags = parser.parse_args([argument for argument in argv if argument not in overrides])
+    overrides, rest = split(argv)
+    flags = parser.parse_args(rest)
     if flags.preset and flags.config:
         raise ConfigError(f"both the preset {flags.preset!r} and --config={flags.config} were given: name one of them")
     if not flags.preset and not flags.config:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         return
     assumptions, stages = assumptions_from(flags), {}
     if flags.config:
-        name, (config, stages) = flags.config, experiment_work([f"--config={flags.config}", *overrides])
+        name, (config, stages) = flags.config, experiment_work(flags.config, overrides)
     else:
         name, config = flags.preset, named_model(flags.preset)
     figures = report(config, assumptions, stages)
@@ -49,10 +50,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def assumptions_from(flags) -> Assumptions:
-    for field in ("sequence_length", "tokens", "sustained_tflops", "dollars_per_hour"):
-        value = getattr(flags, field)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{field}={value}: must be above 0")
     return Assumptions(flags.sequence_length, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
 
 
@@ -65,18 +62,18 @@ def named_model(name: str) -> ModelConfig:
     return config_from_hf(read_config(Path(name)))
 
 
-def experiment_work(arguments: Sequence[str]) -> tuple[ModelConfig, dict[str, Work]]:
+def experiment_work(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ModelConfig, dict[str, Work]]:
     """The model of an experiment file and what its stages do, overrides applied; {} for a file without stages. Raises ConfigError where the file
     or its model can't be read."""
-    config, name, workdir, *_ = read_flags(arguments)
+    config, name = read_config(path, overrides), Path(path).stem
     if "model" not in config:
-        raise ConfigError(f"{arguments[0]}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
+        raise ConfigError(f"{path}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
     if not config.get("stages"):
-        return ModelConfig.from_dict(config.model.to_dict()), {}
+        return ModelConfig.from_dict(plain(config)["model"]), {}
     from deepseek_jax.accounting.work import works  # with everything that stages need, which a network alone does not
     from deepseek_jax.stages import build_stages
 
-    experiment = build_experiment(config, name, workdir, elsewhere=0)
+    experiment = build_experiment(config, name, Path("runs") / name, elsewhere=0)
     return experiment.model.config, works(build_stages(experiment))
 
 

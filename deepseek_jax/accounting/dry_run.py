@@ -20,7 +20,8 @@ from deepseek_jax.accounting.dry_run_table import table
 from deepseek_jax.accounting.programs import PROGRAMS, Program
 from deepseek_jax.accounting.topologies import Topology, prepare, topology
 from deepseek_jax.errors import ConfigError, nearest
-from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.experiment import build_experiment, read_config
+from deepseek_jax.overrides import split
 from deepseek_jax.model.config import preset
 from deepseek_jax.json_io import to_json
 from kernels_pallas.trust import unchecked
@@ -35,14 +36,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
     parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
     cli.add_price(parser)
-    parser.add_argument("--rows", type=int, help="sequences that --program=decode decodes at once (default: 8 a device)")
-    parser.add_argument("--context", type=int, help="tokens in the cache of --program=decode (default: 4096)")
+    parser.add_argument("--rows", type=cli.number(int, least=1), help="sequences that --program=decode decodes at once (default: 8 a device)")
+    parser.add_argument("--context", type=cli.number(int, least=2), help="tokens in the cache of --program=decode (default: 4096)")
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    flags = parser.parse_args([argument for argument in argv if argument not in overrides])
+    overrides, rest = split(argv)
+    flags = parser.parse_args(rest)
     prepare()
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in it
-    config, name, *_ = read_flags([f"--config={flags.config}", *overrides])
+    config, name = read_config(flags.config, overrides), Path(flags.config).stem
     options = {name: value for name, value in (("rows", flags.rows), ("context", flags.context)) if value is not None}
     figures = dry_run(
         config, name, flags.topology, stage=flags.stage, program=flags.program, dollars_per_chip_hour=flags.dollars_per_chip_hour, **options

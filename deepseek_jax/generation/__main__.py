@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--interactive", action="store_true", help="chat; end with an empty line or Ctrl-D")
     parser.add_argument("--chat", action="store_true", help="pass --prompt as a user's question instead of text to continue")
     parser.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.95, help="1 is off")
-    parser.add_argument("--top_k", type=int, default=0, help="0 is off")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="per answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--temperature", type=cli.number(least=0), default=0.6, help="0 is greedy")
+    parser.add_argument("--top_p", type=cli.number(above=0, most=1), default=0.95, help="1 is off")
+    parser.add_argument("--top_k", type=cli.number(int, least=0), default=0, help="0 is off")
+    parser.add_argument("--max_new_tokens", type=cli.number(int, least=1), default=512, help="per answer")
+    parser.add_argument("--seed", type=cli.number(int, least=0, most=2**32 - 1), default=0, help="of the sampling")
     parser.add_argument("--precision", choices=tuple(RECIPES), default="float32", help="number format of the products")
     return parser
 

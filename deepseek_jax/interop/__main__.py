@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     exporting.add_argument("checkpoint", type=Path)
     exporting.add_argument("hf_folder", type=Path)
     exporting.add_argument("--dtype", choices=EXPORT_DTYPES, default="bfloat16", help="fp8: the released block-scaled layout")
-    exporting.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a file, in 10^9 bytes")
+    exporting.add_argument("--max_shard_gb", type=cli.number(above=0), default=5.0, help="size of a file, in 10^9 bytes")
     exporting.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
     inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a Hugging Face folder holds and lacks")
     inspecting.add_argument("hf_folder", type=Path)

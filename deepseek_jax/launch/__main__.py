@@ -4,7 +4,6 @@ Runs a sweep's missing runs. Every run is checked before the first one starts; a
 what is done, running or queued; a failed run is reported and does not stop the rest. Exits with 1 if any failed.
 """
 
-import ast
 import importlib.util
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from deepseek_jax.launch.results import collect, write_table
 from deepseek_jax.launch.state import Status, read_status
 from deepseek_jax.launch.sweep import Sweep, load_sweep
 from deepseek_jax.launch.variants import results_table
+from deepseek_jax.overrides import parse
 
 
 class Launcher(Protocol):
@@ -120,7 +120,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--results", action="store_true", help="print and write the table and the plot of what has finished; start nothing")
     cli.add_price(parser)
     local = parser.add_argument_group("local")
-    local.add_argument("--slots", type=int, default=1, help="runs at a time")
+    local.add_argument("--slots", type=cli.number(int, least=1), default=1, help="runs at a time")
     local.add_argument("--slot_environment", action="append", default=[], metavar="NAME=VALUE", help="{slot} in a value is the slot's number; may be repeated")
     slurm = parser.add_argument_group("slurm")
     slurm.add_argument("--slurm", default="{}", help="submitit's parameters, as \"{'slurm_partition': 'gpu', 'cpus_per_task': 32}\"")
@@ -135,8 +135,6 @@ def _parse(argv: Sequence[str]) -> Namespace:
             raise ConfigError(f"--{given[0]} is for --launcher={launcher}, not for --launcher={flags.launcher}: leave it out")
     if flags.dollars_per_chip_hour is not None and not flags.plan:
         raise ConfigError("--dollars_per_hour is for --plan: leave it out")
-    if flags.slots < 1:
-        raise ConfigError(f"--slots={flags.slots}: at least 1")
     return flags
 
 
@@ -148,10 +146,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _literal(text: str) -> dict[str, Any]:
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = None
+    value = parse(text)
     if not isinstance(value, dict):
         raise ConfigError(f"--slurm={text}: a dictionary, for example \"{{'slurm_partition': 'gpu'}}\"")
     return value

@@ -43,6 +43,7 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self):
+        _require(0 < self.beta_slow <= self.beta_fast, f"YarnConfig: beta_slow={self.beta_slow} must be above 0 and at most beta_fast={self.beta_fast}")
         _require(self.factor >= 1, f"YarnConfig.factor={self.factor}: must be at least 1 (1 means no extension)")
         _positive(self, "original_max_position_embeddings")
 
@@ -54,6 +55,9 @@ class RopeConfig:
     theta: float = 10_000.0
     interleaved: bool = True
     yarn: YarnConfig | None = None
+
+    def __post_init__(self):
+        _require(self.theta > 0, f"RopeConfig.theta={self.theta}: must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,7 @@ class MoEConfig:
         _choice("MoEConfig.scoring", self.scoring, ("sigmoid", "softmax"))
         _choice("MoEConfig.group_score", self.group_score, ("top2_sum", "max"))
         _choice("MoEConfig.implementation", self.implementation, ("grouped", "dense"))
+        _require(self.routed_scaling_factor > 0, f"MoEConfig.routed_scaling_factor={self.routed_scaling_factor}: must be above 0")
         _require(self.num_shared_experts >= 0, f"MoEConfig.num_shared_experts={self.num_shared_experts}: 0 or more")
         _require(
             self.top_k <= self.num_experts,
@@ -206,6 +211,8 @@ class ModelConfig:
             f"ModelConfig: first_k_dense={self.first_k_dense} must lie between 0 and num_layers={self.num_layers}",
         )
         _require(self.mtp_depth >= 0, f"ModelConfig.mtp_depth={self.mtp_depth}: 0 or more")
+        for field in ("rms_norm_eps", "latent_norm_eps", "init_std"):
+            _require(getattr(self, field) >= 0, f"ModelConfig.{field}={getattr(self, field)}: 0 or more")
         for field in ("attention_chunk", "attention_heads_at_once"):
             _require(getattr(self, field) >= 0, f"ModelConfig.{field}={getattr(self, field)}: 0 or more")
 

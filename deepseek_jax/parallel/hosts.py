@@ -6,7 +6,6 @@ Several CPU processes talk through Gloo, which is for trying things out: give th
 different axes run side by side, in no fixed order, and the processes can wait for each other for ever (jaxlib 0.10.2).
 """
 
-import argparse
 import ctypes
 import dataclasses
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from jax._src.clusters import GceTpuCluster, GkeTpuCluster, OmpiCluster, SlurmCluster
 from jax.experimental import multihost_utils
 
+from deepseek_jax import cli
 from deepseek_jax.errors import ConfigError
 
 CONNECT_SECONDS = 300  # how long the first process waits for the last one to start
@@ -42,7 +42,7 @@ class Hosts:
 
     def __post_init__(self):
         host, colon, port = self.coordinator.rpartition(":")
-        if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
             raise ConfigError(f"--coordinator={self.coordinator}: give HOST:PORT, the address of process 0 and a free port there")
         if self.num_processes < 1:
             raise ConfigError(f"--num_processes={self.num_processes}: at least 1")
@@ -52,10 +52,10 @@ class Hosts:
 
 def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:
     """-> (what --coordinator, --num_processes and --process_id say, None without them; the other arguments)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = cli.Parser(prog="python -m deepseek_jax", add_help=False, allow_abbrev=False)
     parser.add_argument("--coordinator")
-    parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--process_id", type=int)
+    parser.add_argument("--num_processes", type=cli.number(int, least=1))
+    parser.add_argument("--process_id", type=cli.number(int, least=0))
     given, rest = parser.parse_known_args(argv)
     missing = [f"--{name}" for name, value in vars(given).items() if value is None]
     if len(missing) == len(vars(given)):

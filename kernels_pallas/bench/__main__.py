@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file, as they come")
     flags = parser.parse_args(argv)
+    if flags.json and (flags.json.is_dir() or not flags.json.parent.is_dir()):
+        parser.error(f"--json={flags.json}: a file to write, in a folder that exists")
     console, rows = Console(width=170), []
     for title, jobs in (_compilations if flags.aot else _measurements)(flags, console):
         group = []

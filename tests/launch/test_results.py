@@ -55,9 +55,9 @@ def test_tokens_with_a_growing_batch(tmp_path):
 
 def test_tokens_of_a_batch_that_a_mesh_divides(tmp_path):
     """The training loop rounds to what the mesh's 64 parts and the microbatch divide; the run is for machines that are not here."""
-    ramp = {"pretrain.batch_size": 256, "pretrain.train.batch_size": {"kind": "ramp", "start": 40, "end": 250, "steps": 50}, "pretrain.train.steps": 100}
+    ramp = {"pretrain.batch_size": 256, "pretrain.train.batch_size": {"kind": "ramp", "start": 64, "end": 256, "steps": 50}, "pretrain.train.steps": 100}
     (job,) = build_jobs(Sweep(BASE, [Run("a", ramp | {"mesh.fsdp": 64}, Resources("v5p:4x4x4"))]), tmp_path)
-    sizes = [max(64, round(min(40 + 210 * step / 50, 250) / 64) * 64) for step in range(100)]
+    sizes = [max(64, round(min(64 + 192 * step / 50, 256) / 64) * 64) for step in range(100)]
     assert job.tokens == sum(sizes) * 128 and set(sizes) == {64, 128, 192, 256}
 
 
