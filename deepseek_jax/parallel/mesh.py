@@ -14,6 +14,7 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.parallel.dispatch import DispatchConfig
 
+LARGEST = 2**17  # devices of a mesh; a typing mistake should not be searched for its nearest neighbors
 # Outermost first. Devices that talk most stand closest; axes that divide a batch's rows come before those that don't, so
 # that the rows of a host are one block.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -48,6 +49,9 @@ class MeshConfig:
                 raise ConfigError(f"mesh.{axis}={size!r}: a number of devices, or -1 for the rest")
         if sum(size == -1 for size in self.sizes.values()) > 1:
             raise ConfigError(f"mesh={self.sizes}: only one axis can be -1, the rest")
+        devices = math.prod(size for size in self.sizes.values() if size != -1)
+        if devices > LARGEST:
+            raise ConfigError(f"mesh={self.sizes}: makes up {devices} devices, and at most {LARGEST} are thought of")
         for axis, factor in self.dcn:
             if axis not in AXES:
                 raise ConfigError(f"mesh.dcn.{axis}: the axes are {', '.join(AXES)}")
