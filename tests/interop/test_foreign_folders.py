@@ -207,7 +207,7 @@ def test_bad_scales_and_values_of_fp8_are_named(tmp_path, variables, dtype):
     scales = {"kv_a_proj_with_mqa": 0.0, "q_a_proj": -1.0, "o_proj": np.nan, "kv_b_proj": np.inf}
     for part, value in scales.items():
         tensors[f"model.layers.0.self_attn.{part}.weight_scale_inv"][1][0, 0] = value
-    tensors["model.layers.1.mlp.experts.0.up_proj.weight"][1][0, :3] = np.nan
+    tensors["model.layers.1.mlp.experts.0.up_proj.weight"][1].view(np.uint8)[0, :3] = (0x7F, 0xFF, 0x7F)  # both NaNs that E4M3 has
     with ShardWriter(file, {name: (kind, array.shape) for name, (kind, array) in tensors.items()}) as writer:
         for name, (kind, array) in tensors.items():
             writer.write(name, array.astype(DTYPES[kind]))

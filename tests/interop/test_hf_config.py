@@ -76,6 +76,10 @@ def test_token_ids_and_context_length_are_carried():
     assert (hf["bos_token_id"], hf["eos_token_id"], hf["max_position_embeddings"]) == (0, 7, 163840)
 
 
+def test_a_null_that_is_carried_leaves_the_id_to_the_tokenizer():
+    assert "pad_token_id" not in config_to_hf(preset("v3_671b"), carried=V3 | {"pad_token_id": None})
+
+
 def test_both_spellings_of_rope():
     old = {name: value for name, value in V3.items() if name not in ("rope_scaling", "rope_theta")}
     yarn = {name: value for name, value in V3["rope_scaling"].items() if name != "type"}

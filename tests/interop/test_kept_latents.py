@@ -61,25 +61,28 @@ def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, pow
 @functools.cache
 def attention(kind):
     """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the product."""
-    powers = LinearFormat(input=Quantizer(power_of_two=True))
-    precision = dataclasses.replace(FP8, format=powers) if kind == "kept, powers of two" else FP8
+    changes = {
+        "kept, powers of two": {"format": LinearFormat(input=Quantizer(power_of_two=True))},
+        "forward not in FP8": {"format": LinearFormat(products=("input_gradient", "weight_gradient"))},
+        "not in FP8": {"high_precision": ("attention_output", "linear")},
+    }
+    precision = dataclasses.replace(FP8, **changes.get(kind, {}))
     module = LatentAttention(ATTENTION, MODEL, precision, Placement())
     x, tokens = jnp.float32(ROWS.standard_normal((B, T, D))), Tokens(jnp.zeros((B, T), jnp.int32), SEGMENTS)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, tokens))
     rng = np.random.default_rng(1)
     variables = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape) / max(leaf.shape[0] ** 0.5, 1)), shapes)
-    if kind != "quantized in the product":
+    if kind.startswith("kept"):
         variables["params"]["kv_b"]["kernel"] = quantize_block(jnp.asarray(KV_B) / 12, power_of_two=kind == "kept, powers of two")
     expanded = compiled(lambda v, x, positions: module.apply(v, x, Tokens(positions, jnp.ones_like(positions))))
     absorbed = compiled(lambda v, x, positions, cached, entry: module.apply(v, x, Tokens(positions, jnp.ones_like(positions), cached), entry))
     return variables, x, expanded, absorbed
 
 
-@pytest.mark.parametrize("kind", ["kept", "kept, powers of two", "quantized in the product"])
+@pytest.mark.parametrize("kind", ["kept", "kept, powers of two", "quantized in the product", "forward not in FP8", "not in FP8"])
 def test_decoding_agrees_with_prefill(kind):
     variables, x, expanded, absorbed = attention(kind)
-    is_kept = isinstance(variables["params"]["kv_b"]["kernel"], QTensor)
-    assert is_kept == (kind != "quantized in the product")
+    assert isinstance(variables["params"]["kv_b"]["kernel"], QTensor) == kind.startswith("kept")
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     y, latents = expanded(variables, x, positions)
     cached = np.where(np.arange(T) < 3, positions, -1)
