@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.errors import CheckpointError
+from deepseek_jax.interop.fused_experts import separate_experts
 from deepseek_jax.interop.hf_config import config_from_hf, read_config, scale_format
 from deepseek_jax.interop.hf_fields import foreign
 from deepseek_jax.interop.parts import fill
@@ -69,7 +70,7 @@ def open_folder(path: str | Path) -> Folder:
     hf = read_config(path)
     config = config_from_hf(hf)
     stored, problems = read_folder(path)
-    notes = []
+    stored, notes = separate_experts(stored), []
     if passed_over := sorted(name for name in hf if foreign(name)):
         notes.append(f"config.json: fields of other software were passed over: {', '.join(passed_over)}")
     if config.tie_embeddings and _HEAD in stored and _EMBEDDING not in stored:

@@ -149,6 +149,28 @@ def test_buffers_and_fields_of_other_software_are_passed_over(single, variables,
     assert_same(back, variables)
 
 
+def test_experts_in_one_tensor(single, variables, caplog):
+    """As transformers 5 saves them with save_original_format=False."""
+
+    def fuse(held):
+        for layer in (1, 2, 3):
+            experts = f"model.layers.{layer}.mlp.experts"
+            gate, up, down = ([held.pop(f"{experts}.{e}.{name}_proj.weight") for e in range(4)] for name in ("gate", "up", "down"))
+            held[f"{experts}.gate_up_proj"] = np.stack([np.concatenate(pair) for pair in zip(gate, up, strict=True)])
+            held[f"{experts}.down_proj"] = np.stack(down)
+
+    change(single, fuse)
+    config, back, notes = imported(single, caplog)
+    assert config == TINY and notes == []
+    assert_same(back, variables)
+
+
+def test_fused_experts_of_another_shape_are_refused(single):
+    change(single, lambda held: held.update({"model.layers.1.mlp.experts.gate_up_proj": np.ones((4, 3), np.float32)}))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj: expected no such tensor, found F32 \[4, 3\]"):
+        import_folder(single)
+
+
 def test_dtype_and_architecture_names_do_not_matter(single, variables, caplog):
     def rename(fields):
         fields.pop("torch_dtype", None)

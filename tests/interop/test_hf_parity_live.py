@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import hf_models  # noqa: E402
 import jax  # noqa: E402
 import jax_side  # noqa: E402
-from tiny_checkpoints import random_variables  # noqa: E402
+from tiny_checkpoints import assert_same, random_variables  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from deepseek_jax.interop import export_folder, import_folder  # noqa: E402
@@ -38,6 +38,15 @@ def load(tmp_path_factory):
         return model, *import_folder(folder)
 
     return load
+
+
+@pytest.mark.parametrize("case", ["v3", "v2"])
+def test_experts_that_transformers_saves_as_one_tensor(load, tmp_path, case):
+    model, config, variables = load(case)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused_config, fused = import_folder(tmp_path / "fused")
+    assert fused_config == config
+    assert_same(fused, variables)
 
 
 @pytest.mark.parametrize("case", hf_models.CASES)
