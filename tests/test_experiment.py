@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.__main__ import main
-from deepseek_jax.errors import UserError
+from deepseek_jax.data.tokenizers import load_tokenizer
+from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.stages import build_stages
 
@@ -122,7 +123,7 @@ def run(workdir, *extra):
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600)
 
 
-def test_the_whole_road_and_again(tmp_path):
+def test_the_whole_road_and_again(tmp_path, monkeypatch, capsys):
     first = run(tmp_path)
     assert first.returncode == 0, first.stderr
     for part in ("[1/5] pretrain", "[5/5] after", "greedy accuracy", "maj@4", "pass@4", "response length", "bits per byte", "curves.png"):
@@ -138,10 +139,28 @@ def test_the_whole_road_and_again(tmp_path):
     assert (tmp_path / "grpo" / "curves.png").stat().st_size > 5000
     assert (tmp_path / "results.txt").read_text().count("greedy accuracy") == 1
 
-    again = run(tmp_path)  # everything is there: nothing is trained twice, and the same table comes out
-    assert again.returncode == 0, again.stderr
-    assert "pretrain 1/3" not in again.stdout and "grpo 1/2" not in again.stdout
-    assert json.loads((tmp_path / "after" / "evaluation.json").read_text()) == after
+    for stage in ("pretrain", "sft", "grpo"):  # whoever takes the folder knows how to read and write its text
+        assert load_tokenizer(tmp_path / stage / "tokenizer").vocab_size == load_tokenizer(tmp_path / stage).vocab_size == 272
 
-    other = run(tmp_path, "--config.seed=3")
-    assert other.returncode == 2 and "another configuration" in other.stderr and "Traceback" not in other.stderr
+    def refuse(*_, **__):
+        raise AssertionError("opened data, or made some, for a stage that is finished")
+
+    for name in ("build_loader", "check_sources", "TaskDocuments.write"):
+        monkeypatch.setattr(f"deepseek_jax.stages.{name}", refuse)
+    command = [f"--config={R1_TINY}", f"--workdir={tmp_path}", *SMALL]
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/**/*")}
+    capsys.readouterr()
+    assert main(command) == 0  # everything is there: nothing is trained twice, and the same table comes out
+    said = capsys.readouterr().out
+    assert "pretrain 1/3" not in said and "grpo 1/2" not in said and "maj@4" in said
+    assert json.loads((tmp_path / "after" / "evaluation.json").read_text()) == after
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/**/*")} == weights
+    with pytest.raises(ConfigError, match="another configuration"):
+        main([*command, "--config.seed=3"])
+
+    # Killed between two stages, or before the last one: what is missing is made again from what is there, bit for bit.
+    monkeypatch.undo()
+    (tmp_path / "after" / "evaluation.json").unlink()
+    assert main(command) == 0
+    assert json.loads((tmp_path / "after" / "evaluation.json").read_text()) == after
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/**/*")} == weights

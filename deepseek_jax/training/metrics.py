@@ -1,5 +1,6 @@
 """What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines elsewhere."""
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.json_io import read_json_lines, to_json
@@ -31,7 +34,11 @@ class MetricsWriter:
         kept = [line for line in read_metrics(workdir) if line["step"] <= last_step]
         write_text(self.path, "".join(to_json(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=last_step + 1, write_to_disk=True)
+        board = self.path.parent / "tensorboard"
+        board.mkdir(exist_ok=True)
+        # Written here and now: tensorboardX's own thread dies on a full disk, with a traceback, and whoever waits for it waits for ever.
+        self._board = EventsWriter(str(board / "events"))
+        self._board.write_event(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raises UserError if the disk is full."""
@@ -43,15 +50,16 @@ class MetricsWriter:
             self._file.flush()
             for name, value in values.items():
                 for suffix, number in enumerate_leaves(value):
-                    self._board.add_scalar(name + suffix, number, step)
+                    self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name + suffix, number)))
             self._board.flush()
         except OSError as error:
             raise UserError(f"could not write {self.path}: {error.strerror}; free some space or choose another workdir") from error
 
     def close(self) -> None:
-        if self._writes:
-            self._file.close()
-            self._board.close()
+        """Raises nothing: what could not be written `write` has said."""
+        for file in (self._file, self._board) if self._writes else ():
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def enumerate_leaves(value: Any) -> Iterable[tuple[str, float]]:

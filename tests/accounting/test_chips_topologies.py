@@ -1,5 +1,6 @@
 """Chips against what jax and libtpu know of them; names of topologies, and what is wrong with a wrong one."""
 
+import dataclasses
 import re
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.accounting import topologies
-from deepseek_jax.accounting.chips import CHIPS, GIB, chip
+from deepseek_jax.accounting.chips import CHIPS, DEVICE_KINDS, GIB, chip, peak_flops
 from deepseek_jax.accounting.topologies import places, topology
 from deepseek_jax.errors import ConfigError, UserError
 
@@ -119,3 +120,41 @@ def test_the_environment_that_is_set_stays(monkeypatch):
     topologies.prepare()
     assert topologies.os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
     assert topologies.os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What jax says of a device."""
+
+    id: int
+    device_kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Core(Device):
+    coords: tuple[int, int, int] = (0, 0, 0)
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("devices", "number_format", "expected"),
+    [
+        ([Device(i, "NVIDIA H100 80GB HBM3") for i in range(8)], "bf16", 8 * 989.5e12),
+        ([Device(0, "NVIDIA H100 80GB HBM3")], "fp8", 1979e12),
+        ([Core(0, "TPU v5 lite")], "bf16", 197e12),
+        ([Core(0, "TPU v5 lite")], "fp8", 197e12),  # has no such mode
+        ([Core(i, "TPU v5p", (i, 0, 0)) for i in range(4)], "bf16", 4 * 459e12),
+        ([Core(i, "TPU7x", (i // 2, 0, 0)) for i in range(4)], "bf16", 2 * 2307e12),  # two cores to a chip
+        ([Core(i, "TPU v4", (i, 0, 0)) for i in range(4)], "bf16", 4 * 275e12),  # a device that is a whole chip
+        ([Core(i, "TPU v6 lite", (0, 0, 0), slice_index=i) for i in range(2)], "bf16", 2 * 918e12),
+        ([Device(0, "NVIDIA H100 PCIe")], "bf16", None),
+        ([Device(0, "cpu")], "bf16", None),
+        ([Device(0, "NVIDIA H200"), Device(1, "something new")], "bf16", None),
+    ],
+)
+def test_peak_of_the_devices_that_jax_names(devices, number_format, expected):
+    assert peak_flops(devices, number_format) == expected
+
+
+def test_every_chip_has_a_name_that_jax_gives():
+    assert set(DEVICE_KINDS.values()) == set(CHIPS)

@@ -2,12 +2,15 @@
 
 import json
 import math
+import resource
 import sys
+import threading
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 
 
@@ -50,6 +53,24 @@ def test_resuming_drops_what_will_be_run_again(tmp_path):
     writer.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path, capfd):
+    """The system refuses to write more, as a full disk refuses; no thread says it again, and none is waited for."""
+    threads = threading.active_count()
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 2.5})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, limits[1]))
+    try:
+        for step in range(2, 40):
+            with pytest.raises(UserError, match=r"^could not write .*metrics.jsonl: .*; free some space or choose another workdir$"):
+                writer.write(step, {"loss": 2.5})
+        writer.close()
+        assert capfd.readouterr().err == "" and threading.active_count() == threads
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1] and curves(tmp_path) == {("loss", 1): 2.5}
 
 
 def test_plain_lines_without_a_terminal(capsys):

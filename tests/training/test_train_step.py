@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deepseek_jax.errors import ConfigError
@@ -13,8 +14,8 @@ from deepseek_jax.precision import recipe
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule, Segment
-from deepseek_jax.training.state import create_state, state_of
-from deepseek_jax.training.step import make_train_step, update_router_bias
+from deepseek_jax.training.state import TrainState, create_state, state_of
+from deepseek_jax.training.step import guarded_update, make_train_step, update_router_bias
 
 POISON = 66  # a token whose embedding is made infinite
 LENGTH = 16
@@ -144,6 +145,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(steps, small, state, o
     assert np.isfinite(metrics["loss"]) and int(state.skipped) == 1
     assert float(metrics["learning_rate"]) == pytest.approx(0.005)  # the second update, though the third step
     assert not np.array_equal(copies(state.params)["head"]["kernel"], before[0]["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "counts"),
+    [(1.0, 1.0, True), (1.0, jnp.nan, False), (1.0, -jnp.inf, False), (jnp.nan, 1.0, False), (jnp.inf, 1.0, False), (1.0, 3e38, False)],
+)
+def test_loss_and_gradient_have_to_be_finite_each(loss, gradient, counts):
+    """One bad number in one gradient is enough; 3e38 is finite and its square, in the norm, is not."""
+    optimizer = optax.adam(0.1)
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    state = TrainState(jnp.int32(7), params, {"r": jnp.zeros(2)}, optimizer.init(params), jax.random.key(0), jnp.int32(2))
+    gradients = {"a": jnp.ones(3), "b": jnp.array([1.0, gradient])}
+    before = copies((state.params, state.router_bias, state.opt_state))
+    new, _ = guarded_update(state, optimizer, jnp.float32(loss), gradients, {"r": jnp.array([1.0, 3.0])}, jnp.float32(0.5))
+    assert (int(new.step), int(new.skipped)) == (8, 2 if counts else 3)
+    if counts:
+        assert new.router_bias["r"].tolist() == [0.5, -0.5] and not np.array_equal(new.params["a"], before[0]["a"])
+    else:
+        equal(copies((new.params, new.router_bias, new.opt_state)), before)
 
 
 def test_metrics_of_the_loads(steps, state, batch):
