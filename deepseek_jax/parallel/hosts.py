@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax._src.clusters import GceTpuCluster, GkeTpuCluster, OmpiCluster, SlurmCluster
 from jax.experimental import multihost_utils
 
 from deepseek_jax import cli
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.parallel import clusters
 
 CONNECT_SECONDS = 300  # how long the first process waits for the last one to start
 HEARTBEAT_SECONDS = 30  # a process that has not been heard of for so long is lost
@@ -71,22 +71,13 @@ def detect(environment: Mapping[str, str] = os.environ) -> Hosts | None:
     A shell inside a SLURM job inherits the job's number of tasks without being one of them: the step's number counts.
     Processes that share a machine get one device each, in order, unless the launcher has already given each its own.
     """
-    for cluster in (OmpiCluster, SlurmCluster, GkeTpuCluster, GceTpuCluster):
-        if cluster.is_env_present():
-            break
-    else:
+    found = clusters.find(environment, CONNECT_SECONDS)
+    if found is None or found.num_processes == 1:
         return None
-    count = cluster.get_process_count()
-    if cluster is SlurmCluster:
-        count = int(environment.get("SLURM_STEP_NUM_TASKS", count))
-    if count == 1:
-        return None
-    coordinator = cluster.get_coordinator_address(timeout_secs=CONNECT_SECONDS, override_coordinator_port=environment.get("JAX_COORDINATOR_PORT"))
-    sharing = environment.get("SLURM_STEP_TASKS_PER_NODE" if cluster is SlurmCluster else "OMPI_COMM_WORLD_LOCAL_SIZE", "1")
     own = len(environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    local = cluster.get_local_process_id()
-    together = local is not None and sharing.partition("(")[0] != "1" and not own
-    return Hosts(coordinator, count, cluster.get_process_id(), (local,) if together else None)
+    host, port = f"[{found.host}]" if ":" in found.host else found.host, environment.get("JAX_COORDINATOR_PORT", found.port)
+    devices = (found.local_id,) if found.local_id is not None and found.sharing and not own else None
+    return Hosts(f"{host}:{port}", found.num_processes, found.process_id, devices)
 
 
 def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:

@@ -1,12 +1,13 @@
 """Who is who among several processes, as launchers and flags say; what one process alone does, which is nothing."""
 
 import json
+import socket
 
 import jax
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.parallel import hosts
+from deepseek_jax.parallel import clusters, hosts
 from deepseek_jax.parallel.hosts import Hosts, detect, split_flags
 
 SLURM = {  # `srun` of 3 tasks on 3 nodes, as the second of them sees it
@@ -91,10 +92,52 @@ def test_open_mpi(environment):
     assert detect() is None
 
 
-def test_gke(environment, monkeypatch):
-    """A TPU slice of two machines; that this is one of them is what libtpu would say."""
-    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+@pytest.mark.parametrize(
+    "nodes, first", [("node007", "node007"), ("a1,b2", "a1"), ("node[007-009]", "node007"), ("node[3,7-9],b", "node3"), ("n[12],b", "n12"), ("a-b-[1-2]", "a-b-1")]
+)
+def test_the_first_of_slurms_nodes(nodes, first):
+    assert clusters.slurm(SLURM | {"SLURM_STEP_NODELIST": nodes}).host == first
+
+
+def test_open_mpis_addresses():
+    uri = "1314521088.0;tcp6://[fe80::b9b:ac5d,2620:10d:c083::2]:43370"
+    assert clusters.open_mpi(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).host == "fe80::b9b:ac5d"
+    assert detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).coordinator == f"[fe80::b9b:ac5d]:{65535 - 2**12 + 1 + 1314521088 // 2**12 % 2**12}"
+    with pytest.raises(ConfigError, match="names no address: give --coordinator"):
+        clusters.open_mpi(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;usock"})
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
     monkeypatch.setattr("socket.gethostbyname", lambda name: "10.0.0.1")
+
+
+@pytest.mark.parametrize("endpoints", ["10.0.0.7,10.0.0.8", "tpu:0:10.0.0.7,tpu:1:10.0.0.8"])
+def test_metadata_of_a_cloud_tpu(endpoints, libtpu, monkeypatch):
+    """The second machine of a slice, alone and as the second of three slices; both forms of the list."""
+    values = {"agent-worker-number": "1", "worker-network-endpoints": endpoints, "tpu-env": "ZONE: 'us-east5'\n"}
+    monkeypatch.setattr(clusters, "_metadata", lambda environment, key: values.get(key))
+    assert detect({}) == Hosts("10.0.0.7:8482", 2, 1)
+    values["tpu-env"] += "MEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n"
+    assert detect({}) == Hosts("10.0.0.1:8482", 6, 3)
+    assert detect({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    values.clear()
+    assert detect({}) is None
+
+
+def test_a_first_machine_without_a_name_is_refused(libtpu, monkeypatch):
+    def unknown(name):
+        raise socket.gaierror
+
+    monkeypatch.setattr("socket.gethostbyname", unknown)
+    monkeypatch.setattr(hosts, "CONNECT_SECONDS", 0)
+    with pytest.raises(ConfigError, match="tpu-0, the machine of process 0, has no address after 0 s"):
+        detect({"TPU_WORKER_HOSTNAMES": "tpu-0,tpu-1"})
+
+
+def test_gke(environment, libtpu):
+    """A TPU slice of two machines."""
     environment({"TPU_WORKER_HOSTNAMES": "tpu-0.svc,tpu-1.svc", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
     environment({"MEGASCALE_COORDINATOR_ADDRESS": "tpu-0.svc:8080"})
     assert detect() == Hosts("tpu-0.svc:8482", 2, 1)
