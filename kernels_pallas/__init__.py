@@ -3,6 +3,7 @@
 Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; N tokens, D and F the widths of a Linear.
 """
 
+from kernels_pallas._compat import vary, varying_axes
 from kernels_pallas.attention.api import attention
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped_linear.api import grouped_linear
@@ -42,4 +43,6 @@ __all__ = [
     "requantize_transposed",
     "swiglu",
     "swiglu_quantize",
+    "vary",
+    "varying_axes",
 ]

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +22,20 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return aval.vma if kind is None else kind.varying
 
 
+def vary(tree: Any, axes: Iterable[str]) -> Any:
+    """Arrays marked as different from device to device along `axes`, inside `shard_map`, so that their gradients are summed over them."""
+
+    def mark(x):
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, each marked as different along every mesh axis along which any of them is: what a custom gradient needs inside `shard_map`,
     where the gradient of an array that is the same everywhere is summed over devices by the mark, not by the rule."""
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
-
-    def mark(x):
-        missing = tuple(sorted(axes - varying_axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, arrays)
+    return vary(arrays, sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))))
 
 
 def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
@@ -55,3 +61,22 @@ def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
 def load(ref, layout, optimized: bool = True) -> jax.Array:
     """From shared memory into the registers of a warpgroup; not `optimized`: however it can be done."""
     return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout, optimized=optimized)
+
+
+def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Name and milliseconds on the GPU of each kernel that run() starts and waits for.
+
+    jax's public `profiler.measure` calls a function once more right before it counts, which would fill the L2 cache with its operands. The counter
+    that it starts and reads has no public name; a jax that has moved it raises RuntimeError here.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    counter = getattr(getattr(profiler, "mosaic_gpu_lib", None), "_mosaic_gpu_ext", None)
+    if not hasattr(counter, "_cupti_init"):
+        raise RuntimeError(f"jax {jax.__version__} has no counter of GPU time where 0.10 and 0.11 have it")
+    counter._cupti_init()
+    try:
+        run()
+    finally:
+        timings = counter._cupti_get_timings(True)
+    return timings

@@ -21,8 +21,7 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, plain, quantize
-from kernels_pallas._compat import varying_axes
+from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
 FORMATS = ("compute", "fp8")
@@ -60,16 +59,6 @@ class DispatchConfig:
         if self.exchange != "auto":
             return self.exchange
         return "padded" if kind == "cpu" else "ragged"
-
-
-def vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Marks arrays as different from device to device along `axes`, so that their gradients are summed over them."""
-
-    def one(x):
-        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
 
 
 def total(x: jax.Array) -> jax.Array:

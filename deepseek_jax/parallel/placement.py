@@ -11,10 +11,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.model.placement import Placement, combine
-from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered, vary
+from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered
 from deepseek_jax.parallel.overlap import two_microbatches
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
-from kernels_pallas import QTensor
+from kernels_pallas import QTensor, vary
 from kernels_pallas.implementations import device_kind
 
 TILE = 128  # numbers that share a scale where a product quantises its weight itself

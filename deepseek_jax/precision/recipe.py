@@ -7,6 +7,7 @@ routing, logits and losses are float32 whatever the recipe.
 import dataclasses
 import functools
 import re
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -94,8 +95,9 @@ class Recipe:
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
         """A product outside the Linears (the head): operands in the compute dtype, result in float32; in its gradients' products too.
-        "..." is a's leading axes, which b has not."""
-        leading = "abcdefgh"[: a.ndim - len(equation.partition(",")[0].replace("...", ""))]
+        "..." is a's leading axes, which b has not; they get letters that the equation does not use."""
+        free = [letter for letter in string.ascii_letters if letter not in equation]
+        leading = "".join(free[: a.ndim - len(equation.partition(",")[0].replace("...", ""))])
         return _einsum(equation.replace("...", leading), self.compute_dtype, self.matmul_precision, a, b)
 
     def row_block(self, rows: int, num_groups: int, kind: str) -> int:

@@ -28,12 +28,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--target", default="H200", choices=("H100", "H200"), help="for --aot")
     parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--implementation", help="instead of the best for this device")
-    parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program")
+    parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program; so it is on a CPU in any case")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file, as they come")
     flags = parser.parse_args(argv)
     if flags.json and (flags.json.is_dir() or not flags.json.parent.is_dir()):
         parser.error(f"--json={flags.json}: a file to write, in a folder that exists")
     console, rows = Console(width=170), []
+    if not flags.aot:
+        device = jax.devices()[0]
+        print(f"{device.device_kind}, jax {jax.__version__}: measuring what it can do at most", file=sys.stderr, flush=True)
+        if device.platform == "cpu" and not flags.small:
+            print("on a CPU every kernel is XLA's, and shapes are a sixteenth of V3's in each direction (--small)", file=sys.stderr, flush=True)
+            flags.small = True
     for title, jobs in (_compilations if flags.aot else _measurements)(flags, console):
         group = []
         for name, job in jobs:

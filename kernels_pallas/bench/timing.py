@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._compat import kernel_times
+
 FLUSH = 512 * 2**20  # bytes, more than any L2 cache
 
 
@@ -24,14 +26,7 @@ def _wall(function, arguments) -> float:
 
 
 def kernel_seconds(function, arguments) -> float:
-    """Of the kernels of one call. jax's own `profiler.measure` calls the function once more before it counts, which would fill the cache again."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    counter = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    """Of the kernels of one call, with an empty cache."""
     jax.block_until_ready(jnp.zeros(FLUSH, jnp.int8) + 1)
-    counter._cupti_init()
-    try:
-        jax.block_until_ready(function(*arguments))
-    finally:
-        timings = counter._cupti_get_timings(True)
+    timings = kernel_times(lambda: jax.block_until_ready(function(*arguments)))
     return sum(milliseconds for _, milliseconds in timings) / 1e3

@@ -162,3 +162,11 @@ def test_the_table_is_measured_on_a_hopper_gpu(capsys):
     with pytest.raises(SystemExit):
         tune.main([])
     assert "the table is measured on an NVIDIA Hopper GPU" in capsys.readouterr().err
+
+
+def test_it_says_what_it_does_before_it_measures_and_is_small_on_a_cpu(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(bench, "ceilings", lambda small: said.append((small, capsys.readouterr().err)) or LIMITS)
+    assert bench.main(["--only=nothing"]) == []
+    ((small, before),) = said
+    assert small and before.startswith("cpu, jax ") and "a sixteenth of V3's" in before

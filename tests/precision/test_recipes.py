@@ -1,6 +1,7 @@
 """What each recipe multiplies with and what it returns."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,20 @@ def test_swiglu_keeps_its_operands_alone():
     exact = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *(x.astype(jnp.float32) for x in (gate, up)))[1](jnp.ones((64, 128)))
     for ours, theirs in zip(pull_back(jnp.ones_like(h)), exact, strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("equation", ["...c,cb->...b", "...D,DV->...V", "...a,ba->...b"])
+def test_leading_axes_get_letters_of_their_own(equation):
+    """Whatever letters the equation uses, in the product and in its gradients."""
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4)), np.random.default_rng(1).normal(size=(4, 5))
+    b = b.T if "ba" in equation else b
+    y, pull_back = jax.vjp(functools.partial(recipe("float32").einsum, equation), jnp.float32(a), jnp.float32(b))
+    np.testing.assert_allclose(y, np.einsum(equation, a, b), rtol=1e-5, atol=1e-5)
+    da, db = pull_back(jnp.ones_like(y))
+    ones = np.ones(y.shape)
+    np.testing.assert_allclose(da, ones @ (b if "ba" in equation else b.T), rtol=1e-5, atol=1e-5)
+    expected = np.tensordot(a, ones, ((0, 1), (0, 1)))
+    np.testing.assert_allclose(db, expected.T if "ba" in equation else expected, rtol=1e-5, atol=1e-5)
 
 
 def test_recipes_are_static_arguments():
