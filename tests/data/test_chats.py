@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizer_cases import DEEPSEEK, FAMILIES, R1, ROLES, TAGS, make_tokenizer
+from tokenizer_cases import CHATML, DEEPSEEK, FAMILIES, R1, ROLES, TAGS, make_tokenizer
 
 from deepseek_jax.data.config import SourceConfig
 from deepseek_jax.data.documents import Tokenise
@@ -81,6 +81,25 @@ def test_words_of_a_message_never_become_control_tokens(make, family, kind):
         assert f"a{piece}b" in tokenizer.decode(tokenizer.chat([USER(f"a{piece}b")]))
         ids = tokenizer.encode(f"a{piece}b")
         assert not set(ids) & control and tokenizer.decode(ids).strip() == f"a{piece}b"
+
+
+def test_reasoning_tags_are_parsed_in_what_an_assistant_says_alone(make):
+    """Not in the arguments of its tool calls, and in nobody else's words."""
+    _, tokenizer = make("{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{{ m.tool_calls }}{% endfor %}", ROLES + TAGS)
+    think = tokenizer.specials["<think>"]
+    for field, count in (("content", 1), ("reasoning_content", 1), ("tool_calls", 0)):
+        assert tokenizer.chat([{"role": "assistant", field: ["<think>"]}]).count(think) == count, field
+        assert tokenizer.chat([{"role": "tool", field: ["<think>"]}]).count(think) == 0
+
+
+def test_a_prompt_keeps_its_tokens_where_the_answer_would_melt_into_it(make):
+    """Training sees the ids that generation is asked with: a line break of the prompt and one of the answer stay two tokens."""
+    _, tokenizer = make(CHATML, ("<|im_start|>", "<|im_end|>", "\n\n"))
+    chat = [USER("one"), ASSISTANT("\ntwo")]
+    prompt, answer = tokenizer.turn(chat)
+    whole = tokenizer.chat(chat, add_generation_prompt=False)
+    assert prompt == tokenizer.chat(chat[:1]) != whole[: len(prompt)]
+    assert tokenizer.decode(prompt + answer) == tokenizer.decode(whole) and tokenizer.decode(answer) == "\ntwo<|im_end|>\n"
 
 
 def test_no_control_token_arises_between_two_texts(make):
@@ -239,6 +258,8 @@ def test_reasoning_is_lost_to_no_template(make):
         tokenizer.turn([USER("one"), ASSISTANT("<think>a</think>b") | {"tool_calls": [{"name": "f"}]}])
     _, tokenizer = make(R1.replace("<think>\n", ""), ROLES + TAGS)  # as V3's: the prompt opens nothing
     assert shown(tokenizer, tokenizer.turn([USER("one"), ASSISTANT("<think>a</think>b")])) == ["<s><|user|>one<|assistant|>", "<think>a</think>b</s>"]
+    _, tokenizer = make(R1.replace("{{ eos_token }}", "<|im_end|>\n"), (*ROLES, *TAGS, "<|im_end|>"))  # and its end is the template's
+    assert shown(tokenizer, tokenizer.turn([USER("one"), ASSISTANT("<think>a</think>b")]))[1] == "a</think>b<|im_end|>\n"
     _, shouting = make(DEEPSEEK.replace("{{ m.content }}{{ eos", "{{ m.content | upper }}{{ eos").replace("|>{% endif %}", "|>:{% endif %}"), ROLES)
     with pytest.raises(DataError, match="rewrites this answer"):
         shouting.turn([USER("one"), ASSISTANT("two")])
@@ -286,7 +307,7 @@ def test_stop_tokens_come_from_everywhere(make, tmp_path):
     both.save(tmp_path / "saved")  # what only the network's config.json knew goes along, and the rest stays
     stored = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert stored["eos_token_id"] == [eos, eot, 70, 71] and stored["temperature"] == 0.6
-    assert load_tokenizer(tmp_path / "saved").stop_ids == both.stop_ids
+    assert load_tokenizer(tmp_path / "saved").stop_ids == both.stop_ids and not (tmp_path / "saved" / "config.json").exists()
     for wrong in ("2", 2.0, True, -1, [2, None]):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(DataError, match="config.json: eos_token_id=.*: must be a token id"):

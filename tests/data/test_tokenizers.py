@@ -89,6 +89,8 @@ def test_byte_chat(byte_tokenizer):
     expected = [257, 263, *b"a<eos>", 264]
     assert byte_tokenizer.chat(chat[:1]) == expected
     assert byte_tokenizer.chat(chat, add_generation_prompt=False) == expected + [259, ord("b"), 260, 258]
+    marked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<user><think>a<eos>"}]
+    assert byte_tokenizer.turn(marked) == ([257, 263, ord("x"), 264], [*b"<user>", 259, *b"a<eos>", 258]), "of an answer the tags alone are parsed"
     with pytest.raises(DataError, match="no role 'system': .*allowed: assistant, user"):
         byte_tokenizer.chat([{"role": "system", "content": "x"}])
 
@@ -275,6 +277,7 @@ def test_transformers_reads_the_saved_bytes(tmp_path):
         assert theirs.decode(ours.encode(text)) == text
     for ids in (list(range(265)), [0xC3, 258, 0xA9]):
         assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.decode(list(range(265)), skip_special_tokens=True) == ours.decode(list(range(265)), skip_special=True)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}, {"role": "user", "content": "c"}]
     for messages, prompt in ((chat, True), (chat[:2], False)):
         assert theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False) == ours.chat(messages, add_generation_prompt=prompt)

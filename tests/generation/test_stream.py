@@ -208,6 +208,23 @@ def test_a_run_that_saved_no_tokenizer_names_it_in_its_config(checkpoint, tmp_pa
     assert prompts[-1] == prompts[0]
 
 
+def test_every_stop_token_ends_an_answer_and_none_is_shown(checkpoint, tmp_path, monkeypatch, capsys):
+    """Also an ordinary token, where generation_config.json makes it one."""
+    folder, plain = make_tokenizer(tmp_path / "plain", R1, ()), load_tokenizer(tmp_path / "plain")
+    dot, words = plain.encode(".")[0], plain.encode("fox")
+    (tmp_path / "plain" / "generation_config.json").write_text(json.dumps({"eos_token_id": [plain.eos_id, dot]}))
+
+    def fake_stream(model, variables, prompt_ids, rng, sampling):
+        assert sampling.stop_ids == (plain.eos_id, dot)
+        return iter([words, [dot]])
+
+    monkeypatch.setattr("deepseek_jax.generation.__main__.stream", fake_stream)
+    monkeypatch.setattr("deepseek_jax.generation.__main__.check_vocabulary", lambda tokenizer, size: None)
+    assert main([f"--checkpoint={checkpoint[0]}", f"--tokenizer={folder}", "--prompt=a"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "fox\n" and "stopped after" not in captured.err
+
+
 @pytest.mark.parametrize("ids", [[BYTES.eos_id], [10, 32, BYTES.eos_id], [BYTES.pad_id] * 3], ids=["at once", "blanks", "nothing to show"])
 def test_an_answer_without_text_is_said(checkpoint, ids, monkeypatch, capsys):
     monkeypatch.setattr("deepseek_jax.generation.__main__.stream", lambda *_: iter([ids]))
