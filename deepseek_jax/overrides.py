@@ -118,6 +118,8 @@ def _put(node: Any, step: str | int, value: Any) -> None:
         node[step] = value
         return
     with node.unlocked(), node.ignore_type():
+        if isinstance(_child(node, step), tuple):  # a ConfigDict would make a tuple of a list again, and keep that
+            del node[step]
         node[step] = value
 
 
