@@ -1,14 +1,16 @@
 """Multi-token prediction: which tokens a position sees, the order of its two inputs, borders of documents, parameters."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import batch, forward, tiny_config, variables
 
+from deepseek_jax.model.attention import Tokens
 from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.config import preset
 from deepseek_jax.model.mtp import shift_left
-from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.model.transformer import Block, Transformer, abstract_variables
 
 CONFIG = tiny_config()
 
@@ -43,6 +45,35 @@ def test_the_projection_reads_the_embedding_first(zeroed):
         assert 5 in influence(changed, changed=6)[1]
     else:
         assert influence(changed, changed=6)[1] == {6, 7, 8, 9, 10}
+
+
+def test_the_chain_is_the_reports_equation_for_equation():
+    """Eqs. 21-23 at depth 2, norms' scales unlike 1 and unlike each other: module 1 reads the main state after its final norm (as released weights
+    do), module 2 the state of module 1 before its own; each projection reads both inputs through their norms."""
+    tokens, segments, positions = batch(3)
+    params = variables(CONFIG)["params"]
+    model, projections = Transformer(CONFIG), lambda module, _: module.path[-1:] == ("proj",)
+    output, seen = model.apply(
+        variables(CONFIG), tokens, segment_ids_BT=segments, positions_BT=positions, mtp=True, capture_intermediates=projections, mutable="intermediates"
+    )
+    state_BTD, table = output.hidden_BTD, np.asarray(params["embed"]["embedding"])
+    for k in (1, 2):
+        module = params[f"mtp_{k - 1}"]
+
+        def normed(x, name, module=module):
+            x = np.asarray(x, np.float64)
+            return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.rms_norm_eps) * np.asarray(module[name]["scale"])
+
+        assert np.abs(np.asarray(module["embed_norm"]["scale"]) - module["hidden_norm"]["scale"]).min() > 0
+        ahead = table[np.asarray(shift_left(tokens, k))] * (np.arange(11) + k < 11)[:, None] + table[0] * (np.arange(11) + k >= 11)[:, None]
+        joined = np.concatenate([normed(ahead, "embed_norm"), normed(state_BTD, "hidden_norm")], axis=-1)
+        projected = seen["intermediates"][f"mtp_{k - 1}"]["proj"]["__call__"][0]
+        np.testing.assert_allclose(projected, joined @ np.asarray(module["proj"]["kernel"]), rtol=1e-4, atol=1e-4)
+        valid = jnp.where(shift_left(segments, k) == segments, segments, 0)
+        block = Block(CONFIG, CONFIG.moe, model.precision, model.placement)
+        collections = {"params": module["block"], "router_bias": variables(CONFIG)["router_bias"][f"mtp_{k - 1}"]["block"]}
+        state_BTD = block.apply(collections, projected, Tokens(positions, valid), None, None)[0]
+        np.testing.assert_allclose(output.mtp_hidden[k - 1], normed(state_BTD, "final_norm"), rtol=1e-4, atol=1e-4)
 
 
 def documents():

@@ -30,6 +30,18 @@ def test_published_constants():
     assert softmax_scale(RopeConfig(yarn=YarnConfig()), 192) == 192**-0.5  # mscale_all_dim unset
 
 
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"original_max_position_embeddings": 8}, (0, 1)),  # the fastest pair turns less than 32 times in 8 tokens
+        ({"beta_slow": 1e-9}, (10, 63)),  # no pair turns so little: cut at the last of 64 dimensions
+        ({"original_max_position_embeddings": 8, "beta_slow": 1e-9}, (0, 63)),
+    ],
+)
+def test_yarns_range_is_cut_at_both_ends(changes, expected):
+    assert yarn_correction_range(YarnConfig(**changes), 64, 10_000.0) == expected
+
+
 @pytest.mark.parametrize("rope", [V3, V2])
 def test_magnitude_is_one_where_both_mscales_agree(rope):
     cos, sin = rotary_angles(rope, 64, jnp.arange(3))

@@ -145,6 +145,24 @@ def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     assert max(relative) < 0.06 and min(relative) > 1e-4
 
 
+def test_fp8_dispatch_of_gradients_is_rounded_once_on_their_way_to_the_experts():
+    """Each pair's gradient, gate times dy, arrives in E4M3 at its expert, where weights' and tokens' gradients are made of it; nothing else is rounded."""
+    ids = IDS["random"].reshape(B * T, K)
+    _, _, (d_weights, dx, d_gates) = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"))(IDS["random"])
+
+    def oracle(weights, x_ND, gates_NK, dy_ND):
+        rounded = dequantize(quantize_tile(x_ND, power_of_two=True))
+        y_NKD, pull_back = jax.vjp(lambda w, x: moe.dense_experts(recipe("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded)
+        pairs = (gates_NK[..., None] * dy_ND[:, None]).reshape(-1, D)
+        sent = dequantize(quantize_tile(pairs, power_of_two=True, min_amax=1e-30)).reshape(y_NKD.shape)
+        return *pull_back(sent), jnp.einsum("NKD,ND->NK", y_NKD, dy_ND)
+
+    weights = tuple(jnp.float32(WEIGHTS[name]) for name in ("gate", "up", "down"))
+    (gate, up, down), dx_ND, d_gates_NK = jit(oracle)(weights, X.reshape(-1, D), GATES.reshape(-1, K), DY.reshape(-1, D))
+    wanted = {"gate": gate, "up": up, "down": down}, dx_ND.reshape(X.shape), d_gates_NK.reshape(GATES.shape)
+    assert_close((d_weights, dx, d_gates), wanted, 1e-5)
+
+
 def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
     """V3 §3.3.3: what is sent in E4M3 is what the first products read; it is not rounded a second time, to scales that are no powers of two."""
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -70,6 +71,21 @@ def test_bfloat16_moments_are_stored_small_and_change_little():
     assert half["kernel"].dtype == jnp.float32
     np.testing.assert_allclose(half["kernel"], full["kernel"], atol=3e-4)
     assert not np.array_equal(half["kernel"], full["kernel"])
+
+
+def test_bfloat16_moments_decay_in_float32():
+    """A step reads what is stored, computes in float32 and rounds once: decayed in bfloat16, a moment would be rounded twice."""
+    grads = np.random.default_rng(0).normal(size=(4, 16, 16)).astype(np.float32)
+    optimizer = build_optimizer(OptimizerConfig(Schedule(0.01), moment_dtype="bfloat16", clip_norm=float("inf")))
+    params = {"kernel": jnp.zeros((16, 16))}
+    state = optimizer.init(params)
+    mu = nu = np.zeros((16, 16), np.float32)
+    for g in grads:
+        state = optimizer.update({"kernel": jnp.asarray(g)}, state, params)[1]
+        mu, nu = (np.float32(b) * m + np.float32(1 - b) * x for b, m, x in ((0.9, mu, g), (0.95, nu, g * g)))
+        mu, nu = (m.astype(ml_dtypes.bfloat16).astype(np.float32) for m in (mu, nu))
+    for ours, theirs in ((state[1].mu, mu), (state[1].nu, nu)):
+        assert np.mean(np.asarray(ours["kernel"], np.float32) != theirs) < 0.02
 
 
 @pytest.mark.parametrize(("field", "value"), [("moment_dtype", "bf16"), ("b2", 1.0), ("weight_decay", -0.1), ("clip_norm", 0.0)])
