@@ -72,7 +72,7 @@ def train_grpo(
     store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
     with contextlib.closing(store):
         store.require_space(abstract)
-        restored = store.restore(abstract)
+        restored = store.restore(abstract, total * grpo.config.steps_per_rollout)
         if restored is not None:
             state = restored.state
         else:
@@ -89,7 +89,8 @@ def train_grpo(
         logged = [line for line in read_metrics(workdir) if line["step"] <= int(state.step)]
         evaluated_here = any("held_out_accuracy" in line for line in logged if line["step"] == int(state.step))
         evaluated = from_primary(str(evaluated_here)) == "True"
-        if done >= total and (evaluated or evaluation_due() is None):
+        beyond = max(store.steps(), default=0) > int(state.step)  # the stage was longer once; all that it has left stays as it is
+        if done >= total and (beyond or evaluated or evaluation_due() is None):
             return state
         writer = MetricsWriter(workdir, last_step=int(state.step))
         samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))

@@ -308,6 +308,8 @@ def test_bits_per_byte_is_the_mean_over_everything(model, variables, pack, docum
     assert values["bits_per_byte"] == pytest.approx(nats / count / np.log(2) / 2, rel=1e-5)
     with pytest.raises(DataError, match="no text to predict"):
         make_evaluate(model)(variables, [])
+    with pytest.raises(DataError, match="no text to predict"):  # bytes, and no target that is trained on
+        make_evaluate(model, chunk=8)(variables, [batches[0] | {"loss_mask": 0 * batches[0]["loss_mask"]}])
 
 
 class Bad(Counting):

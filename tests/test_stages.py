@@ -1,0 +1,117 @@
+"""What a stage hands to the loop, and what it opens before anything runs. Nothing is trained here."""
+
+import dataclasses
+import json
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from deepseek_jax import stages
+from deepseek_jax.__main__ import main
+from deepseek_jax.errors import UserError
+from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.precision import recipe
+
+FILE = """
+from ml_collections import ConfigDict
+from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
+
+
+def get_config():
+    model = ModelConfig(
+        vocab_size=272, hidden_size=8, num_layers=2, intermediate_size=12, first_k_dense=1, mtp_depth=1,
+        attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=4), moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=6),
+    )
+    stage = {"kind": "pretrain", "data": {"sources": SOURCES}, "seq_len": 16, "batch_size": 2, "train": {"steps": 3}}
+    last = {"kind": "eval", "data": {"sources": HELD_OUT}, "seq_len": 16, "batch_size": 2}
+    return ConfigDict({"model": model.to_dict(), "stages": ("pretrain", "last"), "pretrain": stage, "last": last})
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"note {i}: some words " * 4}) + "\n" for i in range(30)))
+    return str(path)
+
+
+def experiment_file(tmp_path, sources, held_out):
+    path = tmp_path / "e.py"
+    path.write_text(f"SOURCES, HELD_OUT = {sources!r}, {held_out!r}\n{FILE}")
+    return f"--config={path}"
+
+
+def handed_to_train(monkeypatch, experiment):
+    """The arguments with which a stage's run calls the loop."""
+    found = {}
+
+    def train(model, config, open_loader, workdir, **arguments):
+        found.update(arguments, open_loader=open_loader)
+        return types.SimpleNamespace(state=types.SimpleNamespace(variables={}))
+
+    monkeypatch.setattr(stages, "train", train)
+    stages.build_stages(experiment)[0].run(None)
+    return found
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch, capsys, held_out):
+    sources = [{"name": text, "validation_fraction": 0.0}, {"name": "task"}][:1]
+    if held_out:
+        sources = [*sources, {"name": text, "validation_path": text}]  # of several sources those that hold something out count
+    config = read_flags([experiment_file(tmp_path, sources, sources)])[0]
+    found = handed_to_train(monkeypatch, build_experiment(config, "e", tmp_path / "run"))
+    assert (found["held_out"] is not None) == held_out
+    assert not capsys.readouterr().out
+    found["open_loader"]().close()
+    assert ("pretrain: nothing is held out" in capsys.readouterr().out) != held_out
+    if held_out:
+        batches = list(found["held_out"]())
+        assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(json.loads(line)["text"]) for line in open(text))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        ([{"name": "TEXT", "validation_path": "TEXT.typo.jsonl"}], r"no file matches .*TEXT.typo.jsonl"),
+        ([{"name": "nowhere/*.jsonl"}], r"no file matches 'nowhere/\*.jsonl'"),
+        ([{"name": "stdlb"}], "unknown dataset 'stdlb'"),
+    ],
+)
+@pytest.mark.parametrize("flags", [["--dry"], []])
+def test_the_last_stages_data_is_opened_before_the_first_stage_and_the_folder_stays_free(tmp_path, text, held_out, message, flags):
+    held_out = [{name: value.replace("TEXT", text) for name, value in source.items()} for source in held_out]
+    arguments = [experiment_file(tmp_path, [{"name": text}], held_out), f"--workdir={tmp_path / 'run'}", *flags]
+    with pytest.raises(UserError, match=message.replace("TEXT", text)):
+        main(arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flops_count_the_mtp_module(tmp_path, text, monkeypatch):
+    """By hand: twice the activated weights and the attention's pairs, forward; three times that with the backward pass."""
+    config = read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0]
+    found = handed_to_train(monkeypatch, build_experiment(config, "e", tmp_path / "run"))
+    attention = 8 * (2 * 4) + 2 * 8 * (1 * 4) + (2 * 4) * 8  # q, k and v, output
+    dense, experts = attention + 3 * 8 * 12, attention + 2 * 3 * 8 * 6 + 4 * (8 + 1)  # two experts; a router has its biases, as in published counts
+    norms = 2 * 8
+    head = 272 * 8
+    main_model = dense + experts + 2 * norms + 8 + head
+    mtp = 2 * 8 * 8 + experts + norms + 3 * 8 + head  # projection, block, its three norms, the shared head once more
+    pairs = 3 * 2 * (2 * 2 * 4) * 16 // 2  # three layers, QK and PV of two heads of 4, half of 16 positions
+    assert found["flops_per_token"] == 3 * (2 * (main_model + mtp) + pairs)
+    with config.unlocked():
+        config.pretrain.train.objective = {"mtp_weight": 0.0}
+    found = handed_to_train(monkeypatch, build_experiment(config, "e", tmp_path / "run"))
+    assert found["flops_per_token"] == 3 * (2 * main_model + pairs * 2 // 3)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bfloat16", 989.5e12), ("fp8_deepseek", 1979e12), ("float32", None)])
+def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, monkeypatch, precision, expected):
+    experiment = build_experiment(read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0], "e", tmp_path / "run")
+    experiment = dataclasses.replace(experiment, model=experiment.model.clone(precision=recipe(precision)))
+    assert handed_to_train(monkeypatch, experiment)["peak_flops"] is None  # a CPU is not in the table
+    card = types.SimpleNamespace(id=0, device_kind="NVIDIA H100 80GB HBM3", platform="gpu", process_index=0)
+    monkeypatch.setattr(jax, "devices", lambda *_: [card])
+    assert stages._peak_flops(experiment.model) == expected
