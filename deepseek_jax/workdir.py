@@ -162,7 +162,7 @@ def _difference(before: Any, now: Any, steps: int, made: Sequence[int]) -> str |
     if made:
         return None if now > made[-1] or now in made else f"({before} -> {now}, and {made[-1]} steps are made; there are checkpoints of {_listed(made)})"
     if steps and callable(before) and callable(now):
-        then, here = (np.asarray(schedule(np.arange(steps))) for schedule in (before, now))
+        then, here = (np.broadcast_to(schedule(np.arange(steps)), steps) for schedule in (before, now))
         other = np.flatnonzero(then != here)
         if not len(other):
             return None

@@ -167,6 +167,21 @@ def test_a_later_stage_that_changed_is_run_again(finished, capsys):
     assert (finished / "grpo.old-1" / "checkpoints" / "80").is_dir()
 
 
+def test_a_stage_may_be_as_short_as_one_of_its_checkpoints(tmp_path):
+    run = tmp_path / "run"
+    start(run, CONSTANT)
+    for step in (120, 240):
+        (run / "pretrain" / "checkpoints" / str(step)).mkdir(parents=True)
+    assert start(run, CONSTANT, "--config.pretrain.train.steps=120")["pretrain"] == "keep"
+    with pytest.raises(ConfigError, match=r"steps \(240 -> 180, and 240 steps are made; there are checkpoints of 120, 240\)"):
+        start(run, CONSTANT, "--config.pretrain.train.steps=180")
+    # A schedule that is the same as far as the shorter stage goes, and another one after it.
+    switch = "--config.pretrain.train.optimizer.learning_rate={'kind':'switch','first':0.001,'second':0.0005,'at':0.5,'steps':240}"
+    assert start(run, switch, "--config.pretrain.train.steps=120")["pretrain"] == "keep"
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.001 -> 0.0005 at step 120, which is made"):
+        start(run, switch)
+
+
 def test_a_stage_that_changes_no_weights_concerns_itself_alone(finished):
     assert start(finished, CONSTANT, "--config.before.eval.problems=300") == actions(before="again")
 
