@@ -54,7 +54,7 @@ class FP8Recipe(Recipe):
                 raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
 
     def has_kernels(self, kind: str) -> bool:
-        if kind not in PREFERRED and kind != "cpu":
+        if kind not in PREFERRED and kind.startswith("sm"):
             say_once(
                 f"precision {self.name}: there are no FP8 kernels for this kind of device, {kind}, so XLA emulates every product in float32, which is "
                 "slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and config.precision=bfloat16 needs none"
