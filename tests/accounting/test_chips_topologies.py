@@ -1,7 +1,11 @@
 """Chips against what jax and libtpu know of them; names of topologies, and what is wrong with a wrong one."""
 
 import dataclasses
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +162,12 @@ def test_peak_of_the_devices_that_jax_names(devices, number_format, expected):
 
 def test_every_chip_has_a_name_that_jax_gives():
     assert set(DEVICE_KINDS.values()) == set(CHIPS)
+
+
+@NEEDS_LIBTPU
+def test_libtpu_makes_no_noise():
+    """It is told of a machine that it knows, on a host that has none."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    code = "from deepseek_jax.accounting.topologies import topology; print(len(topology('v5e:2x2').devices))"
+    result = subprocess.run([sys.executable, "-c", code], env=unset | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "4\n", "")
