@@ -49,3 +49,31 @@ def test_parser_names_the_module_and_refuses_abbreviations(capsys):
     for argv, message in ((["--check=y"], "unknown flag --check: did you mean '--checkpoint'"), (["y"], "'y' belongs to no flag"), (["--checkpoint"], "expected one")):
         with pytest.raises(ConfigError, match=message):
             parser.parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "expected"),
+    [
+        (cli.number(), "1e-3", 1e-3),
+        (cli.number(int, least=1), "1e3", 1000),
+        (cli.number(least=0), "0", 0.0),
+        (cli.number(above=0, most=1), "1", 1.0),
+        (cli.number(), "nan", "'nan': must be a number"),
+        (cli.number(), "inf", "'inf': must be a number"),
+        (cli.number(int), "2.5", "'2.5': must be a whole number"),
+        (cli.number(int), "true", "'true': must be a whole number"),
+        (cli.number(int, least=1), "0", "'0': must be a whole number, at least 1"),
+        (cli.number(above=0, most=1), "0", "'0': must be a number, above 0 and at most 1"),
+        (cli.number(above=0, most=1), "1.5", "above 0 and at most 1"),
+        (cli.number(), "", "must be a number"),
+    ],
+)
+def test_numbers_of_flags(number, text, expected):
+    parser = cli.parser("deepseek_jax", "Tries a flag.")
+    parser.add_argument("--x", type=number)
+    if not isinstance(expected, str):
+        value = parser.parse_args([f"--x={text}"]).x
+        assert value == expected and type(value) is type(expected)
+        return
+    with pytest.raises(ConfigError, match=f"argument --x: .*{expected}"):
+        parser.parse_args([f"--x={text}"])
