@@ -171,8 +171,9 @@ def test_layers_are_summed_as_in_released_code_by_default():
     assert ObjectiveConfig().balance_reduction == "sum"
 
 
-def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variables, pack, document):
-    """Microbatches of one row each add up to the batch, a row of one or two tokens among them, which the second module has no position in."""
+def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variables, pack, document, logits):
+    """Each router's mean is over the rows that it has a position in, of which rows of one and of two tokens are none for a module; microbatches of
+    one row each add up to the batch."""
     batch = pack([[document(16, 1)], [document(2, 2)], [document(1, 3)], [document(9, 4), document(2, 5)]], LENGTH)
     loss = jax.jit(functools.partial(loss_fn, model, BALANCED))
     whole = denominators(batch, 2)
@@ -180,6 +181,14 @@ def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variabl
     parts = [loss(variables["params"], variables["router_bias"], jax.tree.map(lambda x, b=b: x[b : b + 1], batch), 0, whole)[1] for b in range(4)]
     together = loss(variables["params"], variables["router_bias"], batch, 0)[1]
     assert sum(float(part.parts["balance"]) for part in parts) == pytest.approx(float(together.parts["balance"]), rel=1e-5)
+    expected = 0.0
+    for routing, rows in zip(logits(batch)[1:], ([[0, 1, 2, 3]], [[0, 1, 3], [0, 3]]), strict=True):
+        for layer, held in enumerate(rows):
+            tokens = np.asarray(routing.tokens_LB[layer], np.float64)
+            assert np.flatnonzero(tokens).tolist() == held
+            products = np.sum(np.asarray(routing.counts_LBE[layer] * routing.probs_LBE[layer], np.float64), axis=-1)
+            expected += np.mean([4 / 2 * products[b] / tokens[b] ** 2 for b in held])
+    assert float(together.parts["balance"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_alpha_zero_is_no_balance_loss_at_all(model, variables, batch):
