@@ -21,10 +21,9 @@ from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.accounting.work import works
 from deepseek_jax.experiment import Experiment, build_experiment, read_flags
-from deepseek_jax.json_io import read_json
 from deepseek_jax.parallel import hosts
-from deepseek_jax.report import comparison_table, samples_table
-from deepseek_jax.stages import EvalStage, GRPOStage, Stage, build_stages
+from deepseek_jax.report import comparison_table, read_evaluation, samples_table
+from deepseek_jax.stages import EvalStage, Stage, build_stages
 from deepseek_jax.training.checkpoints import saved_steps
 from deepseek_jax.workdir import claim, explained, hold, plan_run
 
@@ -85,7 +84,7 @@ def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
     """The evaluations side by side, and where the curves are. Also kept as results.txt."""
     if not hosts.is_primary():
         return
-    evaluations = {stage.name: read_json(stage.path, f"remove it and start again: {stage.name} is then evaluated anew") for stage in stages if isinstance(stage, EvalStage)}
+    evaluations = {stage.name: read_evaluation(stage.path) for stage in stages if isinstance(stage, EvalStage)}
     if not evaluations:
         return
     consoles = [Console(highlight=False)]
@@ -95,8 +94,9 @@ def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
             console.print(comparison_table(evaluations, experiment.name))
             console.print(samples_table(evaluations, 3))
             for stage in stages:
-                if isinstance(stage, GRPOStage):
-                    console.print(f"curves: {experiment.workdir / stage.name / 'curves.png'}")
+                curves = experiment.workdir / stage.name / "curves.png"
+                if curves.exists():
+                    console.print(f"curves: {curves}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ class TrainStage(Stage):
             peak_flops=_peak_flops(model),
             name=self.name,
         )
+        _draw_curves(experiment, self.name)
         return result.state.variables
 
     @property
@@ -293,11 +294,7 @@ class GRPOStage(Stage):
         variables = _weights(variables, experiment)
         seed = _seed(experiment, self.name, "sampling")
         state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name)
-        if is_primary():
-            try:
-                plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {self.name}, seed {experiment.seed}")
-            except Exception as error:  # weights are worth more than a figure of them
-                print(f"{self.name}: curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers", flush=True)
+        _draw_curves(experiment, self.name)
         return state.variables
 
 
@@ -427,6 +424,17 @@ def build_stage(experiment: Experiment, name: str) -> Stage:
         raise ConfigError(f"{name}.kind={kind!r}: {nearest(str(kind), KINDS)}")
     with inside(f"config.{name}"):
         return KINDS[kind].build(name, experiment, fields)
+
+
+def _draw_curves(experiment: Experiment, name: str) -> None:
+    """Leaves curves.png in the stage's folder."""
+    folder = experiment.workdir / name
+    if not is_primary():
+        return
+    try:
+        plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {name}, seed {experiment.seed}")
+    except Exception as error:  # weights are worth more than a figure of them
+        print(f"{name}: curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers", flush=True)
 
 
 def _check_sources(sources: Sequence[SourceConfig], splits: Sequence[str], experiment: Experiment, data_dir: str | None, prepare: bool) -> None:

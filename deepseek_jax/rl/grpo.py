@@ -175,7 +175,7 @@ class GRPO:
         (loss, (metrics, loads)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         state, metrics["grad_norm"] = guarded_update(state, self.optimizer, loss, grads, loads, config.bias_update_rate)
         if loads:
-            metrics |= {name: value for name, value in load_metrics(loads).items() if value.ndim == 0}
+            metrics |= {name: value for name, value in load_metrics(loads).items() if value.ndim != 1}
         return self._refresh(state), metrics
 
     def _refresh(self, state: GRPOState) -> GRPOState:

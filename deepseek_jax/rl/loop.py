@@ -14,15 +14,14 @@ from jax.experimental.multihost_utils import process_allgather
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
-from deepseek_jax.json_io import read_json_lines, to_json
-from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
+from deepseek_jax.parallel.hosts import from_primary
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, abstract_grpo_state, grpo_state
 from deepseek_jax.rl.health import Health, HealthConfig
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.goodput import Goodput
-from deepseek_jax.training.metrics import MetricsWriter, Progress, has_step, read_metrics
+from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.stopping import Terminated, stop_signals
 
 
@@ -92,8 +91,7 @@ def train_grpo(
         beyond = max(store.steps(), default=0) > int(state.step)  # the stage was longer once; all that it has left stays as it is
         if done >= total and (beyond or evaluated or evaluation_due() is None):
             return state
-        writer = MetricsWriter(workdir, last_step=int(state.step))
-        samples_path = _truncated_to(workdir / "samples.jsonl", int(state.step))
+        writer = MetricsWriter(workdir, last_step=int(state.step), group="rl")
         progress, watch = Progress(name, total, done), Health(health)
         for line in logged:  # what was said before a run stopped is not said again
             watch.observe(line)
@@ -150,7 +148,7 @@ def train_grpo(
                     line = last or done % config.log_every == 0
                     if line:
                         writer.write(step, values)
-                        _append(samples_path, [{"step": step} | row for row in sample_rows(grpo, samples, rewards_B, config.show)])
+                        writer.write_samples(step, sample_rows(grpo, samples, rewards_B, config.show))
                     save_now = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
                     if save_now:
                         save()
@@ -202,18 +200,6 @@ def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) 
     return [
         {"prompt": prompt, "completion": text, "reward": float(rewards_B[row])} for prompt, text, row in zip(prompts, texts, rows, strict=True)
     ]
-
-
-def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    if is_primary():
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in rows)
-
-
-def _truncated_to(path: pathlib.Path, step: int) -> pathlib.Path:
-    """Drops the samples of steps that will be made again, and a last line cut short."""
-    write_text(path, "".join(to_json(row) + "\n" for row in read_json_lines(path, has_step) if row["step"] <= step))
-    return path
 
 
 def measured(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -125,10 +125,15 @@ def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Ar
 
 
 def load_metrics(loads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """MaxVio (Loss-Free Balancing eq. 4) of each router, main layers first, with mean and maximum over routers."""
-    violation_L = jnp.concatenate([max_violation(jnp.atleast_2d(loads[stack])) for stack in sorted(loads)])
+    """MaxVio (Loss-Free Balancing eq. 4) of each router, main layers first, with mean and maximum over routers.
+
+    And the relative load behind it, `expert_load` [routers, experts] (V3's figure 9): 1 is an expert's share where all have the same.
+    """
+    loads_LE = jnp.concatenate([jnp.atleast_2d(loads[stack]) for stack in sorted(loads)])
+    violation_L = max_violation(loads_LE)
     return {
         "max_violation_per_layer": violation_L,
         "max_violation_mean": jnp.mean(violation_L),
         "max_violation_max": jnp.max(violation_L),
+        "expert_load": loads_LE / jnp.maximum(jnp.mean(loads_LE, axis=-1, keepdims=True), 1e-9),
     }
