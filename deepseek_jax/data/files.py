@@ -57,7 +57,7 @@ def read_file(path: str, source: SourceConfig) -> Reader:
         if packed and not (isinstance(error, OSError) and error.errno):
             raise DataError(f"{path} is not a complete {packed} file ({error}); copy it again") from error
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a parquet file that can be read: {error}") from error
 
 
