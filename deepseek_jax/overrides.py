@@ -64,7 +64,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Where there is text now, a number or a switch is text too: a folder may be called 2024.
     """
     steps = _steps(path)
-    value = parse(text)
+    value = plain(parse(text), _show(steps))
     node: Any = config
     for depth, (step, following) in enumerate(zip(steps, steps[1:], strict=False), start=1):
         child = _child(node, step)

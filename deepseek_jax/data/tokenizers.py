@@ -54,6 +54,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == "byte":
         return ByteTokenizer()
+    if len(str(spec)) > 4096 or any(len(part.encode()) > 255 for part in Path(spec).parts):
+        raise DataError(f"no tokenizer at {str(spec)[:80]!r} …: no file has so long a name; give 'byte', a tokenizer.json, or a folder that holds one")
     path, seen = Path(spec).expanduser(), set()
     while path.is_dir() and not (path / tokenizer_files.TOKENIZER).is_file():
         found = find_tokenizer(path)
