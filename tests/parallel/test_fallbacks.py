@@ -11,6 +11,7 @@ from deepseek_jax.model.attention import SelfAttention, Tokens
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Block
 from deepseek_jax.parallel.overlap import TwoMicrobatches, two_microbatches
+from deepseek_jax.parallel.rules import divide
 from deepseek_jax.parallel.shardings import variables_sharding
 from deepseek_jax.precision import recipe
 from kernels_pallas import trust
@@ -100,3 +101,9 @@ def test_a_dimension_that_stays_whole_is_said(said):
     assert "embed of 18 by fsdp of 4" in note and "vocab of 41 by tensor of 2" in note and "ffn" not in note
     variables_sharding(on({"fsdp": 4, "tensor": 2}))  # divides evenly
     assert len(said()) == 1
+
+
+def test_a_dimension_is_divided_as_far_as_what_is_left_of_it_divides():
+    whole = set()
+    assert divide({"embed": ("fsdp", "expert")}, {"fsdp": 4, "expert": 2}, ("embed",), (12,), whole=whole) == (("fsdp",),)
+    assert whole == {"embed of 12 by fsdp and expert of 8"}
