@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.launch.jobs import build_jobs
 from deepseek_jax.launch.sweep import Run, Sweep
@@ -119,7 +119,7 @@ def test_refused_before_anything_runs(override, message):
     if message is None:  # a cosine of 0 throughout is 0
         assert built(override)["pretrain"].train.optimizer.learning_rate.always(0.0)
         return
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         built(override)
 
 
