@@ -116,7 +116,7 @@ def test_learns_evaluates_and_leaves_its_files(uninterrupted):
     assert result.metrics["bits_per_byte"] == lines[-1]["bits_per_byte"] < lines[10]["bits_per_byte"]
     assert lines[-2]["mfu"] == pytest.approx(lines[-2]["tokens_per_second"] * 1e-3)
     assert lines[-2]["tokens"] == 48 and len(lines[-2]["max_violation_per_layer"]) == 1
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "goodput.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "expert_load.jsonl", "goodput.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"]
     assert int(result.state.step) == STEPS
 
 
