@@ -20,6 +20,7 @@ from deepseek_jax.accounting.flops import training_flops_per_token
 from deepseek_jax.data.checks import check_sources
 from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
+from deepseek_jax.data.sources import holds_out
 from deepseek_jax.data.tokenizer_files import FOLDER
 from deepseek_jax.data.tokenizers import ByteTokenizer
 from deepseek_jax.errors import ConfigError, nearest
@@ -182,13 +183,14 @@ class TrainStage(Stage):
         return tuple(source for source in self.data.sources if source.name != "task")
 
     def _held_out(self) -> tuple[SourceConfig, ...]:
-        return tuple(source for source in self._text() if source.holds_out)
+        vocab_size = self.experiment.model.config.vocab_size
+        return tuple(source for source in self._text() if holds_out(source, self.data.data_dir, vocab_size))
 
     def run(self, variables: Variables | None) -> Variables:
         experiment, model, held_out = self.experiment, self.experiment.model, None
         self.keep_tokenizer()
-        if self._held_out():
-            held_out = held_out_batches(dataclasses.replace(self.data, sources=self._held_out()), experiment, self.seq_len, self.batch_size)
+        if not self.finished() and (sources := self._held_out()):
+            held_out = held_out_batches(dataclasses.replace(self.data, sources=sources), experiment, self.seq_len, self.batch_size)
         result = train(
             model,
             self.train,
@@ -214,8 +216,13 @@ class TrainStage(Stage):
         experiment, in_memory = self.experiment, None
         if self._uses_task():
             in_memory = {"task": {"train": self.task_documents.write(experiment.task, _seed(experiment, self.name, "documents"))}}
-        if self._text() and not self._held_out():
-            print(f"{self.name}: nothing is held out (validation_fraction=0 and no validation_path), so no held-out loss is measured", flush=True)
+        held_out = self._held_out()
+        for source in self._text():
+            if source.holds_out and source not in held_out:
+                share = f"its held-out share (validation_fraction={source.validation_fraction:g})"
+                print(f"{self.name}: no document of {source.name} falls into {share}: raise it, or set validation_path", flush=True)
+        if self._text() and not held_out:
+            print(f"{self.name}: nothing is held out, so no held-out loss is measured", flush=True)
         return build_loader(
             self.data,
             experiment.tokenizer,

@@ -71,6 +71,22 @@ def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch
         assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(json.loads(line)["text"]) for line in open(text))
 
 
+def test_a_held_out_share_of_no_document_is_said_and_trained_without(tmp_path, text, monkeypatch, capsys):
+    sources = [{"name": text, "validation_fraction": 1e-9}]
+    config = read_flags([experiment_file(tmp_path, sources, [{"name": text, "validation_fraction": 0.5}])])[0]
+    experiment = build_experiment(config, "e", tmp_path / "run")
+    stages.build_stages(experiment)[0].check_data(prepare=False)
+    found = handed_to_train(monkeypatch, experiment)
+    assert found["held_out"] is None
+    found["open_loader"]().close()
+    printed = capsys.readouterr().out
+    assert f"no document of {text} falls into its held-out share (validation_fraction=1e-09)" in printed and "no held-out loss is measured" in printed
+    with config.unlocked():
+        config.last.data.sources = sources  # an evaluation has nothing else to do
+    with pytest.raises(UserError, match="none of its 30 documents falls into the validation split"):
+        stages.build_stages(build_experiment(config, "e", tmp_path / "run"))[1].check_data(prepare=False)
+
+
 @pytest.mark.parametrize(
     ("held_out", "message"),
     [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.data.config import SourceConfig
 from deepseek_jax.data.documents import Documents, Tokenise
-from deepseek_jax.data.sources import open_source
+from deepseek_jax.data.sources import NothingHeldOut, open_source
 from deepseek_jax.data.tokenizers import Tokenizer
 
 
@@ -13,7 +13,7 @@ def check_sources(
 ) -> None:
     """Opens the sources and tokenizes one record of each shape (see `Documents`): the chat template is rendered too.
 
-    A source that holds nothing out has no validation split to open. Without `prepare` only local files are opened: a TFDS dataset may
+    A source that holds nothing out has no validation split to open; where it is trained on, its share of held-out documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may
     have to be downloaded. Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
     """
     opened = []  # until the end, so that a file of both splits is read once
@@ -22,6 +22,11 @@ def check_sources(
             continue
         for split in splits:
             if split == "train" or source.holds_out:
-                records = open_source(source, split, data_dir, vocab_size=vocab_size)
+                try:
+                    records = open_source(source, split, data_dir, vocab_size=vocab_size)
+                except NothingHeldOut:
+                    if "train" not in splits:
+                        raise
+                    continue
                 opened.append(Documents(records, Tokenise(source, tokenizer, vocab_size)))
                 opened[-1][0]

@@ -134,6 +134,20 @@ class TfdsRecords(MemoryRecords):
         return {k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in self._data[index].items()}
 
 
+class NothingHeldOut(DataError):
+    """No document of a local source falls into its held-out share."""
+
+
+def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int | None = None) -> bool:
+    """Whether held-out documents can be read from a source. A share of few local files may hold none; those are opened to know."""
+    if source.holds_out and source.validation_path is None and source.name != "stdlib" and not source.name.startswith("tfds:"):
+        try:
+            open_source(source, "validation", data_dir, vocab_size=vocab_size)
+        except NothingHeldOut:
+            return False
+    return source.holds_out
+
+
 class LocalFile:
     """The records of one file, each read and checked once: which side of a split it belongs to, and what shape it has."""
 
@@ -178,7 +192,8 @@ class FileRecords:
             self._numbers.extend([number] * int(mine.sum()))
         total = sum(len(file.sides) for file in self._files)
         if total and not len(self):
-            raise DataError(
+            kind = NothingHeldOut if split == "validation" else DataError
+            raise kind(
                 f"source {source.name!r}: none of its {total} documents falls into the {split} split (validation_fraction="
                 f"{source.validation_fraction}); change validation_fraction (0 holds nothing out), or set validation_path to held-out files"
             )
