@@ -4,7 +4,6 @@ An imported checkpoint is a folder like a training stage's: `checkpoints/` for g
 tokenizer files and config.json of the original, which an export takes along again.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from deepseek_jax import cli
 from deepseek_jax.data import tokenizer_files
 from deepseek_jax.data.tokenizer_files import find_tokenizer
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
-from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.errors import DataError
 from deepseek_jax.interop.atomic import check_absent, new_folder
 from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
 from deepseek_jax.interop.folder import open_folder, usable_folder
@@ -67,8 +66,6 @@ def main(argv: Sequence[str]) -> int:
     if flags.command == "import":
         import_checkpoint(flags.hf_folder, flags.checkpoint, flags.dtype, console)
     else:
-        if not 0 < flags.max_shard_gb < math.inf:
-            raise ConfigError(f"--max_shard_gb={flags.max_shard_gb}: a size above 0, in 10^9 bytes")
         export_checkpoint(flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console, flags.tokenizer)
     return 0
 

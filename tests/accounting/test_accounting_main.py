@@ -131,5 +131,5 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
         main([f"--config={empty}"])
     with pytest.raises(ConfigError, match="name one of them"):
         main(["v3_671b", f"--config={empty}"])
-    with pytest.raises(ConfigError, match="--tokens=-1.0: must be above 0"):
+    with pytest.raises(ConfigError, match="argument --tokens: '-1': must be a number, above 0"):
         main(["v3_671b", "--tokens=-1"])

@@ -165,7 +165,8 @@ def test_a_chat_compiles_one_program_per_prompt_width(gqa):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt=a", "--temperature=-1"], "SamplingConfig.temperature=-1.0: must be 0 (greedy) or from 1e-5 up"),
+        (["--prompt=a", "--temperature=-1"], "argument --temperature: '-1': must be a number, at least 0"),
+        (["--prompt=a", "--temperature=1e-7"], "SamplingConfig.temperature=1e-07: must be 0 (greedy) or from 1e-5 up"),
         (["--prompt=a", "--tokenizer=/nowhere"], "no tokenizer at '/nowhere'"),
     ],
 )

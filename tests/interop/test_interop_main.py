@@ -130,7 +130,7 @@ def test_an_export_without_a_tokenizer_says_so_and_names_no_token(stored, tmp_pa
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
 def test_sizes_of_files_that_are_none_are_refused(stored, tmp_path, size):
-    with pytest.raises(ConfigError, match="--max_shard_gb=.*: a size above 0"):
+    with pytest.raises(ConfigError, match="--max_shard_gb: .*must be a number, above 0"):
         main(["export", str(stored / "checkpoint"), str(tmp_path / "hf"), f"--max_shard_gb={size}"])
 
 

@@ -104,7 +104,7 @@ def test_which_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--slots=0"], "--slots=0: at least 1"),
+        (["--slots=0"], "--slots: '0': must be a whole number, at least 1"),
         (["--slots=2", "--launcher=slurm"], "--slots is for --launcher=local"),
         (["--bucket=gs://mine"], "--bucket is for --launcher=skypilot"),
         (["--dollars_per_hour=2"], "is for --plan"),

@@ -134,7 +134,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError("no locks here")
 
-    monkeypatch.setattr("deepseek_jax.launch.state.fcntl.flock", flock)
+    monkeypatch.setattr("deepseek_jax.locks.fcntl.flock", flock)
     assert execute([sys.executable, "-c", "pass"], tmp_path / "a") == 0
     assert "is on a file system without locks" in capsys.readouterr().out and read_status(tmp_path / "a").state == "done"
 

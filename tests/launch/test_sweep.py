@@ -173,6 +173,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (job,) = build_jobs(Sweep(BASE, [Run("a", {"seed": 1})]), tmp_path)
     job.folder.mkdir()
     (job.folder / "config.json").write_text(job.config.to_json())
+    (job.folder / job.stages[0] / "checkpoints" / "1").mkdir(parents=True)  # a folder that holds no results may become another run's
     build_jobs(Sweep(BASE, [Run("a", {"seed": 1})]), tmp_path)
     with pytest.raises(ConfigError, match=r"config.seed \(1 -> 2\)"):
         build_jobs(Sweep(BASE, [Run("a", {"seed": 2})]), tmp_path)
