@@ -51,10 +51,10 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
     """The metrics of a stage over its steps, as one PNG: the panels of `PANELS` for which there are numbers. Others are left out."""
     panels = {label: _curves(records, curves) for label, curves in PANELS.items()}
     panels = {label: curves for label, curves in panels.items() if curves}
-    columns = max(1, min(len(panels), PANELS_PER_ROW))
-    rows = max(1, -(-len(panels) // columns))
+    rows = max(1, math.ceil(len(panels) / PANELS_PER_ROW))
+    columns = max(1, math.ceil(len(panels) / rows))
     figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 0.3), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (label, curves) in zip(grid, panels.items(), strict=False):
         for name, points, measured in curves:
             style = {"marker": "o", "markersize": 4, "linestyle": "--", "clip_on": False, "zorder": 3} if measured or len(points) == 1 else {}
@@ -67,7 +67,7 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
         panel.set(xlabel="optimizer step", ylabel=label)
         panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize=8)
-    for panel in list(grid)[len(panels) :] if panels else []:
+    for panel in grid[len(panels) :]:
         panel.set_axis_off()
     figure.suptitle(title)
     partial = path.with_suffix(".partial.png")

@@ -38,6 +38,16 @@ def test_a_figure_is_drawn_whatever_there_is(tmp_path, records):
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] > 400 and not list(tmp_path.glob("*.partial*"))
 
 
+def test_a_place_without_a_panel_stays_empty(tmp_path):
+    """Five panels are drawn as three and two."""
+    record = {"cross_entropy": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "max_violation_mean": 1.0, "reward_mean": 1.0}
+    plot_curves([{"step": step} | record for step in (1, 2)], tmp_path / "a.png", "five")
+    pixels = matplotlib.image.imread(tmp_path / "a.png")
+    height, width = pixels.shape[:2]
+    places = [pixels[height * row // 2 + 40 : height * (row + 1) // 2, width * column // 3 : width * (column + 1) // 3] for row in (0, 1) for column in (0, 1, 2)]
+    assert [bool((place == 1).all()) for place in places] == [False] * 5 + [True]
+
+
 def test_importing_changes_no_backend():
     code = "import matplotlib; matplotlib.use('pdf'); import deepseek_jax.report as r; assert matplotlib.get_backend() == 'pdf'; assert 'matplotlib.pyplot' not in __import__('sys').modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
