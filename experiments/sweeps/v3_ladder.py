@@ -17,7 +17,7 @@
 read 64 tokens for each active parameter, the laptop's 16. The report leaves open the dense layer's width, query compression and the gates' factor:
 see `v3_style`.
 
-Measured on two CPU cores (seed 0, one run at a time, most of both cores taken by other work, jax 0.10.2), 20 minutes in all:
+Measured before the balance loss was summed over layers, on two CPU cores (seed 0, one run at a time, most of both cores taken by other work, jax 0.10.2), 20 minutes in all:
 
     rung                        0.2m      0.4m        1m
     training FLOPs           3.13e11   7.92e11   4.95e12
