@@ -18,7 +18,7 @@ def call(path: str, function: str, levels: int = 1) -> tuple[Any, str]:
     """-> (what `function`() of the file returns, "file:line" where it is defined).
 
     The file may import what lies in its folder; with `levels` = 2 what lies a folder above it, too. Raises ConfigError for a file that is
-    not there, cannot be run or has no such function, and for whatever is raised in it.
+    not there, cannot be run or has no such function, and for any exception raised in it.
     """
     folders = Path(path).resolve().parents[:levels]
     _require_file(path)
@@ -59,7 +59,7 @@ def _line(function: Callable) -> int:
 
 @contextmanager
 def _reported(path: str, folders: list[Path]) -> Iterator[None]:
-    """What is raised inside as a ConfigError that gives the last line of the person's own files."""
+    """Turns an exception raised inside into a ConfigError with the last line of the person's own files."""
     try:
         yield
     except (Exception, SystemExit) as error:

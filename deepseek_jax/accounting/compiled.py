@@ -70,7 +70,7 @@ def measure(
 
 
 def compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
-    """What the compiled text tells, for the fields of `measure`; `taken`: the branches that `flops` are those of."""
+    """Reads the compiled text into the fields of `measure`; `taken`: the branches that `flops` are those of."""
     memory = memory_bytes(compiled.memory_analysis(), parts)
     module = hlo.parse(compiled.as_text())
     choices = {"while_trips": assumptions.while_trips, "branch": assumptions.branch}

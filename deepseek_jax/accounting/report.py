@@ -18,7 +18,7 @@ DEFAULT_TOKENS = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What the figures depend on besides the network. `sequence_length` None: that of the experiment's first stage, 4096 without an experiment;
+    """Assumptions of the figures besides the network. `sequence_length` None: that of the experiment's first stage, 4096 without an experiment;
     `tokens` None: as many as its stages train on, 1T without one."""
 
     sequence_length: int | None = None

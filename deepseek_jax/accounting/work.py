@@ -1,4 +1,4 @@
-"""What a stage of an experiment will do, by the closed formulas: tokens and FLOPs, the same for plans, sweeps and dry runs."""
+"""Tokens and FLOPs of an experiment's stages, by the closed formulas; plans, sweeps and dry runs share them."""
 
 from collections.abc import Iterable
 from typing import Any
