@@ -16,7 +16,8 @@ setup(
         "orbax-checkpoint>=0.12.8",  # asynchronous, atomic, sharded checkpoints
         "ml-collections>=1.1.0",  # experiment files and command-line overrides
         "tensorflow-datasets>=4.9.10",  # dataset builders, used without TensorFlow
-        "importlib_resources>=7.1.0",  # tensorflow-datasets needs it to prepare a dataset and does not ask for it itself
+        # tensorflow-datasets needs it to prepare a dataset and does not ask for it itself
+        "importlib_resources>=7.1.0",
         "grain>=0.2.18",  # shuffling, sharding and checkpointable position of the data
         "pyarrow>=26.0.1",  # parquet files
         "pyyaml>=6.0.3",  # task files for SkyPilot
@@ -30,12 +31,19 @@ setup(
     extras_require={
         # runs the tests, two files at a time; compares trees of arrays; see "slurm"
         "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "submitit>=1.5.4"],
-        "parity": ["torch==2.13.0", "transformers>=5.23.0"],  # the reference implementation that parity tests compare with
+        # the reference implementation that parity tests compare with
+        "parity": ["torch==2.13.0", "transformers>=5.23.0"],
         "math": ["math-verify[antlr4-13-2]>=0.9.0"],  # equality of mathematical answers in natural language
         "slurm": ["submitit>=1.5.4"],  # sweeps as SLURM jobs that are requeued
-        "clouds": ["skypilot[gcp]>=0.14.1"],  # sweeps on spot machines of any cloud; other clouds are other extras of it
+        # sweeps on spot machines of any cloud; other clouds are other extras of it
+        "clouds": ["skypilot[gcp]>=0.14.1"],
         # compile for TPUs and GPUs that are not there, and read the machine code
-        "aot": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "jax-cuda13-pjrt>=0.10.2", "nvidia-cuda-nvdisasm>=13.0"],
+        "aot": [
+            "jax[tpu]>=0.10.2",
+            "jax-cuda13-plugin>=0.10.2",
+            "jax-cuda13-pjrt>=0.10.2",
+            "nvidia-cuda-nvdisasm>=13.0",
+        ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["jupyterlab>=4.4"],

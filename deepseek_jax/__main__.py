@@ -1,10 +1,11 @@
 """python -m deepseek_jax --config=experiments/….py [--workdir=…] [--config.any.field=value] [--dry]
 
-Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything but
-whether the mesh fits this machine, and prints the plan without allocating a weight.
+Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything
+but whether the mesh fits this machine, and prints the plan without allocating a weight.
 
-On several machines start it on each, with the same workdir on a file system that all see. SLURM, Open MPI, GKE and Cloud
-TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N --process_id=I.
+On several machines start it on each, with the same workdir on a file system that all see. SLURM, Open MPI, GKE and
+Cloud TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N
+--process_id=I.
 """
 
 import logging
@@ -59,10 +60,18 @@ def run_stages(experiment: Experiment, stages: Sequence[Stage], begin: float) ->
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
     precision = experiment.model.precision.name
-    print(f"{experiment.name}: {total:,} parameters, {active:,} of them active for a token; {precision}; results in {experiment.workdir}", flush=True)
+    print(
+        f"{experiment.name}: {total:,} parameters, {active:,} of them active for a token; {precision}; results in "
+        f"{experiment.workdir}",
+        flush=True,
+    )
     variables = None
     for index, stage in enumerate(stages, start=1):
-        print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}  ({time.monotonic() - begin:.0f} s since the start)", flush=True)
+        print(
+            f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}  ({time.monotonic() - begin:.0f} s since the "
+            "start)",
+            flush=True,
+        )
         variables = stage.run(variables)
 
 
@@ -76,7 +85,10 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
         stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
     if mesh := experiment.config.get("mesh"):
-        console.print(f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run", markup=False)
+        console.print(
+            f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run",
+            markup=False,
+        )
     console.print("The experiment is valid. Nothing was allocated.")
 
 

@@ -25,7 +25,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             name = unknown[0].partition("=")[0]
-            self.error(f"unknown flag {name}: {nearest(name, known)}" if name.startswith("-") else f"{unknown[0]!r} belongs to no flag")
+            self.error(
+                f"unknown flag {name}: {nearest(name, known)}"
+                if name.startswith("-")
+                else f"{unknown[0]!r} belongs to no flag"
+            )
         return flags
 
     def error(self, message: str):
@@ -42,8 +46,11 @@ def parser(module: str, description: str) -> Parser:
     )
 
 
-def number(kind: type = float, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """For the `type` of a flag: a finite number, for `kind` int a whole one (1e3 among them), from `least` (or `above` it) to `most`."""
+def number(
+    kind: type = float, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """For the `type` of a flag: a finite number, for `kind` int a whole one (1e3 among them), from `least` (or `above`
+    it) to `most`."""
 
     def read(text: str) -> float:
         try:
@@ -52,8 +59,14 @@ def number(kind: type = float, least: float = -math.inf, above: float = -math.in
             value = math.nan
         if least <= value <= most and value > above:
             return value
-        limits = [f"at least {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
-        raise argparse.ArgumentTypeError(f"{text!r}: must be {describe(kind)}{', ' if limits else ''}{' and '.join(limits)}")
+        limits = (
+            [f"at least {least:g}"] * (least > -math.inf)
+            + [f"above {above:g}"] * (above > -math.inf)
+            + [f"at most {most:g}"] * (most < math.inf)
+        )
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be {describe(kind)}{', ' if limits else ''}{' and '.join(limits)}"
+        )
 
     return read
 
@@ -70,7 +83,8 @@ def add_price(flags: argparse._ActionsContainer) -> None:
 
 
 def show(table: RenderableType) -> None:
-    """Prints a table with every number whole: where the terminal is narrower than the table, it is the terminal that breaks lines."""
+    """Prints a table with every number whole: where the terminal is narrower than the table, it is the terminal that
+    breaks lines."""
     console = Console(highlight=False)
     width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     Console(highlight=False, width=max(console.width, width)).print(table)

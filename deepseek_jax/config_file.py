@@ -1,4 +1,5 @@
-"""Python files that a person wrote, an experiment or a sweep: found, run, and what is wrong in them said with file and line."""
+"""Python files that a person wrote, an experiment or a sweep: found, run, and what is wrong in them said with file and
+line."""
 
 import difflib
 import importlib.util
@@ -17,8 +18,8 @@ from deepseek_jax.errors import ConfigError, UserError
 def call(path: str, function: str, levels: int = 1) -> tuple[Any, str]:
     """-> (what `function`() of the file returns, "file:line" where it is defined).
 
-    The file may import what lies in its folder; with `levels` = 2 what lies a folder above it, too. Raises ConfigError for a file that is
-    not there, cannot be run or has no such function, and for any exception raised in it.
+    The file may import what lies in its folder; with `levels` = 2 what lies a folder above it, too. Raises ConfigError
+    for a file that is not there, cannot be run or has no such function, and for any exception raised in it.
     """
     folders = Path(path).resolve().parents[:levels]
     _require_file(path)
@@ -41,10 +42,18 @@ def _require_file(path: str) -> None:
     if Path(path).is_dir():
         raise ConfigError(f"{path} is a folder{_suggested(sorted(Path(path).glob('*.py')))}")
     if not Path(path).is_file():
-        near = sorted({*Path(path).parent.glob("*.py"), *Path("experiments").glob("*.py"), *Path("experiments/sweeps").glob("*.py")})
+        near = sorted(
+            {
+                *Path(path).parent.glob("*.py"),
+                *Path("experiments").glob("*.py"),
+                *Path("experiments/sweeps").glob("*.py"),
+            }
+        )
         by_stem = {file.stem: file for file in near}
         close = difflib.get_close_matches(Path(path).stem, by_stem, n=1)
-        raise ConfigError(f"no such file: {path}" + (f"; did you mean {by_stem[close[0]]}?" if close else _suggested(near)))
+        raise ConfigError(
+            f"no such file: {path}" + (f"; did you mean {by_stem[close[0]]}?" if close else _suggested(near))
+        )
     if Path(path).suffix != ".py":
         raise ConfigError(f"{path} is not a Python file: its name has to end in .py")
 
@@ -63,10 +72,18 @@ def _reported(path: str, folders: list[Path]) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = [f"{_short(frame.filename, path)}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename, folders)]
+        frames = [
+            f"{_short(frame.filename, path)}:{frame.lineno}"
+            for frame in traceback.extract_tb(error.__traceback__)
+            if _own(frame.filename, folders)
+        ]
         if isinstance(error, SyntaxError) and error.filename:
             frames.append(f"{_short(error.filename, path)}:{error.lineno}")
-        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        what = (
+            str(error)
+            if isinstance(error, UserError)
+            else f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+        )
         raise ConfigError(f"{frames[-1] if frames else path}: {what}") from error
 
 
@@ -80,9 +97,9 @@ def _short(file: str, path: str) -> str:
 
 @contextmanager
 def any_names_and_values() -> Iterator[None]:
-    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does, and values of another type than
-    the one before, as {"name": "fp8_deepseek", …} is where there was a name. It refuses both by default; what a field takes is
-    checked where the experiment is built."""
+    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does, and values of
+    another type than the one before, as {"name": "fp8_deepseek", …} is where there was a name. It refuses both by
+    default; what a field takes is checked where the experiment is built."""
     init = ConfigDict.__init__
     before = init.__defaults__, init.__kwdefaults__
     init.__defaults__ = (None, False, True)  # initial_dictionary, type_safe, convert_dict

@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from deepseek_jax import cli
-from deepseek_jax.config_file import call, any_names_and_values
+from deepseek_jax.config_file import any_names_and_values, call
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import convert, inside, is_mapping
@@ -67,9 +67,13 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
     """
     overrides, rest = split(argv)
     parser = cli.parser("deepseek_jax", "Runs an experiment's stages in order.")
-    parser.add_argument("--config", action="append", default=[], help="an experiment file; --config.field=value overrides")
+    parser.add_argument(
+        "--config", action="append", default=[], help="an experiment file; --config.field=value overrides"
+    )
     parser.add_argument("--workdir", help="where results go (runs/<name of the experiment file> without it)")
-    parser.add_argument("--dry", action="store_true", help="check everything and print the plan; allocate and run nothing")
+    parser.add_argument(
+        "--dry", action="store_true", help="check everything and print the plan; allocate and run nothing"
+    )
     flags = parser.parse_args(rest)
     if len(flags.config) > 1:
         raise ConfigError(f"--config is given twice, {' and '.join(flags.config)}: one run is one experiment")
@@ -81,10 +85,13 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
 
 
 def read_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-    """What get_config() of a file returns, with fields set to (path, text) pairs. Raises ConfigError for what can't be read."""
+    """What get_config() of a file returns, with fields set to (path, text) pairs. Raises ConfigError for what can't be
+    read."""
     made, where = call(path, "get_config")
     if not is_mapping(made):
-        raise ConfigError(f"{where}: get_config() returns {type(made).__name__}, not a ConfigDict of {', '.join(FIELDS)} and stages")
+        raise ConfigError(
+            f"{where}: get_config() returns {type(made).__name__}, not a ConfigDict of {', '.join(FIELDS)} and stages"
+        )
     with any_names_and_values():
         config = copy.deepcopy(made) if isinstance(made, ConfigDict) else ConfigDict(plain(made))
         for field, text in overrides:
@@ -93,12 +100,16 @@ def read_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 
 def build_experiment(
-    config: ConfigDict, name: str, workdir: Path, devices: Sequence[jax.Device] | None = None, elsewhere: int | None = None
+    config: ConfigDict,
+    name: str,
+    workdir: Path,
+    devices: Sequence[jax.Device] | None = None,
+    elsewhere: int | None = None,
 ) -> Experiment:
     """Checks everything that the stages share. Raises ConfigError with what to change.
 
-    `devices` make up the mesh (default: all there are). For a machine that is not here say how many devices it has, `elsewhere`, or
-    0 where that is not known: the mesh is checked, and the experiment is one for a single device.
+    `devices` make up the mesh (default: all there are). For a machine that is not here say how many devices it has,
+    `elsewhere`, or 0 where that is not known: the mesh is checked, and the experiment is one for a single device.
     """
     fields = plain(config)
     for field in ("model", "stages"):
@@ -106,19 +117,26 @@ def build_experiment(
             raise ConfigError(f"missing field config.{field}")
     stages = _stage_names(fields["stages"])
     for field in fields:
-        unused_stage = isinstance(fields[field], dict) and "kind" in fields[field]  # left out of `stages`, kept in the file
+        # left out of `stages`, kept in the file
+        unused_stage = isinstance(fields[field], dict) and "kind" in fields[field]
         if field not in FIELDS and field not in stages and not unused_stage:
             raise ConfigError(f"unknown field config.{field}: {nearest(field, (*FIELDS, *stages))}")
     for stage in stages:
         if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
             known = [field for field, value in fields.items() if isinstance(value, dict) and "kind" in value]
-            raise ConfigError(f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}")
+            raise ConfigError(
+                f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}"
+            )
     tokenizer = load_tokenizer(convert(fields.get("tokenizer", "byte"), str, "config.tokenizer"))
     model_config = ModelConfig.from_dict(fields["model"])
     check_vocabulary(tokenizer, model_config.vocab_size)
     return Experiment(
         name=name,
-        model=Transformer(model_config, recipe(fields.get("precision", "float32")), place(fields, model_config, stages, devices, elsewhere)),
+        model=Transformer(
+            model_config,
+            recipe(fields.get("precision", "float32")),
+            place(fields, model_config, stages, devices, elsewhere),
+        ),
         tokenizer=tokenizer,
         task=build_task(fields["task"]) if fields.get("task") else None,
         sections={stage: fields[stage] for stage in stages},
@@ -134,7 +152,9 @@ def _stage_names(names: Any) -> tuple[str, ...]:
         raise ConfigError("config.stages is empty: name at least one stage")
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise ConfigError(f"config.stages names {name!r}: a stage has a folder of that name, so letters, digits, '_' and '-'")
+            raise ConfigError(
+                f"config.stages names {name!r}: a stage has a folder of that name, so letters, digits, '_' and '-'"
+            )
         if names.count(name) > 1:
             raise ConfigError(f"config.stages names {name!r} twice: every stage has a section and a folder of its own")
     return names
@@ -148,12 +168,20 @@ def _seed(value: Any) -> int:
 
 
 def place(
-    fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], devices: Sequence[jax.Device] | None, elsewhere: int | None = None
+    fields: Mapping[str, Any],
+    model: ModelConfig,
+    stages: Sequence[str],
+    devices: Sequence[jax.Device] | None,
+    elsewhere: int | None = None,
 ) -> Placement:
-    """The placement on the mesh that `config.mesh` describes. Raises ConfigError if the network or a stage's batches don't fit it."""
+    """The placement on the mesh that `config.mesh` describes. Raises ConfigError if the network or a stage's batches
+    don't fit it."""
     if not fields.get("mesh"):
         if devices is None and elsewhere is None and jax.process_count() > 1:
-            raise ConfigError(f"{jax.process_count()} processes and no mesh: say how they share the work, for one config.mesh={{'fsdp': -1}}")
+            raise ConfigError(
+                f"{jax.process_count()} processes and no mesh: say how they share the work, for one "
+                f"config.mesh={{'fsdp': -1}}"
+            )
         return Placement()
     config = MeshConfig.from_dict(fields["mesh"])
     rules = build_rules(config.rules)
@@ -166,8 +194,11 @@ def place(
     return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), rules, config.dispatch)
 
 
-def mesh_sizes(config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], num_devices: int) -> dict[str, int]:
-    """The mesh's sizes on `num_devices`, wherever these are. Raises ConfigError if the network or a stage's batches don't fit it."""
+def mesh_sizes(
+    config: MeshConfig, fields: Mapping[str, Any], model: ModelConfig, stages: Sequence[str], num_devices: int
+) -> dict[str, int]:
+    """The mesh's sizes on `num_devices`, wherever these are. Raises ConfigError if the network or a stage's batches
+    don't fit it."""
     rows, lengths = [], []
     for stage in stages:
         section = fields[stage]

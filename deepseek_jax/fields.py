@@ -29,18 +29,22 @@ LARGEST = 2**63 - 1  # what an array of integers holds
 NO_CONTEXT: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def build(cls: type, fields: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT, given: Mapping[str, Any] = NO_CONTEXT) -> Any:
+def build(
+    cls: type, fields: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT, given: Mapping[str, Any] = NO_CONTEXT
+) -> Any:
     """The dataclass `cls` from a mapping of its fields.
 
-    `path` is the name of the mapping in messages. `context` is passed on to every `read`: a schedule finds the length of its
-    stage there. `given` are fields that the program sets, which nobody writes. Raises ConfigError for an unknown field, naming
-    the nearest, for a missing one, for a value of the wrong kind and for whatever the class itself refuses.
+    `path` is the name of the mapping in messages. `context` is passed on to every `read`: a schedule finds the length
+    of its stage there. `given` are fields that the program sets, which nobody writes. Raises ConfigError for an unknown
+    field, naming the nearest, for a missing one, for a value of the wrong kind and for whatever the class itself
+    refuses.
     """
     return _make(cls, cls, fields, path, context, given)
 
 
 def change(instance: Any, fields: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT) -> Any:
-    """As `build`, but fields that are not named, those of nested dataclasses among them, stay what they are in `instance`."""
+    """As `build`, but fields that are not named, those of nested dataclasses among them, stay what they are in
+    `instance`."""
     return _make(type(instance), instance, fields, path, context, NO_CONTEXT)
 
 
@@ -48,7 +52,11 @@ def _make(cls: type, base: Any, fields: Any, path: str, context: Mapping[str, An
     if not is_mapping(fields):
         raise ConfigError(f"{path}={fields!r}: must be a mapping of the fields of {cls.__name__}")
     hints = _hints(cls)
-    known = {field.name: field for field in dataclasses.fields(cls) if field.name not in given and _writable(hints[field.name])}
+    known = {
+        field.name: field
+        for field in dataclasses.fields(cls)
+        if field.name not in given and _writable(hints[field.name])
+    }
     values = dict(given)
     for name, value in fields.items():
         if name not in known:
@@ -57,7 +65,11 @@ def _make(cls: type, base: Any, fields: Any, path: str, context: Mapping[str, An
         values[name] = convert(value, hints[name], join(path, name), context, now)
     if base is cls:
         for name, field in known.items():
-            if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if (
+                name not in values
+                and field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            ):
                 raise ConfigError(f"missing field {join(path, name)}: {describe(hints[name])}")
     try:
         return cls(**values) if base is cls else dataclasses.replace(base, **values)
@@ -70,7 +82,12 @@ def _make(cls: type, base: Any, fields: Any, path: str, context: Mapping[str, An
 def _writable(kind: Any) -> bool:
     """Whether a person can write such a value: not, for example, a dtype."""
     plain_kinds = (bool, int, float, str, types.NoneType)
-    return not isinstance(kind, type) or kind in plain_kinds or issubclass(kind, enum.Enum) or dataclasses.is_dataclass(kind)
+    return (
+        not isinstance(kind, type)
+        or kind in plain_kinds
+        or issubclass(kind, enum.Enum)
+        or dataclasses.is_dataclass(kind)
+    )
 
 
 @functools.cache
@@ -79,7 +96,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT, now: Any = None) -> Any:
-    """`value` as the annotation `kind` wants it; see the module's docstring. `now` is what a nested dataclass's fields are changed in.
+    """`value` as the annotation `kind` wants it; see the module's docstring. `now` is what a nested dataclass's fields
+    are changed in.
 
     Raises ConfigError naming `path`, the value and what is allowed.
     """
@@ -139,7 +157,10 @@ def _tuple(value: Any, arguments: tuple, kind: Any, path: str, context: Mapping[
         return tuple(convert(item, arguments[0], f"{path}[{i}]", context) for i, item in enumerate(items))
     if len(items) != len(arguments):
         raise ConfigError(f"{path}={_shown(value)}: must be {describe(kind)}")
-    return tuple(convert(item, each, f"{path}[{i}]", context) for i, (item, each) in enumerate(zip(items, arguments, strict=True)))
+    return tuple(
+        convert(item, each, f"{path}[{i}]", context)
+        for i, (item, each) in enumerate(zip(items, arguments, strict=True))
+    )
 
 
 def _one_of(value: Any, kinds: tuple, union: Any, path: str, context: Mapping[str, Any], now: Any) -> Any:
@@ -149,7 +170,9 @@ def _one_of(value: Any, kinds: tuple, union: Any, path: str, context: Mapping[st
     if is_mapping(value):
         classes = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         if classes:  # the one that has most of these fields
-            best = max(classes, key=lambda cls: len({field.name for field in dataclasses.fields(cls)} & set(value.keys())))
+            best = max(
+                classes, key=lambda cls: len({field.name for field in dataclasses.fields(cls)} & set(value.keys()))
+            )
             return convert(value, best, path, context, now)
     errors = []
     for kind in kinds:
@@ -188,10 +211,21 @@ def describe(kind: Any) -> str:
         return "a mapping"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return f"one of {', '.join(kind.__members__)}"
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", types.NoneType: "None", None: "None"}
+    words = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        types.NoneType: "None",
+        None: "None",
+    }
     if kind in words:
         return words[kind]
-    return getattr(kind, "DESCRIPTION", f"a mapping of the fields of {kind.__name__}" if dataclasses.is_dataclass(kind) else f"a {kind.__name__}")
+    return getattr(
+        kind,
+        "DESCRIPTION",
+        f"a mapping of the fields of {kind.__name__}" if dataclasses.is_dataclass(kind) else f"a {kind.__name__}",
+    )
 
 
 @contextmanager

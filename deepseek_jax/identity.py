@@ -1,7 +1,9 @@
-"""The settings that decide what a run leaves, and those that don't: how often it logs, how it is computed, where its data lies.
+"""The settings that decide what a run leaves, and those that don't: how often it logs, how it is computed, where its
+data lies.
 
-A configuration's field says it itself: `log_every: int = free(10)`. Runs that differ in free fields alone may go on from each
-other's checkpoints, and what they leave is the same; of fields that say how the network is computed, up to rounding.
+A configuration's field says it itself: `log_every: int = free(10)`. Runs that differ in free fields alone may go on
+from each other's checkpoints, and what they leave is the same; of fields that say how the network is computed, up to
+rounding.
 """
 
 import dataclasses
@@ -21,7 +23,8 @@ def is_free(field: dataclasses.Field) -> bool:
 
 
 def decisive(value: Any, path: str = "") -> dict[str, Any]:
-    """The values that decide the result, by dotted path ("data.sources[0].name"); of dataclasses without their free fields.
+    """The values that decide the result, by dotted path ("data.sources[0].name"); of dataclasses without their free
+    fields.
 
     What can be called, as a schedule can, is one value.
     """
@@ -30,7 +33,13 @@ def decisive(value: Any, path: str = "") -> dict[str, Any]:
     elif isinstance(value, Mapping):
         items = value
     elif isinstance(value, list | tuple) and any(dataclasses.is_dataclass(element) for element in value):
-        return {name: leaf for i, element in enumerate(value) for name, leaf in decisive(element, f"{path}[{i}]").items()}
+        return {
+            name: leaf for i, element in enumerate(value) for name, leaf in decisive(element, f"{path}[{i}]").items()
+        }
     else:
         return {path: tuple(value) if isinstance(value, list) else value}
-    return {name: leaf for key, item in items.items() for name, leaf in decisive(item, f"{path}.{key}" if path else str(key)).items()}
+    return {
+        name: leaf
+        for key, item in items.items()
+        for name, leaf in decisive(item, f"{path}.{key}" if path else str(key)).items()
+    }

@@ -29,7 +29,8 @@ def _plain(value: Any) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of UTF-8 bytes; the words NaN and Infinity, which other programs write, are null. Raises ValueError, with the reason in words, for everything that is not JSON."""
+    """The value of UTF-8 bytes; the words NaN and Infinity, which other programs write, are null. Raises ValueError,
+    with the reason in words, for everything that is not JSON."""
     try:
         return json.loads(raw.decode("utf-8-sig"), parse_constant=lambda _: None)
     except UnicodeDecodeError as error:
@@ -39,7 +40,8 @@ def parse_json(raw: bytes) -> Any:
 
 
 def read_json(path: Path, advice: str, error_type: type[UserError] = DataError) -> dict[str, Any]:
-    """The object in a file. Raises `error_type` for a file that cannot be read or holds anything else; `advice` says what to do then."""
+    """The object in a file. Raises `error_type` for a file that cannot be read or holds anything else; `advice` says
+    what to do then."""
     try:
         value = parse_json(path.read_bytes())
     except OSError as error:
@@ -54,9 +56,9 @@ def read_json(path: Path, advice: str, error_type: type[UserError] = DataError) 
 def read_json_lines(path: Path, usable: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
     """The `usable` objects of a file of JSON lines; [] without a file.
 
-    A last line that was cut short is left out, since a killed run leaves one. Other lines that are no usable objects, as a
-    crash of the machine or another program leaves them, are left out too, and a warning counts them.
-    Raises DataError where the file cannot be read.
+    A last line that was cut short is left out, since a killed run leaves one. Other lines that are no usable objects,
+    as a crash of the machine or another program leaves them, are left out too, and a warning counts them. Raises
+    DataError where the file cannot be read.
     """
     if not path.exists():
         return []
@@ -75,5 +77,10 @@ def read_json_lines(path: Path, usable: Callable[[dict[str, Any]], bool] = lambd
         elif line.strip():
             strange.append(number)
     if strange:
-        logging.warning("%s: %d lines that this program did not write are left out, the first is line %d", path, len(strange), strange[0])
+        logging.warning(
+            "%s: %d lines that this program did not write are left out, the first is line %d",
+            path,
+            len(strange),
+            strange[0],
+        )
     return found

@@ -12,8 +12,8 @@ from deepseek_jax.errors import ConfigError
 
 @contextlib.contextmanager
 def lock(path: Path, in_use: str) -> Iterator[int | None]:
-    """Holds the file `path` and gives its descriptor, for child processes to inherit: it is free once all that hold it have ended.
-    None where the file system has no locks (a mounted bucket).
+    """Holds the file `path` and gives its descriptor, for child processes to inherit: it is free once all that hold it
+    have ended. None where the file system has no locks (a mounted bucket).
 
     Raises ConfigError saying what is `in_use`, and by whom, if it is held.
     """
@@ -22,7 +22,9 @@ def lock(path: Path, in_use: str) -> Iterator[int | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{in_use} ({os.read(descriptor, 200).decode(errors='replace').strip() or 'by another process'})") from None
+            raise ConfigError(
+                f"{in_use} ({os.read(descriptor, 200).decode(errors='replace').strip() or 'by another process'})"
+            ) from None
         except OSError:
             yield None
             return

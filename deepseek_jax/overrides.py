@@ -1,8 +1,10 @@
-"""Fields of an experiment that are set by text: `--config.model.moe.num_experts=32` on a command line, a mapping of them in a sweep.
+"""Fields of an experiment that are set by text: `--config.model.moe.num_experts=32` on a command line, a mapping of
+them in a sweep.
 
-A path is names joined by dots, with [0] for an item of a list and ['a.b:c'] for a name that holds dots. A value is written as
-in Python or JSON (32, 1e-3, true, None, [1, 2], {'kind': 'cosine'}); anything else is text. Whether a field exists, and takes
-that kind of value, is checked where the experiment is built, whether or not its file mentions the field.
+A path is names joined by dots, with [0] for an item of a list and ['a.b:c'] for a name that holds dots. A value is
+written as in Python or JSON (32, 1e-3, true, None, [1, 2], {'kind': 'cosine'}); anything else is text. Whether a field
+exists, and takes that kind of value, is checked where the experiment is built, whether or not its file mentions the
+field.
 """
 
 import ast
@@ -26,7 +28,8 @@ STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|\[(?:'([^']+)'|\"([^\"]+)\")\]")
 
 
 def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """-> (the overrides, (path, text), in order; the other arguments). Raises ConfigError for an override without "="."""
+    """-> (the overrides, (path, text), in order; the other arguments). Raises ConfigError for an override without
+    "="."""
     found, rest = [], []
     for argument in argv:
         path, equals, text = argument.removeprefix(PREFIX).partition("=")
@@ -59,7 +62,8 @@ def written(value: Any) -> str:
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets a field of `config` in place; those that refer to it follow. Raises ConfigError for a path that leads nowhere.
+    """Sets a field of `config` in place; those that refer to it follow. Raises ConfigError for a path that leads
+    nowhere.
 
     Where there is text now, a number or a switch is text too: a folder may be called 2024.
     """
@@ -93,7 +97,9 @@ def _steps(path: str) -> list[str | int]:
         steps.append(int(index) if index else name or quoted[0] or quoted[1])
         position = match.end()
     if position != len(path) or not steps or isinstance(steps[0], int) or path.startswith("."):
-        raise ConfigError(f"{PREFIX}{path}: not the path of a field; it is written as model.moe.num_experts or data.sources[0].name")
+        raise ConfigError(
+            f"{PREFIX}{path}: not the path of a field; it is written as model.moe.num_experts or data.sources[0].name"
+        )
     return steps
 
 
@@ -124,7 +130,8 @@ def _put(node: Any, step: str | int, value: Any) -> None:
 
 
 def plain(value: Any, path: str = "config") -> Any:
-    """`value` with mappings as dictionaries, as JSON holds them: inf and nan are text, paths too, dataclasses are mappings.
+    """`value` with mappings as dictionaries, as JSON holds them: inf and nan are text, paths too, dataclasses are
+    mappings.
 
     Lists and tuples stay what they are. Raises ConfigError for anything that cannot be written down.
     """
@@ -139,13 +146,20 @@ def plain(value: Any, path: str = "config") -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple):
-        return type(value)(plain(item, f"{path}[{i}]") for i, item in enumerate(value)) if type(value) in (list, tuple) else plain(list(value), path)
+        return (
+            type(value)(plain(item, f"{path}[{i}]") for i, item in enumerate(value))
+            if type(value) in (list, tuple)
+            else plain(list(value), path)
+        )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if is_mapping(value):
         items = value.items(preserve_field_references=True) if isinstance(value, ConfigDict) else value.items()
         return {_name(key, path): plain(_given(item), join(path, key)) for key, item in items}
-    raise ConfigError(f"{path} is a {type(value).__name__}: an experiment holds numbers, text, True, False, None, lists and mappings of these")
+    raise ConfigError(
+        f"{path} is a {type(value).__name__}: an experiment holds numbers, text, True, False, None, lists and mappings "
+        "of these"
+    )
 
 
 def _given(item: Any) -> Any:
@@ -157,4 +171,3 @@ def _name(key: Any, path: str) -> str:
     if not isinstance(key, str):
         raise ConfigError(f"{path} has the key {key!r}: names of fields are text")
     return key
-

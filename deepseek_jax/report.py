@@ -21,8 +21,8 @@ from deepseek_jax.json_io import read_json
 
 Record = Mapping[str, Any]
 
-# Label of the panel -> its curves, each a pattern of metric names and what the legend says; \1 is what the pattern's group matches.
-# A panel that no metric belongs to is not drawn.
+# Label of the panel -> its curves, each a pattern of metric names and what the legend says; \1 is what the pattern's
+# group matches. A panel that no metric belongs to is not drawn.
 PANELS = {
     "loss (nats per token)": ((r"cross_entropy", "training"), (r"held_out_loss", "held out"), (r"(mtp_\d+)", r"\1")),
     "bits per byte": ((r"bits_per_byte", "held out"),),
@@ -48,7 +48,8 @@ PANELS_PER_ROW = 4
 
 
 def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
-    """The metrics of a stage over its steps, as one PNG: the panels of `PANELS` for which there are numbers. Others are left out."""
+    """The metrics of a stage over its steps, as one PNG: the panels of `PANELS` for which there are numbers. Others are
+    left out."""
     panels = {label: _curves(records, curves) for label, curves in PANELS.items()}
     panels = {label: curves for label, curves in panels.items() if curves}
     rows = max(1, math.ceil(len(panels) / PANELS_PER_ROW))
@@ -57,7 +58,11 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (label, curves) in zip(grid, panels.items(), strict=False):
         for name, points, measured in curves:
-            style = {"marker": "o", "markersize": 4, "linestyle": "--", "clip_on": False, "zorder": 3} if measured or len(points) == 1 else {}
+            style = (
+                {"marker": "o", "markersize": 4, "linestyle": "--", "clip_on": False, "zorder": 3}
+                if measured or len(points) == 1
+                else {}
+            )
             panel.plot(*zip(*points, strict=True), label=name, **style)
         values = [value for _, points, _ in curves for _, value in points]
         if label in LOGARITHMIC and min(values) > 0:
@@ -75,30 +80,40 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
     partial.replace(path)
 
 
-def _curves(records: Sequence[Record], curves: Sequence[tuple[str, str]]) -> list[tuple[str, list[tuple[int, float]], bool]]:
-    """(name, points, whether it is measured now and then) of each metric that has numbers; null, NaN and other things are no points."""
+def _curves(
+    records: Sequence[Record], curves: Sequence[tuple[str, str]]
+) -> list[tuple[str, list[tuple[int, float]], bool]]:
+    """(name, points, whether it is measured now and then) of each metric that has numbers; null, NaN and other things
+    are no points."""
     keys = list(dict.fromkeys(key for record in records for key in record))
     found = []
     for pattern, name in curves:
         for key in keys:
             match = re.fullmatch(pattern, key)
-            points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))] if match else []
+            points = (
+                [(record["step"], record[key]) for record in records if _is_finite(record.get(key))] if match else []
+            )
             if points:
                 found.append((match.expand(name).replace("_", " "), points, bool(MEASURED.fullmatch(key))))
     return found
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation.json: numbers (null where one was not finite) and `samples`. Raises DataError for a file that is damaged."""
+    """An evaluation.json: numbers (null where one was not finite) and `samples`. Raises DataError for a file that is
+    damaged."""
     advice = f"remove it and start again: {path.parent.name} is then evaluated anew"
     evaluation = read_json(path, advice)
     samples = evaluation.get("samples", [])
     texts = ("prompt", "completion")
-    if not isinstance(samples, list) or not all(isinstance(row, dict) and all(isinstance(row.get(field), str) for field in texts) for row in samples):
+    if not isinstance(samples, list) or not all(
+        isinstance(row, dict) and all(isinstance(row.get(field), str) for field in texts) for row in samples
+    ):
         raise DataError(f"{path} is damaged (samples are not a list of prompts and completions); {advice}")
     return evaluation
 
@@ -109,7 +124,11 @@ def comparison_table(evaluations: Mapping[str, Record], title: str) -> Table:
     table.add_column("held out", overflow="fold")
     for name in evaluations:
         table.add_column(Text(name), justify="right", min_width=5)
-    rows = list(dict.fromkeys(key for record in evaluations.values() for key, value in record.items() if isinstance(value, int | float)))
+    rows = list(
+        dict.fromkeys(
+            key for record in evaluations.values() for key, value in record.items() if isinstance(value, int | float)
+        )
+    )
     for row in rows:
         table.add_row(Text(row.replace("_", " ")), *(_number(record.get(row)) for record in evaluations.values()))
     return table
@@ -122,7 +141,8 @@ def _number(value: Any) -> str:
 
 
 def samples_table(evaluations: Mapping[str, Record], count: int) -> Table:
-    """The same held-out problems as answered in each evaluation, one answer below the other: so lines are as long as the screen is wide."""
+    """The same held-out problems as answered in each evaluation, one answer below the other: so lines are as long as
+    the screen is wide."""
     table = Table(title="Completions, sampled", title_justify="left")
     for column in ("problem", "stage", "completion"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,5 @@
-"""The stages an experiment is made of: each takes the weights that the one before left and leaves its own in workdir/<stage>/.
+"""The stages an experiment is made of: each takes the weights that the one before left and leaves its own in
+workdir/<stage>/.
 
 A stage is built, and with that checked, from its section of the experiment file before anything runs. Starting a
 finished stage again returns what it left.
@@ -24,8 +25,8 @@ from deepseek_jax.data.sources import holds_out
 from deepseek_jax.data.tokenizer_files import FOLDER
 from deepseek_jax.data.tokenizers import ByteTokenizer
 from deepseek_jax.errors import ConfigError, nearest
-from deepseek_jax.fields import build, change, inside
 from deepseek_jax.experiment import Experiment
+from deepseek_jax.fields import build, change, inside
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
@@ -54,7 +55,8 @@ Variables = Mapping[str, Any]
 
 
 class Stage:
-    """What all kinds of stage have. `variables` is None at the start of an experiment; a stage that needs weights says so."""
+    """What all kinds of stage have. `variables` is None at the start of an experiment; a stage that needs weights says
+    so."""
 
     name: str
     experiment: Experiment
@@ -81,14 +83,16 @@ class Stage:
         raise NotImplementedError
 
     def check_data(self, prepare: bool) -> None:
-        """Opens the data that `run` will read, without what would have to be downloaded unless `prepare`. Raises DataError."""
+        """Opens the data that `run` will read, without what would have to be downloaded unless `prepare`. Raises
+        DataError."""
 
     def run(self, variables: Variables | None) -> Variables:
         """The weights that the stage leaves; those it has left if it is finished."""
         raise NotImplementedError
 
     def keep_tokenizer(self) -> None:
-        """Puts the tokenizer's files beside the checkpoints: whoever takes the folder reads and writes the text it was trained on."""
+        """Puts the tokenizer's files beside the checkpoints: whoever takes the folder reads and writes the text it was
+        trained on."""
         if is_primary():
             self.experiment.tokenizer.save(self.folder / FOLDER)
 
@@ -112,13 +116,21 @@ class TaskDocuments:
         for name in ("cot_probability", "corrupt_probability"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"task_documents.{name}={value}: a probability, from 0 to 1, or None for the task's own")
+                raise ConfigError(
+                    f"task_documents.{name}={value}: a probability, from 0 to 1, or None for the task's own"
+                )
 
     def write(self, task: Task, seed: int) -> list[dict[str, np.ndarray]]:
         """Records {"tokens", "loss_mask"} for the loader."""
-        changes = {name: getattr(self, name) for name in ("cot_probability", "corrupt_probability") if getattr(self, name) is not None}
+        changes = {
+            name: getattr(self, name)
+            for name in ("cot_probability", "corrupt_probability")
+            if getattr(self, name) is not None
+        }
         task = dataclasses.replace(task, **changes)
-        documents = jax.jit(lambda key: task.documents(key, self.count, completion_only=not self.whole_document))(jax.random.key(seed))
+        documents = jax.jit(lambda key: task.documents(key, self.count, completion_only=not self.whole_document))(
+            jax.random.key(seed)
+        )
         tokens, mask, loss_mask = (np.asarray(documents[name]) for name in ("tokens_BT", "mask_BT", "loss_mask_BT"))
         return [{"tokens": t[m > 0], "loss_mask": w[m > 0]} for t, m, w in zip(tokens, mask, loss_mask, strict=True)]
 
@@ -127,7 +139,8 @@ class TaskDocuments:
 class TrainStage(Stage):
     """Pre-training or SFT: next-token prediction on packed documents. They differ in their data alone.
 
-    `batch_size` is the sequences of a step; where `train.batch_size` is a schedule, the largest, and None in the experiment.
+    `batch_size` is the sequences of a step; where `train.batch_size` is a schedule, the largest, and None in the
+    experiment.
     """
 
     name: str
@@ -190,7 +203,9 @@ class TrainStage(Stage):
         experiment, model, held_out = self.experiment, self.experiment.model, None
         self.keep_tokenizer()
         if not self.finished() and (sources := self._held_out()):
-            held_out = held_out_batches(dataclasses.replace(self.data, sources=sources), experiment, self.seq_len, self.batch_size)
+            held_out = held_out_batches(
+                dataclasses.replace(self.data, sources=sources), experiment, self.seq_len, self.batch_size
+            )
         result = train(
             model,
             self.train,
@@ -215,12 +230,17 @@ class TrainStage(Stage):
     def _open_loader(self) -> Loader:
         experiment, in_memory = self.experiment, None
         if self._uses_task():
-            in_memory = {"task": {"train": self.task_documents.write(experiment.task, _seed(experiment, self.name, "documents"))}}
+            in_memory = {
+                "task": {"train": self.task_documents.write(experiment.task, _seed(experiment, self.name, "documents"))}
+            }
         held_out = self._held_out()
         for source in self._text():
             if source.holds_out and source not in held_out:
                 share = f"its held-out share (validation_fraction={source.validation_fraction:g})"
-                print(f"{self.name}: no document of {source.name} falls into {share}: raise it, or set validation_path", flush=True)
+                print(
+                    f"{self.name}: no document of {source.name} falls into {share}: raise it, or set validation_path",
+                    flush=True,
+                )
         if self._text() and not held_out:
             print(f"{self.name}: nothing is held out, so no held-out loss is measured", flush=True)
         return build_loader(
@@ -237,7 +257,8 @@ class TrainStage(Stage):
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSection:
-    """What an experiment file says of a GRPO stage: `grpo` the fields of GRPOConfig, `optimizer` those that differ from the recipe's."""
+    """What an experiment file says of a GRPO stage: `grpo` the fields of GRPOConfig, `optimizer` those that differ from
+    the recipe's."""
 
     grpo: dict[str, Any]
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -269,17 +290,25 @@ class GRPOStage(Stage):
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "GRPOStage":
         section = build(GRPOSection, fields, "")
         task = _require_task(name, experiment)
-        config = GRPOConfig.from_dict({"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | section.grpo)
+        config = GRPOConfig.from_dict(
+            {"max_prompt_length": task.prompt_length, "max_completion_length": task.completion_length} | section.grpo
+        )
         if config.max_prompt_length < task.prompt_length:
-            raise ConfigError(f"grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} tokens")
+            raise ConfigError(
+                f"grpo.max_prompt_length={config.max_prompt_length}: the task's prompts have {task.prompt_length} "
+                "tokens"
+            )
         recipe = OptimizerConfig(learning_rate(config), weight_decay=0.0)
         optimizer = change(recipe, section.optimizer, "optimizer", {"steps": config.steps})
         twice = [field for field in ("learning_rate", "warmup_steps") if field in section.grpo]
         if twice and optimizer.learning_rate != recipe.learning_rate:
             raise ConfigError(
-                f"optimizer.learning_rate and {' and '.join(f'grpo.{field}' for field in twice)} are two answers to one question: leave one of them out"
+                f"optimizer.learning_rate and {' and '.join(f'grpo.{field}' for field in twice)} are two answers to "
+                "one question: leave one of them out"
             )
-        program = GRPO(experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk)
+        program = GRPO(
+            experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk
+        )
         return cls(name, experiment, program, optimizer, section.loop, section.eval, section.health)
 
     def summary(self) -> str:
@@ -300,15 +329,17 @@ class GRPOStage(Stage):
         self.keep_tokenizer()
         variables = _weights(variables, experiment)
         seed = _seed(experiment, self.name, "sampling")
-        state = train_grpo(self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name)
+        state = train_grpo(
+            self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name
+        )
         _draw_curves(experiment, self.name)
         return state.variables
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalStage(Stage):
-    """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves evaluation.json, and
-    its numbers as metrics of step 0; changes no weights."""
+    """Held-out accuracy on the experiment's task, if it has one, and with `data` held-out bits per byte. Leaves
+    evaluation.json, and its numbers as metrics of step 0; changes no weights."""
 
     name: str
     experiment: Experiment
@@ -345,7 +376,11 @@ class EvalStage(Stage):
 
     def settings(self) -> dict[str, Any]:
         fields = {"eval": self.eval, "data": self.data}
-        return fields | ({} if self.data is None else {"seq_len": self.seq_len, "batch_size": self.batch_size, "eval_batches": self.eval_batches})
+        return fields | (
+            {}
+            if self.data is None
+            else {"seq_len": self.seq_len, "batch_size": self.batch_size, "eval_batches": self.eval_batches}
+        )
 
     def made(self) -> list[int]:
         return [0] if self.path.exists() else []
@@ -376,8 +411,12 @@ class EvalStage(Stage):
         write_text(self.path, to_json(result, indent=1) + "\n")
         with contextlib.closing(MetricsWriter(self.path.parent, last_step=-1)) as writer:
             writer.write(0, {name: value for name, value in result.items() if isinstance(value, float)})
-        shown = [(name, result[name]) for name in ("bits_per_byte", "greedy_accuracy", "response_length") if name in result]
-        print(f"{self.name}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown), flush=True)
+        shown = [
+            (name, result[name]) for name in ("bits_per_byte", "greedy_accuracy", "response_length") if name in result
+        ]
+        print(
+            f"{self.name}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown), flush=True
+        )
         return variables
 
 
@@ -441,22 +480,38 @@ def _draw_curves(experiment: Experiment, name: str) -> None:
     try:
         plot_curves(read_metrics(folder), folder / "curves.png", f"{experiment.name}, {name}, seed {experiment.seed}")
     except Exception as error:  # weights are worth more than a figure of them
-        print(f"{name}: curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers", flush=True)
+        print(
+            f"{name}: curves.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers",
+            flush=True,
+        )
 
 
-def _check_sources(sources: Sequence[SourceConfig], splits: Sequence[str], experiment: Experiment, data_dir: str | None, prepare: bool) -> None:
+def _check_sources(
+    sources: Sequence[SourceConfig], splits: Sequence[str], experiment: Experiment, data_dir: str | None, prepare: bool
+) -> None:
     check_sources(sources, splits, experiment.tokenizer, data_dir, experiment.model.config.vocab_size, prepare=prepare)
 
 
-def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
-    """-> a function that starts one ordered pass over the held-out documents, and stops the reading threads when the pass is dropped."""
+def held_out_batches(
+    data: DataConfig, experiment: Experiment, seq_len: int, batch_size: int
+) -> Callable[[], Iterator[Batch]]:
+    """-> a function that starts one ordered pass over the held-out documents, and stops the reading threads when the
+    pass is dropped."""
 
     @functools.cache
     def opened() -> Loader:
         """The data is read and checked once, not at every evaluation."""
         model = experiment.model
         share = host_share(model.placement)
-        return build_loader(data, experiment.tokenizer, seq_len, batch_size, split="validation", share=share, vocab_size=model.config.vocab_size)
+        return build_loader(
+            data,
+            experiment.tokenizer,
+            seq_len,
+            batch_size,
+            split="validation",
+            share=share,
+            vocab_size=model.config.vocab_size,
+        )
 
     def start() -> Iterator[Batch]:
         loader = opened()
@@ -468,7 +523,8 @@ def held_out_batches(data: DataConfig, experiment: Experiment, seq_len: int, bat
 
 
 def _peak_flops(model: Transformer) -> float | None:
-    """Of the devices that the network is on, at the rate of its products; None where either is not in the table, as for float32."""
+    """Of the devices that the network is on, at the rate of its products; None where either is not in the table, as for
+    float32."""
     placement, precision = model.placement, model.precision
     devices = placement.mesh.devices.flat if isinstance(placement, MeshPlacement) else jax.devices()[:1]
     if precision.compute_dtype != jnp.bfloat16:
@@ -482,18 +538,26 @@ def _seed(experiment: Experiment, *path: str) -> int:
 
 
 def _weights(variables: Variables | None, experiment: Experiment) -> Variables:
-    """Random weights where no stage before has made any: reinforcement learning from scratch is a legitimate question."""
+    """Random weights where no stage before has made any: reinforcement learning from scratch is a legitimate
+    question."""
     model = experiment.model
-    return init_variables(model, jax.random.key(experiment.seed), variables_sharding(model)) if variables is None else variables
+    return (
+        init_variables(model, jax.random.key(experiment.seed), variables_sharding(model))
+        if variables is None
+        else variables
+    )
 
 
 def _require_task(name: str, experiment: Experiment) -> Task:
     if experiment.task is None:
-        raise ConfigError(f"stage {name!r} works on a task: add config.task, for example {{'name': 'parity', 'bits': 20}}")
+        raise ConfigError(
+            f"stage {name!r} works on a task: add config.task, for example {{'name': 'parity', 'bits': 20}}"
+        )
     if not isinstance(experiment.tokenizer, ByteTokenizer):
         raise ConfigError(
             f"stage {name!r} works on config.task, whose problems are written in the ids of the byte tokenizer, and "
-            f"config.tokenizer={experiment.config.get('tokenizer')!r}: set it to 'byte', and model.vocab_size to {ByteTokenizer.vocab_size} or more"
+            f"config.tokenizer={experiment.config.get('tokenizer')!r}: set it to 'byte', and model.vocab_size to "
+            f"{ByteTokenizer.vocab_size} or more"
         )
     return experiment.task
 

@@ -1,8 +1,8 @@
 """The folder of a run: one process at a time, and what of a run that is started again is kept, continued or run again.
 
-`config.json` is the experiment as it was started last. Each stage's folder has the experiment that its results belong to, as
-experiment.json. A stage is kept if its own settings and those of the stages that made its weights are the same, free fields apart (see
-`identity`). Results of other settings are moved aside, never deleted.
+`config.json` is the experiment as it was started last. Each stage's folder has the experiment that its results belong
+to, as experiment.json. A stage is kept if its own settings and those of the stages that made its weights are the same,
+free fields apart (see `identity`). Results of other settings are moved aside, never deleted.
 """
 
 import contextlib
@@ -27,7 +27,17 @@ from deepseek_jax.stages import Stage, build_stages
 
 RECORD = "experiment.json"
 DEFAULTS = {"precision": "float32", "tokenizer": "byte", "task": None, "seed": 0}
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+NOT_WRITABLE = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +52,8 @@ class Plan:
 
 
 def plan_run(experiment: Experiment, stages: Sequence[Stage]) -> Plan:
-    """Compares the stages with what their folders hold; changes nothing. Raises ConfigError if the folder holds nothing that can be kept."""
+    """Compares the stages with what their folders hold; changes nothing. Raises ConfigError if the folder holds nothing
+    that can be kept."""
     return Plan(**_agreed(lambda: dataclasses.asdict(_plan(experiment, stages))))
 
 
@@ -59,13 +70,15 @@ def _plan(experiment: Experiment, stages: Sequence[Stage]) -> Plan:
     if reasons and not plan.names("keep", "continue"):
         changed = next(iter(reasons.values()))
         raise ConfigError(
-            f"{experiment.workdir} holds a run of another configuration: {_few(changed)}. Pass another --workdir, or the settings it was started with"
+            f"{experiment.workdir} holds a run of another configuration: {_few(changed)}. Pass another --workdir, or "
+            "the settings it was started with"
         )
     return plan
 
 
 def claim(experiment: Experiment, stages: Sequence[Stage], plan: Plan) -> None:
-    """Moves aside what is run again, says so, and notes the configuration in the workdir and in the folders of stages that are to run.
+    """Moves aside what is run again, says so, and notes the configuration in the workdir and in the folders of stages
+    that are to run.
 
     Raises ConfigError where the folder cannot be written to.
     """
@@ -77,7 +90,10 @@ def claim(experiment: Experiment, stages: Sequence[Stage], plan: Plan) -> None:
             for name in plan.names("again"):
                 aside = _free_name(experiment.workdir / name)
                 (experiment.workdir / name).rename(aside)
-                print(f"run again: {name}, for another {_few(plan.reasons[name])}; what it had left is in {aside}", flush=True)
+                print(
+                    f"run again: {name}, for another {_few(plan.reasons[name])}; what it had left is in {aside}",
+                    flush=True,
+                )
             text = to_json(experiment.config, indent=1) + "\n"
             write_text(experiment.workdir / "config.json", text)
             for stage in stages:
@@ -105,11 +121,17 @@ def _differences(stage: Stage, stages: Sequence[Stage]) -> list[str]:
         return []  # results that somebody has put there: the checkpoint says whether they fit
     experiment = stage.experiment
     before, now = _shared(record), _shared(experiment.config)
-    differs = [f"config.{field} ({before.get(field)!r} -> {now.get(field)!r})" for field in sorted({*before, *now}) if before.get(field) != now.get(field)]
+    differs = [
+        f"config.{field} ({before.get(field)!r} -> {now.get(field)!r})"
+        for field in sorted({*before, *now})
+        if before.get(field) != now.get(field)
+    ]
     if differs:
         return differs
     try:
-        recorded = build_stages(dataclasses.replace(experiment, sections={name: record[name] for name in record["stages"]}))
+        recorded = build_stages(
+            dataclasses.replace(experiment, sections={name: record[name] for name in record["stages"]})
+        )
     except ConfigError as error:
         return [f"configuration, which can no longer be read ({error})"]
     then, here = _makers(stage.name, recorded), _makers(stage.name, stages)
@@ -122,7 +144,8 @@ def _differences(stage: Stage, stages: Sequence[Stage]) -> list[str]:
 
 
 def _record(stage: Stage) -> dict[str, Any] | None:
-    """The experiment that a stage's results belong to; None where nothing says. Runs of older versions have one for all stages."""
+    """The experiment that a stage's results belong to; None where nothing says. Runs of older versions have one for all
+    stages."""
     for path in (stage.folder / RECORD, stage.experiment.workdir / "config.json"):
         if path.exists():
             record = read_json(path, "pass another --workdir, or restore it", ConfigError)
@@ -144,8 +167,8 @@ def _makers(name: str, stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _stage_differences(old: Stage, new: Stage, made: Sequence[int] = ()) -> list[str]:
-    """As sentences. A stage that has made steps may be made longer, or as long as one of its checkpoints; of a schedule the steps
-    that are made matter then."""
+    """As sentences. A stage that has made steps may be made longer, or as long as one of its checkpoints; of a schedule
+    the steps that are made matter then."""
     before, now = decisive(old.settings()), decisive(new.settings())
     steps = min(max(made, default=0), now.get(new.length, 0))
     return [
@@ -156,11 +179,16 @@ def _stage_differences(old: Stage, new: Stage, made: Sequence[int] = ()) -> list
 
 
 def _difference(before: Any, now: Any, steps: int, made: Sequence[int]) -> str | None:
-    """`made` is not empty for the setting that says how many steps the stage makes, `steps` those that have to be the same."""
+    """`made` is not empty for the setting that says how many steps the stage makes, `steps` those that have to be the
+    same."""
     if before == now:
         return None
     if made:
-        return None if now > made[-1] or now in made else f"({before} -> {now}, and {made[-1]} steps are made; there are checkpoints of {_listed(made)})"
+        return (
+            None
+            if now > made[-1] or now in made
+            else f"({before} -> {now}, and {made[-1]} steps are made; there are checkpoints of {_listed(made)})"
+        )
     if steps and callable(before) and callable(now):
         then, here = (np.broadcast_to(schedule(np.arange(steps)), steps) for schedule in (before, now))
         other = np.flatnonzero(then != here)
@@ -168,7 +196,8 @@ def _difference(before: Any, now: Any, steps: int, made: Sequence[int]) -> str |
             return None
         step = int(other[0])
         return (
-            f"({then[step]:g} -> {here[step]:g} at step {step}, which is made; a schedule without 'steps' spans the stage, so that a longer "
+            f"({then[step]:g} -> {here[step]:g} at step {step}, which is made; a schedule without 'steps' spans the "
+            "stage, so that a longer "
             "stage changes it: give it the 'steps' it had)"
         )
     return f"({before!r} -> {now!r})"
@@ -180,7 +209,8 @@ def _listed(steps: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it, until this process ends, however it ends. Raises UserError if that can't be done."""
+    """Makes the folder and keeps other runs out of it, until this process ends, however it ends. Raises UserError if
+    that can't be done."""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -188,7 +218,12 @@ def hold(workdir: Path) -> Iterator[None]:
                 raise ConfigError(f"{workdir} is a file: pass the --workdir of a folder, it is made if there is none")
             with explained(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
-                held = stack.enter_context(lock(workdir / "run.lock", f"{workdir} is in use, another run is going on there: pass another --workdir, or wait"))
+                held = stack.enter_context(
+                    lock(
+                        workdir / "run.lock",
+                        f"{workdir} is in use, another run is going on there: pass another --workdir, or wait",
+                    )
+                )
             if held is None:
                 logging.warning("%s is on a file system without locks: see to it that no other run uses it", workdir)
 
@@ -205,7 +240,9 @@ def explained(workdir: Path) -> Iterator[None]:
         if error.errno not in NOT_WRITABLE:
             raise
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to its permissions"
-        raise UserError(f"cannot write {error.filename or workdir}: {error.strerror}; {advice}, or pass another --workdir") from error
+        raise UserError(
+            f"cannot write {error.filename or workdir}: {error.strerror}; {advice}, or pass another --workdir"
+        ) from error
 
 
 def _agreed(make: Callable[[], Any]) -> Any:

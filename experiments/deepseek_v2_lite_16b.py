@@ -1,13 +1,14 @@
-"""DeepSeek-V2-Lite's pre-training at full size: network, optimiser and schedules of the report (V2 appendix B), 5.7T tokens.
+"""DeepSeek-V2-Lite's pre-training at full size: network, optimiser and schedules of the report (V2 appendix B), 5.7T
+tokens.
 
     python -m deepseek_jax --config=experiments/deepseek_v2_lite_16b.py --dry      validates and prints the plan, allocates nothing
     python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x8 --config.pretrain.train.microbatch=32
 
-Hardware: weights, gradients and float32 moments are 251 GB: four 80 GB accelerators for the state alone, some hundreds to
-finish. It has been compiled for v6e:4x8 with a microbatch of 32 (see `deepseek_jax/parallel/README.md`) and never run.
-Cost: 9.4e22 FLOPs (16.41 GFLOPs a token): 67,500 GPU-hours, $135,000 at $2 an hour, if each sustains V3's 385 TFLOP/s.
-Differences: the corpus is not public, so C4 stands in, read with the byte tokenizer until `tokenizer` is the released
-checkpoint's folder. Pre-training has no YaRN; context extension to 32K switches on `rope.yarn` of the preset.
+Hardware: weights, gradients and float32 moments are 251 GB: four 80 GB accelerators for the state alone, some hundreds
+to finish. It has been compiled for v6e:4x8 with a microbatch of 32 (see `deepseek_jax/parallel/README.md`) and never
+run. Cost: 9.4e22 FLOPs (16.41 GFLOPs a token): 67,500 GPU-hours, $135,000 at $2 an hour, if each sustains V3's 385
+TFLOP/s. Differences: the corpus is not public, so C4 stands in, read with the byte tokenizer until `tokenizer` is the
+released checkpoint's folder. Pre-training has no YaRN; context extension to 32K switches on `rope.yarn` of the preset.
 Expected result: MMLU 58.3, GSM8K 41.1 (V2 Table 6, base model).
 """
 
@@ -29,7 +30,8 @@ def get_config() -> ConfigDict:
         "kind": "pretrain",
         "seq_len": V2_LITE_BATCH.sequence_length,
         "batch_size": V2_LITE_BATCH.end,
-        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold many windows.
+        # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold
+        # many windows.
         "data": {"sources": [{"name": "tfds:c4/en"}], "streams": 256, "shuffle_window": 64},
         "train": {
             "steps": V2_LITE_BATCH.step_at(V2_LITE_TOKENS),

@@ -1,11 +1,12 @@
-"""DeepSeek-V3's second context extension, 32K to 128K (V3 §4.3): 1000 steps of 480 sequences of 131,072 tokens at 7.3e-6.
+"""DeepSeek-V3's second context extension, 32K to 128K (V3 §4.3): 1000 steps of 480 sequences of 131,072 tokens at
+7.3e-6.
 
     python -m deepseek_jax --config=experiments/deepseek_v3_128k.py --dry
     python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v3_128k.py --topology=v5p:8x8x16
 
-Hardware: every sequence is divided among 32 devices, every expert layer among 32; 1,024 devices take 32 sequences at a time. What
-it needs on a v5p pod is in `deepseek_jax/parallel/README.md`; it has not been run.
-No stage loads the weights of the 32K phase yet; the file is the program, its batches and its mesh.
+Hardware: every sequence is divided among 32 devices, every expert layer among 32; 1,024 devices take 32 sequences at a
+time. What it needs on a v5p pod is in `deepseek_jax/parallel/README.md`; it has not been run. No stage loads the
+weights of the 32K phase yet; the file is the program, its batches and its mesh.
 """
 
 from deepseek_v3_671b import get_config as deepseek_v3

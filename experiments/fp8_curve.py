@@ -1,9 +1,11 @@
-"""A small network of V3's shape in FP8 as V3 trains (V3 §3.3, Appendix B.1); the base of experiments/sweeps/fp8_curve.py.
+"""A small network of V3's shape in FP8 as V3 trains (V3 §3.3, Appendix B.1); the base of
+experiments/sweeps/fp8_curve.py.
 
     python -m deepseek_jax --config=experiments/fp8_curve.py
     python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16      the curve it is compared with
 
-2,830,088 parameters, heads as wide as V3's. Hardware: one CPU core; 8 minutes in FP8, 3.5 in bfloat16. What is measured: experiments/sweeps/fp8_curve.py.
+2,830,088 parameters, heads as wide as V3's. Hardware: one CPU core; 8 minutes in FP8, 3.5 in bfloat16. What is
+measured: experiments/sweeps/fp8_curve.py.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +19,9 @@ def get_config() -> ConfigDict:
         hidden_size=256,
         num_layers=2,
         intermediate_size=512,
-        attention=MLAConfig(num_heads=2, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        attention=MLAConfig(
+            num_heads=2, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
         moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=256, num_shared_experts=1, routed_scaling_factor=2.5),
         first_k_dense=1,
         rope=RopeConfig(theta=10_000.0),

@@ -20,9 +20,17 @@ def get_config() -> ConfigDict:
         mtp_depth=1,
         init_std=0.02,
         scan_unroll=3,
-        attention=MLAConfig(num_heads=4, q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+        attention=MLAConfig(
+            num_heads=4, q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+        ),
         moe=MoEConfig(
-            num_experts=16, top_k=4, intermediate_size=64, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5
+            num_experts=16,
+            top_k=4,
+            intermediate_size=64,
+            num_shared_experts=1,
+            num_groups=4,
+            topk_groups=2,
+            routed_scaling_factor=2.5,
         ),
         rope=RopeConfig(theta=10_000.0),
     )

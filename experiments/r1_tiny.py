@@ -2,17 +2,19 @@
 
     python -m deepseek_jax --config=experiments/r1_tiny.py
 
-The network is DeepSeek-V3's in every piece: MLA with compressed queries, routed experts in groups beside a shared one, the
-balancing bias, MTP. The task is the parity of 20 bits, which can't be guessed and is easy to work out bit by bit.
+The network is DeepSeek-V3's in every piece: MLA with compressed queries, routed experts in groups beside a shared one,
+the balancing bias, MTP. The task is the parity of 20 bits, which can't be guessed and is easy to work out bit by bit.
 
     pretrain   pre-training on the Python standard library's source, mixed with worked solutions
     sft        cold start: 92% of the demonstrations answer at once, 8% think first
     grpo       reinforcement learning on rule rewards, accuracy + format; nothing rewards length
 
-`before` and `after` measure greedy accuracy, maj@16, pass@16 and response length on 512 problems that no stage trains on.
+`before` and `after` measure greedy accuracy, maj@16, pass@16 and response length on 512 problems that no stage trains
+on.
 
-Measured on two CPU cores (jax 0.10.2, Python 3.11; 496,216 parameters, 191,168 active), from the command's start, compilation included:
-first log line after 13 s, all done after 221 s (seed 0, nothing else running; seeds 1 and 2 had one core each).
+Measured on two CPU cores (jax 0.10.2, Python 3.11; 496,216 parameters, 191,168 active), from the command's start,
+compilation included: first log line after 13 s, all done after 221 s (seed 0, nothing else running; seeds 1 and 2 had
+one core each).
 
     seed                      0              1              2
     greedy accuracy     0.514 → 1.000  0.557 → 0.996  0.457 → 1.000
@@ -40,9 +42,17 @@ def get_config() -> ConfigDict:
         mtp_depth=1,
         init_std=0.1,
         scan_unroll=2,
-        attention=MLAConfig(num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16),
+        attention=MLAConfig(
+            num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
+        ),
         moe=MoEConfig(
-            num_experts=8, top_k=2, intermediate_size=64, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5
+            num_experts=8,
+            top_k=2,
+            intermediate_size=64,
+            num_shared_experts=1,
+            num_groups=4,
+            topk_groups=2,
+            routed_scaling_factor=2.5,
         ),
         rope=RopeConfig(theta=1000.0),
     )
@@ -56,9 +66,19 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "stages": ("pretrain", "sft", "before", "grpo", "after"),
             "pretrain": training(
-                "pretrain", steps=240, text=0.5, long_chains=0.7, learning_rate={"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 30}
+                "pretrain",
+                steps=240,
+                text=0.5,
+                long_chains=0.7,
+                learning_rate={"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 30},
             ),
-            "sft": training("sft", steps=60, text=0.0, long_chains=0.08, learning_rate={"kind": "cosine", "peak": 1e-3, "warmup_steps": 10}),
+            "sft": training(
+                "sft",
+                steps=60,
+                text=0.0,
+                long_chains=0.08,
+                learning_rate={"kind": "cosine", "peak": 1e-3, "warmup_steps": 10},
+            ),
             "before": evaluation(),
             "grpo": {
                 "kind": "grpo",
@@ -84,7 +104,8 @@ def get_config() -> ConfigDict:
 
 
 def training(kind: str, steps: int, text: float, long_chains: float, learning_rate: dict) -> dict:
-    """A pre-training or SFT stage: the share `text` of the rows is source code, the rest demonstrations, whole, two to a row."""
+    """A pre-training or SFT stage: the share `text` of the rows is source code, the rest demonstrations, whole, two to
+    a row."""
     sources = [{"name": "task", "weight": 1.0 - text, "format": "tokens"}]
     if text:
         sources.append(stdlib(text))

@@ -1,13 +1,15 @@
-"""The recipe of the V3-style size ladder (mHC, appendix A.1) at its smallest size: the base of experiments/sweeps/v3_ladder.py.
+"""The recipe of the V3-style size ladder (mHC, appendix A.1) at its smallest size: the base of
+experiments/sweeps/v3_ladder.py.
 
     python -m deepseek_jax --config=experiments/v3_style_tiny.py
 
-Sigmoid routing over 64 experts, of which 6 and 2 shared ones see a token, balanced without a loss; AdamW (0.9, 0.95, weight
-decay 0.1, both epsilons 1e-20); the learning rate falls by 0.316 after 80% and again after 90% of the steps. The source is the
-Python standard library, read byte by byte.
+Sigmoid routing over 64 experts, of which 6 and 2 shared ones see a token, balanced without a loss; AdamW (0.9, 0.95,
+weight decay 0.1, both epsilons 1e-20); the learning rate falls by 0.316 after 80% and again after 90% of the steps. The
+source is the Python standard library, read byte by byte.
 
-188,396 parameters, 48,236 active. Hardware: two CPU cores; 173 s while other work took most of both.
-Measured (seed 0, jax 0.10.2; before the balance loss was summed over layers): 3.189 bits per byte, held out. Why 1e-2: experiments/sweeps/v3_lr_batch.py.
+188,396 parameters, 48,236 active. Hardware: two CPU cores; 173 s while other work took most of both. Measured (seed 0,
+jax 0.10.2; before the balance loss was summed over layers): 3.189 bits per byte, held out. Why 1e-2:
+experiments/sweeps/v3_lr_batch.py.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +21,8 @@ def v3_style(
     num_layers: int, hidden_size: int, expert_size: int, num_heads: int, *, num_experts: int = 64, head_dim: int = 128, kv_lora_rank: int = 512,
     vocab_size: int = 129_280, init_std: float = 0.006, **fields,
 ) -> ModelConfig:  # fmt: skip
-    """The recipe's shape at any size. The dense first layer is nine experts wide, as in V3; queries are not compressed: with
-    both, the published sizes come out. 2.446 is Moonlight's factor for six sigmoid gates of 64."""
+    """The recipe's shape at any size. The dense first layer is nine experts wide, as in V3; queries are not compressed:
+    with both, the published sizes come out. 2.446 is Moonlight's factor for six sigmoid gates of 64."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -29,8 +31,20 @@ def v3_style(
         first_k_dense=1,
         rms_norm_eps=1e-20,
         init_std=init_std,
-        attention=MLAConfig(num_heads=num_heads, kv_lora_rank=kv_lora_rank, qk_nope_head_dim=head_dim, qk_rope_head_dim=head_dim // 2, v_head_dim=head_dim),
-        moe=MoEConfig(num_experts=num_experts, top_k=6, intermediate_size=expert_size, num_shared_experts=2, routed_scaling_factor=2.446),
+        attention=MLAConfig(
+            num_heads=num_heads,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=head_dim,
+            qk_rope_head_dim=head_dim // 2,
+            v_head_dim=head_dim,
+        ),
+        moe=MoEConfig(
+            num_experts=num_experts,
+            top_k=6,
+            intermediate_size=expert_size,
+            num_shared_experts=2,
+            routed_scaling_factor=2.446,
+        ),
         rope=RopeConfig(theta=10_000.0),
         **fields,
     )
@@ -63,7 +77,13 @@ def get_config() -> ConfigDict:
                     "steps": 400,
                     "microbatch": 0,
                     "optimizer": {
-                        "learning_rate": {"kind": "step_decay", "peak": 1e-2, "warmup_steps": 40, "at": (0.8, 0.9), "factor": 0.316},
+                        "learning_rate": {
+                            "kind": "step_decay",
+                            "peak": 1e-2,
+                            "warmup_steps": 40,
+                            "at": (0.8, 0.9),
+                            "factor": 0.316,
+                        },
                         "b1": 0.9,
                         "b2": 0.95,
                         "eps": 1e-20,

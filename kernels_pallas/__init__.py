@@ -1,6 +1,8 @@
-"""FP8 as DeepSeek-V3 trained with it, for NVIDIA Hopper, TPUs and anything XLA knows. Usable without deepseek_jax; see README.md.
+"""FP8 as DeepSeek-V3 trained with it, for NVIDIA Hopper, TPUs and anything XLA knows. Usable without deepseek_jax; see
+README.md.
 
-Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; N tokens, D and F the widths of a Linear.
+Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; N tokens, D and F the widths of a
+Linear.
 """
 
 from kernels_pallas._compat import vary, varying_axes
@@ -8,12 +10,26 @@ from kernels_pallas.attention.api import attention
 from kernels_pallas.grouped.api import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from kernels_pallas.grouped_linear.api import grouped_linear
 from kernels_pallas.implementations import Unsupported
-from kernels_pallas.linear.api import fp8_grouped_linear, fp8_grouped_swiglu_linear, fp8_linear, fp8_swiglu_linear, prepare, prepare_weight
+from kernels_pallas.linear.api import (
+    fp8_grouped_linear,
+    fp8_grouped_swiglu_linear,
+    fp8_linear,
+    fp8_swiglu_linear,
+    prepare,
+    prepare_weight,
+)
 from kernels_pallas.linear.vjp import LinearFormat, Prepared, plain
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
-from kernels_pallas.quantize.api import dequantize, quantize, quantize_block, quantize_tile, quantize_transposed, requantize_transposed
+from kernels_pallas.quantize.api import (
+    dequantize,
+    quantize,
+    quantize_block,
+    quantize_tile,
+    quantize_transposed,
+    requantize_transposed,
+)
 from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
 
 __all__ = [

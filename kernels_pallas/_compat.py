@@ -23,7 +23,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def vary(tree: Any, axes: Iterable[str]) -> Any:
-    """Arrays marked as different from device to device along `axes`, inside `shard_map`, so that their gradients are summed over them."""
+    """Arrays marked as different from device to device along `axes`, inside `shard_map`, so that their gradients are
+    summed over them."""
 
     def mark(x):
         missing = tuple(axis for axis in axes if axis not in varying_axes(x))
@@ -33,8 +34,9 @@ def vary(tree: Any, axes: Iterable[str]) -> Any:
 
 
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, each marked as different along every mesh axis along which any of them is: what a custom gradient needs inside `shard_map`,
-    where the gradient of an array that is the same everywhere is summed over devices by the mark, not by the rule."""
+    """The arrays, each marked as different along every mesh axis along which any of them is: what a custom gradient
+    needs inside `shard_map`, where the gradient of an array that is the same everywhere is summed over devices by the
+    mark, not by the rule."""
     return vary(arrays, sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))))
 
 
@@ -46,15 +48,20 @@ def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> ja
     return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
 
 
-def priced(flops: int, format: jnp.dtype, grid: tuple[int, ...], ragged: bool = False) -> contextlib.AbstractContextManager:
-    """Notes on the kernel called within what who counts its program cannot see, because its loops and conditions depend on data: FLOPs, a
-    multiply-add as two, of numbers in `format`, over the whole `grid`, to which jax.vmap may add axes. `ragged`: as if every row belonged to a
-    group."""
-    return set_xla_metadata(kernel_flops=flops, kernel_format=jnp.dtype(format).name, kernel_points=math.prod(grid), kernel_ragged=ragged)
+def priced(
+    flops: int, format: jnp.dtype, grid: tuple[int, ...], ragged: bool = False
+) -> contextlib.AbstractContextManager:
+    """Notes on the kernel called within what who counts its program cannot see, because its loops and conditions depend
+    on data: FLOPs, a multiply-add as two, of numbers in `format`, over the whole `grid`, to which jax.vmap may add
+    axes. `ragged`: as if every row belonged to a group."""
+    return set_xla_metadata(
+        kernel_flops=flops, kernel_format=jnp.dtype(format).name, kernel_points=math.prod(grid), kernel_ragged=ragged
+    )
 
 
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
-    """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh axes."""
+    """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh
+    axes."""
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
 
 
@@ -66,8 +73,9 @@ def load(ref, layout, optimized: bool = True) -> jax.Array:
 def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
     """Name and milliseconds on the GPU of each kernel that run() starts and waits for.
 
-    jax's public `profiler.measure` calls a function once more right before it counts, which would fill the L2 cache with its operands. The counter
-    that it starts and reads has no public name; a jax that has moved it raises RuntimeError here.
+    jax's public `profiler.measure` calls a function once more right before it counts, which would fill the L2 cache
+    with its operands. The counter that it starts and reads has no public name; a jax that has moved it raises
+    RuntimeError here.
     """
     from jax.experimental.mosaic.gpu import profiler
 

@@ -9,19 +9,23 @@ from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import dequantize, tiles
 
 PIECE = (128, 128)
-# Bounds of `difference`, against the float32 product of the very operands that were multiplied: against operands that were not quantised, DeepGEMM's 1e-3,
-# 6.6e-4 would be due to quantising and a wrong tile among thousands would pass. Rounding to bfloat16 moves a number by 2^-8 of it at most: 2^-17 = 7.6e-6.
-# Hopper's accumulator, emulated and promoted every 128, adds 8.5e-9 on normal numbers, not promoted 2.6e-6 at K = 4096: the bound for float32 lies between.
+# Bounds of `difference`, against the float32 product of the very operands that were multiplied: against operands that
+# were not quantised, DeepGEMM's 1e-3, 6.6e-4 would be due to quantising and a wrong tile among thousands would pass.
+# Rounding to bfloat16 moves a number by 2^-8 of it at most: 2^-17 = 7.6e-6. Hopper's accumulator, emulated and promoted
+# every 128, adds 8.5e-9 on normal numbers, not promoted 2.6e-6 at K = 4096: the bound for float32 lies between.
 ROUNDED, SUMMED = 1e-5, 5e-7
-QUANTIZED = 1e-5  # a GPU's division is off by up to 2 units in the last place: one number in many thousands becomes its neighbour in E4M3
+# a GPU's division is off by up to 2 units in the last place: one number in many thousands becomes its neighbour in E4M3
+QUANTIZED = 1e-5
 ATTENDED = 1e-4  # scores, their gradients and what is saved are rounded to bfloat16 one after another
 
 
 @jax.jit
 def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    """DeepGEMM's calc_diff, 1 - 2⟨x, y⟩ / (⟨x, x⟩ + ⟨y, y⟩), of those 128 × 128 of [..., M, N] where it is largest: half the relative squared error.
+    """DeepGEMM's calc_diff, 1 - 2⟨x, y⟩ / (⟨x, x⟩ + ⟨y, y⟩), of those 128 × 128 of [..., M, N] where it is largest:
+    half the relative squared error.
 
-    Written as |x - y|² over the same, of which float32 keeps the small ones; infinite where something is not a number, 0 where both are zero.
+    Written as |x - y|² over the same, of which float32 keeps the small ones; infinite where something is not a number,
+    0 where both are zero.
     """
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     squares = lambda z: jnp.sum(tiles(jnp.square(z), PIECE), axis=(-3, -1))
@@ -38,7 +42,9 @@ def allowed(result: jax.Array | QTensor) -> float:
 def disagreement(got: Any, wanted: Any, bound: float | None = None) -> str | None:
     """In words, where two trees of results differ by more than `bound`, by default `allowed`; None if they agree."""
     is_result = lambda leaf: isinstance(leaf, QTensor)
-    for index, (x, y) in enumerate(zip(*(jax.tree.leaves(tree, is_leaf=is_result) for tree in (got, wanted)), strict=True)):
+    for index, (x, y) in enumerate(
+        zip(*(jax.tree.leaves(tree, is_leaf=is_result) for tree in (got, wanted)), strict=True)
+    ):
         if x.shape != y.shape:
             return f"result {index} has the shape {x.shape} instead of {y.shape}"
         numbers = (dequantize(z) if isinstance(z, QTensor) else z for z in (x, y))

@@ -1,4 +1,5 @@
-"""Small inputs on which a kernel is compared with its reference, as NumPy arrays: with the dtypes, formats and widths of a call, but few rows."""
+"""Small inputs on which a kernel is compared with its reference, as NumPy arrays: with the dtypes, formats and widths
+of a call, but few rows."""
 
 import numpy as np
 
@@ -15,11 +16,15 @@ def few(size: int, most: int = FEW) -> int:
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype, uneven: bool = True) -> np.ndarray:
-    """Normal numbers; `uneven`, in rows and in stretches of 128 columns of different sizes, so that no scale can be taken for another."""
+    """Normal numbers; `uneven`, in rows and in stretches of 128 columns of different sizes, so that no scale can be
+    taken for another."""
     x = np.resize(np.roll(_NORMAL, 101 * seed), shape)
     if not uneven:
         return x.astype(dtype)
-    rows, columns = (np.exp2(np.arange(size) // part % 5 - 2).astype(np.float32) for size, part in zip(shape[-2:], (1, 128), strict=True))
+    rows, columns = (
+        np.exp2(np.arange(size) // part % 5 - 2).astype(np.float32)
+        for size, part in zip(shape[-2:], (1, 128), strict=True)
+    )
     return (x * rows[:, None] * columns).astype(dtype)
 
 
@@ -36,7 +41,8 @@ def few_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def groups(count: int, rows: int, alignment: int) -> tuple[np.ndarray, int]:
-    """-> sizes of at most 3 groups and the rows they lie in: multiples of `alignment`, one group empty, some rows past the last."""
+    """-> sizes of at most 3 groups and the rows they lie in: multiples of `alignment`, one group empty, some rows past
+    the last."""
     units = max(few(rows) // alignment, 1)
     sizes = {1: [units], 2: [units - units // 3, 0]}.get(count, [units // 2, 0, units - units // 2 - (units > 2)])
     return np.asarray(sizes, np.int32) * alignment, units * alignment

@@ -36,15 +36,20 @@ class Operation:
     small: Callable[..., tuple]
     results: Callable[..., Any] = compute
     bound: float | None = None
-    instead: str = "XLA emulates it in float32 instead, which is slower; shapes and formats that the kernel takes avoid it"
+    instead: str = (
+        "XLA emulates it in float32 instead, which is slower; shapes and formats that the kernel takes avoid it"
+    )
 
     def missing(self, name: str, *arguments: Any) -> str | None:
-        """Why the implementation called `name` is not to be had for `arguments`, None if it is: what it cannot do, or that it is wrong on this device."""
+        """Why the implementation called `name` is not to be had for `arguments`, None if it is: what it cannot do, or
+        that it is wrong on this device."""
         function, reason = self.implementations[name]
         why = reason(*arguments)
         if why is None and name == PREFERRED.get(device_kind()):
             kernel, reference = (functools.partial(self.results, f) for f in (function, self.implementations["xla"][0]))
-            why = trust.complaint(self.name, name, arguments, lambda: self.small(*arguments), kernel, reference, self.bound)
+            why = trust.complaint(
+                self.name, name, arguments, lambda: self.small(*arguments), kernel, reference, self.bound
+            )
         return why
 
     def pass_over(self, reasons: Sequence[str]) -> None:
@@ -70,11 +75,18 @@ def preferred(kind: str) -> tuple[str, ...]:
 def choose(operation: Operation, implementation: str | tuple[str, ...] | None, *arguments: Any) -> Callable:
     """The function to call for `arguments`.
 
-    Of several names the first that supports the arguments, and is right on this device (see `trust`), is taken; None stands for those preferred on the
-    first device there is. A kernel that is passed over is said once, with why. A single name is taken as it is. Raises Unsupported, with the reasons
-    and the names of those that would do it, if none of the names does.
+    Of several names the first that supports the arguments, and is right on this device (see `trust`), is taken; None
+    stands for those preferred on the first device there is. A kernel that is passed over is said once, with why. A
+    single name is taken as it is. Raises Unsupported, with the reasons and the names of those that would do it, if none
+    of the names does.
     """
-    names = preferred(device_kind()) if implementation is None else (implementation,) if isinstance(implementation, str) else implementation
+    names = (
+        preferred(device_kind())
+        if implementation is None
+        else (implementation,)
+        if isinstance(implementation, str)
+        else implementation
+    )
     reasons = []
     for name in names:
         if name not in operation.implementations:

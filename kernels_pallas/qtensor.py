@@ -15,8 +15,9 @@ SCOPES = ("tile", "block", "tensor")
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """values · scales: `values` [..., R, C] in a narrow format; `scales` float32 [..., ceil(R/tile[0]), ceil(C/tile[1])], each for a tile of
-    tile = (rows, columns) of the last two axes. Tiles at the end may be cut off. A pytree; `tile` is static."""
+    """values · scales: `values` [..., R, C] in a narrow format; `scales` float32 [..., ceil(R/tile[0]),
+    ceil(C/tile[1])], each for a tile of tile = (rows, columns) of the last two axes. Tiles at the end may be cut off. A
+    pytree; `tile` is static."""
 
     values: jax.Array
     scales: jax.Array
@@ -61,12 +62,18 @@ class Quantizer:
             raise ValueError(f"format={self.format!r}: one of {', '.join(FORMATS)}")
         if self.size not in (128, 256):
             raise ValueError(f"size={self.size}: 128 or 256")
-        if not 1e-30 <= self.min_amax:
-            raise ValueError(f"min_amax={self.min_amax}: at least 1e-30, whose scale float32 still holds with all its bits")
+        if not self.min_amax >= 1e-30:
+            raise ValueError(
+                f"min_amax={self.min_amax}: at least 1e-30, whose scale float32 still holds with all its bits"
+            )
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The tile for an array of this shape."""
-        return {"tile": (1, self.size), "block": (self.size, self.size), "tensor": (max(shape[-2], 1), max(shape[-1], 1))}[self.scope]
+        return {
+            "tile": (1, self.size),
+            "block": (self.size, self.size),
+            "tensor": (max(shape[-2], 1), max(shape[-1], 1)),
+        }[self.scope]
 
 
 TILE = Quantizer("tile")  # activations (V3 §3.3.2)

@@ -1,7 +1,7 @@
 """NVIDIA GPUs to compile for on a host that has none, and what the machine code of their kernels says.
 
-It takes the plugin's two packages (jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version), neither driver nor GPU; nvidia-cuda-nvdisasm beside
-them disassembles. What a kernel computes and how fast is not to be learned this way.
+It takes the plugin's two packages (jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version), neither driver nor GPU;
+nvidia-cuda-nvdisasm beside them disassembles. What a kernel computes and how fast is not to be learned this way.
 """
 
 import collections
@@ -22,7 +22,8 @@ SHARED_MEMORY = 232448  # bytes that one block of threads may have on Hopper
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's `GpuTargetConfigProto` describes it. Source: openxla/xla, `xla/backends/gpu/target_config/specs`; `kind` as the driver names it."""
+    """A GPU as XLA's `GpuTargetConfigProto` describes it. Source: openxla/xla, `xla/backends/gpu/target_config/specs`;
+    `kind` as the driver names it."""
 
     kind: str
     major: int  # of the compute capability
@@ -68,8 +69,8 @@ B200 = Target("NVIDIA B200", major=10, cores=148, memory=191514411008, bandwidth
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel's machine code. `instructions` counts SASS opcodes such as "QGMMA", static and without their modifiers, or is None without
-    nvdisasm; `ptx` is the assembly it was made from."""
+    """One kernel's machine code. `instructions` counts SASS opcodes such as "QGMMA", static and without their
+    modifiers, or is None without nvdisasm; `ptx` is the assembly it was made from."""
 
     registers: int
     spill_stores: int  # bytes, like the next two
@@ -92,16 +93,20 @@ class Kernel:
         return len(re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n\d+{re.escape(kind)}", self.ptx))
 
 
-_compiled: dict[str, tuple[Kernel, ...]] = {}  # by lowered program: jax 0.10 compiles equal kernels once in a process, and dumps them once
+# by lowered program: jax 0.10 compiles equal kernels once in a process, and dumps them once
+_compiled: dict[str, tuple[Kernel, ...]] = {}
 
 
 def compile_for(target: Target, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> tuple[Kernel, ...]:
     """Compiles jit(fn) for one `target`; -> its Mosaic GPU kernels, in the order in which they were compiled.
 
-    Any pytrees of ShapeDtypeStruct will do for `shapes`. Raises what lowering or compiling raises, and RuntimeError without the CUDA plugin.
+    Any pytrees of ShapeDtypeStruct will do for `shapes`. Raises what lowering or compiling raises, and RuntimeError
+    without the CUDA plugin.
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise RuntimeError("compile_for: needs the packages jax-cuda13-plugin and jax-cuda13-pjrt, of the same version as jax")
+        raise RuntimeError(
+            "compile_for: needs the packages jax-cuda13-plugin and jax-cuda13-pjrt, of the same version as jax"
+        )
     topology = topologies.get_topology_desc(platform="cuda", target_config=target.proto(), topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -109,7 +114,8 @@ def compile_for(target: Target, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(_environment(MOSAIC_GPU_DUMP_TO=folder, **_disassembler()))  # read whenever a kernel is lowered and compiled
+        # read whenever a kernel is lowered and compiled
+        stack.enter_context(_environment(MOSAIC_GPU_DUMP_TO=folder, **_disassembler()))
         lowered = jax.jit(fn).lower(*shapes)
         lowered.compile()
         dumped = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda log: log.stat().st_mtime_ns)
@@ -149,7 +155,9 @@ def _read(ptxas: pathlib.Path) -> Kernel:
         shared = next(found for line in passes if (found := re.search(r"dynamic_shared_memory_size %c(\d+)_i32", line)))
     sass, instructions = ptxas.with_suffix(".sass_ctrl"), None
     if sass.exists():
-        instructions = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass.read_text()))
+        instructions = collections.Counter(
+            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass.read_text())
+        )
     number = lambda pattern: int(re.search(pattern, log).group(1))
     return Kernel(
         registers=number(r"Used (\d+) registers"),

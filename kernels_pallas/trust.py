@@ -1,8 +1,9 @@
 """A kernel is compared with its reference before it is trusted: at its first use on a kind of device, on a small input.
 
-The small input has the dtypes, formats and widths of the call. What agreed is kept in a file for each user, by kind of device, jax's version and the
-kernels' source, so that it is compared once; a kernel that is wrong or fails is replaced by XLA, with a warning, and compared again in the next process.
-`DEEPSEEK_JAX_KERNEL_CHECK=0` skips all this. A kernel that is asked for by its own name is run as it is.
+The small input has the dtypes, formats and widths of the call. What agreed is kept in a file for each user, by kind of
+device, jax's version and the kernels' source, so that it is compared once; a kernel that is wrong or fails is replaced
+by XLA, with a warning, and compared again in the next process. `DEEPSEEK_JAX_KERNEL_CHECK=0` skips all this. A kernel
+that is asked for by its own name is run as it is.
 """
 
 import concurrent.futures
@@ -51,29 +52,44 @@ def unchecked() -> Iterator[None]:
         _skipped.reset(token)
 
 
-def complaint(operation: str, name: str, arguments: tuple, small: Callable[[], tuple], kernel: Callable, reference: Callable, bound: float | None) -> str | None:
-    """What is wrong with a kernel, in words and with what to report; None if from the arrays `small()` it computes what `reference` does, within
-    `bound` (see `accuracy.disagreement`). `arguments` are those of the call, which are looked at, not used.
+def complaint(
+    operation: str,
+    name: str,
+    arguments: tuple,
+    small: Callable[[], tuple],
+    kernel: Callable,
+    reference: Callable,
+    bound: float | None,
+) -> str | None:
+    """What is wrong with a kernel, in words and with what to report; None if from the arrays `small()` it computes what
+    `reference` does, within `bound` (see `accuracy.disagreement`). `arguments` are those of the call, which are looked
+    at, not used.
 
-    May be called while a program is traced. In a run of several processes all of them have to call, and get the same answer.
+    May be called while a program is traced. In a run of several processes all of them have to call, and get the same
+    answer.
     """
     if os.environ.get(SKIP) == "0" or _skipped.get():
         return None
     call = f"{name} of {operation} on {_describe(arguments)}"
     with _lock:
         if call not in _verdicts:
-            _verdicts[call] = _apart(lambda: _agreed(_judge(f"{name} of {operation}", small(), kernel, reference, bound)))
+            _verdicts[call] = _apart(
+                lambda: _agreed(_judge(f"{name} of {operation}", small(), kernel, reference, bound))
+            )
         wrong = _verdicts[call]
     if wrong is None:
         return None
     return (
-        f"{NOT_TRUSTED} ({wrong}). Please report this with: {call}; {_device().device_kind}, jax {jax.__version__}, kernels {_version()}. "
+        f"{NOT_TRUSTED} ({wrong}). Please report this with: {call}; {_device().device_kind}, jax {jax.__version__}, "
+        f"kernels {_version()}. "
         f"{SKIP}=0 runs the kernel all the same"
     )
 
 
 def _judge(what: str, arguments: tuple, kernel: Callable, reference: Callable, bound: float | None) -> str | None:
-    key = hashlib.sha256(repr((what, _describe(arguments), _device().device_kind, jax.__version__, _version())).encode()).hexdigest()
+    key = hashlib.sha256(
+        repr((what, _describe(arguments), _device().device_kind, jax.__version__, _version())).encode()
+    ).hexdigest()
     if key in _kept():
         return None
     leaves, structure = jax.tree.flatten(arguments)
@@ -81,7 +97,11 @@ def _judge(what: str, arguments: tuple, kernel: Callable, reference: Callable, b
 
     def results(function):
         """Arrays go in as such, not as constants of the program."""
-        return jax.block_until_ready(jax.jit(lambda given: function(*structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])))(arrays))
+        return jax.block_until_ready(
+            jax.jit(
+                lambda given: function(*structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]))
+            )(arrays)
+        )
 
     try:
         got = results(kernel)
@@ -95,7 +115,8 @@ def _judge(what: str, arguments: tuple, kernel: Callable, reference: Callable, b
 
 
 def _agreed(wrong: str | None) -> str | None:
-    """The same on all processes, which would wait for each other for ever in different programs: what is wrong anywhere is wrong."""
+    """The same on all processes, which would wait for each other for ever in different programs: what is wrong anywhere
+    is wrong."""
     if jax.process_count() == 1:
         return wrong
     anywhere = bool(np.any(multihost_utils.process_allgather(np.asarray(wrong is not None))))
@@ -103,7 +124,8 @@ def _agreed(wrong: str | None) -> str | None:
 
 
 def _apart(function: Callable[[], Any]) -> Any:
-    """function() in a thread of its own, which knows nothing of the trace, mesh and settings of the caller, and compares no kernels itself."""
+    """function() in a thread of its own, which knows nothing of the trace, mesh and settings of the caller, and
+    compares no kernels itself."""
 
     def run():
         with unchecked():
@@ -119,7 +141,11 @@ def _device() -> jax.Device:
 
 def _describe(arguments: tuple) -> str:
     """Shapes, dtypes and what else an operation is called with."""
-    text = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, (np.ndarray, jax.Array, jax.ShapeDtypeStruct)) else getattr(leaf, "__name__", repr(leaf))
+    text = lambda leaf: (
+        f"{leaf.dtype}{list(leaf.shape)}"
+        if isinstance(leaf, (np.ndarray, jax.Array, jax.ShapeDtypeStruct))
+        else getattr(leaf, "__name__", repr(leaf))
+    )
     leaves, structure = jax.tree.flatten(arguments)
     return f"{', '.join(map(text, leaves))} in {structure}"
 
@@ -135,7 +161,11 @@ def _version() -> str:
 
 
 def _path() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kernels_pallas" / "agreed.json"
+    return (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        / "kernels_pallas"
+        / "agreed.json"
+    )
 
 
 def _kept() -> list[str]:

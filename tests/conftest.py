@@ -1,7 +1,7 @@
 """Eight virtual devices for the tests of meshes; without a mesh everything runs on the first.
 
-Programs here run a few times on few numbers, so that compiling them is what takes time: XLA optimises nothing but what is compiled for hardware
-that is not here. JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes it optimise as it does for users.
+Programs here run a few times on few numbers, so that compiling them is what takes time: XLA optimises nothing but what
+is compiled for hardware that is not here. JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes it optimise as it does for users.
 """
 
 import os
@@ -12,7 +12,8 @@ import pytest
 UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ.setdefault(UNOPTIMISED, "1")
 FLAGS = {"--xla_force_host_platform_device_count": "8"}
-if os.environ[UNOPTIMISED] == "1" and metadata.version("jaxlib").startswith("0.10."):  # 0.11 does not know it, and refuses to start
+# 0.11 does not know it, and refuses to start
+if os.environ[UNOPTIMISED] == "1" and metadata.version("jaxlib").startswith("0.10."):
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"  # compiles in two thirds of the time
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):

@@ -44,7 +44,16 @@ def damaged_text(rng, value, values):
         return bytes(raw)
     if kind < 0.9:
         return bytes(raw[: rng.randrange(len(raw))])
-    return rng.choice([b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe{}", rng.randbytes(rng.randrange(60)), b"1" * 5000, b"\xef\xbb\xbf" + raw])
+    return rng.choice(
+        [
+            b"[" * 100_000,
+            b'{"a":' * 5000,
+            b"\xff\xfe{}",
+            rng.randbytes(rng.randrange(60)),
+            b"1" * 5000,
+            b"\xef\xbb\xbf" + raw,
+        ]
+    )
 
 
 def tried(count, attempt):

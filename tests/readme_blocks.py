@@ -74,7 +74,9 @@ def readme_commands() -> list[Command]:
 
 def overrides() -> list[tuple[str, list[str]]]:
     """(file:line, flags) for every `--config.field=value …` in running text."""
-    return [(where, shlex.split(text)) for path in READMES for where, text in _inline(path, r"--config\.") if "=" in text]
+    return [
+        (where, shlex.split(text)) for path in READMES for where, text in _inline(path, r"--config\.") if "=" in text
+    ]
 
 
 def docstring_commands() -> list[Command]:

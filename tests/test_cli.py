@@ -46,7 +46,11 @@ def test_parser_names_the_module_and_refuses_abbreviations(capsys):
     parser.add_argument("--checkpoint", default="x", help="a folder")
     assert "python -m deepseek_jax.generation" in parser.format_help()
     assert "(default: x)" in parser.format_help()
-    for argv, message in ((["--check=y"], "unknown flag --check: did you mean '--checkpoint'"), (["y"], "'y' belongs to no flag"), (["--checkpoint"], "expected one")):
+    for argv, message in (
+        (["--check=y"], "unknown flag --check: did you mean '--checkpoint'"),
+        (["y"], "'y' belongs to no flag"),
+        (["--checkpoint"], "expected one"),
+    ):
         with pytest.raises(ConfigError, match=message):
             parser.parse_args(argv)
 

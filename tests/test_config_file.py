@@ -19,12 +19,21 @@ CONFIG = "from ml_collections import ConfigDict\n\n\n"
         ("import nothing_of_that_name\n", "mine.py:1: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("def get_config():\n    return 1 / 0\n", "mine.py:2: ZeroDivisionError: division by zero"),
         ("def get_config():\n    raise SystemExit(3)\n", "mine.py:2: SystemExit: 3"),
-        ("def get_config(seed):\n    return {}\n", "mine.py.*TypeError: .*missing 1 required positional argument: 'seed'"),
-        ("from deepseek_jax.model.config import preset\n\n\ndef get_config():\n    return {'model': preset('v4')}\n", "mine.py:5: preset='v4': .*allowed"),
+        (
+            "def get_config(seed):\n    return {}\n",
+            "mine.py.*TypeError: .*missing 1 required positional argument: 'seed'",
+        ),
+        (
+            "from deepseek_jax.model.config import preset\n\n\ndef get_config():\n    return {'model': preset('v4')}\n",
+            "mine.py:5: preset='v4': .*allowed",
+        ),
         ("from helper import broken\n\n\ndef get_config():\n    return broken()\n", r"helper.py:2: ValueError: oh"),
         ("x = 1\n", r"mine.py has no function get_config\(\)"),
         ("get_config = 3\n", r"mine.py has no function get_config\(\)"),
-        ("\n\ndef get_config():\n    return None\n", r"mine.py:3: get_config\(\) returns NoneType, not a ConfigDict of model"),
+        (
+            "\n\ndef get_config():\n    return None\n",
+            r"mine.py:3: get_config\(\) returns NoneType, not a ConfigDict of model",
+        ),
         ("def get_config():\n    return [1]\n", r"mine.py:1: get_config\(\) returns list"),
     ],
 )
@@ -36,7 +45,10 @@ def test_a_mistake_in_an_experiment_file(text, message, tmp_path):
 
 
 def test_a_mapping_may_stand_for_a_configdict_and_its_names_may_hold_dots(tmp_path):
-    for text in ("def get_config():\n    return {'a': {'b.c:d': 1.0}}\n", CONFIG + "def get_config():\n    return ConfigDict({'a': {'b.c:d': 1.0}})\n"):
+    for text in (
+        "def get_config():\n    return {'a': {'b.c:d': 1.0}}\n",
+        CONFIG + "def get_config():\n    return ConfigDict({'a': {'b.c:d': 1.0}})\n",
+    ):
         (tmp_path / "mine.py").write_text(text)
         assert plain(read_config(str(tmp_path / "mine.py"))) == {"a": {"b.c:d": 1.0}}
         assert plain(read_config(str(tmp_path / "mine.py"), [("a", "{'e.f:g': 2}")])) == {"a": {"e.f:g": 2}}
@@ -44,7 +56,10 @@ def test_a_mapping_may_stand_for_a_configdict_and_its_names_may_hold_dots(tmp_pa
 
 def test_an_override_leaves_what_a_neighbour_holds_alone(tmp_path):
     (tmp_path / "shared_part.py").write_text(CONFIG + "SOURCES = [{'name': 'a'}]\nMODEL = ConfigDict({'width': 1})\n")
-    (tmp_path / "mine.py").write_text(CONFIG + "import shared_part\n\ndef get_config():\n    return ConfigDict({'m': shared_part.MODEL, 's': shared_part.SOURCES})\n")
+    (tmp_path / "mine.py").write_text(
+        CONFIG
+        + "import shared_part\n\ndef get_config():\n    return ConfigDict({'m': shared_part.MODEL, 's': shared_part.SOURCES})\n"
+    )
     path = str(tmp_path / "mine.py")
     assert plain(read_config(path, [("m.width", "2"), ("s[0].name", "b")])) == {"m": {"width": 2}, "s": [{"name": "b"}]}
     assert plain(read_config(path)) == {"m": {"width": 1}, "s": [{"name": "a"}]}
@@ -53,7 +68,10 @@ def test_an_override_leaves_what_a_neighbour_holds_alone(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--config=experiments/r1_tin.py"], "no such file: experiments/r1_tin.py; did you mean experiments/r1_tiny.py"),
+        (
+            ["--config=experiments/r1_tin.py"],
+            "no such file: experiments/r1_tin.py; did you mean experiments/r1_tiny.py",
+        ),
         (["--config=experiments"], "experiments is a folder; there are .*experiments/r1_tiny.py"),
         (["--config=README.md"], "README.md is not a Python file"),
         (["--config="], "no experiment given"),

@@ -84,12 +84,21 @@ def test_a_mistake_is_one_clear_message_before_anything_runs(override, message, 
     ("change", "message"),
     [
         (lambda c: c.update(extra=1), "unknown field config.extra"),
-        (lambda c: c.pretrain.update(sequence_length=5), "config.pretrain: unknown field sequence_length: did you mean 'seq_len'"),
+        (
+            lambda c: c.pretrain.update(sequence_length=5),
+            "config.pretrain: unknown field sequence_length: did you mean 'seq_len'",
+        ),
         (lambda c: c.grpo.grpo.update(clip_eps=0.2), "unknown field grpo.clip_eps: did you mean 'clip_epsilon'"),
         (lambda c: c.grpo.grpo.update(rewards={"acuracy": 1.0}), "unknown reward 'acuracy'"),
         (lambda c: c.__delattr__("task"), "works on a task"),
-        (lambda c: (c.update(mesh={"fsdp": 8}), c.grpo.grpo.update(prompts_per_rollout=3, group_size=4)), "num_minibatches=6; the nearest mesh that works is"),
-        (lambda c: c.update(mesh={"data": 3}), "data 3 does not make up 8 devices; the nearest mesh that works is data 8"),
+        (
+            lambda c: (c.update(mesh={"fsdp": 8}), c.grpo.grpo.update(prompts_per_rollout=3, group_size=4)),
+            "num_minibatches=6; the nearest mesh that works is",
+        ),
+        (
+            lambda c: c.update(mesh={"data": 3}),
+            "data 3 does not make up 8 devices; the nearest mesh that works is data 8",
+        ),
         (lambda c: c.pretrain.data.update(sources=({"name": "/nowhere/*.jsonl"},)), None),
     ],
 )
@@ -119,7 +128,16 @@ def test_the_whole_road_and_again(tmp_path, monkeypatch, capsys):
     command = [f"--config={R1_TINY}", f"--workdir={tmp_path}", *SMALL]
     assert main(command) == 0
     first = capsys.readouterr().out
-    for part in ("[1/5] pretrain", "[5/5] after", "greedy accuracy", "maj@4", "pass@4", "response length", "bits per byte", "curves.png"):
+    for part in (
+        "[1/5] pretrain",
+        "[5/5] after",
+        "greedy accuracy",
+        "maj@4",
+        "pass@4",
+        "response length",
+        "bits per byte",
+        "curves.png",
+    ):
         assert part in first.replace("\n", "")  # a long path is broken over lines
     before, after = (json.loads((tmp_path / stage / "evaluation.json").read_text()) for stage in ("before", "after"))
     assert before["samples"][0]["prompt"] == after["samples"][0]["prompt"]  # the same held-out problems
@@ -128,12 +146,19 @@ def test_the_whole_road_and_again(tmp_path, monkeypatch, capsys):
     assert [(r["step"], r["first_ratio_error"] < 1e-5) for r in records if "loss" in r] == [(2, True), (4, True)]
     assert [r["step"] for r in records if "held_out_accuracy" in r] == [0, 4]
     logged = [json.loads(line) for line in (tmp_path / "after" / "metrics.jsonl").read_text().splitlines()]
-    assert logged == [{"step": 0} | {name: value for name, value in after.items() if name != "samples"}] and "maj@4" in logged[0]
+    assert (
+        logged == [{"step": 0} | {name: value for name, value in after.items() if name != "samples"}]
+        and "maj@4" in logged[0]
+    )
     assert (tmp_path / "grpo" / "curves.png").stat().st_size > 5000
     assert (tmp_path / "results.txt").read_text().count("greedy accuracy") == 1
 
     for stage in ("pretrain", "sft", "grpo"):  # whoever takes the folder knows how to read and write its text
-        assert load_tokenizer(tmp_path / stage / "tokenizer").vocab_size == load_tokenizer(tmp_path / stage).vocab_size == 272
+        assert (
+            load_tokenizer(tmp_path / stage / "tokenizer").vocab_size
+            == load_tokenizer(tmp_path / stage).vocab_size
+            == 272
+        )
 
     def refuse(*_, **__):
         raise AssertionError("opened data, or made some, for a stage that is finished")

@@ -32,8 +32,16 @@ def built(*overrides: str, base: str = R1_TINY) -> dict:
         ("pretrain.train.eval_batches=None", "pretrain.train.eval_batches", None),
         ("pretrain.train.router_bias_rate=0", "pretrain.train.router_bias_rate", constant(0.0)),
         ("pretrain.train.optimizer.learning_rate=1e-3", "pretrain.train.optimizer.learning_rate", constant(1e-3)),
-        ("pretrain.train.optimizer.learning_rate={'kind': 'cosine', 'peak': 1}", "pretrain.train.optimizer.learning_rate", cosine(1.0, 240)),
-        ("pretrain.train.router_bias_rate={'kind': 'ramp', 'start': 0, 'end': 1, 'steps': 7}", "pretrain.train.router_bias_rate", ramp(0.0, 1.0, 7)),
+        (
+            "pretrain.train.optimizer.learning_rate={'kind': 'cosine', 'peak': 1}",
+            "pretrain.train.optimizer.learning_rate",
+            cosine(1.0, 240),
+        ),
+        (
+            "pretrain.train.router_bias_rate={'kind': 'ramp', 'start': 0, 'end': 1, 'steps': 7}",
+            "pretrain.train.router_bias_rate",
+            ramp(0.0, 1.0, 7),
+        ),
         ("pretrain.train.optimizer.clip_norm=inf", "pretrain.train.optimizer.clip_norm", float("inf")),
         ("pretrain.data.sources[1].max_bytes=None", "pretrain.data.sources[1].max_bytes", None),
         ("pretrain.data.sources=[{'name': 'task', 'format': 'tokens'}]", "pretrain.data.sources[0].weight", 1.0),
@@ -62,8 +70,17 @@ def test_a_network_without_experts_or_compressed_queries():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        *((f"pretrain.train.optimizer.{field}=abc", f"config.pretrain: train.optimizer.{field}='abc': must be a number") for field in ("b1", "weight_decay")),
-        *((f"sft.train.{field}=2.5", f"config.sft: train.{field}=2.5: must be a whole number") for field in ("log_every", "microbatch")),
+        *(
+            (
+                f"pretrain.train.optimizer.{field}=abc",
+                f"config.pretrain: train.optimizer.{field}='abc': must be a number",
+            )
+            for field in ("b1", "weight_decay")
+        ),
+        *(
+            (f"sft.train.{field}=2.5", f"config.sft: train.{field}=2.5: must be a whole number")
+            for field in ("log_every", "microbatch")
+        ),
         ("pretrain.data.shuffle=abc", "config.pretrain: data.shuffle='abc': must be True or False"),
         ("pretrain.data.streams=abc", "data.streams='abc': must be a whole number"),
         ("pretrain.data.sources[0].weight=nan", r"data.sources\[0\].weight='nan': must be a number"),
@@ -73,21 +90,33 @@ def test_a_network_without_experts_or_compressed_queries():
         ("pretrain.train.optimizer.learning_rate=-1e-3", "learning_rate goes down to -0.001"),
         ("pretrain.train.optimizer.learning_rate.peak=abc", "learning_rate.peak='abc': must be a number"),
         ("pretrain.train.optimizer.learning_rate={'kind': 'cosine', 'peak': 0, 'final_fraction': 2}", None),
-        ("pretrain.train.optimizer.learning_rate={'kind': 'step_decay', 'peak': 1, 'at': 0.5}", "learning_rate.at=0.5: must be a list"),
+        (
+            "pretrain.train.optimizer.learning_rate={'kind': 'step_decay', 'peak': 1, 'at': 0.5}",
+            "learning_rate.at=0.5: must be a list",
+        ),
         ("pretrain.seq_len=0", "config.pretrain: seq_len=0: at least 2"),
-        ("pretrain.seq_len=48", "seq_len=48: a demonstration of the task has up to 49 tokens .*raise seq_len to at least 49"),
+        (
+            "pretrain.seq_len=48",
+            "seq_len=48: a demonstration of the task has up to 49 tokens .*raise seq_len to at least 49",
+        ),
         ("task.bits=50", "config.pretrain: seq_len=98: a demonstration of the task has up to 109 tokens"),
         ("pretrain.batch_size=0", "config.pretrain: batch_size=0: a whole number of sequences, at least 1"),
         ("sft.batch_size=-3", "config.sft: batch_size=-3"),
         ("sft.train.microbatch=7", "config.sft: train.microbatch=7 does not divide batch_size=64"),
         ("pretrain.train.batch_size=32", "batch_size=64 and train.batch_size, which reaches 32"),
-        ("pretrain.train.batch_size={'kind': 'ramp', 'start': 0.5, 'end': 64, 'steps': 9}", "train.batch_size=0.5: a whole number"),
+        (
+            "pretrain.train.batch_size={'kind': 'ramp', 'start': 0.5, 'end': 64, 'steps': 9}",
+            "train.batch_size=0.5: a whole number",
+        ),
         ("grpo.loss_chunk=abc", "config.grpo: loss_chunk='abc'"),
         ("grpo.loss_chunk=0", "config.grpo: loss_chunk=0: at least 1"),
         ("grpo.eval.seed=abc", "config.grpo: eval.seed='abc': must be a whole number"),
         ("grpo.eval.top_p=0", "eval.top_p=0"),
         ("grpo.optimizer.b2=abc", "config.grpo: optimizer.b2='abc'"),
-        ("grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}", "optimizer.learning_rate and grpo.learning_rate and grpo.warmup_steps are two answers"),
+        (
+            "grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}",
+            "optimizer.learning_rate and grpo.learning_rate and grpo.warmup_steps are two answers",
+        ),
         ("grpo.grpo.group_size=abc", "config.grpo: grpo.group_size='abc': must be a whole number"),
         ("grpo.grpo.rewards=['accuracy']", r"grpo.rewards\[0\]='accuracy': must be a list of 2"),
         ("before.batch_size=0", "config.before: batch_size=0"),
@@ -145,9 +174,15 @@ def test_the_batch_of_a_schedule_is_the_one_that_is_used_and_checked():
 
 def test_the_learning_rate_of_reinforcement_learning_has_one_meaning(tmp_path):
     lines = "from r1_tiny import get_config as base\n\n\ndef get_config():\n    config = base()\n    del config.grpo.grpo.learning_rate, config.grpo.grpo.warmup_steps\n    return config\n"
-    (tmp_path / "mine.py").write_text("import sys\n\nsys.path.append(" + repr(str(ROOT / "experiments")) + ")\n" + lines)
-    given = built("grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}", base=str(tmp_path / "mine.py"))["grpo"].grpo.optimizer
-    plainly = built("grpo.grpo.learning_rate=1e-3", "grpo.grpo.warmup_steps=0", base=str(tmp_path / "mine.py"))["grpo"].grpo.optimizer
+    (tmp_path / "mine.py").write_text(
+        "import sys\n\nsys.path.append(" + repr(str(ROOT / "experiments")) + ")\n" + lines
+    )
+    given = built("grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}", base=str(tmp_path / "mine.py"))[
+        "grpo"
+    ].grpo.optimizer
+    plainly = built("grpo.grpo.learning_rate=1e-3", "grpo.grpo.warmup_steps=0", base=str(tmp_path / "mine.py"))[
+        "grpo"
+    ].grpo.optimizer
     import jax.numpy as jnp
 
     params = gradients = {"kernel": jnp.ones((2, 2))}
@@ -157,8 +192,10 @@ def test_the_learning_rate_of_reinforcement_learning_has_one_meaning(tmp_path):
         for _ in range(60):
             updates, state = optimizer.update(gradients, state, params)
         first.append(float(updates["kernel"][0, 0]))
-    assert first[0] / first[1] == pytest.approx(float(cosine(1e-3, 80)(59)) / 1e-3, rel=1e-4)  # over the stage's 80 steps
-    built("grpo.optimizer.learning_rate={'kind': 'ramp', 'start': 0, 'end': 3e-4, 'steps': 10}")  # the recipe's own: no contradiction
+    # over the stage's 80 steps
+    assert first[0] / first[1] == pytest.approx(float(cosine(1e-3, 80)(59)) / 1e-3, rel=1e-4)
+    # the recipe's own: no contradiction
+    built("grpo.optimizer.learning_rate={'kind': 'ramp', 'start': 0, 'end': 3e-4, 'steps': 10}")
 
 
 def test_an_evaluation_of_text_needs_no_task():
@@ -181,9 +218,13 @@ def test_a_task_asks_for_the_byte_tokenizer(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     for stage in ("pretrain", "grpo", "before"):
-        with pytest.raises(ConfigError, match=f"config.{stage}: .*config.tokenizer=.*set it to 'byte', and model.vocab_size to 272 or more"):
+        with pytest.raises(
+            ConfigError,
+            match=f"config.{stage}: .*config.tokenizer=.*set it to 'byte', and model.vocab_size to 272 or more",
+        ):
             built(f"tokenizer={tmp_path}", f"stages=['{stage}']")
-    built(f"tokenizer={tmp_path}", "stages=['pretrain']", "pretrain.data.sources=[{'name': 'stdlib'}]")  # the task is not used
+    # the task is not used
+    built(f"tokenizer={tmp_path}", "stages=['pretrain']", "pretrain.data.sources=[{'name': 'stdlib'}]")
     with pytest.raises(ConfigError, match="vocab_size is 200"):
         built("model.vocab_size=200")
 
@@ -201,7 +242,10 @@ def test_a_sweep_can_override_what_a_command_line_can(tmp_path):
     }
     (job,) = build_jobs(Sweep(R1_TINY, [Run("a", values)]), tmp_path)
     fields = plain(job.config)
-    assert fields["pretrain"]["train"]["optimizer"] == {"learning_rate": 1e-3, "clip_norm": "inf"} and fields["model"]["attention"]["q_lora_rank"] is None
+    assert (
+        fields["pretrain"]["train"]["optimizer"] == {"learning_rate": 1e-3, "clip_norm": "inf"}
+        and fields["model"]["attention"]["q_lora_rank"] is None
+    )
     assert fields["pretrain"]["train"]["router_bias_rate"] == values["pretrain.train.router_bias_rate"]
     assert fields["pretrain"]["data"]["sources"][1]["name"] == "2024" and fields["pretrain"]["data"]["shuffle"] is False
     assert fields["grpo"]["grpo"]["rewards"] == {"os.path:basename": 1.0} and tuple(fields["stages"]) == ("pretrain",)

@@ -1,7 +1,7 @@
 """Damaged overrides: each is a valid experiment or one sentence, never anything else.
 
-The generator draws fields that exist, fields that almost do, and values of every kind, from the seed alone. Two hundred run with the other
-tests, ten thousand with `-m fuzz`.
+The generator draws fields that exist, fields that almost do, and values of every kind, from the seed alone. Two hundred
+run with the other tests, ten thousand with `-m fuzz`.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import pytest
 from deepseek_jax.errors import UserError
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.fields import is_mapping
+from deepseek_jax.model.config import GQAConfig, ModelConfig
 from deepseek_jax.overrides import plain
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import TASKS
 from deepseek_jax.stages import EvalStage, GRPOSection, OutliersStage, TrainStage, build_stages
-from deepseek_jax.training.schedules import SCHEDULES
 from deepseek_jax.training.optimizer import OptimizerConfig
-from deepseek_jax.model.config import GQAConfig, ModelConfig
+from deepseek_jax.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 R1_TINY = str(ROOT / "experiments" / "r1_tiny.py")
@@ -60,11 +60,28 @@ def paths_in(node, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def all_paths() -> list[tuple[str, Any]]:
-    classes = {"model": [ModelConfig], "mesh": [MeshConfig], "task": list(TASKS.values()), "pretrain": [TrainStage], "sft": [TrainStage]}
-    classes |= {"grpo": [GRPOSection], "grpo.grpo": [GRPOConfig], "grpo.optimizer": [OptimizerConfig], "before": [EvalStage], "after": [OutliersStage]}
+    classes = {
+        "model": [ModelConfig],
+        "mesh": [MeshConfig],
+        "task": list(TASKS.values()),
+        "pretrain": [TrainStage],
+        "sft": [TrainStage],
+    }
+    classes |= {
+        "grpo": [GRPOSection],
+        "grpo.grpo": [GRPOConfig],
+        "grpo.optimizer": [OptimizerConfig],
+        "before": [EvalStage],
+        "after": [OutliersStage],
+    }
     known = {path: now for prefix, group in classes.items() for cls in group for path, now in paths_of(cls, prefix)}
-    known |= {f"model.attention.{field.name}": 2 for field in dataclasses.fields(GQAConfig)} | {"precision.format.gradient.scope": "", "precision.name": ""}
-    return sorted((known | dict(paths_in(plain(read_flags([f"--config={R1_TINY}"])[0])))).items(), key=lambda item: item[0])
+    known |= {f"model.attention.{field.name}": 2 for field in dataclasses.fields(GQAConfig)} | {
+        "precision.format.gradient.scope": "",
+        "precision.name": "",
+    }
+    return sorted(
+        (known | dict(paths_in(plain(read_flags([f"--config={R1_TINY}"])[0])))).items(), key=lambda item: item[0]
+    )
 
 
 def value(rng: random.Random, depth: int = 0) -> str:
@@ -73,13 +90,40 @@ def value(rng: random.Random, depth: int = 0) -> str:
     if kind < 0.7 or depth > 2:
         return rng.choice(SCALARS)
     if kind < 0.8:
-        names = ("peak", "start", "end", "steps", "warmup_steps", "value", "at", "first", "second", "factor", "final_fraction")
+        names = (
+            "peak",
+            "start",
+            "end",
+            "steps",
+            "warmup_steps",
+            "value",
+            "at",
+            "first",
+            "second",
+            "factor",
+            "final_fraction",
+        )
         arguments = ", ".join(f"{name!r}: {value(rng, 3) or 0}" for name in rng.sample(names, rng.randrange(4)))
         return f"{{'kind': {rng.choice(sorted(SCHEDULES))!r}, {arguments}}}"
     if kind < 0.9:
         return f"[{', '.join(value(rng, depth + 1) or '0' for _ in range(rng.randrange(3)))}]"
-    names = ("name", "kind", "steps", "weight", "accuracy", "lab.rewards:short", "bits", "sources", "fsdp", "grpo", "train", "0")
-    return "{" + ", ".join(f"{rng.choice(names)!r}: {value(rng, depth + 1) or 0}" for _ in range(rng.randrange(3))) + "}"
+    names = (
+        "name",
+        "kind",
+        "steps",
+        "weight",
+        "accuracy",
+        "lab.rewards:short",
+        "bits",
+        "sources",
+        "fsdp",
+        "grpo",
+        "train",
+        "0",
+    )
+    return (
+        "{" + ", ".join(f"{rng.choice(names)!r}: {value(rng, depth + 1) or 0}" for _ in range(rng.randrange(3))) + "}"
+    )
 
 
 def damaged(rng: random.Random, path: str) -> str:
@@ -88,7 +132,9 @@ def damaged(rng: random.Random, path: str) -> str:
     if change == 0:
         return path[:place] + path[place + 1 :]
     if change == 1:
-        return path[:place] + rng.choice([".", "[", "]", "[0]", "[7]", "x", "['a.b']", "=", " ", "é", "_"]) + path[place:]
+        return (
+            path[:place] + rng.choice([".", "[", "]", "[0]", "[7]", "x", "['a.b']", "=", " ", "é", "_"]) + path[place:]
+        )
     if change == 2:
         return path + rng.choice([".x", ".kind", "[0]", "[1].name", "['a.b:c']", ".", "..", ".0"])
     if change == 3:
@@ -116,7 +162,8 @@ def overrides(seed: int, paths: list[tuple[str, Any]]) -> list[str]:
 
 
 def run(seeds: range, tmp_path: Path) -> tuple[int, int]:
-    """-> (how many are valid, how many are refused). Anything but a UserError fails, and so does a message that says little."""
+    """-> (how many are valid, how many are refused). Anything but a UserError fails, and so does a message that says
+    little."""
     paths, counts = all_paths(), [0, 0]
     for seed in seeds:
         given = overrides(seed, paths)

@@ -42,7 +42,16 @@ def test_overrides_are_told_from_other_arguments():
 
 
 def config():
-    made = ConfigDict({"a": 1, "text": "byte", "none": None, "schedule": {"kind": "cosine", "peak": 1.0}, "pairs": ({"n": 1}, {"n": 2}), "empty": placeholder(int)})
+    made = ConfigDict(
+        {
+            "a": 1,
+            "text": "byte",
+            "none": None,
+            "schedule": {"kind": "cosine", "peak": 1.0},
+            "pairs": ({"n": 1}, {"n": 2}),
+            "empty": placeholder(int),
+        }
+    )
     made.twice = made.get_ref("a") * 2
     return made
 
@@ -99,8 +108,16 @@ def test_paths_that_lead_nowhere(path, message):
 
 
 def test_what_an_experiment_can_hold():
-    assert plain({"a": float("inf"), "b": (1, [None]), "c": ConfigDict({"d": True})}) == {"a": "inf", "b": (1, [None]), "c": {"d": True}}
+    assert plain({"a": float("inf"), "b": (1, [None]), "c": ConfigDict({"d": True})}) == {
+        "a": "inf",
+        "b": (1, [None]),
+        "c": {"d": True},
+    }
     assert plain(ConfigDict({"a": required_placeholder(int)})) == {"a": None}
-    for value, message in (({"a": {1, 2}}, "config.a is a set"), ({"a": [print]}, r"config.a\[0\] is a builtin"), ({1: 2}, "the key 1")):
+    for value, message in (
+        ({"a": {1, 2}}, "config.a is a set"),
+        ({"a": [print]}, r"config.a\[0\] is a builtin"),
+        ({1: 2}, "the key 1"),
+    ):
         with pytest.raises(ConfigError, match=message):
             plain(value)

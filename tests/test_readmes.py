@@ -1,7 +1,8 @@
-"""Every command and every code block of the README files is run, on networks of a few thousand weights, in the order of the page.
+"""Every command and every code block of the README files is run, on networks of a few thousand weights, in the order of
+the page.
 
-Pre-training, sweeps and compilations that take minutes are run up to their first step: `--dry`, `--plan`, and for the dry run
-of a published network the check that its figures are among those that `pytest -m big_dry_run` compiles again.
+Pre-training, sweeps and compilations that take minutes are run up to their first step: `--dry`, `--plan`, and for the
+dry run of a published network the check that its figures are among those that `pytest -m big_dry_run` compiles again.
 """
 
 import ast
@@ -35,6 +36,7 @@ LANGUAGES = {"bash", "python", ""}  # without a language: what a program printed
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
+
 def small_deepseek(vocab_size: int) -> ModelConfig:
     """A network with every piece of V2-Lite and V3 that a checkpoint folder can hold, in widths of whole FP8 blocks."""
     return ModelConfig(
@@ -53,12 +55,15 @@ def small_tokenizer(folder: Path) -> None:
     made.decoder = tokenizers.decoders.ByteLevel()
     special = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     made.train_from_iterator(["the quick brown fox"] * 4, trainer)
     made.save(str(folder / "tokenizer.json"))
     template = (
         "{{bos_token}}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{m.content}}{% else %}"
-        "<｜Assistant｜>{{m.content}}{{eos_token}}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+        "<｜Assistant｜>{{m.content}}{{eos_token}}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% "
+        "endif %}"
     )
     settings = {"bos_token": special[0], "eos_token": special[1], "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -70,7 +75,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("reader")
     for name in ("deepseek_jax", "kernels_pallas", "tests"):
         (root / name).symlink_to(ROOT / name)
-    (root / "my_module.py").write_text("def my_reward(prompt, completion, answer):\n    return float(completion == answer)\n", encoding="utf-8")
+    (root / "my_module.py").write_text(
+        "def my_reward(prompt, completion, answer):\n    return float(completion == answer)\n", encoding="utf-8"
+    )
     shutil.copytree(ROOT / "experiments", root / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
     for block in python_blocks():
         if "def get_config" in block.text:  # `mine.py` is what the page calls it
@@ -85,7 +92,9 @@ def folder(tmp_path_factory):
         _run_module("deepseek_jax", ["--config=experiments/r1_tiny.py", *SMALL, "--config.stages=('grpo',)"])
         for name, dtype in (("DeepSeek-V2-Lite", "bfloat16"), ("DeepSeek-V3", "fp8")):
             network = Transformer(small_deepseek(320))
-            export_folder(network.config, jax.device_get(init_variables(network, jax.random.key(0))), root / name, dtype)
+            export_folder(
+                network.config, jax.device_get(init_variables(network, jax.random.key(0))), root / name, dtype
+            )
             small_tokenizer(root / name)
         yield root
     finally:
@@ -123,14 +132,17 @@ def _tests(command: Command) -> None:
 def _benchmark(command: Command) -> None:
     """`python tests/benchmarks/x.py`: starts, and knows the flags of the page."""
     script, *flags = command.argv[1:]
-    text = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "tests/benchmarks/common.py").read_text(encoding="utf-8")
+    text = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "tests/benchmarks/common.py").read_text(
+        encoding="utf-8"
+    )
     compile(text, script, "exec")
     for flag in flags:
         assert flag.partition("=")[0].removeprefix("--") in text, f"{command}: {script} has no flag {flag}"
 
 
 def _dry_run(command: Command, argv: list[str]) -> None:
-    """Built for the published network; one of the dry runs that are compiled and compared elsewhere has its file and its program."""
+    """Built for the published network; one of the dry runs that are compiled and compared elsewhere has its file and
+    its program."""
     flags = [word for word in argv if word.startswith("--config")]
     wanted = dict(word.removeprefix("--").split("=", 1) for word in argv)
     compiled = [
@@ -149,7 +161,8 @@ def _dry_run(command: Command, argv: list[str]) -> None:
 
 
 def _sweep(command: Command, argv: list[str], monkeypatch) -> None:
-    """Sweeps: planned and never started; of a ladder only the rungs for this machine, since the others are compiled for minutes."""
+    """Sweeps: planned and never started; of a ladder only the rungs for this machine, since the others are compiled for
+    minutes."""
     if "--sweep=…" in argv:
         argv[argv.index("--sweep=…")] = "--sweep=experiments/sweeps/v3_lr_batch.py"
     if "--results" not in argv and "--plan" not in argv:
@@ -240,7 +253,8 @@ def test_overrides_are_valid_as_they_are_printed(folder):
     printed = overrides()
     assert printed
     for where, flags in printed:
-        subject = "deepseek_v3_671b" if where.startswith("deepseek_jax/parallel/") else "r1_tiny"  # what the page speaks of
+        # what the page speaks of
+        subject = "deepseek_v3_671b" if where.startswith("deepseek_jax/parallel/") else "r1_tiny"
         try:
             _run_module("deepseek_jax", [f"--config=experiments/{subject}.py", *flags, "--dry"])
         except (Exception, SystemExit) as error:

@@ -10,11 +10,23 @@ import pytest
 from rich.console import Console
 
 from deepseek_jax.errors import DataError
-from deepseek_jax.report import PANELS, TaggedText, _curves, comparison_table, plot_curves, read_evaluation, samples_table
+from deepseek_jax.report import (
+    PANELS,
+    TaggedText,
+    _curves,
+    comparison_table,
+    plot_curves,
+    read_evaluation,
+    samples_table,
+)
 
 
 def panels(records):
-    return {label: {name: points for name, points, _ in _curves(records, curves)} for label, curves in PANELS.items() if _curves(records, curves)}
+    return {
+        label: {name: points for name, points, _ in _curves(records, curves)}
+        for label, curves in PANELS.items()
+        if _curves(records, curves)
+    }
 
 
 def test_whatever_rewards_there_are_are_drawn_and_what_is_no_number_is_not():
@@ -27,12 +39,19 @@ def test_whatever_rewards_there_are_are_drawn_and_what_is_no_number_is_not():
         "reward": {"total": [(1, 1.0)], "my rewards:brevity": [(1, 0.25), (2, 0.5)]},
         "accuracy": {"held out, greedy": [(0, 0.25)], "held out, pass@16": [(0, 0.5)]},
     }
-    pretraining = panels([{"step": 5, "cross_entropy": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "max_violation_max": 0.5}, {"step": 5, "held_out_loss": 2.1}])
+    pretraining = panels(
+        [
+            {"step": 5, "cross_entropy": 2.0, "learning_rate": 1e-3, "grad_norm": 1.0, "max_violation_max": 0.5},
+            {"step": 5, "held_out_loss": 2.1},
+        ]
+    )
     assert list(pretraining) == ["loss (nats per token)", "gradient norm", "learning rate", "MaxVio"]
     assert pretraining["loss (nats per token)"] == {"training": [(5, 2.0)], "held out": [(5, 2.1)]}
 
 
-@pytest.mark.parametrize("records", [[], [{"step": 1, "grad_norm": 0.0}], [{"step": 1, "grad_norm": 1e308, "cross_entropy": -1.0}] * 2])
+@pytest.mark.parametrize(
+    "records", [[], [{"step": 1, "grad_norm": 0.0}], [{"step": 1, "grad_norm": 1e308, "cross_entropy": -1.0}] * 2]
+)
 def test_a_figure_is_drawn_whatever_there_is(tmp_path, records):
     plot_curves(records, tmp_path / "curves.png", "title")
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] > 400 and not list(tmp_path.glob("*.partial*"))
@@ -40,11 +59,21 @@ def test_a_figure_is_drawn_whatever_there_is(tmp_path, records):
 
 def test_a_place_without_a_panel_stays_empty(tmp_path):
     """Five panels are drawn as three and two."""
-    record = {"cross_entropy": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "max_violation_mean": 1.0, "reward_mean": 1.0}
+    record = {
+        "cross_entropy": 1.0,
+        "grad_norm": 1.0,
+        "learning_rate": 1.0,
+        "max_violation_mean": 1.0,
+        "reward_mean": 1.0,
+    }
     plot_curves([{"step": step} | record for step in (1, 2)], tmp_path / "a.png", "five")
     pixels = matplotlib.image.imread(tmp_path / "a.png")
     height, width = pixels.shape[:2]
-    places = [pixels[height * row // 2 + 40 : height * (row + 1) // 2, width * column // 3 : width * (column + 1) // 3] for row in (0, 1) for column in (0, 1, 2)]
+    places = [
+        pixels[height * row // 2 + 40 : height * (row + 1) // 2, width * column // 3 : width * (column + 1) // 3]
+        for row in (0, 1)
+        for column in (0, 1, 2)
+    ]
     assert [bool((place == 1).all()) for place in places] == [False] * 5 + [True]
 
 
@@ -63,20 +92,30 @@ def test_text_is_folded_at_spaces_and_never_inside_a_tag(width):
     assert "".join(lines).replace(" ", "") == LONG.replace(" ", "")
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert any(tag in line for line in lines)
-    assert TaggedText("one two three").fold(8) == ["one two", "three"] or TaggedText("one two three").fold(8) == ["one two ", "three"]
+    assert TaggedText("one two three").fold(8) == ["one two", "three"] or TaggedText("one two three").fold(8) == [
+        "one two ",
+        "three",
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("stages", [1, 2, 5])
 def test_tables_break_no_tag_and_cut_no_number(width, stages):
     sample = {"prompt": "01101" * 4, "completion": LONG, "right": True}
-    evaluations = {f"stage_{i}": {"greedy_accuracy": 0.12345, "count": 12, "nan": None, "samples": [sample] * 3} for i in range(stages)}
+    evaluations = {
+        f"stage_{i}": {"greedy_accuracy": 0.12345, "count": 12, "nan": None, "samples": [sample] * 3}
+        for i in range(stages)
+    }
     console = Console(width=width, file=io.StringIO())
     console.print(comparison_table(evaluations, "title [x]"))
     console.print(samples_table(evaluations, 2))
     shown = console.file.getvalue()
     assert all(len(line) <= width for line in shown.splitlines()) and "title [x]" in shown
-    assert shown.count("0.123") == stages and shown.count("</answer>") == shown.count("</think>") == 2 * stages and shown.count("right") == 2 * stages
+    assert (
+        shown.count("0.123") == stages
+        and shown.count("</answer>") == shown.count("</think>") == 2 * stages
+        and shown.count("right") == 2 * stages
+    )
 
 
 def test_a_damaged_evaluation_is_refused(tmp_path):
@@ -84,7 +123,9 @@ def test_a_damaged_evaluation_is_refused(tmp_path):
     path.parent.mkdir()
     for text in ('{"samples": 3}', '{"samples": [{"prompt": "a"}]}', "[]", "{"):
         path.write_text(text)
-        with pytest.raises(DataError, match="evaluation.json is damaged .*remove it and start again: after is then evaluated anew"):
+        with pytest.raises(
+            DataError, match="evaluation.json is damaged .*remove it and start again: after is then evaluated anew"
+        ):
             read_evaluation(path)
     path.write_text('{"greedy_accuracy": NaN}')
     assert read_evaluation(path) == {"greedy_accuracy": None}

@@ -59,7 +59,8 @@ def handed_to_train(monkeypatch, experiment):
 def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch, capsys, held_out):
     sources = [{"name": text, "validation_fraction": 0.0}, {"name": "task"}][:1]
     if held_out:
-        sources = [*sources, {"name": text, "validation_path": text}]  # of several sources those that hold something out count
+        # of several sources those that hold something out count
+        sources = [*sources, {"name": text, "validation_path": text}]
     config = read_flags([experiment_file(tmp_path, sources, sources)])[0]
     found = handed_to_train(monkeypatch, build_experiment(config, "e", tmp_path / "run"))
     assert (found["held_out"] is not None) == held_out
@@ -68,7 +69,9 @@ def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch
     assert ("pretrain: nothing is held out" in capsys.readouterr().out) != held_out
     if held_out:
         batches = list(found["held_out"]())
-        assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(len(json.loads(line)["text"]) for line in open(text))
+        assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(
+            len(json.loads(line)["text"]) for line in open(text)
+        )
 
 
 def test_a_held_out_share_of_no_document_is_said_and_trained_without(tmp_path, text, monkeypatch, capsys):
@@ -80,7 +83,10 @@ def test_a_held_out_share_of_no_document_is_said_and_trained_without(tmp_path, t
     assert found["held_out"] is None
     found["open_loader"]().close()
     printed = capsys.readouterr().out
-    assert f"no document of {text} falls into its held-out share (validation_fraction=1e-09)" in printed and "no held-out loss is measured" in printed
+    assert (
+        f"no document of {text} falls into its held-out share (validation_fraction=1e-09)" in printed
+        and "no held-out loss is measured" in printed
+    )
     with config.unlocked():
         config.last.data.sources = sources  # an evaluation has nothing else to do
     with pytest.raises(UserError, match="none of its 30 documents falls into the validation split"):
@@ -96,7 +102,9 @@ def test_a_held_out_share_of_no_document_is_said_and_trained_without(tmp_path, t
     ],
 )
 @pytest.mark.parametrize("flags", [["--dry"], []])
-def test_the_last_stages_data_is_opened_before_the_first_stage_and_the_folder_stays_free(tmp_path, text, held_out, message, flags):
+def test_the_last_stages_data_is_opened_before_the_first_stage_and_the_folder_stays_free(
+    tmp_path, text, held_out, message, flags
+):
     held_out = [{name: value.replace("TEXT", text) for name, value in source.items()} for source in held_out]
     arguments = [experiment_file(tmp_path, [{"name": text}], held_out), f"--workdir={tmp_path / 'run'}", *flags]
     with pytest.raises(UserError, match=message.replace("TEXT", text)):
@@ -105,11 +113,13 @@ def test_the_last_stages_data_is_opened_before_the_first_stage_and_the_folder_st
 
 
 def test_flops_count_the_mtp_module(tmp_path, text, monkeypatch):
-    """By hand: twice the activated weights and the attention's pairs, forward; three times that with the backward pass."""
+    """By hand: twice the activated weights and the attention's pairs, forward; three times that with the backward
+    pass."""
     config = read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0]
     found = handed_to_train(monkeypatch, build_experiment(config, "e", tmp_path / "run"))
     attention = 8 * (2 * 4) + 2 * 8 * (1 * 4) + (2 * 4) * 8  # q, k and v, output
-    dense, experts = attention + 3 * 8 * 12, attention + 2 * 3 * 8 * 6 + 4 * (8 + 1)  # two experts; a router has its biases, as in published counts
+    # two experts; a router has its biases, as in published counts
+    dense, experts = attention + 3 * 8 * 12, attention + 2 * 3 * 8 * 6 + 4 * (8 + 1)
     norms = 2 * 8
     head = 272 * 8
     main_model = dense + experts + 2 * norms + 8 + head
@@ -122,9 +132,13 @@ def test_flops_count_the_mtp_module(tmp_path, text, monkeypatch):
     assert found["flops_per_token"] == 3 * (2 * main_model + pairs * 2 // 3)
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("bfloat16", 989.5e12), ("fp8_deepseek", 1979e12), ("float32", None)])
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("bfloat16", 989.5e12), ("fp8_deepseek", 1979e12), ("float32", None)]
+)
 def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, monkeypatch, precision, expected):
-    experiment = build_experiment(read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0], "e", tmp_path / "run")
+    experiment = build_experiment(
+        read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0], "e", tmp_path / "run"
+    )
     experiment = dataclasses.replace(experiment, model=experiment.model.clone(precision=recipe(precision)))
     assert handed_to_train(monkeypatch, experiment)["peak_flops"] is None  # a CPU is not in the table
     card = types.SimpleNamespace(id=0, device_kind="NVIDIA H100 80GB HBM3", platform="gpu", process_index=0)

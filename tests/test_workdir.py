@@ -1,4 +1,5 @@
-"""A run's folder: what is kept, continued and run again, and that it belongs to one run at a time. Nothing is trained here."""
+"""A run's folder: what is kept, continued and run again, and that it belongs to one run at a time. Nothing is trained
+here."""
 
 import errno
 import json
@@ -47,7 +48,9 @@ def finish(workdir, **made):
             folder.mkdir(exist_ok=True, parents=True)
             (folder / "evaluation.json").write_text("{}")
         else:
-            (folder / "checkpoints" / str(made.get(name, {"pretrain": 240, "sft": 60, "grpo": 80}[name]))).mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoints" / str(made.get(name, {"pretrain": 240, "sft": 60, "grpo": 80}[name]))).mkdir(
+                parents=True, exist_ok=True
+            )
 
 
 def actions(**changed):
@@ -104,13 +107,18 @@ def test_what_changes_no_result_is_let_through(finished, override):
         ("--config.pretrain.data.streams=2", r"config.pretrain.data.streams \(1 -> 2\)"),
         ("--config.pretrain.batch_size=32", r"config.pretrain.batch_size \(64 -> 32\)"),
         ("--config.pretrain.task_documents.count=99", r"config.pretrain.task_documents.count \(16384 -> 99\)"),
-        ("--config.pretrain.train.steps=239", r"config.pretrain.train.steps \(240 -> 239, and 240 steps are made; there are checkpoints of 240\)"),
+        (
+            "--config.pretrain.train.steps=239",
+            r"config.pretrain.train.steps \(240 -> 239, and 240 steps are made; there are checkpoints of 240\)",
+        ),
         ("--config.stages=('sft','grpo')", r"config.stages \(\['pretrain', 'sft'\] -> \['sft'\]\)"),
     ],
 )
 def test_another_run_is_refused_by_its_first_fields(finished, override, message):
     before = sorted(finished.rglob("*"))
-    with pytest.raises(ConfigError, match=f"holds a run of another configuration: {message}.*Pass another --workdir, or the settings"):
+    with pytest.raises(
+        ConfigError, match=f"holds a run of another configuration: {message}.*Pass another --workdir, or the settings"
+    ):
         start(finished, CONSTANT, override)
     assert sorted(finished.rglob("*")) == before
 
@@ -121,16 +129,25 @@ def test_a_longer_run_keeps_its_steps_and_runs_again_what_came_after(finished, c
     )
     said = capsys.readouterr().out
     assert "kept: pretrain\n" in said and "run again: sft, for another config.pretrain.train.steps (240 -> 300)" in said
-    assert (finished / "pretrain" / "checkpoints" / "240").is_dir() and (finished / "sft.old-1" / "checkpoints" / "60").is_dir()
+    assert (finished / "pretrain" / "checkpoints" / "240").is_dir() and (
+        finished / "sft.old-1" / "checkpoints" / "60"
+    ).is_dir()
     assert (finished / "after.old-1" / "evaluation.json").is_file() and not (finished / "sft" / "checkpoints").exists()
     finish(finished, pretrain=300)
-    assert start(finished, CONSTANT) == actions(sft="again", before="again", grpo="again", after="again")  # the checkpoint of step 240 is there
+    # the checkpoint of step 240 is there
+    assert start(finished, CONSTANT) == actions(sft="again", before="again", grpo="again", after="again")
     finish(finished)
-    assert start(finished, CONSTANT, "--config.pretrain.train.steps=300") == actions(sft="again", before="again", grpo="again", after="again")
+    assert start(finished, CONSTANT, "--config.pretrain.train.steps=300") == actions(
+        sft="again", before="again", grpo="again", after="again"
+    )
     finish(finished)
     assert start(finished, CONSTANT, "--config.pretrain.train.steps=300") == actions()
-    assert start(finished, CONSTANT, "--config.grpo.grpo.steps=90", "--config.pretrain.train.steps=300") == actions(grpo="continue", after="again")
-    assert (finished / "after.old-4" / "evaluation.json").is_file() and (finished / "after.old-1" / "evaluation.json").is_file()
+    assert start(finished, CONSTANT, "--config.grpo.grpo.steps=90", "--config.pretrain.train.steps=300") == actions(
+        grpo="continue", after="again"
+    )
+    assert (finished / "after.old-4" / "evaluation.json").is_file() and (
+        finished / "after.old-1" / "evaluation.json"
+    ).is_file()
 
 
 def test_a_schedule_over_the_stage_is_another_one_when_the_stage_is_longer(tmp_path):
@@ -158,7 +175,10 @@ def test_a_schedule_over_the_stage_is_another_one_when_the_stage_is_longer(tmp_p
 
 def test_a_later_stage_that_changed_is_run_again(finished, capsys):
     assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="again", after="again")
-    assert "run again: grpo, for another config.grpo.grpo.kl_coefficient (0.001 -> 0.01); what it had left is in" in capsys.readouterr().out
+    assert (
+        "run again: grpo, for another config.grpo.grpo.kl_coefficient (0.001 -> 0.01); what it had left is in"
+        in capsys.readouterr().out
+    )
     assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="run", after="run")
     finish(finished)
     # The settings it had before: what it left then is still there, under another name.
@@ -173,7 +193,9 @@ def test_a_stage_may_be_as_short_as_one_of_its_checkpoints(tmp_path):
     for step in (120, 240):
         (run / "pretrain" / "checkpoints" / str(step)).mkdir(parents=True)
     assert start(run, CONSTANT, "--config.pretrain.train.steps=120")["pretrain"] == "keep"
-    with pytest.raises(ConfigError, match=r"steps \(240 -> 180, and 240 steps are made; there are checkpoints of 120, 240\)"):
+    with pytest.raises(
+        ConfigError, match=r"steps \(240 -> 180, and 240 steps are made; there are checkpoints of 120, 240\)"
+    ):
         start(run, CONSTANT, "--config.pretrain.train.steps=180")
     # A schedule that is the same as far as the shorter stage goes, and another one after it.
     switch = "--config.pretrain.train.optimizer.learning_rate={'kind':'switch','first':0.001,'second':0.0005,'at':0.5,'steps':240}"
@@ -190,7 +212,11 @@ def test_stages_may_be_left_out_and_added(finished):
     def without(*names):
         return lambda config: config.update(stages=tuple(name for name in ALL if name not in names))
 
-    assert start(finished, CONSTANT, change=without("after", "before")) == {"pretrain": "keep", "sft": "keep", "grpo": "keep"}
+    assert start(finished, CONSTANT, change=without("after", "before")) == {
+        "pretrain": "keep",
+        "sft": "keep",
+        "grpo": "keep",
+    }
     assert start(finished, CONSTANT) == actions()  # they were not touched, and know what they were made with
     assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01", change=without("grpo")) == {
         "pretrain": "keep",
@@ -234,9 +260,16 @@ def test_one_run_at_a_time(tmp_path):
     run = tmp_path / "new" / "run"
     run.mkdir(parents=True)
     program = f"import time; from deepseek_jax.locks import lock\nwith lock({str(run / 'run.lock')!r}, ''): print('held', flush=True); time.sleep(600)"
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
     assert child.stdout.readline() == b"held\n"
-    with pytest.raises(ConfigError, match=rf"run is in use, another run is going on there: .*\(process {child.pid} on "), hold(run):
+    with (
+        pytest.raises(ConfigError, match=rf"run is in use, another run is going on there: .*\(process {child.pid} on "),
+        hold(run),
+    ):
         pass
     child.kill()
     assert child.wait() == -signal.SIGKILL
@@ -251,7 +284,10 @@ def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file is a file: pass the --workdir of a folder"), hold(tmp_path / "file"):
         pass
-    with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory; .* pass another --workdir"), hold(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory; .* pass another --workdir"),
+        hold(tmp_path / "file" / "run"),
+    ):
         pass
 
     def refuse(number):
@@ -260,10 +296,16 @@ def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path, monkeypatch):
 
         return mkdir
 
-    for number, words in ((errno.EROFS, "Read-only file system; see to its permissions"), (errno.ENOSPC, "No space left on device; free some space")):
+    for number, words in (
+        (errno.EROFS, "Read-only file system; see to its permissions"),
+        (errno.ENOSPC, "No space left on device; free some space"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "mkdir", refuse(number))
-            with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/run: {words}, or pass another --workdir$"), hold(tmp_path / "run"):
+            with (
+                pytest.raises(UserError, match=rf"^cannot write {tmp_path}/run: {words}, or pass another --workdir$"),
+                hold(tmp_path / "run"),
+            ):
                 pass
     with pytest.raises(FileNotFoundError), explained(tmp_path):  # that is a bug, and keeps its traceback
         (tmp_path / "nowhere").read_text()
@@ -271,4 +313,6 @@ def test_a_folder_that_cannot_be_one_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_records_are_json(finished):
-    assert json.loads((finished / "sft" / "experiment.json").read_text()) == json.loads((finished / "config.json").read_text())
+    assert json.loads((finished / "sft" / "experiment.json").read_text()) == json.loads(
+        (finished / "config.json").read_text()
+    )

@@ -8,8 +8,10 @@ import tokenizers
 WORDS = "the quick brown fox jumps over the lazy dog again and again "
 
 DEEPSEEK = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}<|user|>{{ m.content }}"
-    "{% else %}<|assistant|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' "
+    "%}<|user|>{{ m.content }}"
+    "{% else %}<|assistant|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|>{% endif %}"
 )
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
@@ -33,7 +35,8 @@ LLAMA = """{% set loop_messages = messages %}{% for message in loop_messages %}
 {%- endfor %}
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 LAST = (  # writes an end between turns only
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}{{ eos_token }}{% "
+    "endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ eos_token }}<|assistant|>{% endif %}"
 )
 ROLES, TAGS = ("<|user|>", "<|assistant|>"), ("<think>", "</think>")
@@ -46,20 +49,31 @@ FAMILIES = {
 }
 
 
-def make_tokenizer(folder: Path, template: str | None, extra=(), change=lambda made: None, kind="byte_level", **settings) -> str:
+def make_tokenizer(
+    folder: Path, template: str | None, extra=(), change=lambda made: None, kind="byte_level", **settings
+) -> str:
     """A folder with a small BPE; `extra` are added tokens that the file does not mark as special.
 
-    Kinds: "byte_level" as DeepSeek's; "prefix_space", which begins texts with a space; "fallback", in SentencePiece's manner, with ▁ for
-    spaces and single bytes for characters it doesn't know.
+    Kinds: "byte_level" as DeepSeek's; "prefix_space", which begins texts with a space; "fallback", in SentencePiece's
+    manner, with ▁ for spaces and single bytes for characters it doesn't know.
     """
     folder.mkdir(parents=True, exist_ok=True)
     special = ["<s>", "</s>"]
     if kind == "fallback":
-        letters = {letter: 258 + i for i, letter in enumerate(sorted(set(WORDS + "ABC:\n.!?'0123456789") - {" "}) + ["▁"])}
+        letters = {
+            letter: 258 + i for i, letter in enumerate(sorted(set(WORDS + "ABC:\n.!?'0123456789") - {" "}) + ["▁"])
+        }
         vocab = {"<s>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)} | letters
         made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True, fuse_unk=False))
-        made.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
-        steps = (tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0))
+        made.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        )
+        steps = (
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        )
         made.decoder = tokenizers.decoders.Sequence(list(steps))
         made.add_special_tokens(special)
     else:
@@ -67,7 +81,9 @@ def make_tokenizer(folder: Path, template: str | None, extra=(), change=lambda m
         made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix_space")
         made.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        )
         made.train_from_iterator([WORDS * 9], trainer)
     made.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in extra])
     change(made)

@@ -2,7 +2,8 @@
 
     python -m deepseek_jax.accounting v3_671b
 
-`counts` asks the model itself for its shapes; `flops`, `memory` and `cost` are closed formulas of the config and those counts.
+`counts` asks the model itself for its shapes; `flops`, `memory` and `cost` are closed formulas of the config and those
+counts.
 """
 
 from deepseek_jax.accounting.counts import ParameterCounts, count_parameters

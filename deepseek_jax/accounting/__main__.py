@@ -1,7 +1,8 @@
-"""python -m deepseek_jax.accounting v3_671b | FOLDER | --config=experiments/x.py [--config.model.any.field=value] [--json]
+"""python -m deepseek_jax.accounting v3_671b | FOLDER | --config=experiments/x.py [--config.model.any.field=value]
+[--json]
 
-What a network costs: a published one, the one of a Hugging Face folder, or an experiment with all its stages; without any, the
-published ones in a list.
+What a network costs: a published one, the one of a Hugging Face folder, or an experiment with all its stages; without
+any, the published ones in a list.
 """
 
 from collections.abc import Sequence
@@ -15,20 +16,43 @@ from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import build_experiment, read_config
-from deepseek_jax.overrides import plain, split
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import PRESETS, ModelConfig, preset
+from deepseek_jax.overrides import plain, split
 
 
 def main(argv: Sequence[str]) -> None:
     defaults = Assumptions()
-    parser = cli.parser("deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated.")
-    parser.add_argument("preset", nargs="?", help="a published model, or a folder with its config.json; the list is printed without it")
+    parser = cli.parser(
+        "deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated."
+    )
+    parser.add_argument(
+        "preset", nargs="?", help="a published model, or a folder with its config.json; the list is printed without it"
+    )
     parser.add_argument("--config", help="an experiment file that is counted instead; --config.field=value overrides")
-    parser.add_argument("--sequence_length", type=cli.number(int, least=1), default=defaults.sequence_length, help="tokens of context for the FLOPs")
-    parser.add_argument("--tokens", type=cli.number(above=0), help="training tokens for the cost (default: those of the experiment's stages, 1e12 without an experiment)")
-    parser.add_argument("--sustained_tflops", type=cli.number(above=0), default=defaults.sustained_tflops, help="per GPU, for the cost: V3's own on an H800")
-    parser.add_argument("--dollars_per_hour", type=cli.number(above=0), default=defaults.dollars_per_hour, help="per GPU, for the cost: V3's own for an H800")
+    parser.add_argument(
+        "--sequence_length",
+        type=cli.number(int, least=1),
+        default=defaults.sequence_length,
+        help="tokens of context for the FLOPs",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=cli.number(above=0),
+        help="training tokens for the cost (default: those of the experiment's stages, 1e12 without an experiment)",
+    )
+    parser.add_argument(
+        "--sustained_tflops",
+        type=cli.number(above=0),
+        default=defaults.sustained_tflops,
+        help="per GPU, for the cost: V3's own on an H800",
+    )
+    parser.add_argument(
+        "--dollars_per_hour",
+        type=cli.number(above=0),
+        default=defaults.dollars_per_hour,
+        help="per GPU, for the cost: V3's own for an H800",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     overrides, rest = split(argv)
     flags = parser.parse_args(rest)
@@ -63,8 +87,8 @@ def named_model(name: str) -> ModelConfig:
 
 
 def experiment_work(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ModelConfig, dict[str, Work]]:
-    """The model of an experiment file and what its stages do, overrides applied; {} for a file without stages. Raises ConfigError where the file
-    or its model can't be read."""
+    """The model of an experiment file and what its stages do, overrides applied; {} for a file without stages. Raises
+    ConfigError where the file or its model can't be read."""
     config, name = read_config(path, overrides), Path(path).stem
     if "model" not in config:
         raise ConfigError(f"{path}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
@@ -80,7 +104,11 @@ def experiment_work(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tup
 def list_presets(as_json: bool) -> None:
     counts = {name: count_parameters(build()) for name, build in PRESETS.items()}
     if as_json:
-        print(to_json({name: {"total": c.total, "activated_with_head": c.activated()} for name, c in counts.items()}, indent=2))
+        print(
+            to_json(
+                {name: {"total": c.total, "activated_with_head": c.activated()} for name, c in counts.items()}, indent=2
+            )
+        )
         return
     view = Table("preset", "parameters", "activated (with head)", "MTP", box=None)
     for name, c in counts.items():

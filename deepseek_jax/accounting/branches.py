@@ -1,8 +1,9 @@
 """The branch that runs of each conditional, chosen for all conditionals of one predicate together.
 
-Differentiation makes several conditionals of one: the forward pass, what is computed again before the backward pass, and the backward pass
-itself. They take the same branch, though the cheapest branch of each may be another one. Two conditionals belong together where they stand at
-the same place of the source, which differentiation keeps, or test the same value.
+Differentiation makes several conditionals of one: the forward pass, what is computed again before the backward pass,
+and the backward pass itself. They take the same branch, though the cheapest branch of each may be another one. Two
+conditionals belong together where they stand at the same place of the source, which differentiation keeps, or test the
+same value.
 """
 
 import dataclasses
@@ -10,15 +11,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from deepseek_jax.accounting.hlo import Module, Place, Scope, entry_scope, origin, trip_count
 
-
 Key = tuple[Hashable, int]
 Taken = Mapping[Key, int]  # the index of the branch that runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditional:
-    """`costs` are those of the branches, each at its worst, in all runs of the conditional; `keys` are what it shares with others of its
-    predicate."""
+    """`costs` are those of the branches, each at its worst, in all runs of the conditional; `keys` are what it shares
+    with others of its predicate."""
 
     keys: tuple[Key, ...]
     costs: tuple[float, ...]
@@ -30,9 +30,11 @@ def keys_of(num_branches: int, place: Place | None, value: Hashable) -> tuple[Ke
 
 
 def taken_branches(conditionals: Iterable[Conditional], branch: str, known: Taken = {}) -> dict[Key, int]:
-    """The branch of every key: the "most" or the "least" expensive one by the sum over all conditionals that belong together.
+    """The branch of every key: the "most" or the "least" expensive one by the sum over all conditionals that belong
+    together.
 
-    What `known` says stays, so that a second measure follows the choice of the first. Groups whose branches all cost the same are left out.
+    What `known` says stays, so that a second measure follows the choice of the first. Groups whose branches all cost
+    the same are left out.
     """
     taken = dict(known)
     for keys, costs in _groups(conditionals):
@@ -63,8 +65,11 @@ def _groups(conditionals: Iterable[Conditional]) -> list[tuple[set[Key], list[fl
     return groups
 
 
-def compiled_branches(module: Module, branch: str, cost: Callable[[Scope], float], while_trips: int, known: Taken) -> tuple[dict[tuple[str, str], int], dict[Key, int]]:
-    """Of a compiled program: the branch that each conditional runs, by the names of its computation and of itself, and the choices by key.
+def compiled_branches(
+    module: Module, branch: str, cost: Callable[[Scope], float], while_trips: int, known: Taken
+) -> tuple[dict[tuple[str, str], int], dict[Key, int]]:
+    """Of a compiled program: the branch that each conditional runs, by the names of its computation and of itself, and
+    the choices by key.
 
     `cost` is that of a computation at its worst.
     """
@@ -73,16 +78,23 @@ def compiled_branches(module: Module, branch: str, cost: Callable[[Scope], float
     return {name: taken_branch(conditional.keys, taken) for name, conditional in found}, taken
 
 
-def _conditionals(scope: Scope, times: int, cost: Callable[[Scope], float], while_trips: int) -> Iterator[tuple[tuple[str, str], Conditional]]:
+def _conditionals(
+    scope: Scope, times: int, cost: Callable[[Scope], float], while_trips: int
+) -> Iterator[tuple[tuple[str, str], Conditional]]:
     for instruction in scope.computation.instructions.values():
         if instruction.opcode == "while":
             trips = trip_count(instruction, scope)
             repeated = times * (while_trips if trips is None else trips)
-            yield from _conditionals(scope.enter(instruction, instruction.attribute("body")), repeated, cost, while_trips)
+            yield from _conditionals(
+                scope.enter(instruction, instruction.attribute("body")), repeated, cost, while_trips
+            )
         elif instruction.opcode == "conditional":
             inner = [scope.enter(instruction, name) for name in instruction.branches]
             keys = keys_of(len(inner), scope.module.place(instruction), origin(instruction.operands[0], scope))
-            yield (scope.computation.name, instruction.name), Conditional(keys, tuple(times * cost(body) for body in inner))
+            yield (
+                (scope.computation.name, instruction.name),
+                Conditional(keys, tuple(times * cost(body) for body in inner)),
+            )
             for body in inner:
                 yield from _conditionals(body, times, cost, while_trips)
         elif not instruction.opcode.endswith(("-done", "-update")):

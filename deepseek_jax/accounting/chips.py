@@ -1,12 +1,13 @@
 """The chips that a program can be compiled for: peak rates, memory and links, each with its source.
 
-Prices are what one chip costs for an hour on demand, without discounts, in a US region. TPUs: Google Cloud, as SkyPilot's catalog lists it
-(github.com/skypilot-org/skypilot-catalog, catalogs/v8/gcp/vms.csv: v5e us-central1, v5p us-east5, v6e us-central1; read 2026-11-28). H100: an eighth
-of AWS p5.48xlarge, $55.04 in us-east-1 (2026-11-09). H200: an eighth of AWS p5en.48xlarge, $63.296 in us-east-1 (2026-08-06). H800: the rent that the
-V3 report assumes. They change; `--dollars_per_hour` takes yours.
+Prices are what one chip costs for an hour on demand, without discounts, in a US region. TPUs: Google Cloud, as
+SkyPilot's catalog lists it (github.com/skypilot-org/skypilot-catalog, catalogs/v8/gcp/vms.csv: v5e us-central1, v5p
+us-east5, v6e us-central1; read 2026-11-28). H100: an eighth of AWS p5.48xlarge, $55.04 in us-east-1 (2026-11-09). H200:
+an eighth of AWS p5en.48xlarge, $63.296 in us-east-1 (2026-08-06). H800: the rent that the V3 report assumes. They
+change; `--dollars_per_hour` takes yours.
 
-All figures are per chip and dense (no sparsity): FLOP/s, bytes, bytes/s in one direction. JAX shows some chips as several devices
-(`devices`): a TPU v4 and a TPU7x as their two cores, each with half of the chip.
+All figures are per chip and dense (no sparsity): FLOP/s, bytes, bytes/s in one direction. JAX shows some chips as
+several devices (`devices`): a TPU v4 and a TPU7x as their two cores, each with half of the chip.
 """
 
 import dataclasses
@@ -23,11 +24,13 @@ GIB = 2**30
 class Chip:
     """One accelerator.
 
-    `bf16`, `fp8`, `int8` are peak operations per second, None where the matrix unit has no such mode (it then runs at the bf16 rate
-    or not at all). `hbm_bytes` is what a program may use: the compiler's own limit for TPUs, the device's memory for GPUs.
-    `links` go to neighbours in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a host's chips; each carries `link_bandwidth`
-    each way. `host_bandwidth` is a chip's share of the network between slices (TPU) or hosts (GPU). `dollars_per_hour` is an on-demand list
-    price, None where no public one is known, and `price_source` says whose and when it was read. `offloads`: the compiler moves collectives, gathers and sorts to SparseCores unless it is told not to.
+    `bf16`, `fp8`, `int8` are peak operations per second, None where the matrix unit has no such mode (it then runs at
+    the bf16 rate or not at all). `hbm_bytes` is what a program may use: the compiler's own limit for TPUs, the device's
+    memory for GPUs. `links` go to neighbours in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a
+    host's chips; each carries `link_bandwidth` each way. `host_bandwidth` is a chip's share of the network between
+    slices (TPU) or hosts (GPU). `dollars_per_hour` is an on-demand list price, None where no public one is known, and
+    `price_source` says whose and when it was read. `offloads`: the compiler moves collectives, gathers and sorts to
+    SparseCores unless it is told not to.
     """
 
     name: str
@@ -51,7 +54,8 @@ class Chip:
         return getattr(self, number_format) or self.bf16
 
 
-_HOPPER = dict(devices=1, bf16=989.5e12, fp8=1979e12, int8=1979e12, torus_axes=0, host_bandwidth=50e9)  # host: one 400 Gb/s port a GPU
+# host: one 400 Gb/s port a GPU
+_HOPPER = dict(devices=1, bf16=989.5e12, fp8=1979e12, int8=1979e12, torus_axes=0, host_bandwidth=50e9)
 _CLOUD = "docs.cloud.google.com/tpu/docs/"
 _GOOGLE = "Google Cloud on demand, 2026-11-28"
 
@@ -65,7 +69,8 @@ CHIPS = {
         Chip("tpu7x", 2, 2307e12, 4614e12, None, round(2 * 94.75 * GIB), 7380e9, 6, 100e9, 3, 12.5e9, f"{_CLOUD}tpu7x; HBM: libtpu 0.0.42", offloads=True),
         Chip("h100", hbm_bytes=84_929_347_584, hbm_bandwidth=3352e9, links=18, link_bandwidth=25e9, sources="NVIDIA H100 SXM data sheet; memory: OpenXLA h100_sxm target", dollars_per_hour=6.88, price_source="AWS p5.48xlarge, 2026-11-09", **_HOPPER),
         Chip("h200", hbm_bytes=151_397_597_184, hbm_bandwidth=4800e9, links=18, link_bandwidth=25e9, sources="NVIDIA H200 SXM data sheet; memory: OpenXLA h200 target", dollars_per_hour=7.912, price_source="AWS p5en.48xlarge, 2026-08-06", **_HOPPER),
-        # V3's machine: an H100 with less NVLink (§3.1-3.2 and "Insights into DeepSeek-V3": 160 GB/s that arrive, IB 50 GB/s) and the price of its Table 1.
+        # V3's machine: an H100 with less NVLink (§3.1-3.2 and "Insights into DeepSeek-V3": 160 GB/s that arrive, IB 50
+        # GB/s) and the price of its Table 1.
         Chip("h800", hbm_bytes=84_929_347_584, hbm_bandwidth=3352e9, links=8, link_bandwidth=25e9, sources="V3 §3.2, Table 1; otherwise H100", dollars_per_hour=2.0, price_source="V3 report, Table 1, 2024-12", **_HOPPER),
         Chip("b200", 1, 2250e12, 4500e12, 4500e12, 191_514_411_008, 7672e9, 18, 50e9, 0, 50e9, "NVIDIA HGX B200 data sheet (1000 W); memory: OpenXLA b200 target"),
     )
@@ -79,7 +84,8 @@ def chip(name: str) -> Chip:
     return CHIPS[name]
 
 
-# What jax calls the devices of a chip. Cards of the same name at another rate (an H100 PCIe, an H200 NVL) are not among them.
+# What jax calls the devices of a chip. Cards of the same name at another rate (an H100 PCIe, an H200 NVL) are not among
+# them.
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -97,14 +103,18 @@ DEVICE_KINDS = {
 
 
 def peak_flops(devices: Iterable[jax.Device], number_format: str) -> float | None:
-    """FLOP/s of the chips that the devices belong to, at the rate of `number_format` ("bf16", "fp8"); None if one is not in the table.
+    """FLOP/s of the chips that the devices belong to, at the rate of `number_format` ("bf16", "fp8"); None if one is
+    not in the table.
 
-    Two devices may be the cores of one chip, and one device may be a whole chip of two cores: TPUs say where on the chip they are.
+    Two devices may be the cores of one chip, and one device may be a whole chip of two cores: TPUs say where on the
+    chip they are.
     """
     chips = {}
     for device in devices:
         if device.device_kind not in DEVICE_KINDS:
             return None
         place = getattr(device, "coords", device.id)
-        chips[getattr(device, "slice_index", 0), place if isinstance(place, int) else tuple(place)] = CHIPS[DEVICE_KINDS[device.device_kind]]
+        chips[getattr(device, "slice_index", 0), place if isinstance(place, int) else tuple(place)] = CHIPS[
+            DEVICE_KINDS[device.device_kind]
+        ]
     return sum(chip.peak(number_format) for chip in chips.values())

@@ -10,16 +10,25 @@ import numpy as np
 from deepseek_jax.accounting.branches import Taken, compiled_branches
 from deepseek_jax.accounting.hlo import Instruction, Module, Scope, entry_scope, shape_bytes, trip_count
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction and the `times` it runs in one call of the program.
 
-    `buffer_bytes` is the whole of what it works on, on one device: the output of an all-gather, the input of anything else.
-    `groups` are the device groups [G, n] it runs in, indices into the mesh's devices in order; for a permute they are its (source,
-    target) pairs. A ragged all-to-all is counted as if its buffers were full (the smaller of input and output).
+    `buffer_bytes` is the whole of what it works on, on one device: the output of an all-gather, the input of anything
+    else. `groups` are the device groups [G, n] it runs in, indices into the mesh's devices in order; for a permute they
+    are its (source, target) pairs. A ragged all-to-all is counted as if its buffers were full (the smaller of input and
+    output).
     """
 
     kind: str
@@ -35,7 +44,8 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes one device sends (and receives) in one run: (n-1)/n of the buffer, twice that for an all-reduce, all of it for a permute."""
+        """Bytes one device sends (and receives) in one run: (n-1)/n of the buffer, twice that for an all-reduce, all of
+        it for a permute."""
         if self.kind == "collective-permute":
             return float(self.buffer_bytes)
         n = self.group_size
@@ -50,7 +60,8 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of a program, the loops whose trip count had to be assumed, and the branches that were counted (see `branches`)."""
+    """All collectives of a program, the loops whose trip count had to be assumed, and the branches that were counted
+    (see `branches`)."""
 
     collectives: tuple[Collective, ...]
     assumed_loops: tuple[str, ...]
@@ -66,9 +77,11 @@ class Traffic:
         return {axes: {kind: round(size) for kind, size in sorted(row.items())} for axes, row in rows}
 
 
-def traffic(module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}) -> Traffic:
-    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches of which `taken` does not say
-    which one runs are compared by wire bytes."""
+def traffic(
+    module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}
+) -> Traffic:
+    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches of which
+    `taken` does not say which one runs are compared by wire bytes."""
     worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))  # noqa: E731
     runs, taken = compiled_branches(module, branch, worst, while_trips, taken)
     assumed: list[str] = []
@@ -84,7 +97,9 @@ def _collectives(
     scope: Scope, num_devices: int, while_trips: int, runs: Mapping[tuple[str, str], int] | None, assumed: list[str]
 ) -> Iterator[Collective]:
     """`runs`: the branch of each conditional, by computation and name; None: every conditional at its worst."""
-    inside = functools.partial(_collectives, num_devices=num_devices, while_trips=while_trips, runs=runs, assumed=assumed)
+    inside = functools.partial(
+        _collectives, num_devices=num_devices, while_trips=while_trips, runs=runs, assumed=assumed
+    )
     for instruction in scope.computation.instructions.values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
@@ -140,7 +155,8 @@ def _operand_shapes(instruction: Instruction, local) -> str:
 def replica_groups(text: str, num_devices: int) -> np.ndarray:
     """Device groups [G, n] of a collective, from any of the forms XLA prints:
 
-    {{0,1},{2,3}}, {} (one group of all), [2,2]<=[4] and [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2] {'y'} with parts of axes as 'x':(1)2.
+    {{0,1},{2,3}}, {} (one group of all), [2,2]<=[4] and [2,2]<=[2,2]T(1,0), mesh['x'=2,'y'=2] {'y'} with parts of axes
+    as 'x':(1)2.
     """
     start = text.index("replica_groups=") + len("replica_groups=")
     rest = text[start:]
@@ -151,7 +167,9 @@ def replica_groups(text: str, num_devices: int) -> np.ndarray:
     if rest.startswith("["):
         match = re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
         return _iota(match[2]).reshape(_ints(match[1]))
-    match = re.match(r"(?:@?mesh)\[(?P<axes>[^\]]*)\](?:,? *device_ids=\((?P<ids>.*?\)?)\))? *\{(?P<along>[^}]*)\}", rest)
+    match = re.match(
+        r"(?:@?mesh)\[(?P<axes>[^\]]*)\](?:,? *device_ids=\((?P<ids>.*?\)?)\))? *\{(?P<along>[^}]*)\}", rest
+    )
     if match is None:
         raise ValueError(f"replica groups in an unknown form: {rest[:120]}")
     return _mesh_groups(match["axes"], match["ids"], match["along"])
@@ -169,11 +187,18 @@ def _mesh_groups(axes: str, ids: str | None, along: str) -> np.ndarray:
         part = (int(before), int(size)) if size else (1, sizes[name])
         wanted.append((name, part))
     for name in sizes:
-        edges = sorted({1, sizes[name], *(edge for n, (before, size) in wanted if n == name for edge in (before, before * size))})
+        edges = sorted(
+            {1, sizes[name], *(edge for n, (before, size) in wanted if n == name for edge in (before, before * size))}
+        )
         cuts[name] = list(zip(edges, edges[1:], strict=False)) or [(1, 1)]
     labels = [(name, before, after // before) for name, parts in cuts.items() for before, after in parts]
     grid = devices.reshape([size for _, _, size in labels])
-    inner = [i for name, (before, size) in wanted for i, (n, b, s) in enumerate(labels) if n == name and before <= b < before * size]
+    inner = [
+        i
+        for name, (before, size) in wanted
+        for i, (n, b, s) in enumerate(labels)
+        if n == name and before <= b < before * size
+    ]
     outer = [i for i in range(len(labels)) if i not in inner]
     return grid.transpose(outer + inner).reshape(-1, int(np.prod([labels[i][2] for i in inner])))
 

@@ -19,11 +19,26 @@ from deepseek_jax.accounting.topologies import Topology
 
 # Nothing runs, so XLA need not search for the fastest schedule of each instruction.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Every offloaded collective is a SparseCore program of its own, hundreds of them, compiled one after another. They move the same bytes between
-# the same chips from where the rest of the program runs.
-_COLLECTIVES = ("all_gather", "2d_all_gather", "3d_all_gather", "all_reduce", "reduce_scatter", "nd_reduce_scatter", "dense_all_to_all", "ragged_all_to_all")
+# Every offloaded collective is a SparseCore program of its own, hundreds of them, compiled one after another. They move
+# the same bytes between the same chips from where the rest of the program runs.
+_COLLECTIVES = (
+    "all_gather",
+    "2d_all_gather",
+    "3d_all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "nd_reduce_scatter",
+    "dense_all_to_all",
+    "ragged_all_to_all",
+)
 _OPERATIONS = ("copy", "gather", "reduce", "reshape", "scatter", "sort")
-_OFFLOADS = ("compute_offload", "async_all_to_all", "collective_aggregator", "hierarchical_all_reduce", *(f"collective_offload_{name}" for name in _COLLECTIVES))
+_OFFLOADS = (
+    "compute_offload",
+    "async_all_to_all",
+    "collective_aggregator",
+    "hierarchical_all_reduce",
+    *(f"collective_offload_{name}" for name in _COLLECTIVES),
+)
 WITHOUT_SPARSE_CORES = dict.fromkeys(
     (
         *(f"xla_tpu_enable_sparse_core_{name}" for name in _OFFLOADS),
@@ -44,12 +59,14 @@ def measure(
     named: dict[str, Any] | None = None,
     assumptions: Assumptions = Assumptions(branch="least"),
 ) -> dict[str, Any]:
-    """Compiles the jitted `program` for `arguments` (jax.ShapeDtypeStruct with shardings on `mesh`, whose devices are the topology's).
+    """Compiles the jitted `program` for `arguments` (jax.ShapeDtypeStruct with shardings on `mesh`, whose devices are
+    the topology's).
 
-    `named` picks parts of the arguments, such as {"parameters": state.params}, whose bytes are reported apart. Returns fields fit
-    for JSON: "flops" by number format for the whole mesh, "memory_bytes_per_device", "fits", "hbm_bytes" (traffic per device), "collective_bytes"
-    ({axes: {kind: bytes per device on the wire}}), "roofline" (seconds), "assumed_loops", "compile_seconds", "peak_host_bytes".
-    Where the compiler finds that the program does not fit, what only the compiled text tells is None.
+    `named` picks parts of the arguments, such as {"parameters": state.params}, whose bytes are reported apart. Returns
+    fields fit for JSON: "flops" by number format for the whole mesh, "memory_bytes_per_device", "fits", "hbm_bytes"
+    (traffic per device), "collective_bytes" ({axes: {kind: bytes per device on the wire}}), "roofline" (seconds),
+    "assumed_loops", "compile_seconds", "peak_host_bytes". Where the compiler finds that the program does not fit, what
+    only the compiled text tells is None.
     """
     started = time.monotonic()
     traced = program.trace(*arguments)
@@ -58,18 +75,32 @@ def measure(
     capacity = topology.hbm_bytes_per_device
     report: dict[str, Any] = {"flops": dict(flops), "hbm_capacity": capacity}
     try:
-        compiled = traced.lower().compile(compiler_options=QUICK | (WITHOUT_SPARSE_CORES if topology.chip.offloads else {}))
+        compiled = traced.lower().compile(
+            compiler_options=QUICK | (WITHOUT_SPARSE_CORES if topology.chip.offloads else {})
+        )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         memory = {**parts, "total": needed_bytes(str(error))}
-        report |= {"memory_bytes_per_device": memory, "fits": False, "hbm_bytes": None, "collective_bytes": None, "roofline": None, "assumed_loops": []}
+        report |= {
+            "memory_bytes_per_device": memory,
+            "fits": False,
+            "hbm_bytes": None,
+            "collective_bytes": None,
+            "roofline": None,
+            "assumed_loops": [],
+        }
     else:
         report |= compiled_report(compiled, parts, flops, taken, topology, mesh, assumptions)
-    return report | {"compile_seconds": time.monotonic() - started, "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return report | {
+        "compile_seconds": time.monotonic() - started,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
-def compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions) -> dict[str, Any]:
+def compiled_report(
+    compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions
+) -> dict[str, Any]:
     """Reads the compiled text into the fields of `measure`; `taken`: the branches that `flops` are those of."""
     memory = memory_bytes(compiled.memory_analysis(), parts)
     module = hlo.parse(compiled.as_text())
@@ -93,7 +124,8 @@ def compiled_report(compiled, parts: dict[str, int], flops, taken: Taken, topolo
 
 
 def memory_bytes(analysis, parts: dict[str, int]) -> dict[str, int]:
-    """XLA's buffer sizes of one device: named parts of the arguments, other arguments, outputs that reuse no argument, temporaries, code, total."""
+    """XLA's buffer sizes of one device: named parts of the arguments, other arguments, outputs that reuse no argument,
+    temporaries, code, total."""
     memory = dict(parts)
     memory["other arguments"] = analysis.argument_size_in_bytes - sum(parts.values())
     memory["outputs"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

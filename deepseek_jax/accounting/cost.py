@@ -11,7 +11,8 @@ V3_SUSTAINED_TFLOPS = 385.0  # per H800, causal attention ("Insights into DeepSe
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """`tokens` that a stage trains on, padding included, or draws (RL), and the useful `flops`, recomputation not counted; a sequence is so long."""
+    """`tokens` that a stage trains on, padding included, or draws (RL), and the useful `flops`, recomputation not
+    counted; a sequence is so long."""
 
     tokens: int
     flops: float

@@ -49,8 +49,8 @@ class ParameterCounts:
     def activated(self, *, embedding: bool = False, head: bool = True) -> int:
         """Parameters of the main model that one token uses.
 
-        Published figures differ in convention: V3, V2 and Kimi K2 count the head only (the default), DeepSeekMoE counts embedding and head,
-        Moonlight neither. A tied matrix counts once if either role counts.
+        Published figures differ in convention: V3, V2 and Kimi K2 count the head only (the default), DeepSeekMoE counts
+        embedding and head, Moonlight neither. A tied matrix counts once if either role counts.
         """
         body = self._visited({name: n for name, n in self.main.items() if name not in ("embedding", "head")})
         if self.tied:
@@ -91,11 +91,14 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def component(names: list[str]) -> str:
-    """The component that the parameter with this path belongs to. Norms inside attention belong to attention, as in the reports' tables."""
+    """The component that the parameter with this path belongs to. Norms inside attention belong to attention, as in the
+    reports' tables."""
     if "attn" in names:
         return "attention"
     if names[-2].endswith("norm"):
         return "norms"
     if "ffn" in names:
-        return {"router": "router", "experts": "routed experts", "shared": "shared experts"}.get(names[names.index("ffn") + 1], "dense FFN")
+        return {"router": "router", "experts": "routed experts", "shared": "shared experts"}.get(
+            names[names.index("ffn") + 1], "dense FFN"
+        )
     return {"embed": "embedding", "head": "head", "proj": "MTP projection"}[names[-2]]

@@ -1,7 +1,8 @@
-"""python -m deepseek_jax.accounting.dry_run --config=experiments/x.py --topology=v5p:8x8x16 [--program=train|decode|grpo] [--config.any.field=value]
+"""python -m deepseek_jax.accounting.dry_run --config=experiments/x.py --topology=v5p:8x8x16
+[--program=train|decode|grpo] [--config.any.field=value]
 
-Compiles the real program for hardware that is not there: does it fit, what does it move, how fast can it be at most, what does that cost.
-Nothing is allocated and nothing runs; a host without accelerators will do.
+Compiles the real program for hardware that is not there: does it fit, what does it move, how fast can it be at most,
+what does that cost. Nothing is allocated and nothing runs; a host without accelerators will do.
 """
 
 import dataclasses
@@ -21,23 +22,34 @@ from deepseek_jax.accounting.programs import PROGRAMS, Program
 from deepseek_jax.accounting.topologies import Topology, prepare, topology
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import build_experiment, read_config
-from deepseek_jax.overrides import split
-from deepseek_jax.model.config import preset
 from deepseek_jax.json_io import to_json
+from deepseek_jax.model.config import preset
+from deepseek_jax.overrides import split
 from kernels_pallas.trust import unchecked
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser("deepseek_jax.accounting.dry_run", "Compiles an experiment's program for a topology that is not there and reports what it needs.")
+    parser = cli.parser(
+        "deepseek_jax.accounting.dry_run",
+        "Compiles an experiment's program for a topology that is not there and reports what it needs.",
+    )
     parser.add_argument("--config", required=True, help="an experiment file; --config.field=value overrides")
-    parser.add_argument("--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x8, v6e:16x16*2 (two slices), h100:64, …")
+    parser.add_argument(
+        "--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x8, v6e:16x16*2 (two slices), h100:64, …"
+    )
     parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
     parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
     cli.add_price(parser)
-    parser.add_argument("--rows", type=cli.number(int, least=1), help="sequences that --program=decode decodes at once (default: 8 a device)")
-    parser.add_argument("--context", type=cli.number(int, least=2), help="tokens in the cache of --program=decode (default: 4096)")
+    parser.add_argument(
+        "--rows",
+        type=cli.number(int, least=1),
+        help="sequences that --program=decode decodes at once (default: 8 a device)",
+    )
+    parser.add_argument(
+        "--context", type=cli.number(int, least=2), help="tokens in the cache of --program=decode (default: 4096)"
+    )
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     overrides, rest = split(argv)
     flags = parser.parse_args(rest)
@@ -46,7 +58,13 @@ def main(argv: Sequence[str]) -> None:
     config, name = read_config(flags.config, overrides), Path(flags.config).stem
     options = {name: value for name, value in (("rows", flags.rows), ("context", flags.context)) if value is not None}
     figures = dry_run(
-        config, name, flags.topology, stage=flags.stage, program=flags.program, dollars_per_chip_hour=flags.dollars_per_chip_hour, **options
+        config,
+        name,
+        flags.topology,
+        stage=flags.stage,
+        program=flags.program,
+        dollars_per_chip_hour=flags.dollars_per_chip_hour,
+        **options,
     )
     if flags.json == "-":
         print(to_json(figures, indent=2))
@@ -70,12 +88,14 @@ def dry_run(
     dollars_per_chip_hour: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """All figures of one program on one topology, fit for JSON; `options` are those of the program (rows and context of "decode").
+    """All figures of one program on one topology, fit for JSON; `options` are those of the program (rows and context of
+    "decode").
 
-    Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire
-    by mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known ("price_source" says whose it is). For a program that
-    does not fit, what depends on the compiled text is None. Raises ConfigError for names that mean nothing and for an experiment
-    that does not fit the mesh, UserError where libtpu or the CUDA plugin is missing.
+    Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire by
+    mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known
+    ("price_source" says whose it is). For a program that does not fit, what depends on the compiled text is None.
+    Raises ConfigError for names that mean nothing and for an experiment that does not fit the mesh, UserError where
+    libtpu or the CUDA plugin is missing.
     """
     if program not in PROGRAMS:
         raise ConfigError(f"--program={program}: {nearest(program, PROGRAMS)}")
@@ -111,16 +131,24 @@ def dry_run(
     }
 
 
-def bounds(plan: Program, target: Topology, measured: dict[str, Any], price: float | None, is_v3: bool) -> dict[str, Any]:
-    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit. Without a `price` it is the chip's.
-    "v3_bill" is V3's own, for V3's own network, else None."""
+def bounds(
+    plan: Program, target: Topology, measured: dict[str, Any], price: float | None, is_v3: bool
+) -> dict[str, Any]:
+    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit. Without a
+    `price` it is the chip's. "v3_bill" is V3's own, for V3's own network, else None."""
     seconds = measured["roofline"]["seconds"] if measured["roofline"] else None
     source = "--dollars_per_hour" if price is not None else target.chip.price_source
     price = target.chip.dollars_per_hour if price is None else price
-    result: dict[str, Any] = {"step_seconds_lower_bound": seconds, "dollars_per_chip_hour": price, "price_source": source if price is not None else None}
+    result: dict[str, Any] = {
+        "step_seconds_lower_bound": seconds,
+        "dollars_per_chip_hour": price,
+        "price_source": source if price is not None else None,
+    }
     speed = None if seconds is None else plan.tokens / seconds
     result["tokens_per_second_upper_bound"] = speed
-    result["mfu_upper_bound"] = None if seconds is None else plan.model_flops / (seconds * target.chip.bf16 * target.num_chips)
+    result["mfu_upper_bound"] = (
+        None if seconds is None else plan.model_flops / (seconds * target.chip.bf16 * target.num_chips)
+    )
     hours = None if seconds is None or plan.calls is None else seconds * plan.calls / 3600
     result |= {"hours_lower_bound": hours, "dollars_lower_bound": _dollars(hours, target, price)}
     stated = sum(cost.V3_GPU_HOURS.values())

@@ -16,7 +16,9 @@ def table(figures: dict[str, Any]) -> Table:
     """A rich table of `dry_run`'s figures."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items()) or "one device"
     title = f"{figures['experiment']}, {figures['program']}, on {figures['topology']} ({figures['num_chips']:,} chips, {mesh})"
-    view = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False)
+    view = Table(
+        title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False
+    )
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(no_wrap=True)
@@ -28,7 +30,9 @@ def table(figures: dict[str, Any]) -> Table:
         _traffic_rows(view, figures)
         _bound_rows(view, figures)
     view.add_section()
-    view.add_row("Compiled in", f"{figures['compile_seconds']:,.0f} s", f"host memory {figures['peak_host_bytes'] / GIB:.1f} GiB")
+    view.add_row(
+        "Compiled in", f"{figures['compile_seconds']:,.0f} s", f"host memory {figures['peak_host_bytes'] / GIB:.1f} GiB"
+    )
     for loop in figures["assumed_loops"]:
         view.add_row("  loop without a known end", f"{figures['assumptions']['while_trips']:,} times", loop[-60:])
     return view
@@ -49,7 +53,9 @@ def _memory_rows(view: Table, figures: dict[str, Any]) -> None:
     if figures["fits"]:
         note = f"of {capacity / GIB:,.2f}: fits, {(capacity - total) / GIB:,.2f} to spare"
     else:
-        note = f"of {capacity / GIB:,.2f}: does not fit" + ("" if total is None else f", {(total - capacity) / GIB:,.2f} too much")
+        note = f"of {capacity / GIB:,.2f}: does not fit" + (
+            "" if total is None else f", {(total - capacity) / GIB:,.2f} too much"
+        )
     view.add_row("  total", "at least the capacity" if total is None else f"[bold]{total / GIB:,.2f}[/bold]", note)
 
 
@@ -57,9 +63,13 @@ def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
     _section(view, "FLOPs per step, the whole mesh")
     total = sum(figures["flops"].values())
     for number_format, count in figures["flops"].items():
-        view.add_row(f"  {number_format}", f"{count:.4g}", _rate(number_format, CHIPS[figures["topology"].partition(":")[0]]))
+        view.add_row(
+            f"  {number_format}", f"{count:.4g}", _rate(number_format, CHIPS[figures["topology"].partition(":")[0]])
+        )
     useful = figures["model_flops"]
-    view.add_row("  useful, by the closed formula", f"{useful:.4g}", f"{useful / total:.1%} of what is computed" if total else "")
+    view.add_row(
+        "  useful, by the closed formula", f"{useful:.4g}", f"{useful / total:.1%} of what is computed" if total else ""
+    )
 
 
 def _rate(number_format: str, chip: Chip) -> str:
@@ -87,7 +97,11 @@ def _bound_rows(view: Table, figures: dict[str, Any]) -> None:
     view.add_row("  one after another", f"{bound['seconds_without_overlap']:,.3g}")
     _section(view, "At most")
     view.add_row("  model FLOPs utilisation", f"{figures['mfu_upper_bound']:.1%}", "of the bfloat16 peak")
-    view.add_row("  tokens per second", f"{figures['tokens_per_second_upper_bound']:,.0f}", f"{figures['tokens_per_step']:,} a step")
+    view.add_row(
+        "  tokens per second",
+        f"{figures['tokens_per_second_upper_bound']:,.0f}",
+        f"{figures['tokens_per_step']:,} a step",
+    )
     _price_rows(view, figures)
 
 

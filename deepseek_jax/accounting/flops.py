@@ -1,4 +1,5 @@
-"""Floating-point operations per token. A multiply-add is two; elementwise work, norms and the softmax are not counted."""
+"""Floating-point operations per token. A multiply-add is two; elementwise work, norms and the softmax are not
+counted."""
 
 from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
@@ -12,7 +13,8 @@ def attention_pair_flops(attention: MLAConfig | GQAConfig) -> int:
 
 
 def absorbed_pair_flops(attention: MLAConfig | GQAConfig) -> int:
-    """The same over the cache: absorbed MLA scores and sums latents, kv_lora_rank wide, whatever the head's own size."""
+    """The same over the cache: absorbed MLA scores and sums latents, kv_lora_rank wide, whatever the head's own
+    size."""
     if isinstance(attention, MLAConfig):
         return 2 * attention.num_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
     return attention_pair_flops(attention)
@@ -45,4 +47,6 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
 
     Absorption moves kv_b from the keys and values to the query and the output; it is still used once per token.
     """
-    return 2 * count_parameters(config).activated() + config.num_layers * absorbed_pair_flops(config.attention) * context
+    return (
+        2 * count_parameters(config).activated() + config.num_layers * absorbed_pair_flops(config.attention) * context
+    )

@@ -1,4 +1,5 @@
-"""What a number format saves: bytes of the weights that are multiplied and of the activations that are kept, under each recipe.
+"""What a number format saves: bytes of the weights that are multiplied and of the activations that are kept, under each
+recipe.
 
 Master weights, gradients and moments are `memory.training_state_bytes`."""
 
@@ -16,8 +17,9 @@ from deepseek_jax.precision import FP8Recipe, Recipe
 
 
 def weight_bytes(config: ModelConfig, recipe: Recipe, with_duplicates: bool = False) -> int:
-    """Bytes of the weights as the recipe multiplies with them: under FP8 as released, matrices in E4M3 with a float32 scale for each block
-    of 128 × 128 and the rest in bfloat16. Routers' biases are float32. `with_duplicates` counts what a released MTP module repeats."""
+    """Bytes of the weights as the recipe multiplies with them: under FP8 as released, matrices in E4M3 with a float32
+    scale for each block of 128 × 128 and the rest in bfloat16. Routers' biases are float32. `with_duplicates` counts
+    what a released MTP module repeats."""
     total = 0
     for spec in tensor_table(config):
         if spec.duplicate and not with_duplicates:
@@ -40,8 +42,8 @@ class _Accelerator(Placement):
 def activation_bytes(config: ModelConfig, recipe: Recipe, rows: int, length: int) -> dict[str, int]:
     """Bytes that the layers keep for the backward pass, by dtype, for tokens [rows, length] and without recomputation.
 
-    What `rows` more rows add to what is kept: weights, and the padding of experts' rows, do not count. The network is differentiated
-    abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
+    What `rows` more rows add to what is kept: weights, and the padding of experts' rows, do not count. The network is
+    differentiated abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
     """
     model = Transformer(config.replace(remat="none", attention_chunk=length // 2), recipe, _Accelerator())
     variables = abstract_variables(Transformer(config))

@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves to and from main memory, loops counted as often as they run.
 
-Every instruction that is not fused away reads its operands and writes its results once. A slice reads what it takes and an update in
-place writes what it changes, inside fusions too; buffers in a TPU's on-chip memories cost nothing. XLA's own `cost_analysis` counts a loop's
-body once.
+Every instruction that is not fused away reads its operands and writes its results once. A slice reads what it takes and
+an update in place writes what it changes, inside fusions too; buffers in a TPU's on-chip memories cost nothing. XLA's
+own `cost_analysis` counts a loop's body once.
 """
 
 import functools
@@ -10,16 +10,39 @@ from collections.abc import Iterator, Mapping
 
 from deepseek_jax.accounting.branches import Taken, compiled_branches
 from deepseek_jax.accounting.collectives import KINDS
-from deepseek_jax.accounting.hlo import Computation, Instruction, Module, Scope, arrays, entry_scope, shape_bytes, trip_count
+from deepseek_jax.accounting.hlo import (
+    Computation,
+    Instruction,
+    Module,
+    Scope,
+    arrays,
+    entry_scope,
+    shape_bytes,
+    trip_count,
+)
 
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "iota"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "add-dependency",
+    "iota",
+}
 _MOVES = ("bitcast", "copy", "convert")
 
 
 def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}) -> int:
-    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions; branches of which `taken` does
-    not say which one runs are compared by these bytes."""
-    runs, _ = compiled_branches(module, branch, lambda scope: _scope_bytes(scope, while_trips, None), while_trips, taken)
+    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions;
+    branches of which `taken` does not say which one runs are compared by these bytes."""
+    runs, _ = compiled_branches(
+        module, branch, lambda scope: _scope_bytes(scope, while_trips, None), while_trips, taken
+    )
     return _scope_bytes(entry_scope(module), while_trips, runs)
 
 
@@ -32,10 +55,16 @@ def _scope_bytes(scope: Scope, while_trips: int, runs: Mapping[tuple[str, str], 
             continue
         if instruction.opcode == "while":
             trips = trip_count(instruction, scope)
-            total += (while_trips if trips is None else trips) * inside(scope.enter(instruction, instruction.attribute("body")))
+            total += (while_trips if trips is None else trips) * inside(
+                scope.enter(instruction, instruction.attribute("body"))
+            )
         elif instruction.opcode == "conditional":
             branches = [scope.enter(instruction, name) for name in instruction.branches]
-            total += max(map(inside, branches)) if runs is None else inside(branches[runs[scope.computation.name, instruction.name]])
+            total += (
+                max(map(inside, branches))
+                if runs is None
+                else inside(branches[runs[scope.computation.name, instruction.name]])
+            )
         elif instruction.opcode in ("call", "call-start", "async-start"):
             total += sum(inside(scope.enter(instruction, name)) for name in instruction.called)
         else:
@@ -72,7 +101,9 @@ def _writes(instruction: Instruction, scope: Scope) -> int:
         size, in_memory = next(arrays(instruction.shape))
         return size if in_memory else 0
     if instruction.opcode.endswith("-start") and kind in KINDS and kind != "all-reduce":
-        return max(_in_memory(instruction.shape) - sum(_in_memory(local[name].shape) for name in instruction.operands), 0)
+        return max(
+            _in_memory(instruction.shape) - sum(_in_memory(local[name].shape) for name in instruction.operands), 0
+        )
     return _in_memory(instruction.shape)
 
 
@@ -112,12 +143,16 @@ def _uses(name: str, body: Computation, module: Module) -> Iterator[int]:
         if name not in user.operands:
             continue
         inner = module[user.called[0]] if user.opcode == "fusion" else None
-        if user.opcode in _MOVES or (inner and _behind_moves(inner.root, inner).name == _parameter(inner, user.operands.index(name))):
+        if user.opcode in _MOVES or (
+            inner and _behind_moves(inner.root, inner).name == _parameter(inner, user.operands.index(name))
+        ):
             # No more of it is read than is used of the copy, which may have another dtype.
             whole, copied = shape_bytes(body.instructions[name].shape), shape_bytes(user.shape)
             yield from [whole] if user.is_root else (used * whole // copied for used in _uses(user.name, body, module))
         elif inner:
-            yield from (_used(inner, position, module) for position, operand in enumerate(user.operands) if operand == name)
+            yield from (
+                _used(inner, position, module) for position, operand in enumerate(user.operands) if operand == name
+            )
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             yield shape_bytes(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:

@@ -1,6 +1,7 @@
 """The text of a compiled XLA module as data: computations, instructions, and how often each loop runs.
 
-Only what the text states is read. A loop whose trip count is neither noted by XLA nor given by a counter compared with a constant has None.
+Only what the text states is read. A loop whose trip count is neither noted by XLA nor given by a counter compared with
+a constant has None.
 """
 
 import dataclasses
@@ -8,12 +9,22 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 
-# name = shape opcode(operands), attributes — the shape is one word or a parenthesised tuple, told apart by the balance of brackets.
+# name = shape opcode(operands), attributes — the shape is one word or a parenthesised tuple, told apart by the balance
+# of brackets.
 _HEAD = re.compile(r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9a-z]*)\[(?P<dims>[0-9,<=]*)\](?:\{(?P<layout>[^{}]*)\})?")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
-_TRANSPARENT = ("copy", "bitcast", "convert", "copy-start", "copy-done", "opt-barrier", "optimization-barrier", "reshape")
+_TRANSPARENT = (
+    "copy",
+    "bitcast",
+    "convert",
+    "copy-start",
+    "copy-done",
+    "opt-barrier",
+    "optimization-barrier",
+    "reshape",
+)
 
 # Every element type that is not a whole number of bytes, or whose width its name does not say.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
@@ -51,7 +62,8 @@ class Instruction:
 
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
-        """Computations of a conditional, in the order in which JAX has them: that of False comes before that of True."""
+        """Computations of a conditional, in the order in which JAX has them: that of False comes before that of
+        True."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         if listed:
             return tuple(_REFERENCE.findall(listed[1]))
@@ -75,7 +87,11 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, int]:
-        return {i.name: int(re.match(r"\((\d+)\)", i.text)[1]) for i in self.instructions.values() if i.opcode == "parameter"}
+        return {
+            i.name: int(re.match(r"\((\d+)\)", i.text)[1])
+            for i in self.instructions.values()
+            if i.opcode == "parameter"
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +130,22 @@ def parse(text: str) -> Module:
 
 def _places(text: str) -> dict[int, Place]:
     """From the tables before the computations: every frame of a stack has a location, and every location a file."""
-    tables = {name: dict(re.findall(r"^(\d+) (.*)$", rows, re.M)) for name, rows in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", text, re.M)}
+    tables = {
+        name: dict(re.findall(r"^(\d+) (.*)$", rows, re.M))
+        for name, rows in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", text, re.M)
+    }
     number = lambda row, key: re.search(rf"\b{key}=(\d+)", row)[1]  # noqa: E731
     locations = {
-        name: Place(tables["FileNames"][number(row, "file_name_id")].strip('"'), int(number(row, "line")), int(number(row, "column")))
+        name: Place(
+            tables["FileNames"][number(row, "file_name_id")].strip('"'),
+            int(number(row, "line")),
+            int(number(row, "column")),
+        )
         for name, row in tables.get("FileLocations", {}).items()
     }
-    return {int(name): locations[number(row, "file_location_id")] for name, row in tables.get("StackFrames", {}).items()}
+    return {
+        int(name): locations[number(row, "file_location_id")] for name, row in tables.get("StackFrames", {}).items()
+    }
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -132,7 +157,14 @@ def _instruction(line: str) -> Instruction | None:
     opening = line.index("(", shape_end)
     closing = _closing(line, opening)
     operands = tuple(_REFERENCE.findall(line[opening:closing]))
-    return Instruction(head["name"], line[shape_end:opening].strip(), line[start:shape_end], operands, line[opening:], bool(head["root"]))
+    return Instruction(
+        head["name"],
+        line[shape_end:opening].strip(),
+        line[start:shape_end],
+        operands,
+        line[opening:],
+        bool(head["root"]),
+    )
 
 
 def _closing(line: str, opening: int) -> int:
@@ -146,7 +178,8 @@ def _closing(line: str, opening: int) -> int:
 
 
 def arrays(shape: str) -> Iterator[tuple[int, bool]]:
-    """(bytes, whether it lives in main memory) of each array in a printed shape: S(1) and up are memories on the chip, scalars of DMA and the like."""
+    """(bytes, whether it lives in main memory) of each array in a printed shape: S(1) and up are memories on the chip,
+    scalars of DMA and the like."""
     for match in _ARRAY.finditer(shape):
         dtype, dims = match["dtype"], match["dims"].replace("<=", "")
         bits = _BITS.get(dtype)
@@ -179,7 +212,9 @@ class Scope:
 
     def enter(self, caller: Instruction, name: str) -> "Scope":
         """The computation `name` as `caller` runs it."""
-        return Scope(self.module, self.module[name], caller.operands, self, caller if caller.opcode == "while" else None)
+        return Scope(
+            self.module, self.module[name], caller.operands, self, caller if caller.opcode == "while" else None
+        )
 
 
 def entry_scope(module: Module) -> Scope:
@@ -210,7 +245,11 @@ def trip_count(loop: Instruction, scope: Scope) -> int | None:
     start, step = _element(loop.operands[0], index, scope), _step(loop, index, scope)
     if start is None or not step or direction[1] not in ("NE", *(("LT", "LE") if step > 0 else ("GT", "GE"))):
         return None
-    distance = abs(bound - start) if direction[1] == "NE" else (bound - start) * (1 if step > 0 else -1) + (direction[1] in ("LE", "GE"))
+    distance = (
+        abs(bound - start)
+        if direction[1] == "NE"
+        else (bound - start) * (1 if step > 0 else -1) + (direction[1] in ("LE", "GE"))
+    )
     return max(-(-distance // abs(step)), 0)
 
 
@@ -258,10 +297,17 @@ def _carried_index(name: str, scope: Scope) -> int | None:
     instruction = scope.computation.instructions[name]
     if instruction.opcode in _TRANSPARENT:
         return _carried_index(instruction.operands[0], scope)
-    if instruction.opcode == "parameter" and scope.parent is not None and len(scope.arguments) == len(scope.computation.parameters) > 0:
+    if (
+        instruction.opcode == "parameter"
+        and scope.parent is not None
+        and len(scope.arguments) == len(scope.computation.parameters) > 0
+    ):
         argument = scope.arguments[scope.computation.parameters[name]]
         return _carried_index(argument, scope.parent)
-    if instruction.opcode == "get-tuple-element" and scope.computation.instructions[instruction.operands[0]].opcode == "parameter":
+    if (
+        instruction.opcode == "get-tuple-element"
+        and scope.computation.instructions[instruction.operands[0]].opcode == "parameter"
+    ):
         return _index(instruction)
     return None
 

@@ -1,8 +1,10 @@
-"""FLOPs of a traced program, counted on its jaxpr: a loop's body as often as it runs, recomputation included, whatever XLA makes of it.
+"""FLOPs of a traced program, counted on its jaxpr: a loop's body as often as it runs, recomputation included, whatever
+XLA makes of it.
 
-Matrix products, convolutions and grouped products count, a multiply-add as two; elementwise work does not. Shapes outside `shard_map` are
-global, so the count is that of the whole mesh; the body of a `shard_map` is what each device does, and is multiplied by the devices along its
-manual axes. Work that devices repeat there because their inputs are equal is real work, and is counted.
+Matrix products, convolutions and grouped products count, a multiply-add as two; elementwise work does not. Shapes
+outside `shard_map` are global, so the count is that of the whole mesh; the body of a `shard_map` is what each device
+does, and is multiplied by the devices along its manual axes. Work that devices repeat there because their inputs are
+equal is real work, and is counted.
 """
 
 import dataclasses
@@ -26,9 +28,10 @@ from deepseek_jax.errors import ConfigError, nearest
 class Assumptions:
     """What a jaxpr does not say.
 
-    `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their "least" expensive branch,
-    each at its worst, and all conditionals of one predicate the same (see `branches`). `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no
-    kernel multiplies.
+    `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their
+    "least" expensive branch, each at its worst, and all conditionals of one predicate the same (see `branches`).
+    `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no kernel
+    multiplies.
     """
 
     while_trips: int = 1
@@ -43,7 +46,8 @@ class Assumptions:
 
 
 def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumptions(), **kwargs: Any) -> Counter[str]:
-    """FLOPs of `fn` on (abstract) arguments, by the number format of the products' left operand: {"bfloat16": …, "float32": …}."""
+    """FLOPs of `fn` on (abstract) arguments, by the number format of the products' left operand: {"bfloat16": …,
+    "float32": …}."""
     return jaxpr_flops(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, assumptions)
 
 
@@ -57,7 +61,9 @@ def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> 
     jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     found = list(_conditionals(jaxpr, assumptions, 1, {}))
     taken = taken_branches([conditional for _, conditional in found], assumptions.branch)
-    return _flops(jaxpr, assumptions, {id(eqn): taken_branch(conditional.keys, taken) for eqn, conditional in found}), taken
+    return _flops(
+        jaxpr, assumptions, {id(eqn): taken_branch(conditional.keys, taken) for eqn, conditional in found}
+    ), taken
 
 
 def _conditionals(
@@ -152,7 +158,10 @@ def _repetitions(name: str, params: dict[str, Any], assumptions: Assumptions) ->
 
 
 # Kernels that say themselves what they compute (kernels_pallas._compat.priced), on TPU and on NVIDIA GPUs.
-_KERNEL_GRIDS = {"pallas_call": lambda params: params["grid_mapping"].grid, "mpmd_map": lambda params: params["meshes"][0].grid}
+_KERNEL_GRIDS = {
+    "pallas_call": lambda params: params["grid_mapping"].grid,
+    "mpmd_map": lambda params: params["meshes"][0].grid,
+}
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[jex_core.Jaxpr]:

@@ -1,4 +1,5 @@
-"""The programs that an experiment runs, as something to compile: the jitted function itself and abstract arguments where they will lie."""
+"""The programs that an experiment runs, as something to compile: the jitted function itself and abstract arguments
+where they will lie."""
 
 import dataclasses
 import functools
@@ -28,7 +29,8 @@ from deepseek_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`tokens` are processed by one call (training) or drawn by it (decoding, RL), `calls` are made in all; None: as many as one likes.
+    """`tokens` are processed by one call (training) or drawn by it (decoding, RL), `calls` are made in all; None: as
+    many as one likes.
 
     `named` are parts of the arguments to report apart, `model_flops` the useful work of a call by the closed formulas.
     """
@@ -61,9 +63,12 @@ def train(experiment: Experiment, stage: str | None) -> Program:
         microbatch=config.microbatch,
         centred=config.router_bias_centred,
     )
-    calls = float(np.sum(training_rows(section))) / section.batch_size  # smaller batches first: as many tokens take fewer of the largest
+    # smaller batches first: as many tokens take fewer of the largest
+    calls = float(np.sum(training_rows(section))) / section.batch_size
     tokens = section.batch_size * section.seq_len
-    return Program(step, (state, batch), _parts(state), tokens, calls, tokens * section.flops_per_token, assumptions(experiment))
+    return Program(
+        step, (state, batch), _parts(state), tokens, calls, tokens * section.flops_per_token, assumptions(experiment)
+    )
 
 
 def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
@@ -77,16 +82,28 @@ def decode(experiment: Experiment, stage: str | None, rows: int | None = None, c
         raise ConfigError(f"--rows={rows}: at least 1")
     rows = rows or 8 * model.placement.batch_shards
     if rows % model.placement.batch_shards:
-        raise ConfigError(f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple")
+        raise ConfigError(
+            f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple"
+        )
     sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
     variables = with_sharding(abstract_variables(model), variables_sharding(model))
     prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, context - 1), (rows,)))
     single = Transformer(model.config, model.precision)  # where things lie is decided below
-    state = jax.eval_shape(lambda *args: start(single, *args, jax.random.key(0), sampling), abstract_variables(single), prompts, lengths)
+    state = jax.eval_shape(
+        lambda *args: start(single, *args, jax.random.key(0), sampling), abstract_variables(single), prompts, lengths
+    )
     state = with_sharding(state, jax.tree.map(functools.partial(_row_sharding, model, rows), state))
     program = jax.jit(lambda variables, state: advance(model, variables, state, sampling, 1), donate_argnums=1)
     named = {"parameters": variables["params"], "cache": state.cache}
-    return Program(program, (variables, state), named, rows, None, rows * decode_flops_per_token(model.config, context), assumptions(experiment))
+    return Program(
+        program,
+        (variables, state),
+        named,
+        rows,
+        None,
+        rows * decode_flops_per_token(model.config, context),
+        assumptions(experiment),
+    )
 
 
 def grpo(experiment: Experiment, stage: str | None) -> Program:
@@ -101,10 +118,22 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
         jitted, arguments = type(program).iteration, (program, state)
     else:
         samples = jax.eval_shape(lambda state: program.sample(state), state)
-        parts = {reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32) for reward in program.rewards.rewards if not reward.in_graph}
+        parts = {
+            reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32)
+            for reward in program.rewards.rewards
+            if not reward.in_graph
+        }
         jitted, arguments = type(program).learn, (program, state, samples, parts)
     named = _parts(state) | ({"reference": state.reference} if config.has_reference else {})
-    return Program(jitted, arguments, named, rows * drawn, float(config.rollouts), useful, assumptions(experiment, while_trips=drawn - 1))
+    return Program(
+        jitted,
+        arguments,
+        named,
+        rows * drawn,
+        float(config.rollouts),
+        useful,
+        assumptions(experiment, while_trips=drawn - 1),
+    )
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode, "grpo": grpo}
@@ -113,7 +142,11 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode,
 def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
     """A balanced load: it fits the receive buffers, of which it fills one part in `buffer_factor`."""
     placement, fill = experiment.model.placement, 1.0
-    if isinstance(placement, MeshPlacement) and placement.sizes["expert"] > 1 and placement.dispatch.on(placement.device_kind) != "gather":
+    if (
+        isinstance(placement, MeshPlacement)
+        and placement.sizes["expert"] > 1
+        and placement.dispatch.on(placement.device_kind) != "gather"
+    ):
         fill = 1 / placement.dispatch.buffer_factor
     return Assumptions(branch="least", ragged_fill=fill, **changes)
 
@@ -121,7 +154,10 @@ def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
 def _stage(experiment: Experiment, stage: str | None, kinds: tuple[str, ...]) -> str:
     fitting = [name for name, fields in experiment.sections.items() if fields["kind"] in kinds]
     if not fitting:
-        raise ConfigError(f"{experiment.name} has no stage of kind {' or '.join(kinds)}; its stages: {', '.join(experiment.sections) or 'none'}")
+        raise ConfigError(
+            f"{experiment.name} has no stage of kind {' or '.join(kinds)}; its stages: "
+            f"{', '.join(experiment.sections) or 'none'}"
+        )
     if stage is not None and stage not in fitting:
         raise ConfigError(f"stage {stage!r}: {nearest(stage, fitting)}")
     return stage or fitting[0]

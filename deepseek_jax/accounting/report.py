@@ -12,14 +12,13 @@ from deepseek_jax.accounting.counts import COMPONENTS, count_parameters
 from deepseek_jax.model.config import MLAConfig, ModelConfig
 from deepseek_jax.model.rope import softmax_scale, yarn_correction_range, yarn_mscale
 
-
 DEFAULT_TOKENS = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of the figures besides the network. `sequence_length` None: that of the experiment's first stage, 4096 without an experiment;
-    `tokens` None: as many as its stages train on, 1T without one."""
+    """Assumptions of the figures besides the network. `sequence_length` None: that of the experiment's first stage,
+    4096 without an experiment; `tokens` None: as many as its stages train on, 1T without one."""
 
     sequence_length: int | None = None
     tokens: float | None = None
@@ -27,10 +26,13 @@ class Assumptions:
     dollars_per_hour: float = cost.DOLLARS_PER_GPU_HOUR
 
 
-def report(config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}) -> dict[str, Any]:
+def report(
+    config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}
+) -> dict[str, Any]:
     """Parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for JSON.
 
-    The cost is that of the `stages` of an experiment; of so many tokens of pre-training where `assumptions` say how many, or there are no stages.
+    The cost is that of the `stages` of an experiment; of so many tokens of pre-training where `assumptions` say how
+    many, or there are no stages.
     """
     counts = count_parameters(config)
     length = assumptions.sequence_length or next((work.sequence_length for work in stages.values()), 4096)
@@ -95,7 +97,9 @@ def _yarn(config: ModelConfig) -> dict[str, Any] | None:
 
 def table(name: str, figures: dict[str, Any]) -> Table:
     """A rich table of `report`'s figures."""
-    view = Table(title=name, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False)
+    view = Table(
+        title=name, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False
+    )
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
@@ -129,7 +133,9 @@ def _parameter_rows(view: Table, parameters: dict[str, Any]) -> None:
         view.add_row(f"  activated, {label.replace('_', ' ')}", f"{n:,}", _billions(n))
     if parameters["mtp_total"]:
         view.add_row("  MTP modules", f"{parameters['mtp_total']:,}", _billions(parameters["mtp_total"]))
-        view.add_row("  MTP modules, activated", f"{parameters['mtp_activated']:,}", _billions(parameters["mtp_activated"]))
+        view.add_row(
+            "  MTP modules, activated", f"{parameters['mtp_activated']:,}", _billions(parameters["mtp_activated"])
+        )
 
 
 def _flop_rows(view: Table, figures: dict[str, Any]) -> None:

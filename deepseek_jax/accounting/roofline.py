@@ -1,9 +1,11 @@
-"""The least time a step can take: matrix units, main memory and links each on their own, whatever a schedule hides behind what.
+"""The least time a step can take: matrix units, main memory and links each on their own, whatever a schedule hides
+behind what.
 
-Compute: FLOPs over the matrix units' peak, float32 products at the bf16 rate. Memory: bytes over HBM bandwidth. Links: for every chip,
-bytes over the bandwidth of all its links together, times the hops that an all-to-all or a permute takes across the torus; an all-gather, a
-reduce-scatter and an all-reduce pass each piece on from neighbour to neighbour and take one. Host network: what leaves a slice (TPU) or a
-host (GPU), in the best arrangement: a piece that several devices of one host need crosses once.
+Compute: FLOPs over the matrix units' peak, float32 products at the bf16 rate. Memory: bytes over HBM bandwidth. Links:
+for every chip, bytes over the bandwidth of all its links together, times the hops that an all-to-all or a permute takes
+across the torus; an all-gather, a reduce-scatter and an all-reduce pass each piece on from neighbour to neighbour and
+take one. Host network: what leaves a slice (TPU) or a host (GPU), in the best arrangement: a piece that several devices
+of one host need crosses once.
 """
 
 import dataclasses
@@ -45,10 +47,13 @@ class Roofline:
 def roofline(
     flops: Mapping[str, float], hbm_bytes: float, collectives: Iterable[Collective], topology: Topology, mesh_devices
 ) -> Roofline:
-    """`flops` of the whole mesh by number format (program_flops), `hbm_bytes` per device, `mesh_devices` in the mesh's order."""
+    """`flops` of the whole mesh by number format (program_flops), `hbm_bytes` per device, `mesh_devices` in the mesh's
+    order."""
     share = topology.chip.devices  # a device has this part of its chip
     devices = np.asarray(mesh_devices, dtype=object).size
-    compute = sum(count / topology.chip.peak(unit(number_format)) for number_format, count in flops.items()) * share / devices
+    compute = (
+        sum(count / topology.chip.peak(unit(number_format)) for number_format, count in flops.items()) * share / devices
+    )
     links, host_network = link_bytes(collectives, topology, mesh_devices)
     return Roofline(
         compute=compute,
@@ -66,7 +71,8 @@ def unit(number_format: str) -> str:
 
 
 def link_bandwidth(topology: Topology) -> float:
-    """Bytes/s one way over all links that a chip of this topology can use; an axis of two chips has one link, an axis of one has none."""
+    """Bytes/s one way over all links that a chip of this topology can use; an axis of two chips has one link, an axis
+    of one has none."""
     chip: Chip = topology.chip
     if not topology.torus:
         return chip.links * chip.link_bandwidth
@@ -91,7 +97,8 @@ def link_bytes(collectives: Iterable[Collective], topology: Topology, mesh_devic
 
 
 def _shares(collective: Collective, where: Mapping[str, np.ndarray], topology: Topology) -> tuple[float, float, float]:
-    """Parts of the buffer that one device sends out of its chip and out of its island, and the mean hops inside the island."""
+    """Parts of the buffer that one device sends out of its chip and out of its island, and the mean hops inside the
+    island."""
     groups, kind = collective.groups, collective.kind
     if kind == "collective-permute":
         out = []
@@ -110,7 +117,8 @@ def _shares(collective: Collective, where: Mapping[str, np.ndarray], topology: T
 
 
 def _mean_hops(sources: np.ndarray, targets: np.ndarray, where: Mapping[str, np.ndarray], topology: Topology) -> float:
-    """Mean length of the shortest path between different chips of one island, over all (source, target) pairs of a row."""
+    """Mean length of the shortest path between different chips of one island, over all (source, target) pairs of a
+    row."""
     if not topology.torus:
         return 1.0
     chip, island, coords = where["chip"], where["island"], where["coords"]
@@ -118,6 +126,8 @@ def _mean_hops(sources: np.ndarray, targets: np.ndarray, where: Mapping[str, np.
     for axis, (size, wraps) in enumerate(zip(topology.torus, topology.wraps, strict=True)):
         if wraps:
             distance[..., axis] = np.minimum(distance[..., axis], size - distance[..., axis])
-    counts = (chip[sources][:, :, None] != chip[targets][:, None]) & (island[sources][:, :, None] == island[targets][:, None])
+    counts = (chip[sources][:, :, None] != chip[targets][:, None]) & (
+        island[sources][:, :, None] == island[targets][:, None]
+    )
     hops = distance.sum(-1)[counts]
     return float(hops.mean()) if hops.size else 1.0

@@ -1,6 +1,8 @@
-"""Devices that are not there: a name such as v5p:8x8x16 or h100:64 -> what XLA can compile for, on a host without accelerators.
+"""Devices that are not there: a name such as v5p:8x8x16 or h100:64 -> what XLA can compile for, on a host without
+accelerators.
 
-TPUs come from libtpu, NVIDIA GPUs from the CUDA plugin and a description of the device; neither needs hardware or a driver.
+TPUs come from libtpu, NVIDIA GPUs from the CUDA plugin and a description of the device; neither needs hardware or a
+driver.
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ GPUS_PER_HOST = 8
 # What libtpu and the CUDA plugin ask their surroundings, answered for a host that has neither TPU nor GPU.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any that libtpu knows: the topology is named in full, and one that it does not know makes it complain
+    # any that libtpu knows: the topology is named in full, and one that it does not know makes it complain
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling takes no hold of a chip, so several processes may
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no cuDNN
@@ -32,7 +35,8 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` in XLA's order, on `slices` equal parts joined by the host network; `torus` is the shape of one part in chips, () behind a switch."""
+    """`devices` in XLA's order, on `slices` equal parts joined by the host network; `torus` is the shape of one part in
+    chips, () behind a switch."""
 
     name: str
     chip: Chip
@@ -57,14 +61,18 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The topology called `name`: CHIP:AxB (v5e, v6e), CHIP:AxBxC (v4, v5p, tpu7x), either with *SLICES, or GPU:COUNT (h100, h200, h800, b200).
+    """The topology called `name`: CHIP:AxB (v5e, v6e), CHIP:AxBxC (v4, v5p, tpu7x), either with *SLICES, or GPU:COUNT
+    (h100, h200, h800, b200).
 
     Raises ConfigError for a name that means nothing and UserError where libtpu or the CUDA plugin is missing.
     """
     prepare()
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if match is None:
-        raise ConfigError(f"topology {name!r}: give a chip and its arrangement, such as v5p:8x8x16, v6e:16x16*2 (two slices) or h100:64; chips: {', '.join(CHIPS)}")
+        raise ConfigError(
+            f"topology {name!r}: give a chip and its arrangement, such as v5p:8x8x16, v6e:16x16*2 (two slices) or "
+            f"h100:64; chips: {', '.join(CHIPS)}"
+        )
     if match[1] not in CHIPS:
         raise ConfigError(f"topology {name!r}: no chip {match[1]!r}; {nearest(match[1], CHIPS)}")
     chip, shape, slices = CHIPS[match[1]], tuple(map(int, match[2].split("x"))), int(match[3] or 1)
@@ -74,7 +82,8 @@ def topology(name: str) -> Topology:
 
 
 def prepare() -> None:
-    """Sets what libtpu and the CUDA plugin read from the environment. Call it before jax starts its backends; what is set already stays."""
+    """Sets what libtpu and the CUDA plugin read from the environment. Call it before jax starts its backends; what is
+    set already stays."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
 
@@ -95,7 +104,9 @@ def _version(package: str) -> str | None:
 def _tpus(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> Topology:
     if len(shape) != chip.torus_axes:
         example = "x".join(["4"] * chip.torus_axes)
-        raise ConfigError(f"topology {name!r}: {chip.name} chips form a {chip.torus_axes}D torus, for example {chip.name}:{example}")
+        raise ConfigError(
+            f"topology {name!r}: {chip.name} chips form a {chip.torus_axes}D torus, for example {chip.name}:{example}"
+        )
     if not installed(chip):
         raise UserError(f"topology {name!r} needs libtpu, which is not installed: {INSTALL}")
     try:
@@ -121,21 +132,27 @@ def _gpus(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> Topolog
         raise ConfigError(f"topology {name!r}: give the number of GPUs, for example {chip.name}:64")
     count = shape[0]
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
-        raise ConfigError(f"topology {name!r}: {GPUS_PER_HOST} GPUs a host; {count} is no multiple of that, {count - count % GPUS_PER_HOST} is")
+        raise ConfigError(
+            f"topology {name!r}: {GPUS_PER_HOST} GPUs a host; {count} is no multiple of that, "
+            f"{count - count % GPUS_PER_HOST} is"
+        )
     if not installed(chip):
         raise UserError(f"topology {name!r} needs the CUDA plugin, which is not installed: {INSTALL}")
     try:
         devices = _gpu_devices(chip.name, max(count // GPUS_PER_HOST, 1), min(count, GPUS_PER_HOST))
     except NotImplementedError as error:
         raise UserError(
-            f"topology {name!r}: the CUDA plugin did not start; set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before jax is used for the first time"
+            f"topology {name!r}: the CUDA plugin did not start; set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before jax is "
+            "used for the first time"
         ) from error
     return Topology(name, chip, devices, ())
 
 
 @functools.cache
 def _gpu_devices(name: str, hosts: int, per_host: int) -> tuple:
-    description = topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{per_host}", target_config=target_config(CHIPS[name]))
+    description = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x{hosts}x{per_host}", target_config=target_config(CHIPS[name])
+    )
     return tuple(description.devices)
 
 
@@ -145,15 +162,21 @@ _LIKE = {"h100": H100, "h200": H200, "h800": H100, "b200": B200}
 def target_config(chip: Chip) -> str:
     """The text of stream_executor.GpuTargetConfigProto that describes a GPU to XLA."""
     kind = f"NVIDIA {chip.name.upper()}"
-    return dataclasses.replace(_LIKE[chip.name], kind=kind, memory=chip.hbm_bytes, bandwidth=round(chip.hbm_bandwidth)).proto()
+    return dataclasses.replace(
+        _LIKE[chip.name], kind=kind, memory=chip.hbm_bytes, bandwidth=round(chip.hbm_bandwidth)
+    ).proto()
 
 
 def places(devices) -> dict[str, np.ndarray]:
-    """Where the devices of a mesh, in its order, stand: int [N] "chip" and "island" (slice of a TPU, host of GPUs: what fast links join),
-    int [N, 3] "coords" in the torus (zeros for GPUs)."""
+    """Where the devices of a mesh, in its order, stand: int [N] "chip" and "island" (slice of a TPU, host of GPUs: what
+    fast links join), int [N, 3] "coords" in the torus (zeros for GPUs)."""
     flat = np.asarray(devices, dtype=object).reshape(-1)
     if flat[0].platform != "tpu":
-        return {"chip": np.arange(len(flat)), "island": np.array([device.process_index for device in flat]), "coords": np.zeros((len(flat), 3), int)}
+        return {
+            "chip": np.arange(len(flat)),
+            "island": np.array([device.process_index for device in flat]),
+            "coords": np.zeros((len(flat), 3), int),
+        }
     island = np.array([getattr(device, "slice_index", None) or 0 for device in flat])
     coords = np.array([device.coords for device in flat])
     _, chip = np.unique(np.column_stack([island, coords]), axis=0, return_inverse=True)

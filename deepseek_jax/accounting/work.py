@@ -14,8 +14,8 @@ from deepseek_jax.training.batches import batch_rows
 
 
 def stage_work(stage: Any, shards: int | None = None) -> Work | None:
-    """The work of a stage; None for one that trains nothing. `shards`: into how many parts the mesh divides the rows of a batch (default: as
-    the stage's own placement does)."""
+    """The work of a stage; None for one that trains nothing. `shards`: into how many parts the mesh divides the rows of
+    a batch (default: as the stage's own placement does)."""
     if isinstance(stage, TrainStage):
         tokens = int(np.sum(training_rows(stage, shards))) * stage.seq_len
         return Work(tokens, float(tokens) * stage.flops_per_token, stage.seq_len)
@@ -37,13 +37,16 @@ def training_rows(stage: TrainStage, shards: int | None = None) -> np.ndarray:
     config = stage.train
     if config.batch_size is None:
         return np.full(config.steps, stage.batch_size)
-    return batch_rows(config, np.arange(config.steps), stage.experiment.model.placement.batch_shards if shards is None else shards)
+    return batch_rows(
+        config, np.arange(config.steps), stage.experiment.model.placement.batch_shards if shards is None else shards
+    )
 
 
 def rollout_flops(model: ModelConfig, config: GRPOConfig, sampled: bool) -> float:
     """FLOPs of a rollout with its updates, every completion at its full length; `sampled` False: of the updates alone.
 
-    An epoch is a forward and a backward pass, and another forward pass by the reference where the KL counts. Each prompt is read once for its group.
+    An epoch is a forward and a backward pass, and another forward pass by the reference where the KL counts. Each
+    prompt is read once for its group.
     """
     rows, drawn = config.completions_per_rollout, config.max_completion_length
     length = config.max_prompt_length + drawn

@@ -22,7 +22,8 @@ MARKED = "deepseek_jax"  # the field of tokenizer_config.json that says that sav
 
 
 class ByteTokenizer:
-    """UTF-8 bytes 0..255, then the special tokens above; ids 265..271 are reserved. Chats are <bos><user>…<assistant>…<eos>."""
+    """UTF-8 bytes 0..255, then the special tokens above; ids 265..271 are reserved. Chats are
+    <bos><user>…<assistant>…<eos>."""
 
     vocab_size = 272
     reasoning_tags = ("<think>", "</think>", "<answer>", "</answer>")
@@ -58,7 +59,8 @@ class ByteTokenizer:
         return "".join(text) + run.decode("utf-8", errors="replace")
 
     def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a chat. An assistant's message may contain the reasoning tags; a user's text is never parsed for control strings."""
+        """Ids of a chat. An assistant's message may contain the reasoning tags; a user's text is never parsed for
+        control strings."""
         ids = [self.bos_id]
         for message in messages:
             role, content = message["role"], message["content"]
@@ -67,7 +69,9 @@ class ByteTokenizer:
             elif role == "assistant":
                 ids += [self.specials["<assistant>"], *self.answer(content)]
             else:
-                raise DataError(f"the byte tokenizer's chat has no role {role!r}: {nearest(str(role), ('user', 'assistant'))}")
+                raise DataError(
+                    f"the byte tokenizer's chat has no role {role!r}: {nearest(str(role), ('user', 'assistant'))}"
+                )
         return ids + [self.specials["<assistant>"]] if add_generation_prompt else ids
 
     def answer(self, text: str) -> list[int]:
@@ -80,7 +84,15 @@ class ByteTokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes the same tokenizer as files that `load_tokenizer` and transformers read."""
         added = [
-            {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": name in _HIDDEN}
+            {
+                "id": i,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": name in _HIDDEN,
+            }
             for name, i in self.specials.items()
         ]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -96,11 +108,14 @@ class ByteTokenizer:
             tokenizer_files.SETTINGS: named | {"tokenizer_class": "PreTrainedTokenizerFast", MARKED: "byte"},
             tokenizer_files.GENERATION: ids,
         }
-        tokenizer_files.write_files(Path(folder), {name: json.dumps(content, indent=1).encode() for name, content in files.items()})
+        tokenizer_files.write_files(
+            Path(folder), {name: json.dumps(content, indent=1).encode() for name, content in files.items()}
+        )
 
 
 def _byte_letters() -> list[str]:
-    """The letter by which a byte-level vocabulary writes each byte: itself if it can be seen, else one from U+0100 on."""
+    """The letter by which a byte-level vocabulary writes each byte: itself if it can be seen, else one from U+0100
+    on."""
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     unseen = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(unseen)) for byte in range(256)]

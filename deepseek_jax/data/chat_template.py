@@ -1,4 +1,5 @@
-"""A checkpoint's chat template: Jinja in a sandbox, with the names and filters that transformers gives such templates."""
+"""A checkpoint's chat template: Jinja in a sandbox, with the names and filters that transformers gives such
+templates."""
 
 import datetime
 import functools
@@ -78,17 +79,26 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which bounds `range`, with bounds on products, powers and widths too: they fill the memory as well."""
+    """Jinja's sandbox, which bounds `range`, with bounds on products, powers and widths too: they fill the memory as
+    well."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def call(self, context, call, /, *arguments, **keywords):
-        if any(isinstance(value, int) and abs(value) > _MAX_REPEATED for value in arguments) and hasattr(getattr(call, "__self__", None), "__len__"):
+        if any(isinstance(value, int) and abs(value) > _MAX_REPEATED for value in arguments) and hasattr(
+            getattr(call, "__self__", None), "__len__"
+        ):
             raise jinja2.TemplateError(f"{call.__name__} with a number above {_MAX_REPEATED}")
         return super().call(context, call, *arguments, **keywords)
 
     def call_binop(self, context, operator, left, right):
-        if operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and abs(right) > 10_000:
+        if (
+            operator == "**"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and abs(left) > 1
+            and abs(right) > 10_000
+        ):
             raise jinja2.TemplateError(f"{left} ** {right} is too large")
         if operator == "*":
             for one, other in ((left, right), (right, left)):
@@ -145,7 +155,9 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     return message if reasoning is None else {"thinking": reasoning} | message | {"reasoning_content": reasoning}
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False
+) -> str:
     """JSON as people read it: Jinja's own filter would escape <, > and & for HTML."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     return ascii_json(text) if ensure_ascii else text

@@ -1,4 +1,5 @@
-"""Opens data before anything is trained on it: what cannot be read is found before the first step of the first stage."""
+"""Opens data before anything is trained on it: what cannot be read is found before the first step of the first
+stage."""
 
 from collections.abc import Sequence
 
@@ -9,12 +10,19 @@ from deepseek_jax.data.tokenizers import Tokenizer
 
 
 def check_sources(
-    sources: Sequence[SourceConfig], splits: Sequence[str], tokenizer: Tokenizer, data_dir: str | None = None, vocab_size: int | None = None, *, prepare: bool = True
+    sources: Sequence[SourceConfig],
+    splits: Sequence[str],
+    tokenizer: Tokenizer,
+    data_dir: str | None = None,
+    vocab_size: int | None = None,
+    *,
+    prepare: bool = True,
 ) -> None:
     """Opens the sources and tokenizes one record of each shape (see `Documents`): the chat template is rendered too.
 
-    A source that holds nothing out has no validation split to open; where it is trained on, its share of held-out documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may
-    have to be downloaded. Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
+    A source that holds nothing out has no validation split to open; where it is trained on, its share of held-out
+    documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may have to be downloaded.
+    Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
     """
     opened = []  # until the end, so that a file of both splits is read once
     for source in sources:

@@ -22,15 +22,17 @@ def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 class SourceConfig:
     """One source of documents.
 
-    name: 'stdlib' (the Python standard library's own source), 'tfds:NAME' (any TFDS dataset with a text feature), a path or
+    name: 'stdlib' (the Python standard library's own source), 'tfds:NAME' (any TFDS dataset with a text feature), a
+    path or
         glob of .jsonl, .parquet or .txt files (a .txt file is one document), or the key of an in-memory source given to
         `build_loader`.
     weight: share of the rows, and with packing='split' of the tokens, this source provides (relative to the others).
-    format: 'text': <bos> text <eos>, every token trained on. 'completion': fields `prompt` and `completion` (text or token
+    format: 'text': <bos> text <eos>, every token trained on. 'completion': fields `prompt` and `completion` (text or
+    token
         ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that message.
         'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
-    text_field: the field that holds the text (format 'text').
-    validation_fraction: local files only: share of documents held out; which ones depends on their content alone. 0, for any source
+    text_field: the field that holds the text (format 'text'). validation_fraction: local files only: share of documents
+    held out; which ones depends on their content alone. 0, for any source
         without a validation_path: nothing is held out, and training goes without held-out evaluation.
     validation_path: local files only: the held-out files, in place of a fraction.
     train_split, validation_split: TFDS only; slices such as 'train[:95%]' are allowed.
@@ -51,7 +53,9 @@ class SourceConfig:
         where = f"source {self.name!r}"
         _choice(f"{where}: format", self.format, FORMATS)
         if not self.weight > 0:
-            raise ConfigError(f"{where}: weight={self.weight:g}: must be above 0; leave the source out to switch it off")
+            raise ConfigError(
+                f"{where}: weight={self.weight:g}: must be above 0; leave the source out to switch it off"
+            )
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"{where}: validation_fraction={self.validation_fraction}: at least 0 and below 1")
         if self.max_bytes is not None and self.max_bytes < 1:
@@ -59,7 +63,8 @@ class SourceConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the source has held-out documents. With validation_fraction=0 and no validation_path all are trained on."""
+        """Whether the source has held-out documents. With validation_fraction=0 and no validation_path all are trained
+        on."""
         return self.validation_fraction > 0 or self.validation_path is not None
 
 
@@ -69,19 +74,25 @@ class DataConfig:
 
     packing: 'split' joins documents and cuts them at row borders, so no position is wasted; 'whole' keeps each document
         in one row (best fit) and pads.
-    long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or are
+    long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or
+    are
         'cut' into pieces of a row: long texts and short dialogues mix in one loader, and no dialogue is torn.
     shuffle: a new order of the documents in every epoch. Where long documents are cut, one of them fills many
-        successive rows, so rows are shuffled too, within `shuffle_window` of a stream's: a batch should not be one document.
-    num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many times,
+        successive rows, so rows are shuffled too, within `shuffle_window` of a stream's: a batch should not be one
+        document.
+    num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many
+    times,
         whatever the weights.
-    streams: the data is dealt into this many streams, each packed on its own, and each gives an equal part of every batch's rows.
-        A host reads only the streams that its rows come from, so hosts share the work if there are at least as many streams as
-        hosts. The batches depend on `streams` and not on the number of hosts: choose what the largest machine will need.
+    streams: the data is dealt into this many streams, each packed on its own, and each gives an equal part of every
+    batch's rows.
+        A host reads only the streams that its rows come from, so hosts share the work if there are at least as many
+        streams as hosts. The batches depend on `streams` and not on the number of hosts: choose what the largest
+        machine will need.
     open_rows: with packing='whole', how many rows a stream fills at the same time; more rows, less padding.
-    read_threads: threads that read and tokenise for each source; 0 does it inside the prefetch thread. The batches never depend on it.
-    prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked.
-    data_dir: where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or $TFDS_DATA_DIR).
+    read_threads: threads that read and tokenise for each source; 0 does it inside the prefetch thread. The batches
+    never depend on it. prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked. data_dir:
+    where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or
+    $TFDS_DATA_DIR).
     """
 
     sources: tuple[SourceConfig, ...] = (SourceConfig("stdlib"),)
@@ -101,7 +112,13 @@ class DataConfig:
         _choice("data.long_documents", self.long_documents, LONG_DOCUMENTS)
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source, for example {'name': 'stdlib'}")
-        for field, minimum in (("streams", 1), ("open_rows", 1), ("shuffle_window", 1), ("read_threads", 0), ("prefetch_rows", 0)):
+        for field, minimum in (
+            ("streams", 1),
+            ("open_rows", 1),
+            ("shuffle_window", 1),
+            ("read_threads", 0),
+            ("prefetch_rows", 0),
+        ):
             if getattr(self, field) < minimum:
                 raise ConfigError(f"data.{field}={getattr(self, field)}: at least {minimum}")
         if self.num_epochs is not None:
@@ -109,12 +126,14 @@ class DataConfig:
                 raise ConfigError(f"data.num_epochs={self.num_epochs}: at least 1, or None to repeat for ever")
             if len({source.weight for source in self.sources}) > 1:
                 raise ConfigError(
-                    f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot differ; "
+                    f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot "
+                    "differ; "
                     "set num_epochs=None to mix by weight"
                 )
             if self.streams > 1:
                 raise ConfigError(
-                    f"data.num_epochs={self.num_epochs} ends, and the data.streams={self.streams} streams would not end together; "
+                    f"data.num_epochs={self.num_epochs} ends, and the data.streams={self.streams} streams would not "
+                    "end together; "
                     "set num_epochs=None, or streams=1, where every host reads all of the data"
                 )
 

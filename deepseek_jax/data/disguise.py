@@ -1,8 +1,8 @@
 """Control strings in the text of a user, disguised so that they pass through a chat template and are tokenized as text.
 
-A disguised character is a pair of private ones: `MARK`, which Unicode reserves for programs' own use, and a character that
-says which it stands for. Only the first character of a control string is disguised, so that templates that trim, split or
-search the text see all the rest as it is.
+A disguised character is a pair of private ones: `MARK`, which Unicode reserves for programs' own use, and a character
+that says which it stands for. Only the first character of a control string is disguised, so that templates that trim,
+split or search the text see all the rest as it is.
 """
 
 import re
@@ -15,8 +15,8 @@ _PAIR = re.compile(f"{MARK}([{chr(_BASE)}-{chr(0x10FFFF)}])")
 
 
 class Disguise:
-    """Disguises `control` strings. `pairs` are (disguised, plain) for all characters that may be disguised, in the order
-    in which they have to be replaced."""
+    """Disguises `control` strings. `pairs` are (disguised, plain) for all characters that may be disguised, in the
+    order in which they have to be replaced."""
 
     def __init__(self, control: Collection[str]):
         longest_first = sorted(control, key=len, reverse=True)
@@ -25,14 +25,17 @@ class Disguise:
         self._beginnings = frozenset(text[:end] for text in control for end in range(1, len(text)))
         self._longest = max(map(len, control), default=0)
         # The mark's own pair comes last: text that it restores must not be read as another pair.
-        self.pairs = tuple((_disguised(first), first) for first in [*sorted({text[0] for text in control} - {MARK}), MARK])
+        self.pairs = tuple(
+            (_disguised(first), first) for first in [*sorted({text[0] for text in control} - {MARK}), MARK]
+        )
 
     def find_all(self, text: str) -> list[str]:
         """The control strings that lie in `text` in the open."""
         return self._control.findall(text)
 
     def hide(self, text: str, but: Iterable[str] = ()) -> str:
-        """`text` in which no control string is left except those of `but`, and none can arise from what a template puts behind it."""
+        """`text` in which no control string is left except those of `but`, and none can arise from what a template puts
+        behind it."""
         kept = "|".join(map(re.escape, but))
         pieces = re.split(f"({kept})", text) if kept else [text]
         return "".join(piece if i % 2 else self._hidden(piece) for i, piece in enumerate(pieces))
@@ -41,7 +44,11 @@ class Disguise:
         starts = {match.start() for match in self._starts.finditer(text)}
         tail = range(max(0, len(text) - self._longest + 1), len(text))
         starts.update(i for i in tail if text[i:] in self._beginnings)
-        return "".join(_disguised(character) if i in starts else character for i, character in enumerate(text)) if starts else text
+        return (
+            "".join(_disguised(character) if i in starts else character for i, character in enumerate(text))
+            if starts
+            else text
+        )
 
 
 def revealed(text: str) -> str:

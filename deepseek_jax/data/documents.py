@@ -1,8 +1,8 @@
 """From records to documents: one int32 array of shape [tokens, 3] each, so that packing moves a single array.
 
-Columns: the token id; whether it is trained on as a target; and the bytes of text it stands for as a target. The last column
-spreads a document's UTF-8 length evenly over its targets: sums over a document are exact for every tokenizer, which is all that
-bits per byte need.
+Columns: the token id; whether it is trained on as a target; and the bytes of text it stands for as a target. The last
+column spreads a document's UTF-8 length evenly over its targets: sums over a document are exact for every tokenizer,
+which is all that bits per byte need.
 """
 
 import json
@@ -20,56 +20,90 @@ TOKEN, LOSS_MASK, NUM_BYTES = range(3)
 
 def required_fields(source: SourceConfig) -> tuple[str, ...]:
     """Fields a record of this source must have."""
-    by_format = {"text": (source.text_field,), "completion": ("prompt", "completion"), "messages": ("messages",), "tokens": ("tokens",)}
+    by_format = {
+        "text": (source.text_field,),
+        "completion": ("prompt", "completion"),
+        "messages": ("messages",),
+        "tokens": ("tokens",),
+    }
     return by_format[source.format]
 
 
 def check_record(record: Mapping[str, Any], source: SourceConfig, where: str, vocab_size: int | None = None) -> None:
-    """Raises DataError where a record lacks a field or holds something that is no text, chat or ids; names the fields it has.
+    """Raises DataError where a record lacks a field or holds something that is no text, chat or ids; names the fields
+    it has.
 
     With `vocab_size` every token id has to be below it.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: expected an object with fields {', '.join(required_fields(source))}, found {type(record).__name__}")
+        raise DataError(
+            f"{where}: expected an object with fields {', '.join(required_fields(source))}, found "
+            f"{type(record).__name__}"
+        )
     for field in required_fields(source):
         if field not in record:
-            advice = "set text_field to the one with the text" if source.format == "text" else f"format {source.format!r} needs it"
-            raise DataError(f"{where}: no field {field!r}; the fields are: {', '.join(map(str, record)) or 'none'}; {advice}")
+            advice = (
+                "set text_field to the one with the text"
+                if source.format == "text"
+                else f"format {source.format!r} needs it"
+            )
+            raise DataError(
+                f"{where}: no field {field!r}; the fields are: {', '.join(map(str, record)) or 'none'}; {advice}"
+            )
         if source.format == "text" and not isinstance(record[field], str):
             raise DataError(f"{where}: field {field!r} holds {type(record[field]).__name__}, not text")
         if source.format == "completion" and not isinstance(record[field], str | Sequence | np.ndarray):
-            raise DataError(f"{where}: field {field!r} holds {type(record[field]).__name__}, neither text nor token ids")
+            raise DataError(
+                f"{where}: field {field!r} holds {type(record[field]).__name__}, neither text nor token ids"
+            )
         if source.format == "tokens" or (source.format == "completion" and not isinstance(record[field], str)):
             token_ids(record[field], f"{where}: {field}", vocab_size)
     if source.format == "tokens" and "loss_mask" in record:
         mask = zeros_and_ones(record["loss_mask"], f"{where}: loss_mask")
         if len(mask) != len(record["tokens"]):
-            raise DataError(f"{where}: {len(record['tokens'])} tokens and {len(mask)} values of loss_mask; every token needs one")
+            raise DataError(
+                f"{where}: {len(record['tokens'])} tokens and {len(mask)} values of loss_mask; every token needs one"
+            )
     if source.format == "messages":
         messages = record["messages"]
-        if not isinstance(messages, Sequence) or not messages or not all(
-            isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-            for message in messages
+        if (
+            not isinstance(messages, Sequence)
+            or not messages
+            or not all(
+                isinstance(message, Mapping)
+                and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)
+                for message in messages
+            )
         ):
             raise DataError(f"{where}: messages must be a list of objects with the texts `role` and `content`")
         if messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's, which is trained on")
+            raise DataError(
+                f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's, which is "
+                "trained on"
+            )
 
 
 def token_ids(values: Any, where: str, vocab_size: int | None = None) -> np.ndarray:
-    """int32 [n] from a list or array of integers. Raises DataError, with the place, for anything else and for ids outside the vocabulary."""
+    """int32 [n] from a list or array of integers. Raises DataError, with the place, for anything else and for ids
+    outside the vocabulary."""
     ids = _numbers(values, where, int, "token ids are integers")
     largest = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
     outside = np.flatnonzero((ids < 0) | (ids > largest))
     if len(outside):
         value = ids[outside[0]]
-        advice = "a token that is not trained on keeps its id and has loss_mask 0" if value < 0 else "take the tokenizer that the model was made for"
+        advice = (
+            "a token that is not trained on keeps its id and has loss_mask 0"
+            if value < 0
+            else "take the tokenizer that the model was made for"
+        )
         raise DataError(f"{where}[{outside[0]}] is {value}, outside 0 … {largest}, the ids of the vocabulary; {advice}")
     return ids.astype(np.int32)
 
 
 def zeros_and_ones(values: Any, where: str) -> np.ndarray:
-    """int32 [n] from a list or array of 0 and 1 (or false and true). Raises DataError, with the place, for anything else."""
+    """int32 [n] from a list or array of 0 and 1 (or false and true). Raises DataError, with the place, for anything
+    else."""
     mask = _numbers(values, where, float, "a loss mask holds 0 and 1")
     other = np.flatnonzero((mask != 0) & (mask != 1))
     if len(other):
@@ -78,7 +112,8 @@ def zeros_and_ones(values: Any, where: str) -> np.ndarray:
 
 
 def _numbers(values: Any, where: str, kind: type, rule: str) -> np.ndarray:
-    """[n] int64 (kind int), or any numbers and booleans (kind float), without a conversion that would change a value."""
+    """[n] int64 (kind int), or any numbers and booleans (kind float), without a conversion that would change a
+    value."""
     if isinstance(values, np.ndarray):
         if values.ndim != 1 or values.dtype.kind not in ("iu" if kind is int else "iufb"):
             raise DataError(f"{where} is an array of {values.dtype} {values.shape}; {rule}, in one dimension")
@@ -96,13 +131,16 @@ def _numbers(values: Any, where: str, kind: type, rule: str) -> np.ndarray:
 
 
 def split_key(record: Mapping[str, Any], source: SourceConfig) -> bytes:
-    """What decides a record's side of the train/validation split: its text, or the question, so that one question never straddles it.
+    """What decides a record's side of the train/validation split: its text, or the question, so that one question never
+    straddles it.
 
-    The question is the prompt, a chat's first message of the user, or the tokens before the first one that is trained on
-    (of a document that is trained on from its second token or earlier: all of its tokens).
+    The question is the prompt, a chat's first message of the user, or the tokens before the first one that is trained
+    on (of a document that is trained on from its second token or earlier: all of its tokens).
     """
     if source.format == "messages":
-        value = next((message["content"] for message in record["messages"] if message["role"] == "user"), record["messages"][:-1])
+        value = next(
+            (message["content"] for message in record["messages"] if message["role"] == "user"), record["messages"][:-1]
+        )
     elif source.format == "tokens":
         trained = np.flatnonzero(np.asarray(record.get("loss_mask", ())))
         value = np.asarray(record["tokens"])
@@ -115,7 +153,9 @@ def split_key(record: Mapping[str, Any], source: SourceConfig) -> bytes:
 def shape(record: Mapping[str, Any], source: SourceConfig) -> Hashable:
     """What decides whether a checked record can be tokenized: one of each shape is tried when a source is opened."""
     if source.format == "messages":  # a chat template refuses roles, their order, and fields
-        return tuple((message["role"], *sorted(message), "think>" in message["content"]) for message in record["messages"])
+        return tuple(
+            (message["role"], *sorted(message), "think>" in message["content"]) for message in record["messages"]
+        )
     if source.format == "completion":
         texts = [record[field] if isinstance(record[field], str) else None for field in ("prompt", "completion")]
         return tuple(text is None for text in texts), (texts[1] or "").lstrip().startswith("<think>")
@@ -123,9 +163,11 @@ def shape(record: Mapping[str, Any], source: SourceConfig) -> Hashable:
 
 
 class Documents:
-    """A source's documents, int32 [tokens, 3] each: records are tokenized when they are asked for, and an error names the place.
+    """A source's documents, int32 [tokens, 3] each: records are tokenized when they are asked for, and an error names
+    the place.
 
-    When it is made it tokenizes the `examples` of the records, one of each shape. Raises DataError for a record that cannot be tokenized.
+    When it is made it tokenizes the `examples` of the records, one of each shape. Raises DataError for a record that
+    cannot be tokenized.
     """
 
     def __init__(self, records: Any, tokenize: "Tokenise"):
@@ -147,7 +189,12 @@ class Tokenise:
         self._source = source
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size or tokenizer.vocab_size
-        by_format = {"text": self._text, "completion": self._completion, "messages": self._messages, "tokens": self._tokens}
+        by_format = {
+            "text": self._text,
+            "completion": self._completion,
+            "messages": self._messages,
+            "tokens": self._tokens,
+        }
         self._convert = by_format[source.format]
 
     def __call__(self, record: Mapping[str, Any], where: str | None = None) -> np.ndarray:
@@ -180,7 +227,9 @@ class Tokenise:
         return _answered(*self._tokenizer.turn(record["messages"]), record["messages"][-1]["content"])
 
     def _refuse_second_opening(self, prompt_ids: Sequence[int], completion: str) -> None:
-        if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith("<think>"):
+        if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(
+            "<think>"
+        ):
             raise DataError(
                 f"the prompt already ends with <think>, and so starts this completion: "
                 f"{completion[:40]!r}; remove it from the completions"
@@ -194,7 +243,12 @@ class Tokenise:
 
 
 def completion_documents(
-    prompts_BP: np.ndarray, prompt_lengths_B: np.ndarray, completions_BN: np.ndarray, mask_BN: np.ndarray, *, loss_on_prompt: bool = False
+    prompts_BP: np.ndarray,
+    prompt_lengths_B: np.ndarray,
+    completions_BN: np.ndarray,
+    mask_BN: np.ndarray,
+    *,
+    loss_on_prompt: bool = False,
 ) -> list[dict[str, np.ndarray]]:
     """Records of format 'tokens' from right-padded prompts and completions, as a task writes its demonstrations.
 

@@ -1,9 +1,10 @@
-"""Local files of records with random access: JSON lines, JSON arrays, tables, Parquet and plain text, compressed or not.
+"""Local files of records with random access: JSON lines, JSON arrays, tables, Parquet and plain text, compressed or
+not.
 
-A file of lines stays on disk: the places of its lines are found once, and a line is read and parsed when it is asked for.
-The other text formats, and compressed files, have no cheap random access; their records are written once to a temporary
-file of lines, which disappears with the process. A record that is read is compared with a checksum from when the file was
-opened, so that a file that somebody changes meanwhile gives an error and never another text.
+A file of lines stays on disk: the places of its lines are found once, and a line is read and parsed when it is asked
+for. The other text formats, and compressed files, have no cheap random access; their records are written once to a
+temporary file of lines, which disappears with the process. A record that is read is compared with a checksum from when
+the file was opened, so that a file that somebody changes meanwhile gives an error and never another text.
 """
 
 import array
@@ -71,7 +72,8 @@ def is_packed(path: str) -> bool:
 
 
 class JsonRecords:
-    """Records as lines of JSON in a file, from `start` to `start + size` each; `unit` is what the lines are called in messages."""
+    """Records as lines of JSON in a file, from `start` to `start + size` each; `unit` is what the lines are called in
+    messages."""
 
     def __init__(self, path: str, file: BinaryIO, unit: str = "line"):
         self._path, self._file, self._unit = path, file, unit
@@ -103,7 +105,9 @@ class JsonRecords:
         return moved
 
     def _add(self, start: int, line: bytes, number: int) -> None:
-        for column, value in zip((self._starts, self._sizes, self._numbers, self._checksums), (start, len(line), number, zlib.crc32(line))):
+        for column, value in zip(
+            (self._starts, self._sizes, self._numbers, self._checksums), (start, len(line), number, zlib.crc32(line))
+        ):
             column.append(value)
 
     def where(self, index: int) -> str:
@@ -155,7 +159,11 @@ def _array(text: str, path: str) -> Iterator[tuple[int, Any]]:
         separator = text[at : at + 1]
         if separator not in (",", "]") or not separator:
             line += text.count("\n", counted, at)
-            ending = "the file ends before the array does: copy it again" if not separator else f"',' or ']' expected, found {separator!r}"
+            ending = (
+                "the file ends before the array does: copy it again"
+                if not separator
+                else f"',' or ']' expected, found {separator!r}"
+            )
             raise DataError(f"{path} line {line}: not valid JSON ({ending})")
         if separator == "]":
             break
@@ -181,10 +189,14 @@ def _rows(text: str, path: str, delimiter: str) -> Iterator[tuple[int, dict[str,
             if names is None:
                 names = cells
                 if len(set(names)) < len(names) or not all(names):
-                    raise DataError(f"{path} line 1: every column needs a name of its own; found {', '.join(map(repr, names))}")
+                    raise DataError(
+                        f"{path} line 1: every column needs a name of its own; found {', '.join(map(repr, names))}"
+                    )
             elif cells:
                 if len(cells) != len(names):
-                    raise DataError(f"{path} line {number}: {len(cells)} columns, and the first line names {len(names)}")
+                    raise DataError(
+                        f"{path} line {number}: {len(cells)} columns, and the first line names {len(names)}"
+                    )
                 yield number, dict(zip(names, cells, strict=True))
             number = reader.line_num + 1
     except csv.Error as error:
@@ -199,8 +211,11 @@ class _Parquet:
         with pyarrow.parquet.ParquetFile(_unpacked(path) if is_packed(path) else path) as file:
             names = file.schema_arrow.names
             wanted = {*required_fields(source), "loss_mask"}
-            # Without any wanted column one other is read, so that the error about the missing field can name what is there.
-            self._table = file.read(columns=[name for name in names if name in wanted] if wanted & set(names) else names)
+            # Without any wanted column one other is read, so that the error about the missing field can name what is
+            # there.
+            self._table = file.read(
+                columns=[name for name in names if name in wanted] if wanted & set(names) else names
+            )
 
     def where(self, index: int) -> str:
         return f"{self._path} row {index}"
@@ -211,7 +226,8 @@ class _Parquet:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return {name: self._table[name][index].as_py() for name in self._table.column_names}
-        except (ValueError, pyarrow.ArrowException) as error:  # text that is not UTF-8, times that Python has no type for
+        # text that is not UTF-8, times that Python has no type for
+        except (ValueError, pyarrow.ArrowException) as error:
             raise DataError(f"{self.where(index)}: {error}") from error
 
 
@@ -242,7 +258,12 @@ def _zstandard(path: str) -> BinaryIO:
     return pyarrow.input_stream(path, compression="zstd")
 
 
-PACKED: Mapping[str, Callable[[str], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}
+PACKED: Mapping[str, Callable[[str], BinaryIO]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
 READERS: Mapping[str, Callable[[str, SourceConfig], Reader]] = {
     ".jsonl": JsonRecords.of_lines,
     ".ndjson": JsonRecords.of_lines,
@@ -252,7 +273,8 @@ READERS: Mapping[str, Callable[[str, SourceConfig], Reader]] = {
     ".parquet": _Parquet,
     ".txt": _PlainText,
 }
-FORMATS = {".csv": ("text", "completion"), ".tsv": ("text", "completion"), ".txt": ("text",)}  # the others hold records of every format
+# the others hold records of every format
+FORMATS = {".csv": ("text", "completion"), ".tsv": ("text", "completion"), ".txt": ("text",)}
 
 
 def _unpacked(path: str) -> BinaryIO:
@@ -275,7 +297,9 @@ def _text(path: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}) on line {line}; convert it first: iconv -f latin1 -t utf-8") from error
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}) on line {line}; convert it first: iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def _refuse_utf_16(raw: bytes, path: str) -> None:

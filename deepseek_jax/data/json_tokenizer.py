@@ -21,13 +21,13 @@ _PROBE = "AnswerOfTheAssistant"
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` with the files beside it, read as transformers reads them. Truncation and padding that were saved
-    with it never apply.
+    """A `tokenizer.json` with the files beside it, read as transformers reads them. Truncation and padding that were
+    saved with it never apply.
 
-    Control tokens are the added tokens that the file marks as special, that a setting names, that are written <…> (DeepSeek
-    leaves <｜User｜> and <think> unmarked), or that the chat template writes; ordinary text never produces them. Padding
-    falls back to the end-of-sequence token, as DeepSeek's files have it. Raises DataError for a file that is missing or
-    cannot be read, or that names no bos or eos token.
+    Control tokens are the added tokens that the file marks as special, that a setting names, that are written <…>
+    (DeepSeek leaves <｜User｜> and <think> unmarked), or that the chat template writes; ordinary text never produces
+    them. Padding falls back to the end-of-sequence token, as DeepSeek's files have it. Raises DataError for a file that
+    is missing or cannot be read, or that names no bos or eos token.
     """
 
     def __init__(self, file: Path):
@@ -43,10 +43,15 @@ class JsonTokenizer:
         added = self._parsing.get_added_tokens_decoder()
         marked = {token.content for token in added.values() if token.special} | set(settings.named.values())
         self.specials = {
-            token.content: i for i, token in added.items() if token.content in marked or _is_control(token.content, written)
+            token.content: i
+            for i, token in added.items()
+            if token.content in marked or _is_control(token.content, written)
         }
         if any(text[0] > LAST for text in self.specials):
-            raise DataError(f"{file} has a control token that begins with a character behind U+{ord(LAST):04X}, which is not supported")
+            raise DataError(
+                f"{file} has a control token that begins with a character behind U+{ord(LAST):04X}, which is not "
+                "supported"
+            )
         self.reasoning_tags = tuple(tag for tag in REASONING_TAGS if tag in self.specials)
         unknown = self._parsing.token_to_id(str(getattr(self._parsing.model, "unk_token", None)))
         self._control_ids = frozenset(self.specials.values()) - {unknown}
@@ -54,7 +59,9 @@ class JsonTokenizer:
         end = [i for i in self._library_ids(self._parsing, self._turn_end) if i in self._control_ids]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *end[:1], *settings.eos_ids]))
         shown = {self.specials[tag] for tag in self.reasoning_tags}
-        self._hidden = ({self.specials[text] for text in marked & self.specials.keys()} | set(self.stop_ids) & self._control_ids) - shown
+        self._hidden = (
+            {self.specials[text] for text in marked & self.specials.keys()} | set(self.stop_ids) & self._control_ids
+        ) - shown
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         text = _valid(text)
@@ -63,7 +70,9 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         shown = [int(i) for i in ids if 0 <= i < self.vocab_size and not (skip_special and i in self._hidden)]
-        return _library(lambda: self._parsing.decode(shown, skip_special_tokens=False), f"{self._file} cannot decode {shown[:8]}")
+        return _library(
+            lambda: self._parsing.decode(shown, skip_special_tokens=False), f"{self._file} cannot decode {shown[:8]}"
+        )
 
     def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a chat rendered by the checkpoint's own template. Raises ConfigError where the checkpoint has none."""
@@ -73,14 +82,18 @@ class JsonTokenizer:
         return self._ended(self._ids(self._disguise.hide(_valid(text), self.reasoning_tags) + self._turn_end))
 
     def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """The prompt and the answer as the template writes them, or, of reasoning that it drops from finished turns, as it is."""
+        """The prompt and the answer as the template writes them, or, of reasoning that it drops from finished turns, as
+        it is."""
         *context, last = messages
         prompt, chat = self._render(context, True), self._render(messages, False)
         content = self._hide_message(last).get("content", "")
         dropped = self._dropped_tags(context, chat, content)
         if dropped:
             if last.get("tool_calls"):
-                raise DataError(f"{self._settings.folder}: the chat template drops {dropped[0]} from an answer that has tool_calls: leave one of the two out")
+                raise DataError(
+                    f"{self._settings.folder}: the chat template drops {dropped[0]} from an answer that has "
+                    "tool_calls: leave one of the two out"
+                )
             opened = self.answer_opening.strip()
             if opened:
                 content = re.sub(rf"\A\s*{re.escape(opened)}\s*", "", content)
@@ -90,7 +103,10 @@ class JsonTokenizer:
         else:  # the template writes the opening of an answer only where one is asked for
             place = chat.rfind(content.strip(), 0, len(chat) - len(self._turn_end) * chat.endswith(self._turn_end))
             if place < 0:
-                raise DataError(f"{self._settings.folder}: the chat template rewrites this answer, so that its tokens cannot be told: {revealed(content)[:40]!r}")
+                raise DataError(
+                    f"{self._settings.folder}: the chat template rewrites this answer, so that its tokens cannot be "
+                    f"told: {revealed(content)[:40]!r}"
+                )
             prompt, rest = chat[:place], chat[place:]
         prompt_ids, chat_ids = self._ids(prompt), self._ids(prompt + rest)
         apart = chat_ids[: len(prompt_ids)] == prompt_ids
@@ -106,7 +122,8 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _turn_end(self) -> str:
-        """What the template writes behind an assistant's words; empty where it writes nothing or there is no template."""
+        """What the template writes behind an assistant's words; empty where it writes nothing or there is no
+        template."""
         return self._probed[1]
 
     @functools.cached_property
@@ -117,7 +134,9 @@ class JsonTokenizer:
         question = [{"role": "user", "content": "a"}]
         try:
             prompt = self._render(question, True)
-            before, found, end = self._render([*question, {"role": "assistant", "content": _PROBE}], False).rpartition(_PROBE)
+            before, found, end = self._render([*question, {"role": "assistant", "content": _PROBE}], False).rpartition(
+                _PROBE
+            )
         except DataError:  # it wants other messages than these
             return "", ""
         return (prompt[len(before) :] if prompt.startswith(before) else "", end) if found else ("", "")
@@ -135,10 +154,13 @@ class JsonTokenizer:
         """The chat as text, control strings in the messages disguised but for an assistant's reasoning tags."""
         if self._settings.template is None:
             raise ConfigError(
-                f"{self._settings.folder} has no chat template (neither chat_template in tokenizer_config.json nor chat_template.jinja), and none is "
+                f"{self._settings.folder} has no chat template (neither chat_template in tokenizer_config.json nor "
+                "chat_template.jinja), and none is "
                 "guessed: add the one the checkpoint was trained with, or give plain text"
             )
-        return _valid(self._settings.template.render([self._hide_message(message) for message in messages], add_generation_prompt))
+        return _valid(
+            self._settings.template.render([self._hide_message(message) for message in messages], add_generation_prompt)
+        )
 
     def _hide_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(message, Mapping):
@@ -146,7 +168,9 @@ class JsonTokenizer:
         tags = self.reasoning_tags if message.get("role") == "assistant" else ()
 
         def hide(name: str, value: Any) -> Any:
-            return map_strings(value, lambda text: self._disguise.hide(_valid(text), () if name == "tool_calls" else tags))
+            return map_strings(
+                value, lambda text: self._disguise.hide(_valid(text), () if name == "tool_calls" else tags)
+            )
 
         return {name: hide(name, value) for name, value in message.items()}
 
@@ -159,7 +183,10 @@ class JsonTokenizer:
             ids = [i for piece in pieces for i in self._library_ids(self._guarded, piece)]
             if not Counter(i for i in ids if i in self._control_ids) - wanted:
                 return ids
-        raise DataError(f"{self._file} makes control tokens of plain text: {revealed(text)[:80]!r}; take the text out, or use another tokenizer")
+        raise DataError(
+            f"{self._file} makes control tokens of plain text: {revealed(text)[:80]!r}; take the text out, or use "
+            "another tokenizer"
+        )
 
     def _folds(self, text: str) -> bool:
         """Whether the tokenizer's normalizer makes control strings of other text, such as of capital letters."""
@@ -173,20 +200,33 @@ class JsonTokenizer:
         """The normalizer where a control token may come out of it."""
         tokens = self._parsing.get_added_tokens_decoder().values()
         reachable = self._control_ids & set(self._parsing.get_vocab(with_added_tokens=False).values())
-        return self._parsing.normalizer if reachable or any(token.normalized and token.content in self.specials for token in tokens) else None
+        return (
+            self._parsing.normalizer
+            if reachable or any(token.normalized and token.content in self.specials for token in tokens)
+            else None
+        )
 
     @functools.cached_property
     def _guarded(self) -> tokenizers.Tokenizer:
-        """The tokenizer for disguised text: control tokens are found before anything is normalized, then the disguise falls."""
+        """The tokenizer for disguised text: control tokens are found before anything is normalized, then the disguise
+        falls."""
         definition = json.loads(self._parsing.to_str())
         for token in definition["added_tokens"]:
             token["normalized"] = token["normalized"] and token["content"] not in self.specials
-        steps = [{"type": "Replace", "pattern": {"String": pair}, "content": plain} for pair, plain in self._disguise.pairs]
-        definition["normalizer"] = {"type": "Sequence", "normalizers": steps + [definition["normalizer"]] * (definition["normalizer"] is not None)}
+        steps = [
+            {"type": "Replace", "pattern": {"String": pair}, "content": plain} for pair, plain in self._disguise.pairs
+        ]
+        definition["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": steps + [definition["normalizer"]] * (definition["normalizer"] is not None),
+        }
         return _build(json.dumps(definition), self._file)
 
     def _library_ids(self, library: tokenizers.Tokenizer, text: str) -> list[int]:
-        return _library(lambda: library.encode(text, add_special_tokens=False).ids, f"{self._file} cannot encode {revealed(text)[:40]!r}")
+        return _library(
+            lambda: library.encode(text, add_special_tokens=False).ids,
+            f"{self._file} cannot encode {revealed(text)[:40]!r}",
+        )
 
     def _add_missing(self) -> None:
         """Adds the tokens that only the settings know, and makes added tokens of the named ones in the vocabulary."""
@@ -195,12 +235,15 @@ class JsonTokenizer:
         in_vocabulary = [token for token in named if self._parsing.token_to_id(token.content) is not None]
         missing = [token for token in self._settings.added + in_vocabulary if token.content not in known]
         if missing:
-            _library(lambda: self._parsing.add_tokens(missing), f"{self._file} does not take the added tokens of its settings")
+            _library(
+                lambda: self._parsing.add_tokens(missing),
+                f"{self._file} does not take the added tokens of its settings",
+            )
 
     def _named_id(self, field: str) -> int:
         folder, named = self._settings.folder, self._settings.named
         if field not in named:
-            raise DataError(f"{folder} names no {field}: add \"{field}\": \"…\" to {folder / SETTINGS}")
+            raise DataError(f'{folder} names no {field}: add "{field}": "…" to {folder / SETTINGS}')
         token_id = self._parsing.token_to_id(named[field])
         if token_id is None:
             raise DataError(f"{folder}: {field} {named[field]!r} is not in the vocabulary of {self._file.name}")
@@ -208,8 +251,11 @@ class JsonTokenizer:
 
 
 def _is_control(content: str, written: str) -> bool:
-    """Whether an added token that nothing marks is one: <…>, or a sign that the template writes. Words and spaces are text."""
-    return bool(re.fullmatch(r"<.+>", content, re.DOTALL)) or (content in written and re.search(r"[^\w\s]", content) is not None)
+    """Whether an added token that nothing marks is one: <…>, or a sign that the template writes. Words and spaces are
+    text."""
+    return bool(re.fullmatch(r"<.+>", content, re.DOTALL)) or (
+        content in written and re.search(r"[^\w\s]", content) is not None
+    )
 
 
 def _build(definition: str, file: Path) -> tokenizers.Tokenizer:
@@ -221,7 +267,8 @@ def _build(definition: str, file: Path) -> tokenizers.Tokenizer:
 
 
 def _library(call: Callable[[], Any], wrong: str) -> Any:
-    """What the tokenizers library gives. It raises bare Exception for what it can't use, and panics are no Exception at all."""
+    """What the tokenizers library gives. It raises bare Exception for what it can't use, and panics are no Exception at
+    all."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, GeneratorExit):

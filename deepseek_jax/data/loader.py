@@ -1,8 +1,8 @@
 """From a DataConfig to batches, with a position that can be saved.
 
-The data is dealt into a fixed number of streams, and rows [s·B/S, (s+1)·B/S) of every global batch come from stream s. A process
-runs the pipelines of the streams that its rows come from. So the batches depend on the number of streams and not on how many
-processes there are, and a saved position can be restored with another number of them.
+The data is dealt into a fixed number of streams, and rows [s·B/S, (s+1)·B/S) of every global batch come from stream s.
+A process runs the pipelines of the streams that its rows come from. So the batches depend on the number of streams and
+not on how many processes there are, and a saved position can be restored with another number of them.
 """
 
 import dataclasses
@@ -31,11 +31,12 @@ Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """Iterator over batches: dictionaries of int32 arrays [B / count, T] `tokens`, `segment_ids` (0 = padding), `positions`
-    (restart in every segment), `loss_mask` (1 where the token, as a target, is trained on); B / count are the rows of this share.
+    """Iterator over batches: dictionaries of int32 arrays [B / count, T] `tokens`, `segment_ids` (0 = padding),
+    `positions` (restart in every segment), `loss_mask` (1 where the token, as a target, is trained on); B / count are
+    the rows of this share.
 
-    Batches of the validation split also have `num_bytes` [B / count]: the bytes of text behind each row's targets. Summed
-    over a whole pass they are the exact size of the text, so bits per byte = summed loss / ln 2 / summed bytes.
+    Batches of the validation split also have `num_bytes` [B / count]: the bytes of text behind each row's targets.
+    Summed over a whole pass they are the exact size of the text, so bits per byte = summed loss / ln 2 / summed bytes.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class Loader:
     def take(self, num_rows: int) -> Batch:
         """This process's rows of the next `num_rows` global ones: a batch of any size, for batch-size ramps.
 
-        The last batch of a finite pass is filled up with empty rows; after it StopIteration is raised. Raises ConfigError
-        if the streams and the shares don't divide `num_rows`.
+        The last batch of a finite pass is filled up with empty rows; after it StopIteration is raised. Raises
+        ConfigError if the streams and the shares don't divide `num_rows`.
         """
         check_divisible(num_rows, self._num_streams, self._share[1])
         per_stream = num_rows // self._num_streams
@@ -77,7 +78,9 @@ class Loader:
         index, count = self._share
         start = index * num_rows // count - min(self._streams) * per_stream
         mine = rows[start : start + num_rows // count]
-        fields = [field for field in self._empty_row if field != "num_bytes" or self._description["split"] == "validation"]
+        fields = [
+            field for field in self._empty_row if field != "num_bytes" or self._description["split"] == "validation"
+        ]
         return {field: np.stack([row[field] for row in mine]) for field in fields}
 
     def get_state(self) -> position.Position:
@@ -85,11 +88,14 @@ class Loader:
 
         `position.gather` makes the position of all streams of it, which is what a checkpoint needs.
         """
-        places = {str(stream): iterator.get_state() for stream, iterator in zip(self._streams, self._iterators, strict=True)}
+        places = {
+            str(stream): iterator.get_state() for stream, iterator in zip(self._streams, self._iterators, strict=True)
+        }
         return json.loads(json.dumps({"data": self._description, "streams": places}))
 
     def set_state(self, state: position.Position) -> None:
-        """Goes to a saved position; the batches that follow are bit-identical. Raises DataError if it was saved over other data."""
+        """Goes to a saved position; the batches that follow are bit-identical. Raises DataError if it was saved over
+        other data."""
         places = position.select(state, json.loads(json.dumps(self._description)), self._streams)
         self.restart()
         for iterator, place in zip(self._iterators, places, strict=True):
@@ -129,15 +135,16 @@ def build_loader(
         batch_size: rows per global batch, over all processes; `Loader.batch_size` may be changed later.
         split: 'train', or 'validation' for one ordered pass over the held-out documents in which every token but a
             document's first is a target exactly once (unless the format masks it). It is a single stream.
-        share: (index, count): this process holds block `index` of the `count` equal blocks of every batch's rows. Several
+        share: (index, count): this process holds block `index` of the `count` equal blocks of every batch's rows.
+        Several
             processes may hold the same one.
         in_memory: for each source that is not on disk: split -> random-access sequence of records, such as
             {'tokens': ids, 'loss_mask': mask} (see `SourceConfig.format`).
         vocab_size: the model's, which token ids in the data have to be below (None: the tokenizer's).
 
-    Raises: ConfigError when shares, streams and batch_size don't divide. DataError when a source is missing, unreadable,
-    empty, has a bad record (naming its file and line), has a document longer than a row (packing 'whole'), or when all training documents of a stream
-    together are shorter than its part of a batch.
+    Raises: ConfigError when shares, streams and batch_size don't divide. DataError when a source is missing,
+    unreadable, empty, has a bad record (naming its file and line), has a document longer than a row (packing 'whole'),
+    or when all training documents of a stream together are shorter than its part of a batch.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: {nearest(split, SPLITS)}")
@@ -161,14 +168,22 @@ def build_loader(
         else:
             rows = held_out_rows(config, documents, seq_len, tokenizer.pad_id)
         if config.prefetch_rows:
-            rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=-(-config.prefetch_rows // len(mine)))
+            rows = grain.experimental.ThreadPrefetchIterDataset(
+                rows, prefetch_buffer_size=-(-config.prefetch_rows // len(mine))
+            )
         streams[stream] = rows
-    description = _describe(config, sources) | {"split": split, "seed": seed, "seq_len": seq_len, "vocab_size": tokenizer.vocab_size}
+    description = _describe(config, sources) | {
+        "split": split,
+        "seed": seed,
+        "seq_len": seq_len,
+        "vocab_size": tokenizer.vocab_size,
+    }
     return Loader(streams, config.streams, share, description, batch_size, empty_row(seq_len, tokenizer.pad_id))
 
 
 def streams_of(share: tuple[int, int], num_streams: int) -> range:
-    """The streams that the rows of block `share` = (index, count) come from: several whole ones, or part of a single one.
+    """The streams that the rows of block `share` = (index, count) come from: several whole ones, or part of a single
+    one.
 
     Raises ConfigError if the blocks cut across streams.
     """
@@ -178,7 +193,8 @@ def streams_of(share: tuple[int, int], num_streams: int) -> range:
     if num_streams % count and count % num_streams:
         divisors = ", ".join(str(n) for n in range(1, num_streams + 1) if num_streams % n == 0)
         raise ConfigError(
-            f"data.streams={num_streams} cannot be dealt to {count} equal blocks of rows: the hosts can hold {divisors} blocks, or a multiple "
+            f"data.streams={num_streams} cannot be dealt to {count} equal blocks of rows: the hosts can hold "
+            f"{divisors} blocks, or a multiple "
             f"of {num_streams}; or set data.streams to 1 or a multiple of {count}, which is another order of the data"
         )
     return range(index * num_streams // count, -(-(index + 1) * num_streams // count))
@@ -190,7 +206,8 @@ def check_divisible(num_rows: int, num_streams: int, num_blocks: int) -> None:
     if num_rows < 1 or num_rows % unit:
         near = max(unit, num_rows // unit * unit)
         raise ConfigError(
-            f"batch_size={num_rows} must be a positive multiple of {unit}, such as {near}: data.streams={num_streams}, and the hosts hold "
+            f"batch_size={num_rows} must be a positive multiple of {unit}, such as {near}: data.streams={num_streams}, "
+            "and the hosts hold "
             f"{num_blocks} equal blocks of its rows"
         )
 
@@ -198,7 +215,9 @@ def check_divisible(num_rows: int, num_streams: int, num_blocks: int) -> None:
 def _describe(config: DataConfig, sources: Sequence[Any]) -> dict[str, Any]:
     """Everything a position depends on; what only affects speed is left out."""
     fields, values = dataclasses.fields(config), dataclasses.asdict(config)
-    return {field.name: values[field.name] for field in fields if not is_free(field)} | {"num_documents": [len(source) for source in sources]}
+    return {field.name: values[field.name] for field in fields if not is_free(field)} | {
+        "num_documents": [len(source) for source in sources]
+    }
 
 
 def _stop(iterators: list[grain.DatasetIterator]) -> None:

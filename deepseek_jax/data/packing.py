@@ -12,12 +12,14 @@ _FIELD = "document"
 
 
 def pack_split(documents: grain.IterDataset, seq_len: int) -> grain.IterDataset:
-    """Joins documents [tokens, 3] and cuts at row borders: no padding but in the last row. Each piece is a segment of its own."""
+    """Joins documents [tokens, 3] and cuts at row borders: no padding but in the last row. Each piece is a segment of
+    its own."""
     return grain.experimental.ConcatThenSplitIterDataset(documents.map(_wrap), length_struct={_FIELD: seq_len})
 
 
 def pack_whole(documents: grain.IterDataset, seq_len: int, open_rows: int) -> grain.IterDataset:
-    """Best fit of whole documents, none longer than `seq_len`, into `open_rows` rows at a time; the rest of a row is padding."""
+    """Best fit of whole documents, none longer than `seq_len`, into `open_rows` rows at a time; the rest of a row is
+    padding."""
     return grain.experimental.BestFitPackIterDataset(
         documents.map(_wrap), length_struct={_FIELD: seq_len}, num_packing_bins=open_rows, shuffle_bins=False
     )
@@ -26,8 +28,8 @@ def pack_whole(documents: grain.IterDataset, seq_len: int, open_rows: int) -> gr
 class CutOverlapping(grain.experimental.FlatMapTransform):
     """Cuts a document into pieces of at most `seq_len` tokens, each starting with the last token of the piece before.
 
-    A segment's first token is nobody's target, so this way every token but the document's first is a target exactly once:
-    what held-out bits per byte have to sum over.
+    A segment's first token is nobody's target, so this way every token but the document's first is a target exactly
+    once: what held-out bits per byte have to sum over.
     """
 
     max_fan_out = 2**31
@@ -45,7 +47,8 @@ class CutOverlapping(grain.experimental.FlatMapTransform):
 
 
 def finish_row(packed: Mapping[str, np.ndarray], pad_id: int) -> dict[str, Any]:
-    """The fields of a batch, int32 [T] each, and `num_bytes`, the bytes of text behind the row's targets (int32 scalar)."""
+    """The fields of a batch, int32 [T] each, and `num_bytes`, the bytes of text behind the row's targets (int32
+    scalar)."""
     columns_TC, segment_ids_T = packed[_FIELD], packed[f"{_FIELD}_segment_ids"]
     return {
         "tokens": np.where(segment_ids_T > 0, columns_TC[:, TOKEN], np.int32(pad_id)),

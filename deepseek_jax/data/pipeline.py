@@ -16,37 +16,49 @@ def training_rows(
 ) -> grain.IterDataset:
     """Rows of one of `config.streams` streams; `documents` holds all documents of each source.
 
-    In every epoch a source is shuffled anew and dealt round robin, so that the streams together show each document once.
+    In every epoch a source is shuffled anew and dealt round robin, so that the streams together show each document
+    once.
     """
     if config.num_epochs is not None:
         together = _shuffled(config, grain.MapDataset.concatenate(list(documents)), seed, 0).repeat(config.num_epochs)
         rows = _shuffled_rows(config, _rows(config, together, seq_len), seed, 0, stream)
     else:
-        shares = [_shuffled(config, source, seed, i)[stream :: config.streams].repeat() for i, source in enumerate(documents)]
-        endless = [_shuffled_rows(config, _rows(config, share, seq_len), seed, i, stream) for i, share in enumerate(shares)]
+        shares = [
+            _shuffled(config, source, seed, i)[stream :: config.streams].repeat() for i, source in enumerate(documents)
+        ]
+        endless = [
+            _shuffled_rows(config, _rows(config, share, seq_len), seed, i, stream) for i, share in enumerate(shares)
+        ]
         rows = grain.IterDataset.mix(endless, weights=[source.weight for source in config.sources])
     return rows.map(functools.partial(finish_row, pad_id=pad_id))
 
 
-def held_out_rows(config: DataConfig, documents: Sequence[grain.MapDataset], seq_len: int, pad_id: int) -> grain.IterDataset:
+def held_out_rows(
+    config: DataConfig, documents: Sequence[grain.MapDataset], seq_len: int, pad_id: int
+) -> grain.IterDataset:
     """One ordered pass in which every token but a document's first is a target once."""
     rows = _rows(config, grain.MapDataset.concatenate(list(documents)), seq_len, held_out=True)
     return rows.map(functools.partial(finish_row, pad_id=pad_id))
 
 
 def _shuffled(config: DataConfig, documents: grain.MapDataset, seed: int, index: int) -> grain.MapDataset:
-    """A new order in every epoch. Grain adds the epoch to the seed, so the seeds of two sources must not lie side by side."""
+    """A new order in every epoch. Grain adds the epoch to the seed, so the seeds of two sources must not lie side by
+    side."""
     if not config.shuffle:
         return documents
     return documents.shuffle(seed=_seed(seed, index))
 
 
-def _shuffled_rows(config: DataConfig, rows: grain.IterDataset, seed: int, index: int, stream: int) -> grain.IterDataset:
+def _shuffled_rows(
+    config: DataConfig, rows: grain.IterDataset, seed: int, index: int, stream: int
+) -> grain.IterDataset:
     """Pieces of one document, which packing leaves side by side, spread over many batches."""
     cuts = config.packing == "split" or config.long_documents == "cut"
     if not (config.shuffle and cuts) or config.shuffle_window == 1:
         return rows
-    return grain.experimental.WindowShuffleIterDataset(rows, window_size=config.shuffle_window, seed=_seed(seed, index, 1, stream))
+    return grain.experimental.WindowShuffleIterDataset(
+        rows, window_size=config.shuffle_window, seed=_seed(seed, index, 1, stream)
+    )
 
 
 def _seed(*path: int) -> int:
@@ -64,11 +76,15 @@ def _rows(config: DataConfig, documents: grain.MapDataset, seq_len: int, held_ou
     return pack_whole(stream, seq_len, config.open_rows)
 
 
-def check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], seq_len: int, num_rows: int, stream: int) -> None:
-    """Raises DataError for a stream with less text than its `num_rows` rows of a batch, or for a document that is longer than a row.
+def check_lengths(
+    config: DataConfig, documents: Sequence[grain.MapDataset], seq_len: int, num_rows: int, stream: int
+) -> None:
+    """Raises DataError for a stream with less text than its `num_rows` rows of a batch, or for a document that is
+    longer than a row.
 
-    Looks at the documents that the stream would get without shuffling, at least one of each source: all streams together look at all of
-    them. The first check stops as soon as the rows are filled; the second has to look at every document.
+    Looks at the documents that the stream would get without shuffling, at least one of each source: all streams
+    together look at all of them. The first check stops as soon as the rows are filled; the second has to look at every
+    document.
     """
     streams = config.streams
     refuse_long = config.packing == "whole" and config.long_documents == "error"
@@ -76,7 +92,8 @@ def check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], seq
     for source, source_documents in zip(config.sources, documents, strict=True):
         if len(source_documents) < streams:
             raise DataError(
-                f"source {source.name!r} has {len(source_documents)} documents, too few for data.streams={streams}: lower data.streams"
+                f"source {source.name!r} has {len(source_documents)} documents, too few for data.streams={streams}: "
+                "lower data.streams"
             )
         for index in range(stream, len(source_documents), streams):
             if total >= needed and not refuse_long and index > stream:  # the first one is looked at in any case
@@ -85,7 +102,8 @@ def check_lengths(config: DataConfig, documents: Sequence[grain.MapDataset], seq
             total += length
             if refuse_long and length > seq_len:
                 raise DataError(
-                    f"source {source.name!r}: document {index} has {length} tokens, more than seq_len={seq_len}; raise seq_len, or set "
+                    f"source {source.name!r}: document {index} has {length} tokens, more than seq_len={seq_len}; raise "
+                    "seq_len, or set "
                     "data.long_documents='cut' or 'truncate', or data.packing='split'"
                 )
     if total < needed:

@@ -1,7 +1,7 @@
 """A loader's position: {"data": what it depends on, "streams": {number of a stream: where it is}}, all of it JSON.
 
-A process knows where its own streams are. `gather` makes the position of all streams from what the processes know; that is
-the one to save, and `select` takes from it what a process needs, however many of them there are then.
+A process knows where its own streams are. `gather` makes the position of all streams from what the processes know; that
+is the one to save, and `select` takes from it what a process needs, however many of them there are then.
 """
 
 import json
@@ -24,10 +24,17 @@ def merge(positions: Sequence[Position]) -> Position:
     """
     data, streams = positions[0]["data"], {}
     for position in positions:
-        _refuse_other_data(position["data"], data, "two processes read different data: {}. Give all of them the same settings and files")
+        _refuse_other_data(
+            position["data"],
+            data,
+            "two processes read different data: {}. Give all of them the same settings and files",
+        )
         for stream, place in position["streams"].items():
             if streams.setdefault(stream, place) != place:
-                raise DataError(f"stream {stream} is at different places in two processes: take the position after the same batch on all")
+                raise DataError(
+                    f"stream {stream} is at different places in two processes: take the position after the same batch "
+                    "on all"
+                )
     return {"data": data, "streams": {stream: streams[stream] for stream in sorted(streams, key=int)}}
 
 
@@ -45,19 +52,27 @@ def gather(position: Any) -> Any:
 
 
 def select(position: Position, data: dict[str, Any], streams: Iterable[int]) -> list[Any]:
-    """Where each of `streams` is, for Grain. Raises DataError if the position belongs to other data or lacks one of them."""
-    _refuse_other_data(position["data"], data, "the saved data position belongs to other data: {}. Restore the setting or start a new run")
+    """Where each of `streams` is, for Grain. Raises DataError if the position belongs to other data or lacks one of
+    them."""
+    _refuse_other_data(
+        position["data"],
+        data,
+        "the saved data position belongs to other data: {}. Restore the setting or start a new run",
+    )
     missing = [stream for stream in streams if str(stream) not in position["streams"]]
     if missing:
         raise DataError(
-            f"the saved data position has the streams {', '.join(position['streams'])} and not {', '.join(map(str, missing))}: "
+            f"the saved data position has the streams {', '.join(position['streams'])} and not "
+            f"{', '.join(map(str, missing))}: "
             "it is one process's part; save what data.position.gather makes of the parts"
         )
     return [_restore_tuples(position["streams"][str(stream)]) for stream in streams]
 
 
 def _refuse_other_data(found: dict[str, Any], wanted: dict[str, Any], problem: str) -> None:
-    changed = [f"{name} was {found.get(name)!r} and is {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]]
+    changed = [
+        f"{name} was {found.get(name)!r} and is {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+    ]
     if changed:
         raise DataError(problem.format("; ".join(changed)))
 
@@ -65,5 +80,8 @@ def _refuse_other_data(found: dict[str, Any], wanted: dict[str, Any], problem: s
 def _restore_tuples(state: Any) -> Any:
     """JSON turns tuples into lists, but Grain's packer recognises its 'nothing left over' slices only as tuples."""
     if isinstance(state, dict):
-        return {k: {n: tuple(s) for n, s in v.items()} if k == "remainder_slices" else _restore_tuples(v) for k, v in state.items()}
+        return {
+            k: {n: tuple(s) for n, s in v.items()} if k == "remainder_slices" else _restore_tuples(v)
+            for k, v in state.items()
+        }
     return [_restore_tuples(item) for item in state] if isinstance(state, list) else state

@@ -24,7 +24,8 @@ OTHER_DATA = "data from the Hugging Face Hub has to be downloaded first (hf down
 
 
 class Records(Protocol):
-    """Records of one split. `where(i)` says where record i stands; `examples()` are indices of records that show whether all can be tokenized."""
+    """Records of one split. `where(i)` says where record i stands; `examples()` are indices of records that show
+    whether all can be tokenized."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
@@ -33,7 +34,11 @@ class Records(Protocol):
 
 
 def open_source(
-    source: SourceConfig, split: str, data_dir: str | None = None, in_memory: InMemory | None = None, vocab_size: int | None = None
+    source: SourceConfig,
+    split: str,
+    data_dir: str | None = None,
+    in_memory: InMemory | None = None,
+    vocab_size: int | None = None,
 ) -> Records:
     """Records of one split ('train' or 'validation'). Raises DataError for what is missing, unreadable or empty.
 
@@ -41,7 +46,9 @@ def open_source(
     """
     in_memory = in_memory or {}
     if source.name in in_memory:
-        records = MemoryRecords(_named(in_memory[source.name], split, f"in-memory source {source.name!r}: no split"), source)
+        records = MemoryRecords(
+            _named(in_memory[source.name], split, f"in-memory source {source.name!r}: no split"), source
+        )
     elif source.name == "stdlib":
         records = TfdsRecords(stdlib_text.prepare(data_dir, source.max_bytes), split, source)
     elif source.name.startswith("tfds:"):
@@ -58,7 +65,13 @@ def open_source(
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return Path(name).suffix.lower() in suffixes() or is_packed(name) or "/" in name or glob.has_magic(name) or Path(name).expanduser().exists()
+    return (
+        Path(name).suffix.lower() in suffixes()
+        or is_packed(name)
+        or "/" in name
+        or glob.has_magic(name)
+        or Path(name).expanduser().exists()
+    )
 
 
 def _named(splits: Mapping[str, Any], split: str, problem: str) -> Any:
@@ -73,9 +86,13 @@ def _prepare_tfds(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise DataError(f"unknown TFDS dataset {name!r}: {hint}tfds.list_builders() names all of them; {OTHER_DATA}") from error
+        raise DataError(
+            f"unknown TFDS dataset {name!r}: {hint}tfds.list_builders() names all of them; {OTHER_DATA}"
+        ) from error
     except Exception as error:  # of the dataset's name, version, options or script: TFDS has no one kind of error
-        raise DataError(f"TFDS cannot open {name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise DataError(
+            f"TFDS cannot open {name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     if not builder.is_prepared():
         try:
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -120,18 +137,22 @@ class TfdsRecords(MemoryRecords):
         for field in required_fields(source):
             if field not in features:
                 raise DataError(
-                    f"{where}: no field {field!r}; the fields are: {', '.join(features)}; set text_field to the one with the text"
+                    f"{where}: no field {field!r}; the fields are: {', '.join(features)}; set text_field to the one "
+                    "with the text"
                 )
         try:
             self._data = builder.as_data_source(split=split)
         except NotImplementedError as error:
             raise DataError(
-                f"{where} was prepared as {builder.info.file_format}, which needs TensorFlow to read; only array_record does not: "
+                f"{where} was prepared as {builder.info.file_format}, which needs TensorFlow to read; only "
+                "array_record does not: "
                 "set data.data_dir to another folder, where it will be prepared anew"
             ) from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in self._data[index].items()}
+        return {
+            k: v.decode("utf-8", errors="replace") if isinstance(v, bytes) else v for k, v in self._data[index].items()
+        }
 
 
 class NothingHeldOut(DataError):
@@ -139,8 +160,14 @@ class NothingHeldOut(DataError):
 
 
 def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int | None = None) -> bool:
-    """Whether held-out documents can be read from a source. A share of few local files may hold none; those are opened to know."""
-    if source.holds_out and source.validation_path is None and source.name != "stdlib" and not source.name.startswith("tfds:"):
+    """Whether held-out documents can be read from a source. A share of few local files may hold none; those are opened
+    to know."""
+    if (
+        source.holds_out
+        and source.validation_path is None
+        and source.name != "stdlib"
+        and not source.name.startswith("tfds:")
+    ):
         try:
             open_source(source, "validation", data_dir, vocab_size=vocab_size)
         except NothingHeldOut:
@@ -149,7 +176,8 @@ def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int
 
 
 class LocalFile:
-    """The records of one file, each read and checked once: which side of a split it belongs to, and what shape it has."""
+    """The records of one file, each read and checked once: which side of a split it belongs to, and what shape it
+    has."""
 
     def __init__(self, path: str, source: SourceConfig, vocab_size: int | None):
         self.reader = read_file(path, source)
@@ -171,7 +199,16 @@ def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> Local
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    key = (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, source.format, source.text_field, vocab_size)
+    key = (
+        path,
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        source.format,
+        source.text_field,
+        vocab_size,
+    )
     file = _open_files.get(key)
     if file is None:
         file = _open_files[key] = LocalFile(path, source, vocab_size)
@@ -183,19 +220,28 @@ class FileRecords:
 
     def __init__(self, source: SourceConfig, split: str, vocab_size: int | None = None):
         separate = source.validation_path is not None
-        self._files = [_open_file(path, source, vocab_size) for path in find_files(source.validation_path if separate and split == "validation" else source.name)]
+        self._files = [
+            _open_file(path, source, vocab_size)
+            for path in find_files(source.validation_path if separate and split == "validation" else source.name)
+        ]
         self._numbers, self._indices = array.array("L"), array.array("Q")
         for number, file in enumerate(self._files):
             sides = np.asarray(file.sides)
-            mine = np.ones(len(sides), bool) if separate else (sides < source.validation_fraction) == (split == "validation")
+            mine = (
+                np.ones(len(sides), bool)
+                if separate
+                else (sides < source.validation_fraction) == (split == "validation")
+            )
             self._indices.extend(np.flatnonzero(mine).tolist())
             self._numbers.extend([number] * int(mine.sum()))
         total = sum(len(file.sides) for file in self._files)
         if total and not len(self):
             kind = NothingHeldOut if split == "validation" else DataError
             raise kind(
-                f"source {source.name!r}: none of its {total} documents falls into the {split} split (validation_fraction="
-                f"{source.validation_fraction}); change validation_fraction (0 holds nothing out), or set validation_path to held-out files"
+                f"source {source.name!r}: none of its {total} documents falls into the {split} split "
+                "(validation_fraction="
+                f"{source.validation_fraction}); change validation_fraction (0 holds nothing out), or set "
+                "validation_path to held-out files"
             )
 
     def __len__(self) -> int:
@@ -214,11 +260,18 @@ class FileRecords:
 
 
 def find_files(name: str) -> list[str]:
-    """A path that exists is that file, whatever characters it has; else it is a pattern. Raises DataError if nothing is found."""
+    """A path that exists is that file, whatever characters it has; else it is a pattern. Raises DataError if nothing is
+    found."""
     path = Path(name).expanduser()
     if path.is_dir():
-        raise DataError(f"cannot read {name}: Is a directory; name its files, for example {path}/*.jsonl or {path}/**/*.parquet")
-    paths = [str(path)] if path.exists() else sorted(found for found in glob.glob(str(path), recursive=True) if not Path(found).is_dir())
+        raise DataError(
+            f"cannot read {name}: Is a directory; name its files, for example {path}/*.jsonl or {path}/**/*.parquet"
+        )
+    paths = (
+        [str(path)]
+        if path.exists()
+        else sorted(found for found in glob.glob(str(path), recursive=True) if not Path(found).is_dir())
+    )
     if not paths:
         raise DataError(f"no file matches {name!r}" + ("" if Path(name).suffix else f"; {OTHER_DATA}"))
     return paths

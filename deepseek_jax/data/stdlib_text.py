@@ -1,4 +1,5 @@
-"""The Python standard library's own source as a TFDS dataset: real text on any machine, with no download and no TensorFlow."""
+"""The Python standard library's own source as a TFDS dataset: real text on any machine, with no download and no
+TensorFlow."""
 
 import contextlib
 import functools
@@ -18,7 +19,18 @@ from deepseek_jax.errors import DataError
 VALIDATION_PERCENT = 5
 # Other people's packages, tests, help texts and character tables.
 SKIPPED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "pydoc_data", "encodings", "lib2to3", "__pycache__")
+    (
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "pydoc_data",
+        "encodings",
+        "lib2to3",
+        "__pycache__",
+    )
 )
 
 
@@ -53,8 +65,9 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
 def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBuilder:
     """The prepared dataset, from the cache where it is there.
 
-    The cache key holds the interpreter's version and a hash of the chosen files' names and sizes, so another interpreter or
-    another `max_bytes` never reads the wrong text. Preparation writes to a temporary folder and renames it.
+    The cache key holds the interpreter's version and a hash of the chosen files' names and sizes, so another
+    interpreter or another `max_bytes` never reads the wrong text. Preparation writes to a temporary folder and renames
+    it.
 
     Raises DataError if the folder cannot be written.
     """
@@ -62,7 +75,9 @@ def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBui
     sizes = _choose(root, max_bytes)
     listing = hashlib.blake2b(repr(sizes).encode(), digest_size=6).hexdigest()
     config = tfds.core.BuilderConfig(name=f"py{platform.python_version()}-{listing}", description=f"{len(sizes)} files")
-    make = functools.partial(StdlibText, root=root, paths=list(sizes), config=config, data_dir=data_dir, file_format="array_record")
+    make = functools.partial(
+        StdlibText, root=root, paths=list(sizes), config=config, data_dir=data_dir, file_format="array_record"
+    )
     with _quiet():
         builder = make()
         try:
@@ -71,7 +86,8 @@ def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBui
             builder = make()  # another process may have put the same dataset in place meanwhile
             if not builder.is_prepared():
                 raise DataError(
-                    f"cannot prepare the stdlib dataset in {builder.data_dir}: {error}; set data.data_dir to a folder that can be written"
+                    f"cannot prepare the stdlib dataset in {builder.data_dir}: {error}; set data.data_dir to a folder "
+                    "that can be written"
                 ) from error
     return builder
 

@@ -7,8 +7,18 @@ from typing import Any
 from deepseek_jax.errors import DataError
 from deepseek_jax.json_io import parse_json
 
-TOKENIZER, SETTINGS, SPECIALS, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-TEMPLATE, TEMPLATES, GENERATION, MODEL = "chat_template.jinja", "chat_templates", "generation_config.json", "config.json"
+TOKENIZER, SETTINGS, SPECIALS, ADDED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEMPLATE, TEMPLATES, GENERATION, MODEL = (
+    "chat_template.jinja",
+    "chat_templates",
+    "generation_config.json",
+    "config.json",
+)
 BESIDE = (SETTINGS, SPECIALS, ADDED, TEMPLATE, GENERATION)
 FOLDER = "tokenizer"  # in a stage's folder
 
@@ -53,9 +63,9 @@ def read_object(content: bytes, where: Path) -> dict[str, Any]:
 def find_tokenizer(checkpoint: Path) -> str:
     """Which tokenizer a checkpoint was trained with, as `load_tokenizer` takes it.
 
-    `checkpoint` is a Hugging Face folder, a stage's folder, its `checkpoints` folder, one checkpoint in it, or a run's folder.
-    A stage has the files in `tokenizer/`; for runs that have not, the run's config.json names the tokenizer. Raises DataError
-    where nothing says which.
+    `checkpoint` is a Hugging Face folder, a stage's folder, its `checkpoints` folder, one checkpoint in it, or a run's
+    folder. A stage has the files in `tokenizer/`; for runs that have not, the run's config.json names the tokenizer.
+    Raises DataError where nothing says which.
     """
     checkpoint = Path(checkpoint).absolute()
     if not checkpoint.is_dir():
@@ -70,7 +80,8 @@ def find_tokenizer(checkpoint: Path) -> str:
         if is_run(folder):
             return str(_config(folder).get("tokenizer") or "byte")  # an experiment that names none uses bytes
     raise DataError(
-        f"no tokenizer at {checkpoint}: it has no {TOKENIZER}, no folder {FOLDER!r} with one, and no config.json of a run that names one; "
+        f"no tokenizer at {checkpoint}: it has no {TOKENIZER}, no folder {FOLDER!r} with one, and no config.json of a "
+        "run that names one; "
         f"say which the model was trained with: 'byte', a {TOKENIZER} or its folder (--tokenizer=…)"
     )
 

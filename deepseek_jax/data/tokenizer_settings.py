@@ -1,4 +1,5 @@
-"""What the files beside a tokenizer.json say: named tokens, added tokens, the chat template, the ids that end a text."""
+"""What the files beside a tokenizer.json say: named tokens, added tokens, the chat template, the ids that end a
+text."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,8 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerSettings:
     """The files of one tokenizer, read once and understood as transformers does.
 
-    `named` are the texts of the named tokens by field, `added` the tokens that tokenizer.json may lack, `template` the chat
-    template, None without one, `eos_ids` the ids that generation_config.json and the model's config.json name.
+    `named` are the texts of the named tokens by field, `added` the tokens that tokenizer.json may lack, `template` the
+    chat template, None without one, `eos_ids` the ids that generation_config.json and the model's config.json name.
     Raises DataError, with the file's name, for whatever cannot be read.
     """
 
@@ -35,7 +36,8 @@ class TokenizerSettings:
         self.eos_ids = [*self._token_ids(names.GENERATION), *self._token_ids(names.MODEL)]
 
     def save(self, folder: Path, ids: Mapping[str, int], stop_ids: Iterable[int]) -> None:
-        """Writes the files as they were read, but for generation_config.json, which gets all of `stop_ids`, and `ids` where it lacks them."""
+        """Writes the files as they were read, but for generation_config.json, which gets all of `stop_ids`, and `ids`
+        where it lacks them."""
         files = {name: content for name, content in self._files.items() if name != names.MODEL}
         if not set(stop_ids) <= set(self._token_ids(names.GENERATION)):
             stored = dict(ids) | self._object(names.GENERATION) | {"eos_token_id": list(stop_ids)}
@@ -54,7 +56,9 @@ class TokenizerSettings:
         listed = settings.get("added_tokens_decoder")
         if listed is None:
             special = self.named.values()
-            pairs = [(i, {"content": text, "special": text in special}) for text, i in self._object(names.ADDED).items()]
+            pairs = [
+                (i, {"content": text, "special": text in special}) for text, i in self._object(names.ADDED).items()
+            ]
         elif isinstance(listed, Mapping) and all(isinstance(token, Mapping) for token in listed.values()):
             pairs = list(listed.items())
         else:
@@ -62,7 +66,10 @@ class TokenizerSettings:
         try:
             ordered = sorted(((int(i), token) for i, token in pairs), key=lambda pair: pair[0])
             return [
-                tokenizers.AddedToken(self._content(token, "added_tokens_decoder"), **{flag: token[flag] for flag in _FLAGS if flag in token})
+                tokenizers.AddedToken(
+                    self._content(token, "added_tokens_decoder"),
+                    **{flag: token[flag] for flag in _FLAGS if flag in token},
+                )
                 for _, token in ordered
             ]
         except (TypeError, ValueError, OverflowError) as error:
@@ -84,7 +91,10 @@ class TokenizerSettings:
             source = {Path(name).stem: None for name in own} if default is None else decode_text(own[default], origin)
         if isinstance(source, Mapping):
             if "default" not in source:
-                raise DataError(f"{origin} has the chat templates {', '.join(map(str, source))} and none named 'default': name one so")
+                raise DataError(
+                    f"{origin} has the chat templates {', '.join(map(str, source))} and none named 'default': name one "
+                    "so"
+                )
             source = source["default"]
         if source is None:
             return None
@@ -103,7 +113,10 @@ class TokenizerSettings:
         """A token in the settings is a string or an object with `content`."""
         content = value.get("content") if isinstance(value, Mapping) else value
         if not isinstance(content, str) or not content or not _has_utf8(content):
-            raise DataError(f"{self.folder / names.SETTINGS}: {where}={value!a}: must be a token's text, or an object with its `content`")
+            raise DataError(
+                f"{self.folder / names.SETTINGS}: {where}={value!a}: must be a token's text, or an object with its "
+                "`content`"
+            )
         return content
 
     def _object(self, name: str) -> dict[str, Any]:

@@ -11,14 +11,23 @@ from deepseek_jax.data.json_tokenizer import JsonTokenizer
 from deepseek_jax.data.tokenizer_files import find_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
-__all__ = ["ByteTokenizer", "JsonTokenizer", "StreamDecoder", "Tokenizer", "check_vocabulary", "find_tokenizer", "load_tokenizer"]
+__all__ = [
+    "ByteTokenizer",
+    "JsonTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "check_vocabulary",
+    "find_tokenizer",
+    "load_tokenizer",
+]
 
 
 class Tokenizer(Protocol):
     """Text to ids and back. Control strings inside a text stay text unless `allow_special` is given.
 
-    `stop_ids` end an answer, `eos_id` first among them. `reasoning_tags` are the control strings that an assistant's text
-    may hold, and nobody else's. `answer_opening` is what the prompt of a chat writes of the answer itself, "<think>\n" for R1.
+    `stop_ids` end an answer, `eos_id` first among them. `reasoning_tags` are the control strings that an assistant's
+    text may hold, and nobody else's. `answer_opening` is what the prompt of a chat writes of the answer itself,
+    "<think>\n" for R1.
     """
 
     vocab_size: int
@@ -55,7 +64,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if str(spec) == "byte":
         return ByteTokenizer()
     if len(str(spec)) > 4096 or any(len(part.encode()) > 255 for part in Path(spec).parts):
-        raise DataError(f"no tokenizer at {str(spec)[:80]!r} …: no file has so long a name; give 'byte', a tokenizer.json, or a folder that holds one")
+        raise DataError(
+            f"no tokenizer at {str(spec)[:80]!r} …: no file has so long a name; give 'byte', a tokenizer.json, or a "
+            "folder that holds one"
+        )
     path, seen = Path(spec).expanduser(), set()
     while path.is_dir() and not (path / tokenizer_files.TOKENIZER).is_file():
         found = find_tokenizer(path)
@@ -75,7 +87,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ConfigError when the tokenizer has ids the model has no embedding for; a larger model vocabulary is fine."""
+    """Raises ConfigError when the tokenizer has ids the model has no embedding for; a larger model vocabulary is
+    fine."""
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is {vocab_size}: "
@@ -86,9 +99,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 class StreamDecoder:
     """Decodes ids as they arrive: the pieces returned by `push` and `flush` together are the text of all.
 
-    A character whose bytes have not all arrived shows as U+FFFD at the end of the text, so up to three of those (the most an
-    unfinished UTF-8 sequence can show) are held back until later ids complete or refute them. Ids are decoded behind those
-    of the piece before, since many tokenizers write the first token of a text in another way than the ones that follow.
+    A character whose bytes have not all arrived shows as U+FFFD at the end of the text, so up to three of those (the
+    most an unfinished UTF-8 sequence can show) are held back until later ids complete or refute them. Ids are decoded
+    behind those of the piece before, since many tokenizers write the first token of a text in another way than the ones
+    that follow.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):

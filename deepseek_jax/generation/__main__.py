@@ -78,11 +78,18 @@ def _say_that_nothing_came(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("deepseek_jax.generation", "Streams text from a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a stage's or a run's folder, one checkpoint, or a Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a stage's or a run's folder, one checkpoint, or a Hugging Face folder",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument("--interactive", action="store_true", help="chat; end with an empty line or Ctrl-D")
-    parser.add_argument("--chat", action="store_true", help="pass --prompt as a user's question instead of text to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="pass --prompt as a user's question instead of text to continue"
+    )
     parser.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
     parser.add_argument("--temperature", type=cli.number(least=0), default=0.6, help="0 is greedy")
     parser.add_argument("--top_p", type=cli.number(above=0, most=1), default=0.95, help="1 is off")
@@ -100,7 +107,8 @@ def _is_hugging_face(checkpoint: Path) -> bool:
 
 
 def _print_stream(tokenizer: Tokenizer, chunks: Iterator[list[int]], ids: list[int]) -> str:
-    """Prints a completion as it is made and returns its text; collects its ids, so that they are there even if Ctrl-C ends it."""
+    """Prints a completion as it is made and returns its text; collects its ids, so that they are there even if Ctrl-C
+    ends it."""
     decoder, text = StreamDecoder(tokenizer), []
     try:
         for chunk in chunks:

@@ -1,8 +1,9 @@
-"""Prompts in, completions out, in one program: prefill with expanded MLA, then decoding with absorbed MLA over a latent cache.
+"""Prompts in, completions out, in one program: prefill with expanded MLA, then decoding with absorbed MLA over a latent
+cache.
 
 Layout. Prompts are right-padded to P slots; completion token n of every row lives in slot P + n, at position
-`prompt_length + n` of its row. Cache, expert ids and reinforcement learning all use these T = P + N slots, so nothing is
-ever moved. Padding slots hold position -1, which no query attends to.
+`prompt_length + n` of its row. Cache, expert ids and reinforcement learning all use these T = P + N slots, so nothing
+is ever moved. Padding slots hold position -1, which no query attends to.
 
 `start` and `advance` are the two halves of `generate`, for callers that want to look at the tokens in between.
 """
@@ -23,12 +24,12 @@ from deepseek_jax.model.transformer import Output, Transformer
 class Generation:
     """Completions of B rows, at most N tokens each.
 
-    tokens_BN int32, pad after the end; mask_BN bool, true on the tokens of the completion, eos included; lengths_B int32 their
-    number; finished_B bool, whether eos was reached; finite_B bool, false where the network's logits were NaN or infinite:
-    nothing is drawn from those, and the row ends before them, unfinished. logp_BN float32 is the log-probability of each
-    token under the distribution it was drawn from (temperature, top-k and top-p applied; 0 when greedy, and on padding).
-    expert_ids_LBTK int32 are the experts chosen for every slot that was fed through the model, in the order the router
-    chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
+    tokens_BN int32, pad after the end; mask_BN bool, true on the tokens of the completion, eos included; lengths_B
+    int32 their number; finished_B bool, whether eos was reached; finite_B bool, false where the network's logits were
+    NaN or infinite: nothing is drawn from those, and the row ends before them, unfinished. logp_BN float32 is the
+    log-probability of each token under the distribution it was drawn from (temperature, top-k and top-p applied; 0 when
+    greedy, and on padding). expert_ids_LBTK int32 are the experts chosen for every slot that was fed through the model,
+    in the order the router chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
     """
 
     tokens_BN: jax.Array
@@ -79,13 +80,14 @@ def generate(
     """Completes every prompt until eos or `sampling.max_new_tokens`; pure, to be jitted with `model`, `sampling`,
     `samples_per_prompt` and `return_experts` static.
 
-    A row's result depends on its prompt and its random key alone, never on the rows beside it or on how far it is padded.
-    That key is `fold_in(rng, row id)`. Row ids default to 0…B-1; pass them to give a row the same samples in another batch.
+    A row's result depends on its prompt and its random key alone, never on the rows beside it or on how far it is
+    padded. That key is `fold_in(rng, row id)`. Row ids default to 0…B-1; pass them to give a row the same samples in
+    another batch.
 
     Args:
-      prompts_BP: int32 [B, P], right-padded.
-      prompt_lengths_B: int32 [B], 1…P; 0 marks a row that is only there to fill the batch and gets an empty completion.
-      samples_per_prompt: G completions for each prompt, which is prefilled once; the result has B·G rows, those of a prompt
+      prompts_BP: int32 [B, P], right-padded. prompt_lengths_B: int32 [B], 1…P; 0 marks a row that is only there to fill
+      the batch and gets an empty completion. samples_per_prompt: G completions for each prompt, which is prefilled
+      once; the result has B·G rows, those of a prompt
         side by side.
       return_experts: also keep the chosen experts of all layers.
 
@@ -139,7 +141,9 @@ def start(
     B = prompts_BP.shape[0] * samples_per_prompt
     latents = jax.tree.map(lambda x: per_sample(x, axis=1), output.latents)
     cache = init_cache(config, B, P + N, model.precision.compute_dtype)
-    cache = cache.replace(entries=jax.tree.map(lambda x: divided(x, axis=1), cache.entries), positions_BS=divided(cache.positions_BS))
+    cache = cache.replace(
+        entries=jax.tree.map(lambda x: divided(x, axis=1), cache.entries), positions_BS=divided(cache.positions_BS)
+    )
     cache = write(cache, latents, per_sample(jnp.where(real_BP, slots_BP, -1)), 0)
 
     expert_ids_LBTK = None
@@ -153,7 +157,9 @@ def start(
     state = State(
         cache=cache,
         step=jnp.zeros((), jnp.int32),
-        uniform_BN=divided(jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B)),
+        uniform_BN=divided(
+            jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B)
+        ),
         prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
         lengths_B=divided(jnp.zeros(B, jnp.int32)),
         finished_B=divided(jnp.zeros(B, bool)),
@@ -165,14 +171,20 @@ def start(
     return _append(state, per_sample(logits_BV), sampling)
 
 
-def check_prompts(prompts_BP: jax.Array | np.ndarray, prompt_lengths_B: jax.Array | np.ndarray, vocab_size: int) -> None:
-    """Raises DataError for shapes that don't fit, ids that are not integers, and, outside jit, lengths and ids out of range."""
+def check_prompts(
+    prompts_BP: jax.Array | np.ndarray, prompt_lengths_B: jax.Array | np.ndarray, vocab_size: int
+) -> None:
+    """Raises DataError for shapes that don't fit, ids that are not integers, and, outside jit, lengths and ids out of
+    range."""
     if prompts_BP.ndim != 2 or prompt_lengths_B.shape != prompts_BP.shape[:1] or prompts_BP.shape[1] == 0:
         raise DataError(
-            f"prompts {prompts_BP.shape} and prompt_lengths {prompt_lengths_B.shape}: give [batch, slots] with at least one slot, and [batch]"
+            f"prompts {prompts_BP.shape} and prompt_lengths {prompt_lengths_B.shape}: give [batch, slots] with at "
+            "least one slot, and [batch]"
         )
     if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (prompts_BP, prompt_lengths_B)):
-        raise DataError(f"prompts are {prompts_BP.dtype}, their lengths {prompt_lengths_B.dtype}: both must be integers")
+        raise DataError(
+            f"prompts are {prompts_BP.dtype}, their lengths {prompt_lengths_B.dtype}: both must be integers"
+        )
     if any(isinstance(x, jax.core.Tracer) for x in (prompts_BP, prompt_lengths_B)):
         return
     prompts, lengths = np.asarray(prompts_BP), np.asarray(prompt_lengths_B)
@@ -181,7 +193,10 @@ def check_prompts(prompts_BP: jax.Array | np.ndarray, prompt_lengths_B: jax.Arra
     wrong = (np.arange(prompts.shape[1]) < lengths[:, None]) & ((prompts < 0) | (prompts >= vocab_size))
     if np.any(wrong):
         row, slot = np.argwhere(wrong)[0]
-        raise DataError(f"prompt {row} has token {prompts[row, slot]} in slot {slot}: the model's vocabulary has the ids 0 to {vocab_size - 1}")
+        raise DataError(
+            f"prompt {row} has token {prompts[row, slot]} in slot {slot}: the model's vocabulary has the ids 0 to "
+            f"{vocab_size - 1}"
+        )
 
 
 def feed(
@@ -212,7 +227,9 @@ def advance(model: Transformer, variables, state: State, sampling: SamplingConfi
         cache, output = feed(model, variables, state.cache, tokens_B1, positions_B1, P + fed)
         state = state.replace(cache=cache)
         if state.expert_ids_LBTK is not None:
-            state = state.replace(expert_ids_LBTK=_set(state.expert_ids_LBTK, output.routing.expert_ids_LBTK, P + fed, axis=2))
+            state = state.replace(
+                expert_ids_LBTK=_set(state.expert_ids_LBTK, output.routing.expert_ids_LBTK, P + fed, axis=2)
+            )
         return _append(state, model.apply(variables, output.hidden_BTD[:, 0], method="unembed"), sampling)
 
     return lax.while_loop(wanted, decode, state)
@@ -232,7 +249,8 @@ def finish(state: State) -> Generation:
 
 
 def _append(state: State, logits_BV: jax.Array, sampling: SamplingConfig) -> State:
-    """Draws token `state.step` of every live row from `logits_BV` and notes it; rows whose logits are not finite end here."""
+    """Draws token `state.step` of every live row from `logits_BV` and notes it; rows whose logits are not finite end
+    here."""
     finite_B, step = state.finite_B & (~state.live_B | are_finite(logits_BV)), state.step
     drawn_B = state.live_B & finite_B
     uniform_B = lax.dynamic_index_in_dim(state.uniform_BN, step, axis=1, keepdims=False)

@@ -17,8 +17,8 @@ from deepseek_jax.errors import ConfigError
 class SamplingConfig:
     """How completions are drawn; static, so a change compiles a new program.
 
-    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id`, or at any of several (a negative id
-    never stops), and is filled with `pad_id` from there on.
+    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id`, or at any of several (a
+    negative id never stops), and is filled with `pad_id` from there on.
     """
 
     max_new_tokens: int
@@ -31,13 +31,16 @@ class SamplingConfig:
     def __post_init__(self):
         for field, allowed, fits in (
             ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            ("temperature", "0 (greedy) or from 1e-5 up", self.temperature == 0 or 1e-5 <= self.temperature < float("inf")),
+            (
+                "temperature",
+                "0 (greedy) or from 1e-5 up",
+                self.temperature == 0 or 1e-5 <= self.temperature < float("inf"),
+            ),
             ("top_k", "0 (off) or more", self.top_k >= 0),
             ("top_p", "above 0, and at most 1 (off)", 0 < self.top_p <= 1),
         ):
             if not fits:
                 raise ConfigError(f"SamplingConfig.{field}={getattr(self, field)}: must be {allowed}")
-
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -45,7 +48,8 @@ class SamplingConfig:
 
 
 def are_finite(logits_BV: jax.Array) -> jax.Array:
-    """bool [B]: rows of logits that can be sampled from. -inf excludes a token; NaN, +inf or nothing but -inf spoil the row."""
+    """bool [B]: rows of logits that can be sampled from. -inf excludes a token; NaN, +inf or nothing but -inf spoil the
+    row."""
     return jnp.isfinite(jnp.max(logits_BV, axis=-1))
 
 
@@ -56,7 +60,8 @@ def keep_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """`logits_BV` outside the nucleus set to -inf: the smallest set of most probable tokens that together reach `top_p`."""
+    """`logits_BV` outside the nucleus set to -inf: the smallest set of most probable tokens that together reach
+    `top_p`."""
     descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probs_BV = jax.nn.softmax(descending_BV, axis=-1)
     mass_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV

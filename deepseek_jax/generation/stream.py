@@ -21,11 +21,13 @@ _start = jax.jit(start, static_argnames=("model", "sampling"))
 _advance = jax.jit(advance, static_argnames=("model", "sampling"), donate_argnames="state")
 
 
-def stream(model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Array, sampling: SamplingConfig) -> Iterator[list[int]]:
+def stream(
+    model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Array, sampling: SamplingConfig
+) -> Iterator[list[int]]:
     """Yields the ids of one completion, at most `TOKENS_PER_CALL` at a time, eos included.
 
-    Raises DataError for an empty prompt or ids outside the vocabulary, and NumericsError, after the ids that came before,
-    where the network's logits are not finite.
+    Raises DataError for an empty prompt or ids outside the vocabulary, and NumericsError, after the ids that came
+    before, where the network's logits are not finite.
     """
     length = len(prompt_ids)
     if length == 0:
@@ -44,7 +46,8 @@ def stream(model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Ar
             sent = made
         if not state.finite_B[0]:
             raise NumericsError(
-                f"the network's numbers are not finite (NaN or infinity) at token {made + 1} of the answer: its weights are damaged, or "
+                f"the network's numbers are not finite (NaN or infinity) at token {made + 1} of the answer: its "
+                "weights are damaged, or "
                 "its training diverged; use an earlier checkpoint"
             )
         if not live:
@@ -55,8 +58,9 @@ def stream(model: Transformer, variables, prompt_ids: Sequence[int], rng: jax.Ar
 class Chat:
     """A conversation, rendered by the tokenizer's template at every turn.
 
-    Where the template leaves an answer as it is, the ids that were sampled are kept, so that the model sees exactly what it
-    wrote; where it rewrites earlier answers, as R1's drops their reasoning, the model sees what the template writes.
+    Where the template leaves an answer as it is, the ids that were sampled are kept, so that the model sees exactly
+    what it wrote; where it rewrites earlier answers, as R1's drops their reasoning, the model sees what the template
+    writes.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -74,7 +78,8 @@ class Chat:
         return self.ids
 
     def _place_in(self, rendered: Sequence[int]) -> int | None:
-        """How many ids at the start of `rendered` write the conversation so far; None where the template has rewritten it."""
+        """How many ids at the start of `rendered` write the conversation so far; None where the template has rewritten
+        it."""
 
         def written(count: int) -> str:
             return self._tokenizer.decode(rendered[:count])
@@ -86,5 +91,7 @@ class Chat:
     def answer(self, ids: Sequence[int]) -> None:
         """Adds what the model said, which may have been cut off."""
         said = list(ids[:-1]) if ids and ids[-1] in self._tokenizer.stop_ids else list(ids)
-        self._messages.append({"role": "assistant", "content": self._tokenizer.answer_opening + self._tokenizer.decode(said)})
+        self._messages.append(
+            {"role": "assistant", "content": self._tokenizer.answer_opening + self._tokenizer.decode(said)}
+        )
         self.ids = self.ids + said

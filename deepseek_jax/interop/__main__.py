@@ -1,7 +1,8 @@
-"""python -m deepseek_jax.interop import <hf_folder> <checkpoint> | export <checkpoint> <hf_folder> | inspect <hf_folder>
+"""python -m deepseek_jax.interop import <hf_folder> <checkpoint> | export <checkpoint> <hf_folder> | inspect
+<hf_folder>
 
-An imported checkpoint is a folder like a training stage's: `checkpoints/` for generation and training, and beside it the
-tokenizer files and config.json of the original, which an export takes along again.
+An imported checkpoint is a folder like a training stage's: `checkpoints/` for generation and training, and beside it
+the tokenizer files and config.json of the original, which an export takes along again.
 """
 
 import shutil
@@ -52,9 +53,15 @@ def main(argv: Sequence[str]) -> int:
     exporting = commands.add_parser("export", allow_abbrev=False, help="checkpoint -> Hugging Face folder")
     exporting.add_argument("checkpoint", type=Path)
     exporting.add_argument("hf_folder", type=Path)
-    exporting.add_argument("--dtype", choices=EXPORT_DTYPES, default="bfloat16", help="fp8: the released block-scaled layout")
-    exporting.add_argument("--max_shard_gb", type=cli.number(above=0), default=5.0, help="size of a file, in 10^9 bytes")
-    exporting.add_argument("--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own")
+    exporting.add_argument(
+        "--dtype", choices=EXPORT_DTYPES, default="bfloat16", help="fp8: the released block-scaled layout"
+    )
+    exporting.add_argument(
+        "--max_shard_gb", type=cli.number(above=0), default=5.0, help="size of a file, in 10^9 bytes"
+    )
+    exporting.add_argument(
+        "--tokenizer", help="'byte', a tokenizer.json or its folder; by default the checkpoint's own"
+    )
     inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a Hugging Face folder holds and lacks")
     inspecting.add_argument("hf_folder", type=Path)
     flags = parser.parse_args(argv)
@@ -66,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
     if flags.command == "import":
         import_checkpoint(flags.hf_folder, flags.checkpoint, flags.dtype, console)
     else:
-        export_checkpoint(flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console, flags.tokenizer)
+        export_checkpoint(
+            flags.checkpoint, flags.hf_folder, flags.dtype, int(flags.max_shard_gb * 1e9), console, flags.tokenizer
+        )
     return 0
 
 
@@ -81,7 +90,11 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
     with new_folder(checkpoint) as building:
         store = Checkpoints(building / "checkpoints", folder.config)
         variables = jax.device_put(variables)  # on CPU the same memory: the importer aligned it
-        store.save(Weights(step=jnp.zeros((), jnp.int32), params=variables["params"], router_bias=variables.get("router_bias", {})))
+        store.save(
+            Weights(
+                step=jnp.zeros((), jnp.int32), params=variables["params"], router_bias=variables.get("router_bias", {})
+            )
+        )
         store.close()
         for file in _companions(hf_folder, CONFIG_NAME):
             shutil.copyfile(file, building / file.name)
@@ -91,8 +104,8 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
 def export_checkpoint(
     checkpoint: Path, hf_folder: Path, dtype: str, max_shard_bytes: int, console: Console, tokenizer: str | None = None
 ) -> None:
-    """Writes the newest weights of `checkpoint`, whatever `resolve_checkpoint` takes, as a Hugging Face folder, with the tokenizer it was
-    trained with (or `tokenizer`) and what an import left beside them."""
+    """Writes the newest weights of `checkpoint`, whatever `resolve_checkpoint` takes, as a Hugging Face folder, with
+    the tokenizer it was trained with (or `tokenizer`) and what an import left beside them."""
     check_absent(hf_folder)
     where = resolve_checkpoint(checkpoint)
     stage = where.parent.parent if where.parent.name == "checkpoints" else where.parent
@@ -114,7 +127,8 @@ def _tokenizer(where: Path, spec: str | None, console: Console) -> Tokenizer | N
         if spec is not None:
             raise
         console.print(
-            f"note: exported without a tokenizer and its token ids, so that transformers does not know where a text ends: {error}",
+            "note: exported without a tokenizer and its token ids, so that transformers does not know where a text "
+            f"ends: {error}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
         return None

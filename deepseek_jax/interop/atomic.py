@@ -18,7 +18,8 @@ def check_absent(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """Yields a hidden folder beside `folder` to build in; renames it to `folder` at the end, or removes it on any error.
+    """Yields a hidden folder beside `folder` to build in; renames it to `folder` at the end, or removes it on any
+    error.
 
     Raises CheckpointError if `folder` exists, if the disk has less than `needed_bytes` free, or if writing fails.
     """
@@ -27,7 +28,9 @@ def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
         if free < needed_bytes:
-            raise CheckpointError(f"{folder} needs {needed_bytes:,} bytes, its disk has {free:,} free; free some or choose another place")
+            raise CheckpointError(
+                f"{folder} needs {needed_bytes:,} bytes, its disk has {free:,} free; free some or choose another place"
+            )
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"can't write {folder}: {error.strerror}; choose another place") from error

@@ -14,10 +14,10 @@ from flax import traverse_util
 from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.atomic import new_folder
+from deepseek_jax.interop.folder import shown
 from deepseek_jax.interop.fp8_blocks import quantize
 from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf, scale_format
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
-from deepseek_jax.interop.folder import shown
 from deepseek_jax.interop.parts import not_finite, overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
@@ -40,18 +40,18 @@ def export_folder(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes `variables` (numpy arrays, or jax arrays with any sharding over this process's devices) as config.json and safetensors,
-    split into shards of at most `max_shard_bytes` each.
+    """Writes `variables` (numpy arrays, or jax arrays with any sharding over this process's devices) as config.json and
+    safetensors, split into shards of at most `max_shard_bytes` each.
 
-    `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in float32,
-    and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json whose token ids
-    and `scale_fmt` are kept; `companions` are files to copy along. `tokenizer` is saved with the weights, its files and chat template, and
-    gives the token ids that `carried` does not; ids that nobody gives are null, since transformers would take 0 and 1 for them. At most one
-    tensor is held in memory.
+    `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in
+    float32, and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json
+    whose token ids and `scale_fmt` are kept; `companions` are files to copy along. `tokenizer` is saved with the
+    weights, its files and chat template, and gives the token ids that `carried` does not; ids that nobody gives are
+    null, since transformers would take 0 and 1 for them. At most one tensor is held in memory.
 
-    The folder appears complete or not at all. Weights that are NaN or infinite are written as they are, and logged as a warning.
-    Raises CheckpointError if it exists, the disk is too small, the variables are not those of `config` or partly on other hosts, or no
-    config.json can express the network.
+    The folder appears complete or not at all. Weights that are NaN or infinite are written as they are, and logged as a
+    warning. Raises CheckpointError if it exists, the disk is too small, the variables are not those of `config` or
+    partly on other hosts, or no config.json can express the network.
     """
     if dtype not in EXPORT_DTYPES:
         raise CheckpointError(f"dtype={dtype!r}: {nearest(dtype, EXPORT_DTYPES)}")
@@ -93,13 +93,19 @@ def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -
     expected = {spec.path: spec.leaf_shape for spec in table}
     for path in sorted(set(leaves) - set(expected)):
         found = list(leaves[path].shape)
-        raise CheckpointError(f"{'/'.join(path)}: expected no such variable in a model of this config, found shape {found}")
+        raise CheckpointError(
+            f"{'/'.join(path)}: expected no such variable in a model of this config, found shape {found}"
+        )
     for path, shape in expected.items():
         found = list(leaves[path].shape) if path in leaves else "no such variable"
         if found != list(shape):
-            raise CheckpointError(f"{'/'.join(path)}: expected shape {list(shape)} for a model of this config, found {found}")
+            raise CheckpointError(
+                f"{'/'.join(path)}: expected shape {list(shape)} for a model of this config, found {found}"
+            )
         if not getattr(leaves[path], "is_fully_addressable", True):
-            raise CheckpointError(f"{'/'.join(path)} lies partly on other hosts: save a checkpoint, and export that on one host")
+            raise CheckpointError(
+                f"{'/'.join(path)} lies partly on other hosts: save a checkpoint, and export that on one host"
+            )
     return leaves
 
 
@@ -134,7 +140,8 @@ def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
 def _write_tensor(
     writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any], power_of_two: bool
 ) -> dict[str, int]:
-    """Writes one tensor, with its scales if it is quantised. Returns its name and how many of the numbers written are NaN or infinite, if any."""
+    """Writes one tensor, with its scales if it is quantised. Returns its name and how many of the numbers written are
+    NaN or infinite, if any."""
     value = _gathered(leaves[spec.path], spec)
     value = value.T if spec.transposed else value
     if spec.scale_name in entries:
@@ -148,7 +155,8 @@ def _write_tensor(
 
 
 def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:
-    """One tensor out of a variable, in our orientation. Of a jax array only what each device holds of the tensor is moved."""
+    """One tensor out of a variable, in our orientation. Of a jax array only what each device holds of the tensor is
+    moved."""
     if not isinstance(leaf, jax.Array):
         return leaf[spec.index]
     value = np.empty(leaf.shape[len(spec.index) :], leaf.dtype)
@@ -156,5 +164,7 @@ def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:
         part = part_of(shard.index, leaf.shape)
         if shard.replica_id == 0 and overlaps(spec, part):
             index = tuple(i - axis.start for i, axis in zip(spec.index, part))
-            value[tuple(slice(axis.start, axis.stop) for axis in part[len(spec.index) :])] = np.asarray(shard.data[index])
+            value[tuple(slice(axis.start, axis.stop) for axis in part[len(spec.index) :])] = np.asarray(
+                shard.data[index]
+            )
     return value

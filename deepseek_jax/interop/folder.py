@@ -1,6 +1,8 @@
-"""A Hugging Face folder held against the network its config.json describes: what is there, and everything that isn't right.
+"""A Hugging Face folder held against the network its config.json describes: what is there, and everything that isn't
+right.
 
-`open_folder` reads config.json, the index and the safetensors headers; `usable_folder` also compares the tensors that are stored twice.
+`open_folder` reads config.json, the index and the safetensors headers; `usable_folder` also compares the tensors that
+are stored twice.
 """
 
 import dataclasses
@@ -29,8 +31,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """`table` is what `config` needs, `stored` what the files hold; `problems` say in sentences where they disagree, `notes` what was
-    passed over."""
+    """`table` is what `config` needs, `stored` what the files hold; `problems` say in sentences where they disagree,
+    `notes` what was passed over."""
 
     path: Path
     hf: dict[str, Any]
@@ -53,8 +55,9 @@ def shown(lines: Sequence[str]) -> str:
 
 
 def recipe_for(path: str | Path, precision: Recipe) -> Recipe:
-    """The recipe `precision` as the weights of a Hugging Face folder want it: where its config.json says scale_fmt="ue8m0" (DeepSeek-V3.1),
-    an FP8 recipe's scales are powers of two, those of activations too. Raises CheckpointError as `open_folder` does."""
+    """The recipe `precision` as the weights of a Hugging Face folder want it: where its config.json says
+    scale_fmt="ue8m0" (DeepSeek-V3.1), an FP8 recipe's scales are powers of two, those of activations too. Raises
+    CheckpointError as `open_folder` does."""
     powers_of_two = scale_format(read_config(Path(path)).get("quantization_config")) == "ue8m0"
     return precision.with_powers_of_two() if powers_of_two and isinstance(precision, FP8Recipe) else precision
 
@@ -62,9 +65,9 @@ def recipe_for(path: str | Path, precision: Recipe) -> Recipe:
 def open_folder(path: str | Path) -> Folder:
     """Compares a folder's headers with its config.json.
 
-    MTP modules that config.json promises and the files do not hold in full, or the other way round, are left out, as transformers leaves out
-    all of them, and a note says so. Raises CheckpointError if config.json is missing or unsupported or no safetensors can be read; everything
-    else that is wrong is collected in `problems`.
+    MTP modules that config.json promises and the files do not hold in full, or the other way round, are left out, as
+    transformers leaves out all of them, and a note says so. Raises CheckpointError if config.json is missing or
+    unsupported or no safetensors can be read; everything else that is wrong is collected in `problems`.
     """
     path = Path(path)
     hf = read_config(path)
@@ -81,13 +84,15 @@ def open_folder(path: str | Path) -> Folder:
 def usable_folder(path: str | Path) -> Folder:
     """`open_folder` for a folder to read: without problems, and with every copy of the embedding and the head a copy.
 
-    An MTP module whose copies differ from the main model's is left out: here it shares them. A head that differs from an embedding it is
-    said to be tied to is a head of its own, as in transformers. Notes say so. Raises CheckpointError as `open_folder` does, and with the
-    problems if there are any.
+    An MTP module whose copies differ from the main model's is left out: here it shares them. A head that differs from
+    an embedding it is said to be tied to is a head of its own, as in transformers. Notes say so. Raises CheckpointError
+    as `open_folder` does, and with the problems if there are any.
     """
     folder = open_folder(path)
     folder.raise_problems()
-    while (spec := next((spec for spec in folder.table if spec.duplicate and _differs(spec, folder)), None)) is not None:
+    while (
+        spec := next((spec for spec in folder.table if spec.duplicate and _differs(spec, folder)), None)
+    ) is not None:
         if spec.name == _HEAD:
             note = f"config.json says tie_word_embeddings=true, but {_HEAD} differs from the embedding: taken as false"
             config = folder.config.replace(tie_embeddings=False)
@@ -101,13 +106,18 @@ def usable_folder(path: str | Path) -> Folder:
 
 
 def _differs(copy: TensorSpec, folder: Folder) -> bool:
-    """Whether a stored duplicate holds other numbers than the tensor it repeats, as precisely as the less precise of them."""
+    """Whether a stored duplicate holds other numbers than the tensor it repeats, as precisely as the less precise of
+    them."""
     if copy.name not in folder.stored:
         return False
     original = next(spec for spec in folder.table if spec.path == copy.path and not spec.duplicate)
     specs = [dataclasses.replace(spec, transposed=False) for spec in (original, copy)]
     dtypes = [DTYPES[folder.stored[spec.name].dtype] for spec in specs]
-    dtype = min((dtype for dtype in dtypes if dtype.itemsize > 1), key=lambda dtype: dtype.itemsize, default=np.dtype(np.float32))
+    dtype = min(
+        (dtype for dtype in dtypes if dtype.itemsize > 1),
+        key=lambda dtype: dtype.itemsize,
+        default=np.dtype(np.float32),
+    )
     for start in range(0, copy.shape[0], _ROWS):
         part = (range(start, min(start + _ROWS, copy.shape[0])), range(copy.shape[1]))
         values = np.empty((2, len(part[0]), len(part[1])), np.float32)
@@ -144,11 +154,18 @@ def _held_against(folder: Folder, config: ModelConfig) -> Folder:
     if of_mtp:
         notes.append(f"{len(of_mtp)} tensor(s) of MTP modules were left out, such as {min(of_mtp)}")
     if nothing:
-        notes.append(f"{len(nothing)} tensor(s) that hold nothing or follow from the config were passed over, such as {min(nothing)}")
+        notes.append(
+            f"{len(nothing)} tensor(s) that hold nothing or follow from the config were passed over, such as "
+            f"{min(nothing)}"
+        )
     for name in sorted(extra - of_mtp - nothing):
         tensor = stored[name]
-        problems.append(f"{name}: expected no such tensor, found {tensor.dtype} {list(tensor.shape)} in {tensor.file.name}")
-    return dataclasses.replace(folder, config=config, table=table, problems=tuple(problems), notes=tuple(dict.fromkeys(notes)))
+        problems.append(
+            f"{name}: expected no such tensor, found {tensor.dtype} {list(tensor.shape)} in {tensor.file.name}"
+        )
+    return dataclasses.replace(
+        folder, config=config, table=table, problems=tuple(problems), notes=tuple(dict.fromkeys(notes))
+    )
 
 
 def _layer(name: str) -> int:
@@ -175,7 +192,9 @@ def _scale_problems(spec: TensorSpec, stored: dict[str, StoredTensor]) -> list[s
     if len(spec.shape) != 2:
         return [f"{spec.name}: expected dtype F32, F16, BF16 for a vector, found F8_E4M3"]
     scale = stored.get(spec.scale_name)
-    wanted = f"expected F32 {list(spec.scale_shape)} (one scale for each 128 x 128 block of {spec.name} {list(spec.shape)})"
+    wanted = (
+        f"expected F32 {list(spec.scale_shape)} (one scale for each 128 x 128 block of {spec.name} {list(spec.shape)})"
+    )
     if scale is None:
         return [f"{spec.scale_name}: {wanted}, found no such tensor"]
     if scale.shape != spec.scale_shape or scale.dtype != "F32":

@@ -1,7 +1,7 @@
 """The released FP8 weights: e4m3 values with one float32 scale for each block of 128 x 128 (V3 §3.3.2).
 
-A matrix [out, in] comes with `<name>_scale_inv` [ceil(out/128), ceil(in/128)]; the weight is value · scale_inv. Blocks at
-the lower and right edge may be smaller than 128.
+A matrix [out, in] comes with `<name>_scale_inv` [ceil(out/128), ceil(in/128)]; the weight is value · scale_inv. Blocks
+at the lower and right edge may be smaller than 128.
 """
 
 import functools
@@ -24,10 +24,13 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
-def dequantise_rows(values: np.ndarray, scale_inv: np.ndarray, corner: tuple[int, int] = (0, 0)) -> Iterator[tuple[slice, np.ndarray]]:
+def dequantise_rows(
+    values: np.ndarray, scale_inv: np.ndarray, corner: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[slice, np.ndarray]]:
     """values e4m3 [rows, columns] -> (rows, float32 [at most 128, columns]), one row of blocks at a time.
 
-    `corner` is where the values start in their matrix; scale_inv, float32, has the scales of the blocks that they touch.
+    `corner` is where the values start in their matrix; scale_inv, float32, has the scales of the blocks that they
+    touch.
     """
     columns = (corner[1] % BLOCK + np.arange(values.shape[1])) // BLOCK
     start = -(corner[0] % BLOCK)
@@ -43,8 +46,9 @@ def _quantize(w: jax.Array, power_of_two: bool) -> QTensor:
 
 
 def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], as training quantises weights
-    (`kernels_pallas.quantize_block`): scale_inv = max(max|block|, 1e-4) / 448, rounded up to a power of two with `power_of_two`.
+    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], as training quantises
+    weights (`kernels_pallas.quantize_block`): scale_inv = max(max|block|, 1e-4) / 448, rounded up to a power of two
+    with `power_of_two`.
 
     A block with a NaN or an infinity becomes NaN.
     """

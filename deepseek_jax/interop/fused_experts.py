@@ -1,4 +1,5 @@
-"""Experts stored as one tensor, as transformers 5 holds them in memory: each expert's matrices lie in it one after the other."""
+"""Experts stored as one tensor, as transformers 5 holds them in memory: each expert's matrices lie in it one after the
+other."""
 
 import dataclasses
 import re
@@ -11,7 +12,8 @@ _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 def separate_experts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The same bytes under the released names: gate_up_proj [E, 2F, D] and down_proj [E, D, F] as a matrix for each expert."""
+    """The same bytes under the released names: gate_up_proj [E, 2F, D] and down_proj [E, D, F] as a matrix for each
+    expert."""
     separate: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         fused = _FUSED.fullmatch(name)

@@ -4,12 +4,14 @@ Every field is mapped, checked or known not to change the network. Anything else
 a field we don't know (V3.2's index_*, say) means a network we don't have.
 
 Where implementations of the same config.json disagree, this holds here:
-- The norms inside latent attention have epsilon 1e-6 whatever rms_norm_eps says, as in transformers and the released code.
+- The norms inside latent attention have epsilon 1e-6 whatever rms_norm_eps says, as in transformers and the released
+  code.
 - The softmax scale gets mscale² whenever mscale_all_dim is set, as in transformers; the stand-alone inference code does
   so only beyond the original context length.
-- DeepSeek-V2 with norm_topk_prob=true is refused: transformers ignores the field, the released code drops the scaling factor.
-- The groups a token may not use are masked with -inf, as in the released code and transformers from version 5; transformers 4
-  masked with 0.0, which differs where a biased score is negative.
+- DeepSeek-V2 with norm_topk_prob=true is refused: transformers ignores the field, the released code drops the scaling
+  factor.
+- The groups a token may not use are masked with -inf, as in the released code and transformers from version 5;
+  transformers 4 masked with 0.0, which differs where a biased score is negative.
 - initializer_range is ignored: the models were trained from a standard deviation of 0.006.
 """
 
@@ -25,19 +27,30 @@ from deepseek_jax.json_io import read_json
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 
 LATENT_NORM_EPS = 1e-6
-QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+QUANTISATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder. Raises CheckpointError if there is none, it isn't a JSON object, or is one of ours."""
+    """The config.json of a Hugging Face folder. Raises CheckpointError if there is none, it isn't a JSON object, or is
+    one of ours."""
     file = folder / CONFIG_NAME
     if (folder / "checkpoints").is_dir() and not file.is_file():
         raise CheckpointError(f"{folder} is a checkpoint of ours, not a Hugging Face folder: export it first")
     if not file.is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG_NAME}; give a Hugging Face folder with {CONFIG_NAME} and *.safetensors")
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_NAME}; give a Hugging Face folder with {CONFIG_NAME} and *.safetensors"
+        )
     fields = read_json(file, "download it again", CheckpointError)
     if "model_type" not in fields and "stages" in fields:
-        raise CheckpointError(f"{folder} is the folder of a run here, not a Hugging Face folder: export one of its stages ({_stages(folder, fields)}) first")
+        raise CheckpointError(
+            f"{folder} is the folder of a run here, not a Hugging Face folder: export one of its stages "
+            f"({_stages(folder, fields)}) first"
+        )
     return fields
 
 
@@ -53,7 +66,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(f"{CONFIG_NAME}: model_type={model_type!r} is not supported: {nearest(str(model_type), FAMILIES)}")
+        raise CheckpointError(
+            f"{CONFIG_NAME}: model_type={model_type!r} is not supported: {nearest(str(model_type), FAMILIES)}"
+        )
     v3 = FAMILIES[model_type] is FAMILIES["deepseek_v3"]
     fields = Fields(hf)
     fields.expect("hidden_act", "silu")
@@ -73,7 +88,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         moe=_moe(fields, model_type),
         first_k_dense=fields.size("first_k_dense_replace"),
         rope=_rope(hf, interleaved and model_type != "deepseek"),
-        mtp_depth=fields.size("num_nextn_predict_layers", null=0) if v3 else fields.expect("num_nextn_predict_layers", 0, None) or 0,
+        mtp_depth=fields.size("num_nextn_predict_layers", null=0)
+        if v3
+        else fields.expect("num_nextn_predict_layers", 0, None) or 0,
         rms_norm_eps=fields.number("rms_norm_eps", lowest=0.0),
         latent_norm_eps=LATENT_NORM_EPS,
         tie_embeddings=fields.expect("tie_word_embeddings", False, True),
@@ -88,14 +105,18 @@ def _mla(fields: Fields) -> MLAConfig:
     fields.take("head_dim", None)  # transformers stores the rotary width here; the widths below say it all
     widths = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return MLAConfig(
-        num_heads=num_heads, q_lora_rank=fields.size("q_lora_rank", null=None), **{width: fields.size(width) for width in widths}
+        num_heads=num_heads,
+        q_lora_rank=fields.size("q_lora_rank", null=None),
+        **{width: fields.size(width) for width in widths},
     )
 
 
 def _gqa(fields: Fields) -> GQAConfig:
     num_heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
     kv_heads, head_dim = fields.size("num_key_value_heads", null=num_heads), hidden_size // max(num_heads, 1)
-    return GQAConfig(num_heads=num_heads, num_kv_heads=kv_heads, head_dim=fields.size("head_dim", head_dim, null=head_dim))
+    return GQAConfig(
+        num_heads=num_heads, num_kv_heads=kv_heads, head_dim=fields.size("head_dim", head_dim, null=head_dim)
+    )
 
 
 def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
@@ -108,7 +129,9 @@ def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
         num_shared_experts=fields.size("n_shared_experts", null=0),
         scoring=fields.expect("scoring_func", "sigmoid" if v3 else "softmax"),
         norm_topk_prob=fields.expect("norm_topk_prob", *normalized.get(model_type, (True, False))),
-        routed_scaling_factor=fields.expect("routed_scaling_factor", 1.0) if model_type == "deepseek" else fields.number("routed_scaling_factor"),
+        routed_scaling_factor=fields.expect("routed_scaling_factor", 1.0)
+        if model_type == "deepseek"
+        else fields.number("routed_scaling_factor"),
         correction_bias=v3,
     )
     for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
@@ -125,16 +148,20 @@ def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
 
 
 def _rope(hf: Mapping[str, Any], interleaved: bool) -> RopeConfig:
-    """Both spellings: rope_theta beside rope_scaling, and transformers 5's rope_parameters, which holds everything. Where both are there,
-    rope_scaling counts, as in transformers."""
-    parameters = mapping("rope_scaling", hf.get("rope_scaling")) or mapping("rope_parameters", hf.get("rope_parameters"))
+    """Both spellings: rope_theta beside rope_scaling, and transformers 5's rope_parameters, which holds everything.
+    Where both are there, rope_scaling counts, as in transformers."""
+    parameters = mapping("rope_scaling", hf.get("rope_scaling")) or mapping(
+        "rope_parameters", hf.get("rope_parameters")
+    )
     theta = number("rope_theta", parameters.pop("rope_theta", hf.get("rope_theta", 10_000.0)), lowest=1.0)
     old_name = parameters.pop("type", "default")
     rope_type = parameters.pop("rope_type", old_name)
     if rope_type not in ("default", "yarn"):
         refuse("rope_scaling type", rope_type, ("default", "yarn"))
     if rope_type == "default" and parameters:
-        raise CheckpointError(f"{CONFIG_NAME}: rope type 'default' takes rope_theta alone, found {', '.join(sorted(parameters))}")
+        raise CheckpointError(
+            f"{CONFIG_NAME}: rope type 'default' takes rope_theta alone, found {', '.join(sorted(parameters))}"
+        )
     return RopeConfig(theta=theta, interleaved=interleaved, yarn=_yarn(parameters) if rope_type == "yarn" else None)
 
 
@@ -142,26 +169,34 @@ def _yarn(parameters: Mapping[str, Any]) -> YarnConfig:
     known = {field.name: field.default for field in dataclasses.fields(YarnConfig)}
     for name in parameters:
         if name not in known:
-            raise CheckpointError(f"{CONFIG_NAME}: rope_scaling field {name}={parameters[name]!r} is not supported: {nearest(name, known)}")
+            raise CheckpointError(
+                f"{CONFIG_NAME}: rope_scaling field {name}={parameters[name]!r} is not supported: "
+                f"{nearest(name, known)}"
+            )
     for name in ("factor", "original_max_position_embeddings"):
         if name not in parameters:
             raise CheckpointError(f"{CONFIG_NAME}: rope_scaling of type 'yarn' lacks the field {name!r}")
     values = {name: number(name, parameters.get(name, default)) for name, default in known.items()}
     original = values["original_max_position_embeddings"]
     if not original.is_integer():
-        raise CheckpointError(f"{CONFIG_NAME}: rope_scaling original_max_position_embeddings={original!r}: expected a whole number")
-    # Either field without the other means another cos/sin magnitude to each implementation; mscale=1 alone is the same to all.
+        raise CheckpointError(
+            f"{CONFIG_NAME}: rope_scaling original_max_position_embeddings={original!r}: expected a whole number"
+        )
+    # Either field without the other means another cos/sin magnitude to each implementation; mscale=1 alone is the same
+    # to all.
     alone = not parameters.get("mscale") if values["mscale_all_dim"] else values["mscale"] != 1.0
     if alone:
         raise CheckpointError(
-            f"{CONFIG_NAME}: rope_scaling mscale={parameters.get('mscale')!r} with mscale_all_dim={parameters.get('mscale_all_dim')!r} "
+            f"{CONFIG_NAME}: rope_scaling mscale={parameters.get('mscale')!r} with "
+            f"mscale_all_dim={parameters.get('mscale_all_dim')!r} "
             "means different things to different implementations; supported: both or neither"
         )
     return YarnConfig(**{**values, "original_max_position_embeddings": int(original)})
 
 
 def scale_format(quantization: Mapping[str, Any] | None) -> str | None:
-    """`scale_fmt` of a quantization_config, "ue8m0" or None: whether all scales are powers of two, those of activations too (V3.1).
+    """`scale_fmt` of a quantization_config, "ue8m0" or None: whether all scales are powers of two, those of activations
+    too (V3.1).
 
     Raises CheckpointError for a quantization that is not that of the released FP8 weights.
     """
@@ -214,7 +249,11 @@ def _family(config: ModelConfig) -> dict[str, Any]:
         return {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
     if config.moe is not None and config.moe.scoring == "softmax":
         return {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
-    return {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": config.rope.interleaved}
+    return {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "rope_interleave": config.rope.interleaved,
+    }
 
 
 def _attention_fields(config: ModelConfig) -> dict[str, Any]:
@@ -250,11 +289,14 @@ def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
     try:
         wanted, read = _function(config), _function(config_from_hf(hf))
     except UserError as error:
-        raise CheckpointError(f"no config.json of model_type={hf['model_type']!r} can say what this network is: {error}") from error
+        raise CheckpointError(
+            f"no config.json of model_type={hf['model_type']!r} can say what this network is: {error}"
+        ) from error
     for name, value in wanted.items():
         if read[name] != value:
             raise CheckpointError(
-                f"a config.json of model_type={hf['model_type']!r} cannot say {name}={value!r}: it would be read as {read[name]!r}, so the "
+                f"a config.json of model_type={hf['model_type']!r} cannot say {name}={value!r}: it would be read as "
+                f"{read[name]!r}, so the "
                 "exported model would be another network"
             )
 
@@ -272,6 +314,14 @@ def _function(config: ModelConfig) -> dict[str, Any]:
         "latent_norm_eps": config.latent_norm_eps if isinstance(attention, MLAConfig) else None,
         "num_dense_layers": config.num_dense_layers,
     }
-    for name in ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "mtp_depth", "rms_norm_eps", "tie_embeddings"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "intermediate_size",
+        "mtp_depth",
+        "rms_norm_eps",
+        "tie_embeddings",
+    ):
         fields[name] = getattr(config, name)
     return fields

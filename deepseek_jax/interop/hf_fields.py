@@ -1,4 +1,5 @@
-"""The fields of a config.json, taken one by one and checked: which are known, of which type, and what a missing one means."""
+"""The fields of a config.json, taken one by one and checked: which are known, of which type, and what a missing one
+means."""
 
 import math
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from deepseek_jax.errors import CheckpointError
 CONFIG_NAME = "config.json"
 REQUIRED = object()
 
-# What the configuration class of each family takes where a field is missing, those of the behavior; sizes must be there. Where the released
-# class and transformers' disagree (the shared experts of V2, say) the field is required.
+# What the configuration class of each family takes where a field is missing, those of the behavior; sizes must be
+# there. Where the released class and transformers' disagree (the shared experts of V2, say) the field is required.
 _V3_DEFAULTS = {
     "first_k_dense_replace": 3, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rope_interleave": True,
@@ -26,7 +27,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek": _V2_DEFAULTS | {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
 }
 # transformers reads these names as if they were the others.
-_ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers", "num_experts": "n_routed_experts"}
+_ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_experts": "n_routed_experts",
+}
 
 # Fields about tokens, files, training or other software, not about the function the network computes. An export keeps
 # the values an import found for the first group.
@@ -38,12 +43,25 @@ _IGNORED = CARRIED + (
     "chunk_size_feed_forward", "id2label", "label2id", "tokenizer_class", "output_router_logits", "router_aux_loss_coef", "attn_implementation",
     "output_hidden_states", "output_attentions", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "use_bfloat16",
 )  # fmt: skip
-# Text generation's settings, which transformers kept here before there was a generation_config.json, and their old defaults.
+# Text generation's settings, which transformers kept here before there was a generation_config.json, and their old
+# defaults.
 _GENERATION = (
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
     "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences",
 )  # fmt: skip
-_SOFTWARE = ("unsloth", "vllm", "sglang", "lmdeploy", "axolotl", "swift", "transformers.js", "trl", "peft", "llamafactory", "megatron")
+_SOFTWARE = (
+    "unsloth",
+    "vllm",
+    "sglang",
+    "lmdeploy",
+    "axolotl",
+    "swift",
+    "transformers.js",
+    "trl",
+    "peft",
+    "llamafactory",
+    "megatron",
+)
 
 
 def foreign(name: str) -> bool:
@@ -52,7 +70,8 @@ def foreign(name: str) -> bool:
 
 
 class Fields:
-    """The fields of a config.json, and which of them are not accounted for yet. Raises CheckpointError as its methods do."""
+    """The fields of a config.json, and which of them are not accounted for yet. Raises CheckpointError as its methods
+    do."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self.family = FAMILIES[fields["model_type"]]
@@ -60,7 +79,10 @@ class Fields:
         for alias, name in _ALIASES.items():
             value = self._all.pop(alias, None)
             if value is not None and self._all.setdefault(name, value) != value:
-                raise CheckpointError(f"{CONFIG_NAME}: {alias}={value!r} and {name}={self._all[name]!r} are one field: remove the wrong one")
+                raise CheckpointError(
+                    f"{CONFIG_NAME}: {alias}={value!r} and {name}={self._all[name]!r} are one field: remove the wrong "
+                    "one"
+                )
         self._rest = {name for name in self._all if name not in (*_IGNORED, *_GENERATION) and not foreign(name)}
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
@@ -86,7 +108,8 @@ class Fields:
         return number(name, self.take(name), lowest)
 
     def expect(self, name: str, *supported: Any) -> Any:
-        """A field that must have one of the `supported` values; a missing one is the family's default, or else the first of them."""
+        """A field that must have one of the `supported` values; a missing one is the family's default, or else the
+        first of them."""
         value = self.take(name, self.family.get(name, supported[0]))
         if value not in supported:
             refuse(name, value, supported)
@@ -98,13 +121,16 @@ class Fields:
             value = self._all[name]
             if value is not None and value is not False and value not in ("", [], {}):
                 raise CheckpointError(
-                    f"{CONFIG_NAME}: field {name}={value!r} is not supported for model_type={self._all['model_type']!r}: the network "
+                    f"{CONFIG_NAME}: field {name}={value!r} is not supported for "
+                    f"model_type={self._all['model_type']!r}: the network "
                     "would not be the one implemented here; delete the field only if you know that it changes nothing"
                 )
 
 
 def refuse(name: str, value: Any, supported: tuple) -> None:
-    raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r} is not supported; supported: {', '.join(repr(s) for s in supported)}")
+    raise CheckpointError(
+        f"{CONFIG_NAME}: {name}={value!r} is not supported; supported: {', '.join(repr(s) for s in supported)}"
+    )
 
 
 def number(name: str, value: Any, lowest: float = -math.inf) -> float:
@@ -114,7 +140,10 @@ def number(name: str, value: Any, lowest: float = -math.inf) -> float:
     except (TypeError, OverflowError):
         finite = False
     if not finite or value < lowest:
-        raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r}: expected a number{f' of at least {lowest}' if lowest > -math.inf else ''}")
+        raise CheckpointError(
+            f"{CONFIG_NAME}: {name}={value!r}: expected a "
+            f"number{f' of at least {lowest}' if lowest > -math.inf else ''}"
+        )
     return float(value)
 
 

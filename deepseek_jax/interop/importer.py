@@ -1,8 +1,8 @@
 """Hugging Face folder -> our variables, one after the other, each from the stored tensors that it stacks.
 
-A stored tensor is read on its own, converted in slices of rows straight into its place, and forgotten. As numpy arrays, peak host
-memory is the result plus about one tensor. As sharded jax arrays, each device's part of a variable is read on its own: peak
-host memory is about one such part, and a host reads only what its devices hold.
+A stored tensor is read on its own, converted in slices of rows straight into its place, and forgotten. As numpy arrays,
+peak host memory is the result plus about one tensor. As sharded jax arrays, each device's part of a variable is read on
+its own: peak host memory is about one such part, and a host reads only what its devices hold.
 """
 
 import itertools
@@ -41,14 +41,16 @@ def import_folder(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a DeepSeek checkpoint in Hugging Face's layout.
 
-    Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the routers'
-    correction biases in float32. FP8 weights are dequantised by their block scales; with `dtype` "fp8" they stay as they are, a QTensor
-    of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies with, and the others are bfloat16. They are numpy
-    arrays, or with `shardings` jax arrays: `shardings(config)` is a tree of the same structure with a `jax.sharding.Sharding` for each.
-    `progress(done, total)` is called after every tensor, or part of one, that is read. What is left out is logged as a warning.
+    Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the
+    routers' correction biases in float32. FP8 weights are dequantised by their block scales; with `dtype` "fp8" they
+    stay as they are, a QTensor of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies
+    with, and the others are bfloat16. They are numpy arrays, or with `shardings` jax arrays: `shardings(config)` is a
+    tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)` is called after every
+    tensor, or part of one, that is read. What is left out is logged as a warning.
 
-    Raises CheckpointError naming every tensor that is missing, extra, of another shape or dtype, or cut off, before anything is
-    allocated; and, once they are read, those with numbers that are NaN or infinite or with scales that are not above 0.
+    Raises CheckpointError naming every tensor that is missing, extra, of another shape or dtype, or cut off, before
+    anything is allocated; and, once they are read, those with numbers that are NaN or infinite or with scales that are
+    not above 0.
     """
     opened = usable_folder(folder)
     for note in opened.notes:
@@ -69,7 +71,11 @@ def read_variables(
     if shardings is not None:
         shardings = traverse_util.flatten_dict(shardings)
         _check_paths(shardings, specs)
-    kept = {path for path, tensors in specs.items() if dtype == _KEPT and all(folder.stored[spec.name].dtype == "F8_E4M3" for spec in tensors)}
+    kept = {
+        path
+        for path, tensors in specs.items()
+        if dtype == _KEPT and all(folder.stored[spec.name].dtype == "F8_E4M3" for spec in tensors)
+    }
     for path in kept:  # values and scales are two arrays
         tensors = specs.pop(path)
         specs[*path, "values"], specs[*path, "scales"] = tensors, [spec.scales for spec in tensors]
@@ -113,12 +119,16 @@ def read_variables(
 
 def _refuse_numbers(folder: Folder, bad: Mapping[str, int]) -> None:
     what = {name: "not above 0 or not finite" if name.endswith(SCALE_SUFFIX) else "NaN or infinite" for name in bad}
-    lines = [f"{name}: {count:,} of {math.prod(folder.stored[name].shape):,} numbers {what[name]}" for name, count in bad.items()]
+    lines = [
+        f"{name}: {count:,} of {math.prod(folder.stored[name].shape):,} numbers {what[name]}"
+        for name, count in bad.items()
+    ]
     raise CheckpointError(f"{folder.path} holds numbers that no network can use:\n  {shown(lines)}")
 
 
 def _sharding_of_scales(sharding: jax.sharding.Sharding, stacked: int) -> jax.sharding.Sharding:
-    """Divided as the values are by layer and expert; where these are cut inside a matrix, cuts need not meet the blocks."""
+    """Divided as the values are by layer and expert; where these are cut inside a matrix, cuts need not meet the
+    blocks."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:stacked]))
@@ -140,7 +150,8 @@ def read_part(
     dtype: np.dtype,
     done: Callable[[Counter[str]], None] = lambda bad: None,
 ) -> np.ndarray:
-    """One part of the variable that `specs` fill; after each tensor, `done` is called with the numbers in it that are none, counted by tensor."""
+    """One part of the variable that `specs` fill; after each tensor, `done` is called with the numbers in it that are
+    none, counted by tensor."""
     target = _aligned_empty([len(axis) for axis in part], dtype)
     for spec in specs:
         if overlaps(spec, part):
@@ -171,4 +182,6 @@ def _put(values: np.ndarray, devices: Sequence[jax.Device]) -> list[jax.Array]:
 def _check_paths(shardings: Mapping[tuple[str, ...], Any], specs: Mapping[tuple[str, ...], Any]) -> None:
     for path in sorted(set(specs) ^ set(shardings)):
         has, lacks = ("folder", "tree of shardings") if path in specs else ("tree of shardings", "folder")
-        raise CheckpointError(f"{'/'.join(path)}: in the {has} and not in the {lacks}; make the shardings for the folder's own config")
+        raise CheckpointError(
+            f"{'/'.join(path)}: in the {has} and not in the {lacks}; make the shardings for the folder's own config"
+        )

@@ -31,10 +31,11 @@ def overlaps(spec: TensorSpec, part: Part) -> bool:
 
 
 def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], part: Part, target: np.ndarray) -> Counter[str]:
-    """Reads what the tensor holds of `part`, which it overlaps, and converts it in slices of rows into its place in `target`.
+    """Reads what the tensor holds of `part`, which it overlaps, and converts it in slices of rows into its place in
+    `target`.
 
-    `target` has the shape of the part and the dtype of the variable. Returns how many numbers of which stored tensor are none: NaN,
-    infinite once they are converted, or a scale that is not above 0.
+    `target` has the shape of the part and the dtype of the variable. Returns how many numbers of which stored tensor
+    are none: NaN, infinite once they are converted, or a scale that is not above 0.
     """
     place = target[tuple(i - axis.start for i, axis in zip(spec.index, part))]
     within = part[len(spec.index) :]
@@ -63,7 +64,8 @@ def bad_scales(scales: np.ndarray) -> int:
 def _converted_rows(
     spec: TensorSpec, stored: Mapping[str, StoredTensor], within: Part, dtype: np.dtype, bad: Counter[str]
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time; dequantised unless `dtype` is E4M3."""
+    """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time;
+    dequantised unless `dtype` is E4M3."""
     values = read_tensor(stored[spec.name], within)
     if stored[spec.name].dtype == "F8_E4M3" and values.dtype != dtype:
         blocks = tuple(range(axis.start // BLOCK, -(-axis.stop // BLOCK)) for axis in within)

@@ -39,7 +39,13 @@ def print_report(folder: Folder, console: Console) -> None:
 
 
 def _config_table(folder: Folder) -> Table:
-    table = Table("field", "value", title=escape(f"{folder.hf['model_type']} config.json as ModelConfig"), title_justify="left", box=None)
+    table = Table(
+        "field",
+        "value",
+        title=escape(f"{folder.hf['model_type']} config.json as ModelConfig"),
+        title_justify="left",
+        box=None,
+    )
     for name, value in _flat(folder.config, ""):
         table.add_row(name, escape(str(value)))
     return table

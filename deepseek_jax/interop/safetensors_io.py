@@ -1,8 +1,8 @@
 """The safetensors format, one tensor at a time.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the raw little-endian data.
-The `safetensors` package checks the header; it reads FP8 only through torch, and its writer wants a whole shard in memory at once,
-so data is read and written here, one tensor at a time. Nothing is ever unpickled.
+The `safetensors` package checks the header; it reads FP8 only through torch, and its writer wants a whole shard in
+memory at once, so data is read and written here, one tensor at a time. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ class StoredTensor:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """All tensors of one file, by name. Raises CheckpointError if the file is cut off or its header is damaged.
 
-    The `safetensors` library checks the header: that it is well formed, and that the tensors cover the file's bytes without gaps
-    or overlaps, each with as many as its dtype and shape take.
+    The `safetensors` library checks the header: that it is well formed, and that the tensors cover the file's bytes
+    without gaps or overlaps, each with as many as its dtype and shape take.
     """
     try:
         with safetensors.safe_open(file, framework="np"), open(file, "rb") as stream:
@@ -51,7 +51,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         size = file.stat().st_size if file.is_file() else 0
-        raise CheckpointError(f"{file}: damaged or cut off after {size:,} bytes ({error}); download the file again") from error
+        raise CheckpointError(
+            f"{file}: damaged or cut off after {size:,} bytes ({error}); download the file again"
+        ) from error
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
@@ -61,10 +63,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np.ndarray:
-    """The tensor, or the rectangle `part` of it (for each axis a range of step 1), in its stored dtype, in memory of its own.
+    """The tensor, or the rectangle `part` of it (for each axis a range of step 1), in its stored dtype, in memory of
+    its own.
 
-    Of a part only its own bytes are read: whole rows in one piece, cut rows one by one. Raises CheckpointError if the file has
-    become shorter.
+    Of a part only its own bytes are read: whole rows in one piece, cut rows one by one. Raises CheckpointError if the
+    file has become shorter.
     """
     part = [range(size) for size in tensor.shape] if part is None else part
     values = np.empty([len(axis) for axis in part], DTYPES[tensor.dtype])
@@ -80,7 +83,9 @@ def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np
             while missing:
                 count = stream.readinto(missing)
                 if not count:
-                    raise CheckpointError(f"{tensor.file}: ends {len(missing)} bytes too early; it is truncated: download it again")
+                    raise CheckpointError(
+                        f"{tensor.file}: ends {len(missing)} bytes too early; it is truncated: download it again"
+                    )
                 missing = missing[count:]
     return values
 
@@ -88,8 +93,8 @@ def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np
 def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of a Hugging Face folder by name, and what is wrong with its files, in sentences.
 
-    Reads headers only. Where there is a model.safetensors, it is read and no index, as transformers does. Raises CheckpointError if there
-    is nothing to read: no folder, no safetensors, a damaged index.
+    Reads headers only. Where there is a model.safetensors, it is read and no index, as transformers does. Raises
+    CheckpointError if there is nothing to read: no folder, no safetensors, a damaged index.
     """
     if (folder / SINGLE_NAME).is_file():
         return read_header(folder / SINGLE_NAME), []
@@ -98,17 +103,27 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         raise CheckpointError(_nothing_to_read(folder))
     weight_map = read_json(index_file, "download it again", CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise CheckpointError(f"{index_file}: no readable weight_map, which names a file of the folder for each tensor; download the file again")
+        raise CheckpointError(
+            f"{index_file}: no readable weight_map, which names a file of the folder for each tensor; download the "
+            "file again"
+        )
     shards = sorted(set(weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
     problems = []
     for shard in shards:
         promised = [name for name, where in weight_map.items() if where == shard]
         if not (folder / shard).is_file():
-            problems.append(f"the index puts {len(promised)} tensors, {promised[0]!r} among them, into {shard}, which is not in {folder}")
+            problems.append(
+                f"the index puts {len(promised)} tensors, {promised[0]!r} among them, into {shard}, which is not in "
+                f"{folder}"
+            )
             continue
         header = read_header(folder / shard)
-        problems += [f"the index puts tensor {name!r} into {shard}, but it is not there" for name in promised if name not in header]
+        problems += [
+            f"the index puts tensor {name!r} into {shard}, but it is not there"
+            for name in promised
+            if name not in header
+        ]
         tensors.update({name: tensor for name, tensor in header.items() if weight_map.get(name, shard) == shard})
     return tensors, problems
 
@@ -123,7 +138,8 @@ def _nothing_to_read(folder: Path) -> str:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         return (
-            f"{folder} holds {pickled[0]} but no safetensors. Such files are pickles, which can run any code when opened, "
+            f"{folder} holds {pickled[0]} but no safetensors. Such files are pickles, which can run any code when "
+            "opened, "
             "so they are not read; save the model with safe_serialization=True first"
         )
     loose = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -159,7 +175,9 @@ class ShardWriter:
         """Writes `array`, already of the declared dtype and shape."""
         entry = self._header[name]
         if array.dtype != DTYPES[entry["dtype"]] or list(array.shape) != entry["shape"]:
-            raise ValueError(f"{name}: declared {entry['dtype']} {entry['shape']}, got {array.dtype} {list(array.shape)}")
+            raise ValueError(
+                f"{name}: declared {entry['dtype']} {entry['shape']}, got {array.dtype} {list(array.shape)}"
+            )
         self._stream.seek(self._data_start + entry["data_offsets"][0])
         self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._missing.remove(name)

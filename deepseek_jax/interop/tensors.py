@@ -18,9 +18,10 @@ SCALE_SUFFIX = "_scale_inv"
 class TensorSpec:
     """One stored tensor and its place in our variables.
 
-    It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` says that our
-    side is [in, out]. `quantised` tensors are FP8 with a scale in the released checkpoints. A `duplicate` repeats a
-    tensor that another line of the table fills: it may be absent, and must agree where present (`folder.usable_folder`).
+    It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` says
+    that our side is [in, out]. `quantised` tensors are FP8 with a scale in the released checkpoints. A `duplicate`
+    repeats a tensor that another line of the table fills: it may be absent, and must agree where present
+    (`folder.usable_folder`).
     """
 
     name: str
@@ -84,8 +85,10 @@ def _all_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     yield embedding
     for layer in range(config.num_layers):
         dense = layer < config.num_dense_layers
-        stack, first, count = ("dense_layers", 0, config.num_dense_layers) if dense else (
-            "moe_layers", config.num_dense_layers, config.num_moe_layers
+        stack, first, count = (
+            ("dense_layers", 0, config.num_dense_layers)
+            if dense
+            else ("moe_layers", config.num_dense_layers, config.num_moe_layers)
         )
         yield from _block(config, dense, f"model.layers.{layer}", (stack,), (layer - first,), (count,))
     yield _vector("model.norm.weight", config.hidden_size, ("params", "final_norm", "scale"))
@@ -94,7 +97,9 @@ def _all_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
         yield from _mtp_module(config, f"model.layers.{config.num_layers + k}", f"mtp_{k}", embedding, head)
 
 
-def _mtp_module(config: ModelConfig, name: str, path: str, embedding: TensorSpec, head: TensorSpec) -> Iterator[TensorSpec]:
+def _mtp_module(
+    config: ModelConfig, name: str, path: str, embedding: TensorSpec, head: TensorSpec
+) -> Iterator[TensorSpec]:
     d = config.hidden_size
     yield dataclasses.replace(embedding, name=f"{name}.embed_tokens.weight", duplicate=True)
     yield _vector(f"{name}.enorm.weight", d, ("params", path, "embed_norm", "scale"))
@@ -147,7 +152,11 @@ def _attention(config: ModelConfig) -> Iterator[_Part]:
         yield _Part("self_attn.q_b_proj.weight", "attn/q_b/kernel", (a.num_heads * a.qk_head_dim, a.q_lora_rank))
     yield _Part("self_attn.kv_a_proj_with_mqa.weight", "attn/kv_a/kernel", (a.kv_lora_rank + a.qk_rope_head_dim, d))
     yield _Part("self_attn.kv_a_layernorm.weight", "attn/kv_a_norm/scale", (a.kv_lora_rank,))
-    yield _Part("self_attn.kv_b_proj.weight", "attn/kv_b/kernel", (a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank))
+    yield _Part(
+        "self_attn.kv_b_proj.weight",
+        "attn/kv_b/kernel",
+        (a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank),
+    )
     yield _Part("self_attn.o_proj.weight", "attn/o/kernel", (d, a.num_heads * a.v_head_dim))
 
 
@@ -162,7 +171,9 @@ def _moe(config: ModelConfig) -> Iterator[_Part]:
         yield _Part("mlp.gate.e_score_correction_bias", "ffn/router/bias", (moe.num_experts,), collection="router_bias")
     yield from _swiglu("mlp.experts.{}", "ffn/experts/{}", d, moe.intermediate_size, moe.num_experts)
     if moe.num_shared_experts:
-        yield from _swiglu("mlp.shared_experts", "ffn/shared/{}/kernel", d, moe.num_shared_experts * moe.intermediate_size)
+        yield from _swiglu(
+            "mlp.shared_experts", "ffn/shared/{}/kernel", d, moe.num_shared_experts * moe.intermediate_size
+        )
 
 
 def _swiglu(name: str, path: str, d: int, width: int, experts: int = 0) -> Iterator[_Part]:

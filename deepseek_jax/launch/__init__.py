@@ -3,7 +3,8 @@
     python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot
 
 `sweep` says what a sweep is, `jobs` checks every run before the first one starts, `execute` runs one and notes how it
-ended, `local`, `slurm` and `skypilot` say where; `plan` is the bill beforehand, `results` and `plots` are what comes back.
+ended, `local`, `slurm` and `skypilot` say where; `plan` is the bill beforehand, `results` and `plots` are what comes
+back.
 """
 
 from deepseek_jax.launch.ladder import Rung, ladder

@@ -1,7 +1,8 @@
-"""python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot [--only=…] [--plan] [--results]
+"""python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot [--only=…] [--plan]
+[--results]
 
-Runs a sweep's missing runs. Every run is checked before the first one starts; a sweep that is started again leaves alone
-what is done, running or queued; a failed run is reported and does not stop the rest. Exits with 1 if any failed.
+Runs a sweep's missing runs. Every run is checked before the first one starts; a sweep that is started again leaves
+alone what is done, running or queued; a failed run is reported and does not stop the rest. Exits with 1 if any failed.
 """
 
 import importlib.util
@@ -64,16 +65,22 @@ def choose(jobs: Sequence[Job], only: str | None, here: bool) -> list[Job]:
     if only is None:
         elsewhere = [job for job in jobs if job.run.resources.kind != "cpu"] if here else []
         for job in elsewhere:
-            print(f"{job.name} wants {job.run.resources.topology} and is left out; --only={job.name} runs it here all the same")
+            print(
+                f"{job.name} wants {job.run.resources.topology} and is left out; --only={job.name} runs it here all "
+                "the same"
+            )
         return [job for job in jobs if job not in elsewhere]
     for pattern in only.split(","):
         if not any(fnmatchcase(job.name, pattern) for job in jobs):
-            raise ConfigError(f"--only={only}: no run is called {pattern!r}: {nearest(pattern, [job.name for job in jobs])}")
+            raise ConfigError(
+                f"--only={only}: no run is called {pattern!r}: {nearest(pattern, [job.name for job in jobs])}"
+            )
     return [job for job in jobs if any(fnmatchcase(job.name, pattern) for pattern in only.split(","))]
 
 
 def write_results(sweep: Sweep, name: str, jobs: Sequence[Job], workdir: Path) -> None:
-    """Prints what the variants have brought and how many runs are in what state; leaves results.parquet, results.csv and results.png in the workdir."""
+    """Prints what the variants have brought and how many runs are in what state; leaves results.parquet, results.csv
+    and results.png in the workdir."""
     statuses = {job.name: read_status(job.folder) for job in jobs}
     rows = collect(jobs, statuses)
     paths = write_table(rows, workdir)
@@ -86,7 +93,11 @@ def write_results(sweep: Sweep, name: str, jobs: Sequence[Job], workdir: Path) -
 
 def _tally(statuses: Mapping[str, Status]) -> str:
     states = [status.state for status in statuses.values()]
-    return ", ".join(f"{states.count(state)} {state}" for state in ("done", "running", "stopped", "failed", "missing") if state in states)
+    return ", ".join(
+        f"{states.count(state)} {state}"
+        for state in ("done", "running", "stopped", "failed", "missing")
+        if state in states
+    )
 
 
 def _launcher(flags: Namespace, name: str, workdir: Path) -> Launcher:
@@ -113,26 +124,48 @@ def _dry_run(config: ConfigDict, name: str, topology: str, **options: Any) -> Ma
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = cli.parser("deepseek_jax.launch", "Runs what is missing of a sweep, and collects what there is.")
     parser.add_argument("--sweep", required=True, help="a file with get_sweep()")
-    parser.add_argument("--launcher", choices=("local", "slurm", "skypilot"), default="local", help="where the runs run")
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm", "skypilot"), default="local", help="where the runs run"
+    )
     parser.add_argument("--only", help="names or patterns of runs, with commas; the others are left alone")
     parser.add_argument("--workdir", help="where results go (runs/<name of the sweep file> without it)")
-    parser.add_argument("--plan", action="store_true", help="print what would run, where, for how long and at what cost; start nothing")
-    parser.add_argument("--results", action="store_true", help="print and write the table and the plot of what has finished; start nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would run, where, for how long and at what cost; start nothing"
+    )
+    parser.add_argument(
+        "--results",
+        action="store_true",
+        help="print and write the table and the plot of what has finished; start nothing",
+    )
     cli.add_price(parser)
     local = parser.add_argument_group("local")
     local.add_argument("--slots", type=cli.number(int, least=1), default=1, help="runs at a time")
-    local.add_argument("--slot_environment", action="append", default=[], metavar="NAME=VALUE", help="{slot} in a value is the slot's number; may be repeated")
+    local.add_argument(
+        "--slot_environment",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="{slot} in a value is the slot's number; may be repeated",
+    )
     slurm = parser.add_argument_group("slurm")
-    slurm.add_argument("--slurm", default="{}", help="submitit's parameters, as \"{'slurm_partition': 'gpu', 'cpus_per_task': 32}\"")
+    slurm.add_argument(
+        "--slurm", default="{}", help="submitit's parameters, as \"{'slurm_partition': 'gpu', 'cpus_per_task': 32}\""
+    )
     sky = parser.add_argument_group("skypilot")
     sky.add_argument("--bucket", help="gs://NAME or s3://NAME, holds the runs")
     sky.add_argument("--infra", help="cloud[/region[/zone]]; wherever there are machines without it")
     sky.add_argument("--install", help="what to install on the machines, for pip (the extra that fits them without it)")
     flags = parser.parse_args(argv)
-    for launcher, names in (("local", ("slots", "slot_environment")), ("slurm", ("slurm",)), ("skypilot", ("bucket", "infra", "install"))):
+    for launcher, names in (
+        ("local", ("slots", "slot_environment")),
+        ("slurm", ("slurm",)),
+        ("skypilot", ("bucket", "infra", "install")),
+    ):
         given = [name for name in names if getattr(flags, name) != parser.get_default(name)]
         if given and flags.launcher != launcher:
-            raise ConfigError(f"--{given[0]} is for --launcher={launcher}, not for --launcher={flags.launcher}: leave it out")
+            raise ConfigError(
+                f"--{given[0]} is for --launcher={launcher}, not for --launcher={flags.launcher}: leave it out"
+            )
     if flags.dollars_per_chip_hour is not None and not flags.plan:
         raise ConfigError("--dollars_per_hour is for --plan: leave it out")
     return flags

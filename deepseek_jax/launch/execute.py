@@ -20,11 +20,16 @@ from deepseek_jax.launch.state import LOG, STOPPED, Status, lock, read_status, w
 
 
 def execute(command: Sequence[str], folder: Path) -> int:
-    """Runs `command` to its end and returns its exit status, 128 + n if signal n ended it. Raises ConfigError if it runs already."""
+    """Runs `command` to its end and returns its exit status, 128 + n if signal n ended it. Raises ConfigError if it
+    runs already."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder) as descriptor:
         if descriptor is None:
-            print(f"{folder} is on a file system without locks: see to it that no other launcher runs {folder.name} at the same time", flush=True)
+            print(
+                f"{folder} is on a file system without locks: see to it that no other launcher runs {folder.name} at "
+                "the same time",
+                flush=True,
+            )
         before, begin = read_status(folder).seconds, time.time()
         write_status(folder, Status("running", seconds=before))
         status = _run(command, folder / LOG, () if descriptor is None else (descriptor,))
@@ -36,7 +41,9 @@ def execute(command: Sequence[str], folder: Path) -> int:
 def _run(command: Sequence[str], log: Path, descriptors: Sequence[int] = ()) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file, _waiting():
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=descriptors)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=descriptors
+        )
         status = process.wait()
     return status if status >= 0 else 128 - status
 
@@ -53,7 +60,8 @@ def _waiting():
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str] = {}, rank: int = 0) -> subprocess.Popen:
-    """Starts this module on `command` in a process group of its own, with `environment` on top of this process's own."""
+    """Starts this module on `command` in a process group of its own, with `environment` on top of this process's
+    own."""
     return subprocess.Popen(
         [sys.executable, "-m", "deepseek_jax.launch.execute", f"--folder={folder}", f"--rank={rank}", "--", *command],
         env=os.environ | environment,
@@ -73,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("command", nargs="+")
     flags = parser.parse_args(argv)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # for the command too: SLURM sends it to every process of a job that is about to end
+    # for the command too: SLURM sends it to every process of a job that is about to end
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if flags.rank:
         return _run(flags.command, flags.folder / f"output.{flags.rank}.log")
     return execute(flags.command, flags.folder)

@@ -44,14 +44,18 @@ class Job:
 
 def arguments(experiment: str, run: Run, folder: Path) -> list[str]:
     """The command line after `python -m deepseek_jax`."""
-    return [f"--config={experiment}", f"--workdir={folder}", *(f"--config.{field}={written(value)}" for field, value in run.overrides.items())]
+    return [
+        f"--config={experiment}",
+        f"--workdir={folder}",
+        *(f"--config.{field}={written(value)}" for field, value in run.overrides.items()),
+    ]
 
 
 def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
     """A job for each run, in `workdir`/<name of the run>.
 
-    Raises ConfigError naming the runs whose fields or values are not valid, or whose folder holds another run, and for a
-    metric that the first run will not have.
+    Raises ConfigError naming the runs whose fields or values are not valid, or whose folder holds another run, and for
+    a metric that the first run will not have.
     """
     jobs, mistakes, stages = [], [], None
     for run in sweep.runs:
@@ -64,14 +68,19 @@ def build_jobs(sweep: Sweep, workdir: Path) -> list[Job]:
             stages = stages or built
     if mistakes:
         more = f"\n  and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise ConfigError(f"{len(mistakes)} of {len(sweep.runs)} runs are not valid, nothing was started:\n  " + "\n  ".join(mistakes[:5]) + more)
+        raise ConfigError(
+            f"{len(mistakes)} of {len(sweep.runs)} runs are not valid, nothing was started:\n  "
+            + "\n  ".join(mistakes[:5])
+            + more
+        )
     check_metric(sweep.metric, stages)
     return jobs
 
 
 def _build(experiment: str, run: Run, folder: Path) -> tuple[Job, list[Stage]]:
     config, name, _, _ = read_flags(arguments(experiment, run, folder))
-    devices = 0 if run.resources.kind == "cpu" else run.resources.num_devices  # a CPU's are for the run's environment to say
+    # a CPU's are for the run's environment to say
+    devices = 0 if run.resources.kind == "cpu" else run.resources.num_devices
     built = build_experiment(config, name, folder, elsewhere=devices)
     shards = 1
     if built.config.get("mesh") and devices:

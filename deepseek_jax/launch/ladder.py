@@ -25,7 +25,8 @@ class Rung:
 
 
 def ladder(rungs: Iterable[Rung], stage: str = "pretrain") -> tuple[Run, ...]:
-    """A run for each rung, over a base experiment whose training stage is called `stage` and whose learning rate has a 'peak'."""
+    """A run for each rung, over a base experiment whose training stage is called `stage` and whose learning rate has a
+    'peak'."""
     return tuple(Run(rung.name, _overrides(rung, stage), rung.resources) for rung in rungs)
 
 

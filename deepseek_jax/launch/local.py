@@ -17,9 +17,9 @@ PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
 
 class LocalLauncher:
-    """`slots` runs at a time, each its own process. `environment` is set for them; "{slot}" in a value is the slot's number,
-    from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}. Where there are as many cores as slots, each slot has its share of them. Every `report_seconds` each
-    run says how far it is, if it has got further.
+    """`slots` runs at a time, each its own process. `environment` is set for them; "{slot}" in a value is the slot's
+    number, from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}. Where there are as many cores as slots, each slot has its share
+    of them. Every `report_seconds` each run says how far it is, if it has got further.
     """
 
     def __init__(
@@ -31,8 +31,14 @@ class LocalLauncher:
         report_seconds: float = 30.0,
     ):
         self.report_seconds = report_seconds
-        self.slots, self.environment, self.program, self.poll_seconds = slots, dict(environment or {}), program, poll_seconds
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux alone can divide them
+        self.slots, self.environment, self.program, self.poll_seconds = (
+            slots,
+            dict(environment or {}),
+            program,
+            poll_seconds,
+        )
+        # Linux alone can divide them
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.cores = [cores[slot::slots] for slot in range(slots)] if slots <= len(cores) else None
 
     def launch(self, jobs: Sequence[Job]) -> int:
@@ -43,7 +49,10 @@ class LocalLauncher:
         """
         waiting, running, failed, passed_on = deque(enumerate(jobs, start=1)), {}, 0, 0
         if self.cores is None:
-            print(f"{self.slots} slots and fewer cores, or cores that cannot be divided here: all runs share them", flush=True)
+            print(
+                f"{self.slots} slots and fewer cores, or cores that cannot be divided here: all runs share them",
+                flush=True,
+            )
         begin, shown = time.monotonic(), {}
         reported = begin
         with _stop_signals() as received:
@@ -104,7 +113,10 @@ class LocalLauncher:
 def _stop_signals() -> Iterator[list[int]]:
     """Gives the list of SIGTERM and SIGINT received so far."""
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield received
     finally:

@@ -11,16 +11,28 @@ from deepseek_jax.stages import EvalStage, GRPOStage, Stage, TrainStage
 
 HELD_OUT = ("bits_per_byte", "held_out_loss")
 CLOCK = ("step", "tokens_per_second", "flops_per_second", "mfu")
-EVALUATION = ("bits_per_byte", "greedy_accuracy", "greedy_length", "sampled_accuracy", "response_length", "format_share", "truncated_share")
+EVALUATION = (
+    "bits_per_byte",
+    "greedy_accuracy",
+    "greedy_length",
+    "sampled_accuracy",
+    "response_length",
+    "format_share",
+    "truncated_share",
+)
 OF_SAMPLES = re.compile(r"(pass|maj)@\d+|held_out_[\w@]+")
 
 
 def check_metric(metric: str, stages: Sequence[Stage]) -> None:
-    """Raises ConfigError for a metric, "stage.name", that no stage will log. Costs a trace of the stage's program, unless the name is a usual one."""
+    """Raises ConfigError for a metric, "stage.name", that no stage will log. Costs a trace of the stage's program,
+    unless the name is a usual one."""
     by_name = {stage.name: stage for stage in stages}
     stage_name, _, name = metric.partition(".")
     if stage_name not in by_name or not name:
-        raise ConfigError(f"metric={metric!r}: a stage and one of its metrics, such as '{stages[0].name}.loss'; stages: {nearest(stage_name, by_name)}")
+        raise ConfigError(
+            f"metric={metric!r}: a stage and one of its metrics, such as '{stages[0].name}.loss'; stages: "
+            f"{nearest(stage_name, by_name)}"
+        )
     stage = by_name[stage_name]
     if isinstance(stage, TrainStage):
         known, program = (*HELD_OUT, *CLOCK), "train"

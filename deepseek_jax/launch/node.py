@@ -29,6 +29,7 @@ class RunOnNode:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         if self.process is not None:
             stop(self.process)
-            with contextlib.suppress(ChildProcessError):  # not `process.wait`: this may interrupt one, which holds its lock
+            # not `process.wait`: this may interrupt one, which holds its lock
+            with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(RunOnNode(self.command, self.folder))

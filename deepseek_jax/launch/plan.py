@@ -1,4 +1,5 @@
-"""What a sweep will take: for machines that are not here the dry run says, for this machine the runs that have finished."""
+"""What a sweep will take: for machines that are not here the dry run says, for this machine the runs that have
+finished."""
 
 import dataclasses
 import json
@@ -20,7 +21,8 @@ DryRun = Callable[..., Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from, `price` whose it is."""
+    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from,
+    `price` whose it is."""
 
     job: Job
     status: Status
@@ -33,14 +35,19 @@ class Estimate:
     price: str | None = None
 
 
-def plan(jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None) -> list[Estimate]:
-    """An estimate for each job; `dry_run` is `accounting.dry_run.dry_run`, called once for runs that differ in their seed alone.
+def plan(
+    jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None
+) -> list[Estimate]:
+    """An estimate for each job; `dry_run` is `accounting.dry_run.dry_run`, called once for runs that differ in their
+    seed alone.
 
     On the CPU a finished run tells its own time, and others the time of the finished run nearest in FLOPs, in
     proportion to these.
     """
     known: dict[str, Mapping[str, Any] | UserError] = {}
-    measured = [(job.flops, statuses[job.name].seconds) for job in jobs if statuses[job.name].state == "done" and job.flops]
+    measured = [
+        (job.flops, statuses[job.name].seconds) for job in jobs if statuses[job.name].state == "done" and job.flops
+    ]
     return [
         _measured(job, statuses[job.name], measured)
         if job.run.resources.kind == "cpu"
@@ -59,7 +66,9 @@ def _measured(job: Job, status: Status, measured: Sequence[tuple[float, float]])
     return Estimate(job, status, hours, None, None, None, None, basis)
 
 
-def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, known: dict[str, Mapping[str, Any] | UserError]) -> Estimate:
+def _compiled(
+    job: Job, status: Status, dry_run: DryRun, price: float | None, known: dict[str, Mapping[str, Any] | UserError]
+) -> Estimate:
     topology = job.run.resources.topology
     key = topology + json.dumps(job.config.to_dict() | {"seed": 0}, sort_keys=True)
     if key not in known:
@@ -83,24 +92,45 @@ def _compiled(job: Job, status: Status, dry_run: DryRun, price: float | None, kn
     )
 
 
-_NOT_PRICED = {"local": "this machine's", "slurm": "the cluster's", "skypilot": "the cloud's"}  # machines without accelerators
+# machines without accelerators
+_NOT_PRICED = {"local": "this machine's", "slurm": "the cluster's", "skypilot": "the cloud's"}
 
 
 def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local") -> Table:
-    """One row per run: what its launcher asks for, and for how long; below, what is still to do in all and why a cost is not known."""
+    """One row per run: what its launcher asks for, and for how long; below, what is still to do in all and why a cost
+    is not known."""
     missing = [estimate for estimate in estimates if estimate.status.state != "done"]
-    table = Table(title=f"{name}: {len(missing)} of {len(estimates)} runs to do", title_justify="left", show_footer=True, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(
+        title=f"{name}: {len(missing)} of {len(estimates)} runs to do",
+        title_justify="left",
+        show_footer=True,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
     table.add_column("run", footer="to do", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("where", no_wrap=True)
     table.add_column("tokens", justify="right", footer=quantity(sum(e.job.tokens for e in missing)), no_wrap=True)
     table.add_column("FLOPs", justify="right", footer=f"{sum(e.job.flops for e in missing):.2g}", no_wrap=True)
     table.add_column("time", justify="right", footer=_total([e.hours for e in missing], _hours), no_wrap=True)
-    table.add_column("cost", justify="right", footer=_total([e.dollars for e in missing if e.job.run.resources.kind != "cpu"], _dollars), no_wrap=True)
+    table.add_column(
+        "cost",
+        justify="right",
+        footer=_total([e.dollars for e in missing if e.job.run.resources.kind != "cpu"], _dollars),
+        no_wrap=True,
+    )
     table.add_column("memory per device", justify="right", no_wrap=True)
     table.add_column("from")
     for e in estimates:
-        row = (e.job.name, e.status.state, _where(e.job.run.resources, launcher), quantity(e.job.tokens), f"{e.job.flops:.2g}")
+        row = (
+            e.job.name,
+            e.status.state,
+            _where(e.job.run.resources, launcher),
+            quantity(e.job.tokens),
+            f"{e.job.flops:.2g}",
+        )
         cost = _NOT_PRICED[launcher] if e.job.run.resources.kind == "cpu" else _dollars(e.dollars)
         table.add_row(*row, _hours(e.hours), cost, _memory(e), e.basis)
     table.caption = "\n".join(_notes(estimates, launcher)) or None
@@ -123,12 +153,18 @@ def _where(resources: Resources, launcher: str) -> str:
 
 
 def _notes(estimates: Sequence[Estimate], launcher: str) -> Iterator[str]:
-    unpriced = sorted({e.job.run.resources.kind for e in estimates if e.hours is not None and e.dollars is None} - {"cpu"})
+    unpriced = sorted(
+        {e.job.run.resources.kind for e in estimates if e.hours is not None and e.dollars is None} - {"cpu"}
+    )
     if unpriced:
         yield f"no price known for {', '.join(unpriced)}: pass --dollars_per_hour"
-    prices = sorted({f"{e.job.run.resources.kind}: {e.price}" for e in estimates if e.dollars is not None and e.price is not None})
+    prices = sorted(
+        {f"{e.job.run.resources.kind}: {e.price}" for e in estimates if e.dollars is not None and e.price is not None}
+    )
     if prices:
-        yield f"prices: {'; '.join(prices)}" + (" (on demand; spot machines cost less)" if launcher == "skypilot" else "")
+        yield f"prices: {'; '.join(prices)}" + (
+            " (on demand; spot machines cost less)" if launcher == "skypilot" else ""
+        )
     if any(e.job.run.resources.kind == "cpu" for e in estimates) and launcher != "local":
         yield "machines without accelerators are not priced here"
 

@@ -1,7 +1,8 @@
-"""A sweep as a figure: curves over one field or over training FLOPs, seeds as a mean with their spread, a map for two fields.
+"""A sweep as a figure: curves over one field or over training FLOPs, seeds as a mean with their spread, a map for two
+fields.
 
-Where every point has the same seeds, the spread is that of the paired differences: what a seed adds to all points alike is
-taken out of it.
+Where every point has the same seeds, the spread is that of the paired differences: what a seed adds to all points alike
+is taken out of it.
 """
 
 import math
@@ -20,7 +21,12 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 from deepseek_jax.launch.sweep import Sweep
 from deepseek_jax.launch.variants import Row, distinguishing_fields, fate, left_out
 
-LABELS = {"bits_per_byte": "held-out bits per byte", "held_out_loss": "held-out loss (nats per token)", "flops": "training FLOPs", "peak": "peak learning rate"}
+LABELS = {
+    "bits_per_byte": "held-out bits per byte",
+    "held_out_loss": "held-out loss (nats per token)",
+    "flops": "training FLOPs",
+    "peak": "peak learning rate",
+}
 Points = dict[tuple[Any, Any], dict[int, float]]
 
 
@@ -52,8 +58,8 @@ def draw(sweep: Sweep, rows: Sequence[Row], title: str) -> Figure:
 
 
 def group(sweep: Sweep, rows: Sequence[Row]) -> Points:
-    """(x, curve) -> seed -> the metric, of the finished runs that have a number. A curve has a value of `by` or, where runs differ in other fields
-    too, the values of all of these, in words."""
+    """(x, curve) -> seed -> the metric, of the finished runs that have a number. A curve has a value of `by` or, where
+    runs differ in other fields too, the values of all of these, in words."""
     fields = curve_fields(sweep, rows)
     points: Points = defaultdict(dict)
     for row in rows:
@@ -76,7 +82,13 @@ def _curve(row: Row, fields: Sequence[str]) -> Any:
 
 
 def _named(field: str, value: Any) -> str:
-    return str(value) if field == "name" else f"{_label(field)} {value:g}" if _is_number(value) else f"{_label(field)}: {value}"
+    return (
+        str(value)
+        if field == "name"
+        else f"{_label(field)} {value:g}"
+        if _is_number(value)
+        else f"{_label(field)}: {value}"
+    )
 
 
 def is_paired(points: Points) -> bool:
@@ -87,7 +99,9 @@ def without_seed_effects(points: Points) -> Points:
     """The same means, with each seed's mean over all points in place of the mean of all: only for paired points."""
     effect = {seed: np.mean([values[seed] for values in points.values()]) for seed in next(iter(points.values()))}
     mean = np.mean(list(effect.values()))
-    return {key: {seed: value - effect[seed] + mean for seed, value in values.items()} for key, values in points.items()}
+    return {
+        key: {seed: value - effect[seed] + mean for seed, value in values.items()} for key, values in points.items()
+    }
 
 
 def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
@@ -106,9 +120,13 @@ def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
         spread = np.array([[mean - min(r), max(r) - mean] for mean, r in zip(means, runs, strict=True)]).T
         name = None if not fields else by if len(fields) > 1 else _named(fields[0], by)
         places = [x * beside for x in xs] if logarithmic else [x if _is_number(x) else str(x) for x in xs]
-        panel.errorbar(places, means, yerr=spread, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.5, label=name)
+        panel.errorbar(
+            places, means, yerr=spread, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.5, label=name
+        )
     counts = sorted({len(seeds) for seeds in points.values()})
-    seeds = f"\nmean and range of {'-'.join(map(str, counts))} {'paired ' if paired else ''}seeds" if counts[-1] > 1 else ""
+    seeds = (
+        f"\nmean and range of {'-'.join(map(str, counts))} {'paired ' if paired else ''}seeds" if counts[-1] > 1 else ""
+    )
     panel.set(xlabel=_label(sweep.x), ylabel=_label(sweep.metric) + seeds)
     panel.grid(alpha=0.3)
     if fields:
@@ -121,7 +139,9 @@ def _names(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
     for row in rows:
         values = list(points.get((row["flops"], _curve(row, fields)), {}).values())
         if len(values) == 1 and fate(row, sweep.metric) is None:
-            panel.annotate(row["name"], (row["flops"], values[0]), xytext=(7, 5), textcoords="offset points", fontsize=9)
+            panel.annotate(
+                row["name"], (row["flops"], values[0]), xytext=(7, 5), textcoords="offset points", fontsize=9
+            )
 
 
 def _scale(panel, xs: Sequence[Any]) -> bool:
@@ -138,7 +158,9 @@ def _scale(panel, xs: Sequence[Any]) -> bool:
         panel.minorticks_off()
     elif logarithmic:
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if xs[-1] / xs[0] < 1e3 else (1,)))
-        panel.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+        panel.xaxis.set_major_formatter(
+            LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf))
+        )
         panel.minorticks_off()
     return logarithmic
 
@@ -154,13 +176,22 @@ def _map(figure, panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> No
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
     for (row, column), value in np.ndenumerate(means):
         if not np.isnan(value):
-            panel.text(column, row, f"{value:.3f}", ha="center", va="center", color="black" if (value < middle) == lowest else "white")
+            panel.text(
+                column,
+                row,
+                f"{value:.3f}",
+                ha="center",
+                va="center",
+                color="black" if (value < middle) == lowest else "white",
+            )
     row, column = np.unravel_index(np.nanargmin(means if lowest else -means), means.shape)
     panel.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="crimson", linewidth=2.5))
     panel.set_xticks(range(len(xs)), [f"{x:g}" if _is_number(x) else str(x) for x in xs])
     panel.set_yticks(range(len(bys)), [f"{by:g}" if _is_number(by) else str(by) for by in bys])
     fields = curve_fields(sweep, rows)
-    panel.set(xlabel=_label(sweep.x), ylabel=_label(fields[0]) if len(fields) == 1 else "", title=f"{sweep.best} mean framed")
+    panel.set(
+        xlabel=_label(sweep.x), ylabel=_label(fields[0]) if len(fields) == 1 else "", title=f"{sweep.best} mean framed"
+    )
     figure.colorbar(image, ax=panel, label=_label(sweep.metric))
 
 

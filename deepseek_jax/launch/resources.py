@@ -7,7 +7,8 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 
-# TPU generation: its name at SkyPilot, what that name counts for each chip (cores, or chips), Google's machine image; None: not offered.
+# TPU generation: its name at SkyPilot, what that name counts for each chip (cores, or chips), Google's machine image;
+# None: not offered.
 TPUS = {
     "v4": ("tpu-v4", 2, "tpu-ubuntu2204-base"),
     "v5e": ("tpu-v5litepod", 1, "v2-alpha-tpuv5-lite"),
@@ -20,11 +21,11 @@ GPUS = ("h100", "h200", "h800", "b200")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """`topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis; "v6e:16x16*2" are two slices) or a number
-    of GPUs such as "h100:64".
+    """`topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis; "v6e:16x16*2" are two slices) or a
+    number of GPUs such as "h100:64".
 
-    `hours` limits one SLURM job; a run that takes longer is requeued and goes on from its checkpoint. `spot` asks a cloud
-    for machines that it may take back, at a third or so of the price: the run then goes on elsewhere.
+    `hours` limits one SLURM job; a run that takes longer is requeued and goes on from its checkpoint. `spot` asks a
+    cloud for machines that it may take back, at a third or so of the price: the run then goes on elsewhere.
     """
 
     topology: str = "cpu"
@@ -35,19 +36,30 @@ class Resources:
     def __post_init__(self):
         kind, _, shape = self.topology.partition(":")
         if kind not in ("cpu", *TPUS, *GPUS):
-            raise ConfigError(f"topology={self.topology!r}: {nearest(kind, ('cpu', *TPUS, *GPUS))}, for example 'cpu', 'v5p:4x4x4', 'h100:64'")
+            raise ConfigError(
+                f"topology={self.topology!r}: {nearest(kind, ('cpu', *TPUS, *GPUS))}, for example 'cpu', 'v5p:4x4x4', "
+                "'h100:64'"
+            )
         if kind == "cpu" and shape:
             raise ConfigError(f"topology={self.topology!r}: 'cpu' is one machine and takes no shape")
-        if kind != "cpu" and not re.fullmatch(r"[1-9]\d*" if kind in GPUS else r"[1-9]\d*(x[1-9]\d*)+(\*[1-9]\d*)?", shape):
-            raise ConfigError(f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' or 'v6e:16x16*2', or a number of GPUs")
+        if kind != "cpu" and not re.fullmatch(
+            r"[1-9]\d*" if kind in GPUS else r"[1-9]\d*(x[1-9]\d*)+(\*[1-9]\d*)?", shape
+        ):
+            raise ConfigError(
+                f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' or 'v6e:16x16*2', or "
+                "a number of GPUs"
+            )
         if self.hours <= 0:
             raise ConfigError(f"hours={self.hours}: must be above 0")
         if kind in GPUS and self.num_devices > self.gpus_per_node and self.num_devices % self.gpus_per_node:
-            raise ConfigError(f"topology={self.topology!r}: {self.num_devices} GPUs are no whole number of nodes with {self.gpus_per_node}")
+            raise ConfigError(
+                f"topology={self.topology!r}: {self.num_devices} GPUs are no whole number of nodes with "
+                f"{self.gpus_per_node}"
+            )
 
     @property
     def kind(self) -> str:
-        """"cpu", or the generation: "v5p", "h100"."""
+        """ "cpu", or the generation: "v5p", "h100"."""
         return self.topology.partition(":")[0]
 
     @property
@@ -70,15 +82,21 @@ class Resources:
 
     @property
     def accelerators(self) -> str | None:
-        """SkyPilot's name for one node: "tpu-v5p-128", "H100:8"; None on a CPU. Raises ConfigError where it has none."""
+        """SkyPilot's name for one node: "tpu-v5p-128", "H100:8"; None on a CPU. Raises ConfigError where it has
+        none."""
         if self.kind == "cpu":
             return None
         if self.is_gpu:
             return f"{self.kind.upper()}:{self.gpus_on_a_node}"
         if "*" in self.topology:
-            raise ConfigError(f"topology={self.topology!r}: SkyPilot starts one slice for a run, not several that work together")
+            raise ConfigError(
+                f"topology={self.topology!r}: SkyPilot starts one slice for a run, not several that work together"
+            )
         if TPUS[self.kind] is None:
-            raise ConfigError(f"topology={self.topology!r}: SkyPilot does not offer {self.kind}; it offers {', '.join(t for t in TPUS if TPUS[t])}")
+            raise ConfigError(
+                f"topology={self.topology!r}: SkyPilot does not offer {self.kind}; it offers "
+                f"{', '.join(t for t in TPUS if TPUS[t])}"
+            )
         name, per_chip, _ = TPUS[self.kind]
         return f"{name}-{per_chip * self.num_devices}"
 
@@ -92,7 +110,10 @@ class Resources:
 def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, Any]:
     """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM does not have."""
     if resources.kind != "cpu" and not resources.is_gpu:
-        raise ConfigError(f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or --launcher=skypilot")
+        raise ConfigError(
+            f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or "
+            "--launcher=skypilot"
+        )
     parameters = {"nodes": resources.num_nodes, "tasks_per_node": 1, "timeout_min": round(resources.hours * 60)}
     if resources.is_gpu:
         parameters["gpus_per_node"] = resources.gpus_on_a_node

@@ -21,8 +21,9 @@ SPEEDS = ("tokens_per_second", "flops_per_second", "mfu")  # the run's median, n
 
 
 def collect(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Row]:
-    """A row per run: name, status, seconds, topology, tokens and FLOPs of its training, its overrides, its seed, and for
-    each stage, as "stage.metric", the last value of every metric that is a number. What a run does not have is None.
+    """A row per run: name, status, seconds, topology, tokens and FLOPs of its training, its overrides, its seed, and
+    for each stage, as "stage.metric", the last value of every metric that is a number. What a run does not have is
+    None.
     """
     rows = []
     for job in jobs:
@@ -47,18 +48,25 @@ def collect(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Row]:
 
 
 def stage_metrics(folder: Path) -> dict[str, float]:
-    """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its `evaluation.json`.
+    """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its
+    `evaluation.json`.
 
     A metric that was not finite in the end is left out: an earlier value would pass for the result.
     """
     records = read_metrics(folder)
-    last = {name: number for record in records for name, value in record.items() if (number := _number(value)) is not None}
+    last = {
+        name: number for record in records for name, value in record.items() if (number := _number(value)) is not None
+    }
     for name in SPEEDS:
         if name in last:
             measured = [record[name] for record in records if record.get(name) is not None]
             last[name] = statistics.median(measured) if measured else math.nan
     path = folder / "evaluation.json"
-    evaluation = read_json(path, "remove it and start the run again: the evaluation is then made anew", ConfigError) if path.exists() else {}
+    evaluation = (
+        read_json(path, "remove it and start the run again: the evaluation is then made anew", ConfigError)
+        if path.exists()
+        else {}
+    )
     return last | {name: number for name, value in evaluation.items() if (number := _number(value)) is not None}
 
 

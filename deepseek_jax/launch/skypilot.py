@@ -28,17 +28,29 @@ UNFINISHED = ("PENDING", "SUBMITTED", "STARTING", "RUNNING", "WINDING_DOWN", "RE
 
 
 class SkyPilotLauncher:
-    """`bucket` is "gs://NAME" or "s3://NAME" and holds a folder for the sweep; `infra` is SkyPilot's, "gcp/us-east5", or None
-    for wherever there are machines. `install` is the pip target on the machines, None for the extra that fits them.
+    """`bucket` is "gs://NAME" or "s3://NAME" and holds a folder for the sweep; `infra` is SkyPilot's, "gcp/us-east5",
+    or None for wherever there are machines. `install` is the pip target on the machines, None for the extra that fits
+    them.
     """
 
-    def __init__(self, sweep: str, workdir: Path, bucket: str | None, infra: str | None = None, install: str | None = None):
+    def __init__(
+        self, sweep: str, workdir: Path, bucket: str | None, infra: str | None = None, install: str | None = None
+    ):
         if bucket is None or not bucket.startswith(tuple(BUCKETS)):
-            raise ConfigError(f"--launcher=skypilot keeps the runs on a bucket: pass --bucket=gs://NAME or s3://NAME, not {bucket!r}")
-        self.sweep, self.workdir, self.bucket, self.infra, self.install = sweep, workdir, bucket.rstrip("/"), infra, install
+            raise ConfigError(
+                f"--launcher=skypilot keeps the runs on a bucket: pass --bucket=gs://NAME or s3://NAME, not {bucket!r}"
+            )
+        self.sweep, self.workdir, self.bucket, self.infra, self.install = (
+            sweep,
+            workdir,
+            bucket.rstrip("/"),
+            infra,
+            install,
+        )
 
     def launch(self, jobs: Sequence[Job]) -> int:
-        """Writes every task file, then launches those that SkyPilot neither runs nor has run to the end. Returns how many it refused.
+        """Writes every task file, then launches those that SkyPilot neither runs nor has run to the end. Returns how
+        many it refused.
 
         Raises ConfigError without SkyPilot, naming the files.
         """
@@ -46,8 +58,10 @@ class SkyPilotLauncher:
         fetch = next(command for scheme, command in BUCKETS.items() if self.bucket.startswith(scheme))
         if shutil.which("sky") is None:
             raise ConfigError(
-                f"SkyPilot is not installed: pip install 'skypilot[gcp]' (or [aws], [kubernetes], …), then `sky check` and this command again. "
-                f"The {len(files)} task files are in {self.workdir}/*/skypilot.yaml; each can also be launched by `sky jobs launch FILE`"
+                "SkyPilot is not installed: pip install 'skypilot[gcp]' (or [aws], [kubernetes], …), then `sky check` "
+                "and this command again. "
+                f"The {len(files)} task files are in {self.workdir}/*/skypilot.yaml; each can also be launched by `sky "
+                "jobs launch FILE`"
             )
         states, refused = _queue(), 0
         for job, path in files:
@@ -56,7 +70,10 @@ class SkyPilotLauncher:
                 print(f"{name} is {states[name].lower()} at SkyPilot: left alone")
                 continue
             print(f"{name}: {job.run.resources.topology}, {path}", flush=True)
-            refused += subprocess.run(["sky", "jobs", "launch", "--yes", "--detach-run", "--name", name, str(path)]).returncode != 0
+            refused += (
+                subprocess.run(["sky", "jobs", "launch", "--yes", "--detach-run", "--name", name, str(path)]).returncode
+                != 0
+            )
         print(f"results: {fetch} {self.bucket}/{self.sweep} {self.workdir}, then this command with --results")
         return refused
 
@@ -64,7 +81,15 @@ class SkyPilotLauncher:
         job.folder.mkdir(parents=True, exist_ok=True)
         path = job.folder / "skypilot.yaml"
         partial = path.with_suffix(".partial")
-        partial.write_text(yaml.dump(task(job, self.sweep, self.bucket, self.infra, self.install), Dumper=_Dumper, sort_keys=False, width=1000), encoding="utf-8")
+        partial.write_text(
+            yaml.dump(
+                task(job, self.sweep, self.bucket, self.infra, self.install),
+                Dumper=_Dumper,
+                sort_keys=False,
+                width=1000,
+            ),
+            encoding="utf-8",
+        )
         partial.replace(path)
         return path
 
@@ -75,7 +100,10 @@ def task(job: Job, sweep: str, bucket: str, infra: str | None = None, install: s
     resources, folder = job.run.resources, MOUNT / sweep / job.name
     experiment = os.path.relpath(job.experiment)
     if experiment.startswith(".."):
-        raise ConfigError(f"{job.experiment} is outside the working directory, which is all that SkyPilot copies: start from the folder that holds it")
+        raise ConfigError(
+            f"{job.experiment} is outside the working directory, which is all that SkyPilot copies: start from the "
+            "folder that holds it"
+        )
     wanted: dict[str, Any] = {
         "infra": infra,
         "accelerators": resources.accelerators,
@@ -112,7 +140,9 @@ def _run(resources: Resources, flags: Sequence[str], folder: PurePosixPath) -> s
     hosts = ""
     if resources.num_nodes > 1:
         lines.append('HEAD="$(echo "$SKYPILOT_NODE_IPS" | head -n1)"')
-        hosts = f' --coordinator="$HEAD:{PORT}" --num_processes="$SKYPILOT_NUM_NODES" --process_id="$SKYPILOT_NODE_RANK"'
+        hosts = (
+            f' --coordinator="$HEAD:{PORT}" --num_processes="$SKYPILOT_NUM_NODES" --process_id="$SKYPILOT_NODE_RANK"'
+        )
     python = f"{ENVIRONMENT}/bin/python"
     lines.append(
         f'exec {python} -m deepseek_jax.launch.execute --folder={folder} --rank="$SKYPILOT_NODE_RANK" -- '
@@ -129,11 +159,17 @@ def _queue() -> dict[str, str]:
         jobs = json.loads(answer.stdout)
         return {job["job_name"]: job["status"] for job in sorted(jobs, key=lambda job: job["job_id"])}
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"`{' '.join(command)}` did not list the jobs, so none was launched:\n{(answer.stderr or answer.stdout)[-1000:]}") from None
+        raise ConfigError(
+            f"`{' '.join(command)}` did not list the jobs, so none was "
+            f"launched:\n{(answer.stderr or answer.stdout)[-1000:]}"
+        ) from None
 
 
 class _Dumper(yaml.SafeDumper):
     """Scripts as blocks, the way a person writes them."""
 
 
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

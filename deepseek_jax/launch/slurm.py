@@ -18,14 +18,27 @@ PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
 
 class SlurmLauncher:
-    """Submits and returns. `parameters` are submitit's own (slurm_partition, slurm_account, cpus_per_task, …) and come on
-    top of what follows from a run's resources. `cluster` "local" is submitit's executor for a machine without SLURM.
+    """Submits and returns. `parameters` are submitit's own (slurm_partition, slurm_account, cpus_per_task, …) and come
+    on top of what follows from a run's resources. `cluster` "local" is submitit's executor for a machine without SLURM.
     """
 
-    def __init__(self, workdir: Path, parameters: Mapping[str, Any] | None = None, cluster: str = "slurm", program: Sequence[str] = PROGRAM):
-        self.folder, self.parameters, self.cluster, self.program = workdir / "slurm", dict(parameters or {}), cluster, program
+    def __init__(
+        self,
+        workdir: Path,
+        parameters: Mapping[str, Any] | None = None,
+        cluster: str = "slurm",
+        program: Sequence[str] = PROGRAM,
+    ):
+        self.folder, self.parameters, self.cluster, self.program = (
+            workdir / "slurm",
+            dict(parameters or {}),
+            cluster,
+            program,
+        )
         if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
-            raise ConfigError("--launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node")
+            raise ConfigError(
+                "--launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node"
+            )
 
     def launch(self, jobs: Sequence[Job]) -> int:
         """Submits those of `jobs` that are not in the queue already. Returns 0: nothing has failed yet.
@@ -46,7 +59,10 @@ class SlurmLauncher:
             return False
         number = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\d+(_\d+)?", number):
-            raise ConfigError(f"{path} is damaged ({number[:20]!r} is no job): look for {job.name} in `squeue`, then write its number there or remove the file")
+            raise ConfigError(
+                f"{path} is damaged ({number[:20]!r} is no job): look for {job.name} in `squeue`, then write its "
+                "number there or remove the file"
+            )
         submitted = _job_class(self.cluster)(self.folder, number)
         if submitted.done():
             return False
@@ -54,7 +70,8 @@ class SlurmLauncher:
         return True
 
     def _submit(self, jobs: Sequence[Job]) -> list[submitit.Job]:
-        limits = {"slurm_max_num_timeout": 10_000} if self.cluster == "slurm" else {}  # how often a job may use up its time and go on
+        # how often a job may use up its time and go on
+        limits = {"slurm_max_num_timeout": 10_000} if self.cluster == "slurm" else {}
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **limits)
         resources = jobs[0].run.resources
         executor.update_parameters(**job_parameters(resources, self.cluster) | self.parameters)

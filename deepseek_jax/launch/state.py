@@ -13,13 +13,15 @@ from deepseek_jax.json_io import read_json, to_json
 
 LOG = "output.log"
 STATES = ("missing", "running", "done", "stopped", "failed")
-# What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost another host (75).
+# What `python -m deepseek_jax` exits with when it should be started again: it was asked to stop and has saved, or lost
+# another host (75).
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 75)
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """`state` is "missing", "running", "done", "stopped" (it goes on when it is started again) or "failed"; `seconds` adds up over restarts."""
+    """`state` is "missing", "running", "done", "stopped" (it goes on when it is started again) or "failed"; `seconds`
+    adds up over restarts."""
 
     state: str = "missing"
     exit_status: int | None = None
@@ -33,7 +35,8 @@ class Status:
 
 
 def read_status(folder: Path) -> Status:
-    """The status in `folder`. A run that was killed while it ran counts as stopped. Raises ConfigError for a damaged file."""
+    """The status in `folder`. A run that was killed while it ran counts as stopped. Raises ConfigError for a damaged
+    file."""
     path = folder / "status.json"
     if not path.exists():
         return Status()
@@ -54,7 +57,8 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager[int | None]:
-    """Holds the folder for one run at a time and gives the descriptor, see `locks.lock`. Raises ConfigError if it is held."""
+    """Holds the folder for one run at a time and gives the descriptor, see `locks.lock`. Raises ConfigError if it is
+    held."""
     return locks.lock(folder / "lock", f"{folder} is in use: the run is still going on")
 
 

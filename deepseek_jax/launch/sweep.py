@@ -19,7 +19,8 @@ NAME = re.compile(r"[A-Za-z0-9]+([._-]{1,2}[A-Za-z0-9]+)*")  # a folder, a SLURM
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`overrides` maps fields to values, {"pretrain.train.steps": 100}: what `--config.field=value` says on the command line."""
+    """`overrides` maps fields to values, {"pretrain.train.steps": 100}: what `--config.field=value` says on the command
+    line."""
 
     name: str
     overrides: Mapping[str, Any]
@@ -34,9 +35,10 @@ class Run:
 class Sweep:
     """`experiment` is the base file, seen from the working directory.
 
-    The plot shows `metric` ("stage.name", a column of the table) over `x`: an overridden field, or "flops", the training FLOPs of a
-    run. Runs that differ in their seed alone are one point with a spread; `by` is an overridden field with a curve for
-    each of its values; where runs differ in other fields too, these tell curves apart as well. `best` is "lowest" or "highest".
+    The plot shows `metric` ("stage.name", a column of the table) over `x`: an overridden field, or "flops", the
+    training FLOPs of a run. Runs that differ in their seed alone are one point with a spread; `by` is an overridden
+    field with a curve for each of its values; where runs differ in other fields too, these tell curves apart as well.
+    `best` is "lowest" or "highest".
     """
 
     experiment: str
@@ -51,7 +53,9 @@ class Sweep:
             raise ConfigError("a sweep needs at least one run")
         twice = [name for name, count in Counter(run.name for run in self.runs).items() if count > 1]
         if twice:
-            raise ConfigError(f"several runs are called {twice[0]!r}: every run has a folder of its own, so names must differ")
+            raise ConfigError(
+                f"several runs are called {twice[0]!r}: every run has a folder of its own, so names must differ"
+            )
         if self.best not in ("lowest", "highest"):
             raise ConfigError(f"best={self.best!r}: 'lowest' or 'highest'")
         fields = {field for run in self.runs for field in run.overrides}
@@ -60,25 +64,36 @@ class Sweep:
                 raise ConfigError(f"the plot's axis {axis!r} is no overridden field: {', '.join(sorted(fields))}")
             for value in (run.overrides.get(axis) for run in self.runs):
                 if isinstance(value, (Mapping, list, tuple)):
-                    raise ConfigError(f"the plot's axis {axis!r} has a value of several parts, {value!r}: override one of its fields, or choose another axis")
+                    raise ConfigError(
+                        f"the plot's axis {axis!r} has a value of several parts, {value!r}: override one of its "
+                        "fields, or choose another axis"
+                    )
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Run, ...]:
-    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last parts and the values; a value of
-    several parts, such as a schedule, is called by its number in its row."""
+    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last
+    parts and the values; a value of several parts, such as a schedule, is called by its number in its row."""
     last = [field.rpartition(".")[2] for field in fields]
     short = last if len(set(last)) == len(last) else list(fields)
-    named = [[(f"{name}_{word}", value) for word, value in zip(_words(values), values, strict=True)] for name, values in zip(short, fields.values(), strict=True)]
+    named = [
+        [(f"{name}_{word}", value) for word, value in zip(_words(values), values, strict=True)]
+        for name, values in zip(short, fields.values(), strict=True)
+    ]
     return tuple(
-        Run("-".join(name for name, _ in chosen), dict(zip(fields, (value for _, value in chosen), strict=True))) for chosen in itertools.product(*named)
+        Run("-".join(name for name, _ in chosen), dict(zip(fields, (value for _, value in chosen), strict=True)))
+        for chosen in itertools.product(*named)
     )
 
 
 def _words(values: Sequence[Any]) -> list[str]:
-    """Each value as a part of a name; by its number where a value has several parts, or two would be called the same."""
+    """Each value as a part of a name; by its number where a value has several parts, or two would be called the
+    same."""
     if any(isinstance(value, (Mapping, list, tuple)) for value in values):
         return [str(number) for number in range(len(values))]
-    words = [str(value) if isinstance(value, (int, float)) else re.sub(r"[^A-Za-z0-9]+", _separator, str(value)).strip("._-") for value in values]
+    words = [
+        str(value) if isinstance(value, (int, float)) else re.sub(r"[^A-Za-z0-9]+", _separator, str(value)).strip("._-")
+        for value in values
+    ]
     return words if len(set(words)) == len(words) and all(words) else [str(number) for number in range(len(values))]
 
 
@@ -87,7 +102,8 @@ def _separator(found: re.Match) -> str:
 
 
 def cross(*groups: Iterable[Run]) -> tuple[Run, ...]:
-    """Every combination of one run from each group: overrides together, names joined. Raises ConfigError where two disagree."""
+    """Every combination of one run from each group: overrides together, names joined. Raises ConfigError where two
+    disagree."""
     return tuple(_merge(runs) for runs in itertools.product(*groups))
 
 
@@ -109,8 +125,8 @@ def paired_seeds(runs: Iterable[Run], seeds: Sequence[int]) -> tuple[Run, ...]:
 
 
 def load_sweep(path: str) -> Sweep:
-    """The sweep of a file, which may import its neighbours and the experiments a folder above. Raises ConfigError for a file
-    that is not there, cannot be run or holds none."""
+    """The sweep of a file, which may import its neighbours and the experiments a folder above. Raises ConfigError for a
+    file that is not there, cannot be run or holds none."""
     sweep, where = call(path, "get_sweep", levels=2)
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"{where}: get_sweep() returns {type(sweep).__name__}, not a deepseek_jax.launch.Sweep")

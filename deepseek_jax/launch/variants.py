@@ -1,4 +1,5 @@
-"""Variants of a sweep: runs that differ in their seed alone; what tells them apart, and what they have brought together."""
+"""Variants of a sweep: runs that differ in their seed alone; what tells them apart, and what they have brought
+together."""
 
 import dataclasses
 import math
@@ -20,8 +21,8 @@ _SEED_IN_NAME = re.compile(r"(^|[-_.]+)seed[-_]?\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`values` are the metric's of the runs that have finished, finite all of them; `left_out` counts the other runs by what became of them:
-    "diverged" (the metric is NaN), "without the metric", or the run's state."""
+    """`values` are the metric's of the runs that have finished, finite all of them; `left_out` counts the other runs by
+    what became of them: "diverged" (the metric is NaN), "without the metric", or the run's state."""
 
     name: str
     values: tuple[float, ...]
@@ -71,23 +72,36 @@ def variants(sweep: Sweep, rows: Sequence[Row]) -> list[Variant]:
 
 
 def distinguishing_fields(sweep: Sweep, rows: Sequence[Row], point: Sequence[str]) -> tuple[str, ...]:
-    """The overridden fields in which runs differ that would otherwise be one point of a plot with the same seed; `point` are the columns that
-    make a point. Runs that differ in nothing but their names have "name"."""
-    fields = [field for field in dict.fromkeys(field for run in sweep.runs for field in run.overrides) if field not in (*point, "seed")]
+    """The overridden fields in which runs differ that would otherwise be one point of a plot with the same seed;
+    `point` are the columns that make a point. Runs that differ in nothing but their names have "name"."""
+    fields = [
+        field
+        for field in dict.fromkeys(field for run in sweep.runs for field in run.overrides)
+        if field not in (*point, "seed")
+    ]
     found: list[str] = []
     while True:
         seen: dict[Hashable, Row] = {}
         clash = next(
-            ((seen[key], row) for row in rows if seen.setdefault(key := tuple(str(row.get(field)) for field in (*point, *found, "seed")), row) is not row), None
+            (
+                (seen[key], row)
+                for row in rows
+                if seen.setdefault(key := tuple(str(row.get(field)) for field in (*point, *found, "seed")), row)
+                is not row
+            ),
+            None,
         )
         if clash is None:
             return tuple(field for field in (*fields, "name") if field in found)
         first, second = clash
-        found.append(next((field for field in fields if field not in found and first.get(field) != second.get(field)), "name"))
+        found.append(
+            next((field for field in fields if field not in found and first.get(field) != second.get(field)), "name")
+        )
 
 
 def results_table(sweep: Sweep, rows: Sequence[Row], title: str) -> Table:
-    """A row per variant: the metric's mean and standard deviation over seeds, how many runs that is of, and which runs are left out and why."""
+    """A row per variant: the metric's mean and standard deviation over seeds, how many runs that is of, and which runs
+    are left out and why."""
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("variant")
     view.add_column(f"{sweep.metric}, mean ± standard deviation", justify="right", no_wrap=True)
@@ -97,7 +111,17 @@ def results_table(sweep: Sweep, rows: Sequence[Row], title: str) -> Table:
     means = [variant.mean for variant in found if variant.mean is not None]
     best = (min if sweep.best == "lowest" else max)(means, default=None)
     for variant in found:
-        value = "" if variant.mean is None else f"{variant.mean:.4f}" + ("" if variant.deviation is None else f" ± {variant.deviation:.4f}")
+        value = (
+            ""
+            if variant.mean is None
+            else f"{variant.mean:.4f}" + ("" if variant.deviation is None else f" ± {variant.deviation:.4f}")
+        )
         reasons = ", ".join(f"{count} {why}" for why, count in variant.left_out.items())
-        view.add_row(variant.name, value, str(len(variant.values)), reasons, style="bold" if variant.mean == best and best is not None else None)
+        view.add_row(
+            variant.name,
+            value,
+            str(len(variant.values)),
+            reasons,
+            style="bold" if variant.mean == best and best is not None else None,
+        )
     return view

@@ -57,11 +57,14 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
 
 
-def attend(einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
-    """softmax(q k^T scale) v where the mask allows, g query heads to each of G key-value heads: [B, G, g, T, v] float32.
+def attend(
+    einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mask_BTS: jax.Array, scale: float
+) -> jax.Array:
+    """softmax(q k^T scale) v where the mask allows, g query heads to each of G key-value heads: [B, G, g, T, v]
+    float32.
 
-    The g heads' queries are R = g·T rows of one product, and the sum of weights divides the result rather than the weights: on CPU
-    both together take a third off forward and backward.
+    The g heads' queries are R = g·T rows of one product, and the sum of weights divides the result rather than the
+    weights: on CPU both together take a third off forward and backward.
     """
     B, G, g, T, _ = q_BGgTk.shape
     bias_BTS = jnp.where(mask_BTS, 0.0, MASKED)
@@ -76,8 +79,8 @@ def attend(einsum, q_BGgTk: jax.Array, k_BGSk: jax.Array, v_BGSv: jax.Array, mas
 class SelfAttention:
     """Attention of a sequence's queries to its keys, in pieces that are recomputed in the backward pass.
 
-    `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists. Where there is a kernel (NVIDIA
-    Hopper and TPUs, bfloat16) no scores exist at all, and `chunk` says nothing.
+    `chunk` queries (0: all) of `heads_at_once` heads (0: all) at a time: no array of T x S x heads exists. Where there
+    is a kernel (NVIDIA Hopper and TPUs, bfloat16) no scores exist at all, and `chunk` says nothing.
     """
 
     precision: Recipe
@@ -90,7 +93,8 @@ class SelfAttention:
         """MLA as `Placement.attend` calls it -> [B, T, H, v], in float32 or, from a kernel, the compute dtype.
 
         queries: q [B, T, H, k], segment ids [B, T]; keys: latents [B, S, c], rotary keys [B, S, r], segment ids [B, S];
-        weights: their up-projection [c, H, n+v], as `Recipe.by_heads` divides it. The keys and values exist for `heads_at_once` heads at a time.
+        weights: their up-projection [c, H, n+v], as `Recipe.by_heads` divides it. The keys and values exist for
+        `heads_at_once` heads at a time.
         """
         (q_BTHk, query_segments_BT), (c_kv_BSc, k_rope_BSr, segments_BS), kv_b_cHm = queries, keys, weights
         nope = q_BTHk.shape[-1] - k_rope_BSr.shape[-1]
@@ -100,11 +104,15 @@ class SelfAttention:
             latent_Nc = c_kv_BSc.reshape(-1, c_kv_BSc.shape[-1])
             kv_b_cf = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), kv_b_chm)
             multiply = functools.partial(self.precision.linear, kind=self.placement.device_kind)
-            kv_NF = place(self.placement, self.precision, multiply, kv_b_cf, "linear", ("kv_lora_rank", "heads"), latent_Nc)
+            kv_NF = place(
+                self.placement, self.precision, multiply, kv_b_cf, "linear", ("kv_lora_rank", "heads"), latent_Nc
+            )
             kv_BShm = kv_NF.reshape(*c_kv_BSc.shape[:2], heads, -1)
             k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*k_rope_BSr.shape[:2], heads, k_rope_BSr.shape[-1]))
             k_BShk = jnp.concatenate([kv_BShm[..., :nope], k_rope_BShr], axis=-1)
-            return self(q_BThk[:, :, :, None], k_BShk, kv_BShm[..., nope:], query_segments_BT, segments_BS, first)[:, :, :, 0]
+            return self(q_BThk[:, :, :, None], k_BShk, kv_BShm[..., nope:], query_segments_BT, segments_BS, first)[
+                :, :, :, 0
+            ]
 
         heads = q_BTHk.shape[2]
         group = math.gcd(heads, self.heads_at_once) if self.heads_at_once else heads
@@ -114,11 +122,15 @@ class SelfAttention:
         def split(x, axis):
             return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :]), axis, 0)
 
-        out_JBThv = jax.lax.map(jax.checkpoint(lambda part: some_heads(*part)), (split(q_BTHk, 2), jax.tree.map(lambda leaf: split(leaf, 1), kv_b_cHm)))
+        out_JBThv = jax.lax.map(
+            jax.checkpoint(lambda part: some_heads(*part)),
+            (split(q_BTHk, 2), jax.tree.map(lambda leaf: split(leaf, 1), kv_b_cHm)),
+        )
         return jnp.moveaxis(out_JBThv, 0, 2).reshape(*q_BTHk.shape[:3], -1)
 
     def keys_and_values(self, queries, keys, weights, first: jax.Array | int) -> jax.Array:
-        """The same for keys [B, S, G, k] and values [B, S, G, v] as they are; queries [B, T, G, g, k] -> [B, T, G, g, v]."""
+        """The same for keys [B, S, G, k] and values [B, S, G, v] as they are; queries [B, T, G, g, k] -> [B, T, G, g,
+        v]."""
         (q_BTGgk, query_segments_BT), (k_BSGk, v_BSGv, segments_BS) = queries, keys
         del weights
         return self(q_BTGgk, k_BSGk, v_BSGv, query_segments_BT, segments_BS, first)
@@ -143,21 +155,31 @@ class SelfAttention:
         if has_kernel(kind, *operands, why_not=why_not):
             kernel = functools.partial(attention, scale=self.scale, first=first, implementation=preferred(kind))
             names = 3 * (("batch", None, "heads", None),) + 2 * (("batch", None),)
-            return self.placement.on_each_device(kernel, names, *operands, query_segments_BT, segments_BS)[:, :, :, None]
+            return self.placement.on_each_device(kernel, names, *operands, query_segments_BT, segments_BS)[
+                :, :, :, None
+            ]
 
         length, chunk = q_BTGgk.shape[1], self.chunk
-        q_BGgTk, k_BGSk, v_BGSv = q_BTGgk.transpose(0, 2, 3, 1, 4), k_BSGk.transpose(0, 2, 1, 3), v_BSGv.transpose(0, 2, 1, 3)
+        q_BGgTk, k_BGSk, v_BGSv = (
+            q_BTGgk.transpose(0, 2, 3, 1, 4),
+            k_BSGk.transpose(0, 2, 1, 3),
+            v_BSGv.transpose(0, 2, 1, 3),
+        )
 
         def queries(q_BGgtk, segments_Bt, first, seen):
             mask_BtS = causal_mask(segments_Bt, segments_BS[:, :seen], first)
-            return attend(self.precision.einsum, q_BGgtk, k_BGSk[:, :, :seen], v_BGSv[:, :, :seen], mask_BtS, self.scale)
+            return attend(
+                self.precision.einsum, q_BGgtk, k_BGSk[:, :, :seen], v_BGSv[:, :, :seen], mask_BtS, self.scale
+            )
 
         recomputed = jax.checkpoint(queries, static_argnums=3)
         if chunk == 0 or length <= chunk:
             out_BGgTv = queries(q_BGgTk, query_segments_BT, first, k_BSGk.shape[1])
         elif isinstance(first, int):
             spans = [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-            chunks = [recomputed(q_BGgTk[..., a:b, :], query_segments_BT[:, a:b], first + a, first + b) for a, b in spans]
+            chunks = [
+                recomputed(q_BGgTk[..., a:b, :], query_segments_BT[:, a:b], first + a, first + b) for a, b in spans
+            ]
             out_BGgTv = jnp.concatenate(chunks, axis=3)
         else:
             out_BGgTv = self._in_equal_chunks(recomputed, q_BGgTk, query_segments_BT, first, k_BSGk.shape[1])
@@ -208,7 +230,9 @@ class LatentAttention(nn.Module):
         else:
             latent_q = norm("q_a_norm")(linear("q_a", config.q_lora_rank, ("embed", "q_lora"))(x_BTD))
             q_BTHk = linear("q_b", query_features, ("q_lora", "heads"))(latent_q)
-        q_BTHk = placement.constrain(q_BTHk.reshape(*x_BTD.shape[:2], heads, config.qk_head_dim), "batch", "length", "heads", None)
+        q_BTHk = placement.constrain(
+            q_BTHk.reshape(*x_BTD.shape[:2], heads, config.qk_head_dim), "batch", "length", "heads", None
+        )
         q_nope_BTHn, q_rope_BTHr = q_BTHk[..., :nope], q_BTHk[..., nope:]
 
         kv_a = linear("kv_a", config.kv_lora_rank + config.qk_rope_head_dim, ("embed", "kv_lora"))(x_BTD)
@@ -220,12 +244,15 @@ class LatentAttention(nn.Module):
 
         kv_b_axes = ("kv_lora_rank", "heads")
         kv_b_cF = linear("kv_b", heads * (nope + value), kv_b_axes).weight(config.kv_lora_rank)
-        # The cache and the absorbed form have the latents and the up-projection as the expanded form's product rounds them (FP8).
+        # The cache and the absorbed form have the latents and the up-projection as the expanded form's product rounds
+        # them (FP8).
         latent_BTc = self.precision.rounded_input(c_kv_BTc)
         scale = softmax_scale(rope, config.qk_head_dim)
 
         if cache_entry is None:  # expanded
-            core = SelfAttention(self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(
+                self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once
+            )
             queries = (jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1), tokens.segment_ids_BT)
             keys = (c_kv_BTc, k_rope_BTr, tokens.segment_ids_BT)
             out_BTHv = placement.attend(core.expanded_latents, queries, keys, self.precision.by_heads(kv_b_cF, heads))
@@ -240,10 +267,14 @@ class LatentAttention(nn.Module):
                 return (scores_BHTS + einsum("BTHr,BSr->BHTS", q_rope_BTHr, k_rope_BSr)) * scale
 
             old_latent_BSc, old_rope_BSr = cache_entry
-            all_scores = jnp.concatenate([scores(old_latent_BSc, old_rope_BSr), scores(latent_BTc, k_rope_BTr)], axis=-1)
+            all_scores = jnp.concatenate(
+                [scores(old_latent_BSc, old_rope_BSr), scores(latent_BTc, k_rope_BTr)], axis=-1
+            )
             probs_BHTS = masked_softmax(all_scores, tokens.cached_and_new_mask()[:, None])
             probs_old, probs_new = jnp.split(probs_BHTS, [old_latent_BSc.shape[1]], axis=-1)
-            out_BHTc = einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc) + einsum("BHTS,BSc->BHTc", probs_new, latent_BTc)
+            out_BHTc = einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc) + einsum(
+                "BHTS,BSc->BHTc", probs_new, latent_BTc
+            )
             out_BTHv = einsum("BHTc,cHv->BTHv", out_BHTc, value_cHv)
 
         out_BTF = out_BTHv.reshape(*x_BTD.shape[:2], heads * value).astype(x_BTD.dtype)
@@ -252,7 +283,8 @@ class LatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Multi-head (num_kv_heads = num_heads), grouped-query or multi-query (num_kv_heads = 1) attention, for ablations."""
+    """Multi-head (num_kv_heads = num_heads), grouped-query or multi-query (num_kv_heads = 1) attention, for
+    ablations."""
 
     config: GQAConfig
     model: ModelConfig
@@ -281,16 +313,28 @@ class GroupedQueryAttention(nn.Module):
         scale = softmax_scale(rope, dim)
 
         if cache_entry is None:
-            core = SelfAttention(self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once)
+            core = SelfAttention(
+                self.precision, placement, scale, self.model.attention_chunk, self.model.attention_heads_at_once
+            )
             queries, keys = (q_BTGgk, tokens.segment_ids_BT), (k_BTGk, v_BTGk, tokens.segment_ids_BT)
             out_BTGgk = placement.attend(core.keys_and_values, queries, keys, ())
         else:
             old_k, old_v = (entry.reshape(*entry.shape[:2], kv_heads, dim) for entry in cache_entry)
-            k_BGSk, v_BGSk = (jnp.concatenate(kv, axis=1).transpose(0, 2, 1, 3) for kv in ((old_k, k_BTGk), (old_v, v_BTGk)))
+            k_BGSk, v_BGSk = (
+                jnp.concatenate(kv, axis=1).transpose(0, 2, 1, 3) for kv in ((old_k, k_BTGk), (old_v, v_BTGk))
+            )
             q_BGgTk = q_BTGgk.transpose(0, 2, 3, 1, 4)
             out_BGgTk = attend(einsum, q_BGgTk, k_BGSk, v_BGSk, tokens.cached_and_new_mask(), scale)
             out_BTGgk = out_BGgTk.transpose(0, 3, 1, 2, 4)
 
         out_BTF = out_BTGgk.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)
-        y_BTD = Linear(x_BTD.shape[-1], ("heads", "embed"), self.model.init_std, self.precision, placement, "attention_output", name="o")(out_BTF)
+        y_BTD = Linear(
+            x_BTD.shape[-1],
+            ("heads", "embed"),
+            self.model.init_std,
+            self.precision,
+            placement,
+            "attention_output",
+            name="o",
+        )(out_BTF)
         return y_BTD, (k_BTGk.reshape(*x_BTD.shape[:2], -1), v_BTGk.reshape(*x_BTD.shape[:2], -1))

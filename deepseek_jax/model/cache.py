@@ -27,7 +27,9 @@ def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> 
     return Cache(entries, jnp.full((batch, size), -1, jnp.int32))
 
 
-def write(cache: Cache, latents: dict[str, tuple[jax.Array, jax.Array]], positions_BT: jax.Array, start: jax.Array | int) -> Cache:
+def write(
+    cache: Cache, latents: dict[str, tuple[jax.Array, jax.Array]], positions_BT: jax.Array, start: jax.Array | int
+) -> Cache:
     """Puts what a forward call returned for T tokens into slots start … start+T-1 of every row.
 
     `positions_BT` is the tokens' positions, -1 for padding: such a slot stays empty to every query.
@@ -37,4 +39,6 @@ def write(cache: Cache, latents: dict[str, tuple[jax.Array, jax.Array]], positio
         return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=2)
 
     entries = {name: jax.tree.map(put, cache.entries[name], latents[name]) for name in cache.entries}
-    return Cache(entries, jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT.astype(jnp.int32), start, axis=1))
+    return Cache(
+        entries, jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT.astype(jnp.int32), start, axis=1)
+    )

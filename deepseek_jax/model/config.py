@@ -27,7 +27,8 @@ def _positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         _require(
-            isinstance(value, numbers.Integral) and value >= 1, f"{type(config).__name__}.{field}={value!r}: must be an integer, at least 1"
+            isinstance(value, numbers.Integral) and value >= 1,
+            f"{type(config).__name__}.{field}={value!r}: must be an integer, at least 1",
         )
 
 
@@ -43,14 +44,18 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self):
-        _require(0 < self.beta_slow <= self.beta_fast, f"YarnConfig: beta_slow={self.beta_slow} must be above 0 and at most beta_fast={self.beta_fast}")
+        _require(
+            0 < self.beta_slow <= self.beta_fast,
+            f"YarnConfig: beta_slow={self.beta_slow} must be above 0 and at most beta_fast={self.beta_fast}",
+        )
         _require(self.factor >= 1, f"YarnConfig.factor={self.factor}: must be at least 1 (1 means no extension)")
         _positive(self, "original_max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `interleaved` pairs dimensions (0, 1), (2, 3), … as DeepSeek's weights do; otherwise (i, i + d/2)."""
+    """Rotary embedding. `interleaved` pairs dimensions (0, 1), (2, 3), … as DeepSeek's weights do; otherwise (i, i +
+    d/2)."""
 
     theta: float = 10_000.0
     interleaved: bool = True
@@ -106,7 +111,10 @@ class GQAConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"GQAConfig: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
         )
-        _require(self.head_dim % 2 == 0, f"GQAConfig.head_dim={self.head_dim}: rotary dimensions come in pairs, use an even number")
+        _require(
+            self.head_dim % 2 == 0,
+            f"GQAConfig.head_dim={self.head_dim}: rotary dimensions come in pairs, use an even number",
+        )
 
     @property
     def cache_dims(self) -> tuple[int, int]:
@@ -144,11 +152,15 @@ class MoEConfig:
         _choice("MoEConfig.scoring", self.scoring, ("sigmoid", "softmax"))
         _choice("MoEConfig.group_score", self.group_score, ("top2_sum", "max"))
         _choice("MoEConfig.implementation", self.implementation, ("grouped", "dense"))
-        _require(self.routed_scaling_factor > 0, f"MoEConfig.routed_scaling_factor={self.routed_scaling_factor}: must be above 0")
+        _require(
+            self.routed_scaling_factor > 0,
+            f"MoEConfig.routed_scaling_factor={self.routed_scaling_factor}: must be above 0",
+        )
         _require(self.num_shared_experts >= 0, f"MoEConfig.num_shared_experts={self.num_shared_experts}: 0 or more")
         _require(
             self.top_k <= self.num_experts,
-            f"MoEConfig: top_k={self.top_k} exceeds num_experts={self.num_experts}; a token can't visit more experts than there are",
+            f"MoEConfig: top_k={self.top_k} exceeds num_experts={self.num_experts}; a token can't visit more experts "
+            "than there are",
         )
         _require(
             self.num_experts % self.num_groups == 0,
@@ -161,25 +173,29 @@ class MoEConfig:
         reachable = self.num_experts // self.num_groups * self.topk_groups
         _require(
             self.top_k <= reachable,
-            f"MoEConfig: top_k={self.top_k} exceeds the {reachable} experts in {self.topk_groups} of {self.num_groups} groups; "
+            f"MoEConfig: top_k={self.top_k} exceeds the {reachable} experts in {self.topk_groups} of {self.num_groups} "
+            "groups; "
             "raise topk_groups or lower top_k",
         )
         _require(
             self.num_groups == 1 or self.group_score != "top2_sum" or self.num_experts // self.num_groups >= 2,
-            f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, num_groups={self.num_groups}",
+            f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, "
+            f"num_groups={self.num_groups}",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek network: `first_k_dense` dense layers, then MoE layers, then `mtp_depth` multi-token-prediction modules.
+    """A DeepSeek network: `first_k_dense` dense layers, then MoE layers, then `mtp_depth` multi-token-prediction
+    modules.
 
     `moe=None` makes every layer dense. `latent_norm_eps` is the epsilon of the norms inside MLA, which the released
-    code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none"
-    keeps everything, "full" recomputes the layer from its input, "dots" keeps the results of products with weights.
-    `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a
-    whole T x S score matrix; `attention_heads_at_once` (a common divisor of it and the heads; 0: all) expands the keys
-    and values of that many MLA heads at a time. `scan_unroll` unrolls the scan over layers, which trades compile time for speed.
+    code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none" keeps
+    everything, "full" recomputes the layer from its input, "dots" keeps the results of products with weights.
+    `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a whole
+    T x S score matrix; `attention_heads_at_once` (a common divisor of it and the heads; 0: all) expands the keys and
+    values of that many MLA heads at a time. `scan_unroll` unrolls the scan over layers, which trades compile time for
+    speed.
     """
 
     vocab_size: int
@@ -202,9 +218,16 @@ class ModelConfig:
 
     def __post_init__(self):
         _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")
-        for field, kinds in (("attention", (MLAConfig, GQAConfig)), ("moe", (MoEConfig, type(None))), ("rope", (RopeConfig,))):
+        for field, kinds in (
+            ("attention", (MLAConfig, GQAConfig)),
+            ("moe", (MoEConfig, type(None))),
+            ("rope", (RopeConfig,)),
+        ):
             allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            _require(isinstance(getattr(self, field), kinds), f"ModelConfig.{field}={getattr(self, field)!r}: must be {allowed}")
+            _require(
+                isinstance(getattr(self, field), kinds),
+                f"ModelConfig.{field}={getattr(self, field)!r}: must be {allowed}",
+            )
         _choice("ModelConfig.remat", self.remat, ("none", "full", "dots"))
         _require(
             0 <= self.first_k_dense <= self.num_layers,
@@ -229,10 +252,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is of the kind that has most of its fields.
+        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is of the kind that has most of its
+        fields.
 
-        Raises ConfigError for an unknown or a missing field, naming the nearest known one, for a value of the wrong kind, and
-        for sizes that don't fit.
+        Raises ConfigError for an unknown or a missing field, naming the nearest known one, for a value of the wrong
+        kind, and for sizes that don't fit.
         """
         return build(cls, fields, "model")
 
@@ -355,7 +379,9 @@ def moonlight_16b() -> ModelConfig:
         num_layers=27,
         intermediate_size=11_264,
         attention=MLAConfig(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
-        moe=MoEConfig(num_experts=64, top_k=6, intermediate_size=1408, num_shared_experts=2, routed_scaling_factor=2.446),
+        moe=MoEConfig(
+            num_experts=64, top_k=6, intermediate_size=1408, num_shared_experts=2, routed_scaling_factor=2.446
+        ),
         first_k_dense=1,
         rope=RopeConfig(theta=50_000.0),
         rms_norm_eps=1e-5,
@@ -373,7 +399,9 @@ def kimi_k2_1t() -> ModelConfig:
         attention=MLAConfig(
             num_heads=64, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
         ),
-        moe=MoEConfig(num_experts=384, top_k=8, intermediate_size=2048, num_shared_experts=1, routed_scaling_factor=2.827),
+        moe=MoEConfig(
+            num_experts=384, top_k=8, intermediate_size=2048, num_shared_experts=1, routed_scaling_factor=2.827
+        ),
         first_k_dense=1,
         rope=RopeConfig(theta=50_000.0, yarn=YarnConfig(factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale_all_dim=1.0)),
         remat="full",

@@ -24,12 +24,20 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
+        )
         return rms_norm(x, scale, self.eps)
 
 
 def place(
-    placement: Placement, precision: Recipe, multiply: Callable[..., jax.Array], w: Any, role: str, names: tuple[str, str], *x: jax.Array
+    placement: Placement,
+    precision: Recipe,
+    multiply: Callable[..., jax.Array],
+    w: Any,
+    role: str,
+    names: tuple[str, str],
+    *x: jax.Array,
 ) -> jax.Array:
     """multiply(*x, w) where the placement wants it; a plain product is the compiler's to divide."""
     w = precision.weight(w, role, placement.part(w.shape, names))
@@ -39,7 +47,8 @@ def place(
 
 
 class Linear(nn.Module):
-    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes, `role` whose product it is."""
+    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes, `role`
+    whose product it is."""
 
     features: int
     axes: tuple[str, str]
@@ -51,7 +60,15 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         multiply = functools.partial(self.precision.linear, role=self.role, kind=self.placement.device_kind)
-        y = place(self.placement, self.precision, multiply, self.weight(x.shape[-1]), self.role, self.axes, self.placement.flatten(x))
+        y = place(
+            self.placement,
+            self.precision,
+            multiply,
+            self.weight(x.shape[-1]),
+            self.role,
+            self.axes,
+            self.placement.flatten(x),
+        )
         return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact
@@ -77,4 +94,6 @@ class SwiGLU(nn.Module):
         gate, up = (linear(name, self.features, ("embed", "ffn"))(flat) for name in ("gate", "up"))
         down = linear("down", x.shape[-1], ("ffn", "embed"))
         multiply = functools.partial(self.precision.swiglu_linear, kind=self.placement.device_kind)
-        return place(self.placement, self.precision, multiply, down.weight(self.features), down.role, down.axes, gate, up).reshape(x.shape)
+        return place(
+            self.placement, self.precision, multiply, down.weight(self.features), down.role, down.axes, gate, up
+        ).reshape(x.shape)

@@ -18,8 +18,11 @@ from kernels_pallas import Prepared, swiglu
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
-def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array) -> jax.Array:
-    """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or more."""
+def grouped_experts(
+    precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array
+) -> jax.Array:
+    """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or
+    more."""
     gate_EDF, up_EDF, down_EFD = weights
     block = precision.row_block(expert_ids_NK.size, gate_EDF.shape[0], kind)
     layout, sizes_E = lay_out(expert_ids_NK, gate_EDF.shape[0], block)
@@ -28,7 +31,9 @@ def grouped_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Ar
     return from_rows(precision.grouped_swiglu_linear(gate_RF, up_RF, down_EFD, sizes_E, block, kind), layout)
 
 
-def dense_experts(precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array) -> jax.Array:
+def dense_experts(
+    precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array
+) -> jax.Array:
     """The same with every token through every expert: the oracle."""
     del kind
     x_ND, *weights = map(precision.dense, (x_ND, *weights))
@@ -56,7 +61,9 @@ class Experts(nn.Module):
     placement: Placement
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, expert_ids_BTK: jax.Array, gates_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BTD: jax.Array, expert_ids_BTK: jax.Array, gates_BTK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         config, precision = self.config, self.precision
         width, features = x_BTD.shape[-1], config.intermediate_size
 
@@ -73,7 +80,9 @@ class Experts(nn.Module):
         )
 
         def apply(weights, x_ND, expert_ids_NK):
-            return IMPLEMENTATIONS[config.implementation](precision, self.placement.device_kind, weights, x_ND, expert_ids_NK)
+            return IMPLEMENTATIONS[config.implementation](
+                precision, self.placement.device_kind, weights, x_ND, expert_ids_NK
+            )
 
         return self.placement.experts(apply, weights, (into, into, out), x_BTD, expert_ids_BTK, gates_BTK)
 

@@ -37,7 +37,15 @@ class MTPModule(nn.Module):
             return RMSNorm(config.rms_norm_eps, name=name)
 
         joined = jnp.concatenate([norm("embed_norm")(embedding_BTD), norm("hidden_norm")(hidden_BTD)], axis=-1)
-        projection = Linear(config.hidden_size, ("mtp_input", "embed"), config.init_std, self.precision, self.placement, "mtp_projection", name="proj")
+        projection = Linear(
+            config.hidden_size,
+            ("mtp_input", "embed"),
+            config.init_std,
+            self.precision,
+            self.placement,
+            "mtp_projection",
+            name="proj",
+        )
         block = self.block(config, config.moe, self.precision, self.placement, name="block")
         state_BTD, (routing, _) = block(projection(joined), tokens, None, None)
         return state_BTD, norm("final_norm")(state_BTD), routing

@@ -56,8 +56,8 @@ class Placement:
         return x_BTD.reshape(-1, x_BTD.shape[-1])
 
     def multiply(self, multiply: Callable[..., jax.Array], w: Any, names: Sequence[str], *x: jax.Array) -> jax.Array:
-        """multiply(*x, w): x [N, D] or [B, T, D], w [D, F] with logical axes `names`, for a `multiply` that the compiler cannot divide
-        among devices and that takes numbers of D together in tiles of 128."""
+        """multiply(*x, w): x [N, D] or [B, T, D], w [D, F] with logical axes `names`, for a `multiply` that the
+        compiler cannot divide among devices and that takes numbers of D together in tiles of 128."""
         del names
         return multiply(*x, w)
 
@@ -65,31 +65,43 @@ class Placement:
         """Rows of an embedding with logical axes ("vocab", "embed"): [B, T, D]."""
         return jnp.take(table_VD, ids_BT, axis=0)
 
-    def on_each_device(self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array) -> jax.Array:
-        """kernel(*arrays), which the compiler cannot divide among devices: each computes its part. `names` are the logical axes of the arrays; the
-        result has as many as the first, and they are divided alike."""
+    def on_each_device(
+        self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array
+    ) -> jax.Array:
+        """kernel(*arrays), which the compiler cannot divide among devices: each computes its part. `names` are the
+        logical axes of the arrays; the result has as many as the first, and they are divided alike."""
         del names
         return kernel(*arrays)
 
     def attend(self, core: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
         """Self-attention: core(queries, keys, weights, first) -> [B, T, heads, ·].
 
-        `queries` are arrays [B, T, heads, ·], `keys` what attention needs of the whole sequence, [B, T, ·] or [B, T, heads, ·],
-        `weights` arrays [·, heads, ·]. The first query stands at slot `first` of the keys.
+        `queries` are arrays [B, T, heads, ·], `keys` what attention needs of the whole sequence, [B, T, ·] or [B, T,
+        heads, ·], `weights` arrays [·, heads, ·]. The first query stands at slot `first` of the keys.
         """
         return core(queries, keys, weights, 0)
 
     def experts(
-        self, apply: Callable[..., jax.Array], weights: Any, axes: Any, x_BTD: jax.Array, ids_BTK: jax.Array, gates_BTK: jax.Array
+        self,
+        apply: Callable[..., jax.Array],
+        weights: Any,
+        axes: Any,
+        x_BTD: jax.Array,
+        ids_BTK: jax.Array,
+        gates_BTK: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Routed experts: apply(weights, x [N, D], ids [N, K]) -> results [N, K, D], weighted by the gates.
 
-        `weights` is a tuple of arrays with the experts as their first axis, `axes` their logical axes; `apply` takes any number
-        of experts, numbered from 0, and gives zero for an id beyond the last.
-        -> ([B, T, D], on how many devices more rows arrived than a buffer holds, so that the slower way was taken, int32).
+        `weights` is a tuple of arrays with the experts as their first axis, `axes` their logical axes; `apply` takes
+        any number of experts, numbered from 0, and gives zero for an id beyond the last. -> ([B, T, D], on how many
+        devices more rows arrived than a buffer holds, so that the slower way was taken, int32).
         """
         del axes
         top_k = ids_BTK.shape[-1]
-        x_ND, ids_NK, gates_NK = x_BTD.reshape(-1, x_BTD.shape[-1]), ids_BTK.reshape(-1, top_k), gates_BTK.reshape(-1, top_k)
+        x_ND, ids_NK, gates_NK = (
+            x_BTD.reshape(-1, x_BTD.shape[-1]),
+            ids_BTK.reshape(-1, top_k),
+            gates_BTK.reshape(-1, top_k),
+        )
         y_ND = combine(apply(weights, x_ND, ids_NK), gates_NK, x_BTD.dtype)
         return y_ND.reshape(x_BTD.shape), jnp.zeros((), jnp.int32)

@@ -57,7 +57,8 @@ def rotary_angles(rope: RopeConfig, dim: int, positions: jax.Array) -> tuple[jax
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
     """Rotates pairs of the last axis by the angles of the token's position.
 
-    x [..., dim]; cos, sin broadcast against [..., dim/2]. Pairs are (0, 1), (2, 3), … when interleaved, else (i, i + dim/2).
+    x [..., dim]; cos, sin broadcast against [..., dim/2]. Pairs are (0, 1), (2, 3), … when interleaved, else (i, i +
+    dim/2).
     """
     x32 = x.astype(jnp.float32)
     if interleaved:

@@ -1,4 +1,5 @@
-"""Who goes to which expert: scores, group-limited choice, gates, balance losses and the bias that balances without a loss.
+"""Who goes to which expert: scores, group-limited choice, gates, balance losses and the bias that balances without a
+loss.
 
 Everything here is float32 whatever the compute dtype. The correction bias chooses experts and never enters a gate.
 """
@@ -13,14 +14,15 @@ from deepseek_jax.model.config import MoEConfig
 
 @flax.struct.dataclass
 class RoutingStats:
-    """What the routers of L layers did with a batch. The sums leave out padding, and in MTP module k positions whose token k
-    places on is not in their document (V3 eq. 22 ends at T-k)."""
+    """What the routers of L layers did with a batch. The sums leave out padding, and in MTP module k positions whose
+    token k places on is not in their document (V3 eq. 22 ends at T-k)."""
 
     expert_ids_LBTK: jax.Array  # int32, best first; feeding them back replays the routing
     counts_LBE: jax.Array  # float32, how often each sequence chose each expert
     probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalized over all experts
     tokens_LB: jax.Array  # float32, tokens in the sequence
-    overflows_L: jax.Array  # int32, devices whose expert buffers were too small and that took the slower way (see `Placement`)
+    # int32, devices whose expert buffers were too small and that took the slower way (see `Placement`)
+    overflows_L: jax.Array
 
 
 def scores(logits_E: jax.Array, scoring: str) -> jax.Array:
@@ -86,7 +88,8 @@ class Router(nn.Module):
             biased_BTE = scores_BTE + bias_E
         if expert_ids_BTK is None:
             expert_ids_BTK = choose_experts(jax.lax.stop_gradient(biased_BTE), config)
-        # A NaN wins every top-k, and one in the bias would not show in a gate: then nothing this token's experts say is a number.
+        # A NaN wins every top-k, and one in the bias would not show in a gate: then nothing this token's experts say is
+        # a number.
         is_number_BT1 = jnp.isfinite(jnp.sum(biased_BTE, axis=-1, keepdims=True))
         gates_BTK = jnp.where(is_number_BT1, gate_values(scores_BTE, expert_ids_BTK, config), jnp.nan)
         return gates_BTK, expert_ids_BTK, routing_sums(scores_BTE, expert_ids_BTK, valid_BT)
@@ -98,7 +101,11 @@ def routing_sums(scores_BTE: jax.Array, expert_ids_BTK: jax.Array, valid_BT: jax
     num_experts = scores_BTE.shape[-1]
     chosen_BTE = jnp.sum(jax.nn.one_hot(expert_ids_BTK, num_experts, dtype=jnp.float32), axis=-2)
     probs_BTE = normalized(scores_BTE)
-    return jnp.sum(chosen_BTE * valid_BT1, axis=1), jnp.sum(probs_BTE * valid_BT1, axis=1), jnp.sum(valid_BT1, axis=(1, 2))
+    return (
+        jnp.sum(chosen_BTE * valid_BT1, axis=1),
+        jnp.sum(probs_BTE * valid_BT1, axis=1),
+        jnp.sum(valid_BT1, axis=(1, 2)),
+    )
 
 
 def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: int) -> jax.Array:
@@ -109,7 +116,8 @@ def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: 
 
 
 def sequence_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """V3's complementary sequence-wise loss without α (eqs. 17-20): [L], of each layer the mean over the sequences that hold tokens."""
+    """V3's complementary sequence-wise loss without α (eqs. 17-20): [L], of each layer the mean over the sequences that
+    hold tokens."""
     loss_LB = _balance(stats.counts_LBE, stats.probs_LBE, stats.tokens_LB, top_k)
     real_LB = stats.tokens_LB > 0
     return jnp.sum(loss_LB * real_LB, axis=1) / jnp.maximum(jnp.sum(real_LB, axis=1), 1)

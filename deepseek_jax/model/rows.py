@@ -1,5 +1,5 @@
-"""Token vectors as rows sorted by expert, and back. Both moves are gathers, forward and backward: every row has one source
-and every token's k-th choice at most one row, so that no scatter is needed."""
+"""Token vectors as rows sorted by expert, and back. Both moves are gathers, forward and backward: every row has one
+source and every token's k-th choice at most one row, so that no scatter is needed."""
 
 import flax.struct
 import jax
@@ -39,9 +39,11 @@ def rank_in_group(groups_NK: jax.Array, num_groups: int) -> tuple[jax.Array, jax
 
 
 def lay_out(expert_ids_NK: jax.Array, num_experts: int, block: int) -> tuple[Layout, jax.Array]:
-    """Rows sorted by expert, each expert's group padded to a multiple of `block`, and the padded group sizes, int32 [E].
+    """Rows sorted by expert, each expert's group padded to a multiple of `block`, and the padded group sizes, int32
+    [E].
 
-    R is N·K rounded up so that any distribution over experts fits: nothing is dropped. A pair of expert E or more has no row.
+    R is N·K rounded up so that any distribution over experts fits: nothing is dropped. A pair of expert E or more has
+    no row.
     """
     pairs = expert_ids_NK.size
     num_rows = pairs if block == 1 else -(-(pairs + min(num_experts, pairs) * (block - 1)) // block) * block

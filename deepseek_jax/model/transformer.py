@@ -57,7 +57,10 @@ class Block(nn.Module):
 
         normed_BTD = RMSNorm(config.rms_norm_eps, name="ffn_norm")(x_BTD)
         if self.moe is None:
-            y_BTD, routing = SwiGLU(config.intermediate_size, config.init_std, self.precision, placement, name="ffn")(normed_BTD), None
+            y_BTD, routing = (
+                SwiGLU(config.intermediate_size, config.init_std, self.precision, placement, name="ffn")(normed_BTD),
+                None,
+            )
         else:
             moe = MoE(self.moe, config.init_std, self.precision, placement, name="ffn")
             y_BTD, routing = moe(normed_BTD, tokens.segment_ids_BT > 0, expert_ids_BTK)
@@ -94,7 +97,8 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.rms_norm_eps)
 
         def block(looped: bool):
-            """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the forward pass."""
+            """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the
+            forward pass."""
             layer = self.placement.schedule(Block)
             if config.remat == "none":
                 return layer
@@ -115,7 +119,10 @@ class Transformer(nn.Module):
             self.dense_layers = stack(config.num_dense_layers, None)
         if config.num_moe_layers:
             self.moe_layers = stack(config.num_moe_layers, config.moe)
-        self.mtp = [MTPModule(config, self.precision, self.placement, block(looped=False), name=f"mtp_{k}") for k in range(config.mtp_depth)]
+        self.mtp = [
+            MTPModule(config, self.precision, self.placement, block(looped=False), name=f"mtp_{k}")
+            for k in range(config.mtp_depth)
+        ]
 
     def __call__(
         self,
@@ -157,8 +164,9 @@ class Transformer(nn.Module):
         return self.placement.constrain(self.placement.look_up(table_VD, tokens_BT), *RESIDUAL)
 
     def _predict_ahead(self, state_BTD, tokens_BT, tokens: Tokens):
-        """Runs the chain of MTP modules. Module k has an input where token i+k is in the same document (V3 eq. 22: positions 1 to T-k).
-        The other positions are padding to it: they get the embedding of token 0, and no position that counts sees them."""
+        """Runs the chain of MTP modules. Module k has an input where token i+k is in the same document (V3 eq. 22:
+        positions 1 to T-k). The other positions are padding to it: they get the embedding of token 0, and no position
+        that counts sees them."""
         heads, routings = [], []
         for k, module in enumerate(self.mtp, start=1):
             same_BT = shift_left(tokens.segment_ids_BT, k) == tokens.segment_ids_BT
@@ -197,7 +205,9 @@ def init_variables(model: Transformer, rng: jax.Array, shardings: Any = None) ->
     """
     # Dozens of small samplers: on CPU, optimising their code takes far longer than running it once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    init = jax.jit(lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options, out_shardings=shardings)
+    init = jax.jit(
+        lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options, out_shardings=shardings
+    )
     return init(rng)
 
 

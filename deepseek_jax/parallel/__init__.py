@@ -1,1 +1,2 @@
-"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, the experts' exchange, and the hosts."""
+"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, the experts' exchange,
+and the hosts."""

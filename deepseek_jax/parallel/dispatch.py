@@ -1,11 +1,13 @@
-"""Tokens to the devices that hold their experts, and back. Everything here runs inside `shard_map`, on one device's arrays.
+"""Tokens to the devices that hold their experts, and back. Everything here runs inside `shard_map`, on one device's
+arrays.
 
     N tokens on this device      K choices of a token      P peers, the devices among which the experts are divided
     E experts on this device     S rows sent               R rows received
 
-A round sends the pairs whose rank among this device's pairs for the same peer lies in a window. Buffers have a fixed size;
-where everything fits, which is the rule, one round does it all. Where it does not, on any device, all devices take rounds
-of small windows until every pair has been served: slower, exact, and in no more memory. No pair is ever dropped.
+A round sends the pairs whose rank among this device's pairs for the same peer lies in a window. Buffers have a fixed
+size; where everything fits, which is the rule, one round does it all. Where it does not, on any device, all devices
+take rounds of small windows until every pair has been served: slower, exact, and in no more memory. No pair is ever
+dropped.
 """
 
 import dataclasses
@@ -33,13 +35,13 @@ Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]
 class DispatchConfig:
     """How tokens travel to their experts; whichever way, the result is the same.
 
-    `exchange`: "ragged" sends exactly the rows there are (`ragged_all_to_all`; TPU and GPU), "padded" a fixed number to each
-    peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which suits few
-    peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold `buffer_factor` times the
-    rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a power-of-two scale for each 1 x 128
-    tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and experts in FP8 multiply these very numbers;
-    the way back stays in the compute dtype.
-    `overlap` runs every layer on two halves of the rows side by side (see `overlap.TwoMicrobatches`).
+    `exchange`: "ragged" sends exactly the rows there are (`ragged_all_to_all`; TPU and GPU), "padded" a fixed number to
+    each peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which
+    suits few peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold
+    `buffer_factor` times the rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a
+    power-of-two scale for each 1 x 128 tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and
+    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `overlap` runs every layer on
+    two halves of the rows side by side (see `overlap.TwoMicrobatches`).
     """
 
     exchange: str = "auto"
@@ -50,9 +52,13 @@ class DispatchConfig:
     def __post_init__(self):
         for field, allowed in (("exchange", EXCHANGES), ("format", FORMATS)):
             if getattr(self, field) not in allowed:
-                raise ConfigError(f"mesh.dispatch.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}")
+                raise ConfigError(
+                    f"mesh.dispatch.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}"
+                )
         if self.buffer_factor < 1:
-            raise ConfigError(f"mesh.dispatch.buffer_factor={self.buffer_factor}: at least 1, what a balanced load needs")
+            raise ConfigError(
+                f"mesh.dispatch.buffer_factor={self.buffer_factor}: at least 1, what a balanced load needs"
+            )
 
     def on(self, kind: str) -> str:
         """The exchange that runs on a kind of device."""
@@ -83,8 +89,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion. Peers are numbered along `axes`,
-    the first axis slowest."""
+    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion. Peers are
+    numbered along `axes`, the first axis slowest."""
 
     axes: tuple[str, ...]
     peers: int
@@ -138,7 +144,13 @@ class Exchange:
             return lax.all_to_all(y_R, self.axes, 0, 0, tiled=True)
         empty_S = vary(jnp.zeros((plan.layout.pairs_R.shape[0], *y_R.shape[1:]), y_R.dtype), tuple(varying_axes(y_R)))
         return lax.ragged_all_to_all(
-            y_R, empty_S, plan.received_offsets_P, plan.received_P, plan.received_at_peer_P, plan.sent_P, axis_name=self.axes
+            y_R,
+            empty_S,
+            plan.received_offsets_P,
+            plan.received_P,
+            plan.received_at_peer_P,
+            plan.sent_P,
+            axis_name=self.axes,
         )
 
     def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
@@ -159,8 +171,8 @@ class Exchange:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
-    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that came (V3 §3.3.3).
-    Its gradient is a combine, in x's dtype."""
+    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that
+    came (V3 §3.3.3). Its gradient is a combine, in x's dtype."""
     return exchange.move_tokens(plan, x_SD)
 
 
@@ -183,19 +195,24 @@ send_back.defvjp(
 
 
 def buffer_rows(pairs: int, peers: int, factor: float) -> int:
-    """Rows for each peer: `factor` times a balanced share, and never fewer than 16, below which shares vary too much."""
+    """Rows for each peer: `factor` times a balanced share, and never fewer than 16, below which shares vary too
+    much."""
     return min(pairs, max(-(-int(factor * pairs) // peers), 16))
 
 
 def dispatched(
     apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], config: DispatchConfig, kind: str
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit, int32.
+    """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit,
+    int32.
 
-    weights: this device's E experts of the P · E that `axes` divide; ids_NK are numbered over all of them. Each device has other tokens.
+    weights: this device's E experts of the P · E that `axes` divide; ids_NK are numbered over all of them. Each device
+    has other tokens.
     """
     peers, experts = lax.axis_size(axes), jax.tree.leaves(weights)[0].shape[0]
-    exchange = Exchange(axes, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8")
+    exchange = Exchange(
+        axes, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8"
+    )
     dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
     rank_NK, sizes_P = rank_in_group(dest_NK, peers)
     arriving = jnp.sum(lax.all_to_all(sizes_P, axes, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)
@@ -209,7 +226,9 @@ def dispatched(
         def add(y_ND, low):
             wanted = total(jnp.max(sizes_P) > low) > 0
             y_ND += lax.cond(
-                wanted, jax.checkpoint(lambda: one_round(x_ND, gates_NK, low, False).astype(jnp.float32)), lambda: jnp.zeros_like(y_ND)
+                wanted,
+                jax.checkpoint(lambda: one_round(x_ND, gates_NK, low, False).astype(jnp.float32)),
+                lambda: jnp.zeros_like(y_ND),
             )
             return y_ND, None
 
@@ -222,9 +241,11 @@ def dispatched(
     return lax.cond(overflows > 0, rounds, whole_round, x_ND, gates_NK), overflows
 
 
-def gathered(apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], token_axes: tuple[str, ...]) -> jax.Array:
-    """The same by bringing all tokens to all devices of the experts' `axes`: along those of `token_axes` devices have different tokens so far,
-    along the others the same."""
+def gathered(
+    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], token_axes: tuple[str, ...]
+) -> jax.Array:
+    """The same by bringing all tokens to all devices of the experts' `axes`: along those of `token_axes` devices have
+    different tokens so far, along the others the same."""
     own, alike = (tuple(axis for axis in axes if (axis in token_axes) == differ) for differ in (True, False))
     experts = jax.tree.leaves(weights)[0].shape[0]
     first = lax.axis_index(axes) * experts

@@ -7,10 +7,16 @@ from deepseek_jax.parallel.mesh import Fits, MeshConfig
 from deepseek_jax.parallel.rules import build_rules, shards
 
 
-def fits(config: MeshConfig, model: ModelConfig, rows: Sequence[tuple[str, int]] = (), lengths: Sequence[tuple[str, int]] = ()) -> Fits:
+def fits(
+    config: MeshConfig,
+    model: ModelConfig,
+    rows: Sequence[tuple[str, int]] = (),
+    lengths: Sequence[tuple[str, int]] = (),
+) -> Fits:
     """-> a function of a mesh's sizes that says in a sentence what does not fit, or None.
 
-    `rows` and `lengths` are numbers of sequences and of tokens that have to divide evenly, each with the field that it comes from.
+    `rows` and `lengths` are numbers of sequences and of tokens that have to divide evenly, each with the field that it
+    comes from.
     """
     rules = dict(build_rules(config.rules))
 
@@ -27,9 +33,15 @@ def fits(config: MeshConfig, model: ModelConfig, rows: Sequence[tuple[str, int]]
         for axis, factor in config.dcn:
             if sizes[axis] % factor:
                 return f"dcn.{axis}={factor} does not divide {axis}={sizes[axis]}"
-            if axis in rules["experts"] and model.moe is not None and model.moe.topk_groups < model.moe.num_groups and model.moe.num_groups % factor:
+            if (
+                axis in rules["experts"]
+                and model.moe is not None
+                and model.moe.topk_groups < model.moe.num_groups
+                and model.moe.num_groups % factor
+            ):
                 return (
-                    f"dcn.{axis}={factor} cuts through the {model.moe.num_groups} expert groups, so that a token would cross the slow "
+                    f"dcn.{axis}={factor} cuts through the {model.moe.num_groups} expert groups, so that a token would "
+                    "cross the slow "
                     f"network to more than topk_groups={model.moe.topk_groups} places"
                 )
         return None

@@ -2,8 +2,9 @@
 
 A run of one process needs none of this, and for it every function here is the identity or does nothing.
 
-Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more, collectives over
-different axes run side by side, in no fixed order, and the processes can wait for each other for ever (jaxlib 0.10.2).
+Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more,
+collectives over different axes run side by side, in no fixed order, and the processes can wait for each other for ever
+(jaxlib 0.10.2).
 """
 
 import ctypes
@@ -43,7 +44,9 @@ class Hosts:
     def __post_init__(self):
         host, colon, port = self.coordinator.rpartition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-            raise ConfigError(f"--coordinator={self.coordinator}: give HOST:PORT, the address of process 0 and a free port there")
+            raise ConfigError(
+                f"--coordinator={self.coordinator}: give HOST:PORT, the address of process 0 and a free port there"
+            )
         if self.num_processes < 1:
             raise ConfigError(f"--num_processes={self.num_processes}: at least 1")
         if not 0 <= self.process_id < self.num_processes:
@@ -61,7 +64,10 @@ def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:
     if len(missing) == len(vars(given)):
         return None, rest
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together, all three or none")
+        raise ConfigError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together, all three "
+            "or none"
+        )
     return Hosts(**vars(given)), rest
 
 
@@ -75,7 +81,10 @@ def detect(environment: Mapping[str, str] = os.environ) -> Hosts | None:
     if found is None or found.num_processes == 1:
         return None
     own = len(environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    host, port = f"[{found.host}]" if ":" in found.host else found.host, environment.get("JAX_COORDINATOR_PORT", found.port)
+    host, port = (
+        f"[{found.host}]" if ":" in found.host else found.host,
+        environment.get("JAX_COORDINATOR_PORT", found.port),
+    )
     devices = (found.local_id,) if found.local_id is not None and found.sharing and not own else None
     return Hosts(f"{host}:{port}", found.num_processes, found.process_id, devices)
 
@@ -91,7 +100,8 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
         return
     me = f"process {hosts.process_id} of {hosts.num_processes}"
     alone = (
-        f"{me} could not join the others at {hosts.coordinator} within {CONNECT_SECONDS} s: start all of them with the same --coordinator, "
+        f"{me} could not join the others at {hosts.coordinator} within {CONNECT_SECONDS} s: start all of them with the "
+        "same --coordinator, "
         "a free port of process 0's machine that the others can reach"
     )
     _explain_abort(lambda: alone, status=2)
@@ -149,7 +159,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def _explain_abort(message: Callable[[], str], status: int) -> None:
-    """Has the process say something and exit with `status` when jax aborts it, as it does when the others are not to be found.
+    """Has the process say something and exit with `status` when jax aborts it, as it does when the others are not to be
+    found.
 
     It aborts from a thread of its own, whatever the others are doing. It takes a callback for this, but 0.10.2 fails to
     convert the callback's argument; so the signal of the abort is caught.

@@ -15,8 +15,8 @@ from deepseek_jax.fields import build
 from deepseek_jax.parallel.dispatch import DispatchConfig
 
 LARGEST = 2**17  # devices of a mesh; a typing mistake should not be searched for its nearest neighbors
-# Outermost first. Devices that talk most stand closest; axes that divide a batch's rows come before those that don't, so
-# that the rows of a host are one block.
+# Outermost first. Devices that talk most stand closest; axes that divide a batch's rows come before those that don't,
+# so that the rows of a host are one block.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
@@ -30,8 +30,8 @@ class MeshConfig:
     context  shares of each sequence; attention gathers the compressed latents
     tensor   shares of heads, feed-forward width and vocabulary
 
-    `dcn` says what factor of an axis lies across the slow network, between slices or hosts: {"data": 4}. `rules` replaces
-    rows of `rules.RULES`. `dispatch` says how tokens travel.
+    `dcn` says what factor of an axis lies across the slow network, between slices or hosts: {"data": 4}. `rules`
+    replaces rows of `rules.RULES`. `dispatch` says how tokens travel.
     """
 
     data: int = 1
@@ -71,7 +71,8 @@ Fits = Callable[[Mapping[str, int]], str | None]  # sizes -> what is wrong with 
 
 
 def resolve(config: MeshConfig, num_devices: int, fits: Fits = lambda sizes: None) -> dict[str, int]:
-    """The sizes of all axes. Raises ConfigError, with the nearest mesh that works, if they don't multiply to `num_devices` or don't fit."""
+    """The sizes of all axes. Raises ConfigError, with the nearest mesh that works, if they don't multiply to
+    `num_devices` or don't fit."""
     sizes = config.sizes
     known = math.prod(size for size in sizes.values() if size != -1)
     wanted = {axis: max(num_devices // known, 1) if size == -1 else size for axis, size in sizes.items()}
@@ -105,7 +106,11 @@ def _factorisations(number: int, parts: int) -> list[tuple[int, ...]]:
     if parts == 1:
         return [(number,)]
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return list(itertools.chain.from_iterable(((d, *rest) for rest in _factorisations(number // d, parts - 1)) for d in divisors))
+    return list(
+        itertools.chain.from_iterable(
+            ((d, *rest) for rest in _factorisations(number // d, parts - 1)) for d in divisors
+        )
+    )
 
 
 def _show(sizes: Mapping[str, int]) -> str:
@@ -113,7 +118,8 @@ def _show(sizes: Mapping[str, int]) -> str:
 
 
 def build_mesh(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """A mesh with all of `AXES`. The factors in `dcn` run over slices, or hosts where devices have no slices: the slow network.
+    """A mesh with all of `AXES`. The factors in `dcn` run over slices, or hosts where devices have no slices: the slow
+    network.
 
     Inside a slice, devices stand as XLA's collectives expect on its torus (`mesh_utils.create_device_mesh`). Raises
     ConfigError if the product of `dcn` is not the number of slices or hosts.
@@ -122,7 +128,8 @@ def build_mesh(sizes: Mapping[str, int], dcn: Mapping[str, int], devices: Sequen
     inner = [sizes[axis] // factor for axis, factor in zip(AXES, outer, strict=True)]
     granules = _granules(devices, math.prod(outer))
     blocks = np.stack([_arrange(inner, granule) for granule in granules]).reshape(*outer, *inner)
-    order = [position for i in range(len(AXES)) for position in (i, len(AXES) + i)]  # outer and inner part of an axis side by side
+    # outer and inner part of an axis side by side
+    order = [position for i in range(len(AXES)) for position in (i, len(AXES) + i)]
     return jax.sharding.Mesh(blocks.transpose(order).reshape([sizes[axis] for axis in AXES]), AXES)
 
 
@@ -150,6 +157,7 @@ def _granules(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device
         share = len(devices) // count
         return [list(devices[i * share : (i + 1) * share]) for i in range(count)]
     raise ConfigError(
-        f"mesh.dcn multiplies to {count}, but the devices form {len({getattr(d, 'slice_index', 0) for d in devices})} slices "
+        f"mesh.dcn multiplies to {count}, but the devices form {len({getattr(d, 'slice_index', 0) for d in devices})} "
+        "slices "
         f"on {len({d.process_index for d in devices})} hosts: make it one of these numbers"
     )

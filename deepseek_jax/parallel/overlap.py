@@ -1,4 +1,5 @@
-"""Two microbatches through the same layer side by side (V3 §3.2.1): while the tokens of one travel, the other computes."""
+"""Two microbatches through the same layer side by side (V3 §3.2.1): while the tokens of one travel, the other
+computes."""
 
 import functools
 from typing import ClassVar
@@ -18,8 +19,9 @@ from kernels_pallas.trust import say_once
 class TwoMicrobatches(nn.Module):
     """A block with the same parameters under the same names, called on the even and on the odd rows of a batch.
 
-    Neither half needs anything of the other, so that the compiler can run the exchange of one beside the products of the
-    other. Called with a cache it is the block itself; with rows that don't make two halves on every device too, which is said once.
+    Neither half needs anything of the other, so that the compiler can run the exchange of one beside the products of
+    the other. Called with a cache it is the block itself; with rows that don't make two halves on every device too,
+    which is said once.
     """
 
     of: ClassVar[type[nn.Module]] = Block
@@ -37,8 +39,10 @@ class TwoMicrobatches(nn.Module):
         rows, halves = x_BTD.shape[0], 2 * self.placement.batch_shards
         if cache_entry is None and rows % halves:
             say_once(
-                f"mesh.dispatch.overlap: {rows} sequences do not make two halves on each of the {halves // 2} devices that divide them, so that each layer "
-                f"runs them in one piece and nothing overlaps; batches and microbatches that are multiples of {halves} avoid it"
+                f"mesh.dispatch.overlap: {rows} sequences do not make two halves on each of the {halves // 2} devices "
+                "that divide them, so that each layer "
+                f"runs them in one piece and nothing overlaps; batches and microbatches that are multiples of {halves} "
+                "avoid it"
             )
         if cache_entry is not None or rows % halves:
             return self.block(x_BTD, tokens, cache_entry, expert_ids_BTK)
@@ -59,4 +63,8 @@ class TwoMicrobatches(nn.Module):
 @functools.cache
 def two_microbatches(block: type[nn.Module]) -> type[TwoMicrobatches]:
     """`TwoMicrobatches` of any block that is made and called as `Block` is."""
-    return TwoMicrobatches if block is Block else type(f"TwoMicrobatchesOf{block.__name__}", (TwoMicrobatches,), {"of": block})
+    return (
+        TwoMicrobatches
+        if block is Block
+        else type(f"TwoMicrobatchesOf{block.__name__}", (TwoMicrobatches,), {"of": block})
+    )

@@ -22,15 +22,19 @@ TILE = 128  # numbers that share a scale where a product quantises its weight it
 
 def tile_of(w: Any) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a weight that comes quantised; None for any other."""
-    tiles = [leaf.tile for leaf in jax.tree.leaves(w, is_leaf=lambda leaf: isinstance(leaf, QTensor)) if isinstance(leaf, QTensor)]
+    tiles = [
+        leaf.tile
+        for leaf in jax.tree.leaves(w, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+        if isinstance(leaf, QTensor)
+    ]
     return tiles[0] if tiles else None
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlacement(Placement):
-    """Places by `rules`; the compiler (GSPMD) moves whatever a product needs. What it can't know or gets wrong is written out with
-    `shard_map`: experts that tokens travel to, attention over a divided sequence, and the look-up in a divided embedding. A
-    dimension that the mesh does not divide evenly stays whole."""
+    """Places by `rules`; the compiler (GSPMD) moves whatever a product needs. What it can't know or gets wrong is
+    written out with `shard_map`: experts that tokens travel to, attention over a divided sequence, and the look-up in a
+    divided embedding. A dimension that the mesh does not divide evenly stays whole."""
 
     mesh: Mesh
     rules: Rules = build_rules()
@@ -58,7 +62,9 @@ class MeshPlacement(Placement):
     def schedule(self, block: type) -> type:
         return two_microbatches(block) if self.dispatch.overlap else block
 
-    def mesh_axes(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> tuple[tuple[str, ...], ...]:
+    def mesh_axes(
+        self, names: Sequence[str | None], shape: Sequence[int], prefix: str = ""
+    ) -> tuple[tuple[str, ...], ...]:
         """The mesh axes that divide each dimension of an array; `prefix` looks rows up under another name first."""
         return divide(dict(self.rules), self.sizes, names, shape, prefix)
 
@@ -81,8 +87,9 @@ class MeshPlacement(Placement):
         return x_BTD if self._shards("length") > 1 else super().flatten(x_BTD)
 
     def multiply(self, multiply: Callable[..., jax.Array], w: Any, names: Sequence[str], *x: jax.Array) -> jax.Array:
-        """Every device multiplies its rows. What divides the rows too is gathered here, and w's gradient summed and divided again on the way
-        back; what does not (tensor) divides the product, if its parts are whole tiles: sums over D are then added up."""
+        """Every device multiplies its rows. What divides the rows too is gathered here, and w's gradient summed and
+        divided again on the way back; what does not (tensor) divides the product, if its parts are whole tiles: sums
+        over D are then added up."""
         if jax.sharding.get_abstract_mesh().manual_axes:  # in a `shard_map` already
             return multiply(*x, w)
         rows = self.mesh_axes(("batch", "length")[: x[0].ndim - 1], x[0].shape[:-1])
@@ -91,9 +98,13 @@ class MeshPlacement(Placement):
         def divided(leaf) -> tuple[tuple[str, ...], ...]:
             parts = self.mesh_axes(names, leaf.shape)
             gathered = (bool(axes) and row_axes.issuperset(axes) for axes in parts)
-            tiled = (part % tile == 0 for part, tile in zip(self.part(w.shape, names), tile_of(w) or (TILE, TILE), strict=True))
+            tiled = (
+                part % tile == 0
+                for part, tile in zip(self.part(w.shape, names), tile_of(w) or (TILE, TILE), strict=True)
+            )
             return tuple(
-                axes if here or (whole and row_axes.isdisjoint(axes)) else () for axes, here, whole in zip(parts, gathered, tiled, strict=True)
+                axes if here or (whole and row_axes.isdisjoint(axes)) else ()
+                for axes, here, whole in zip(parts, gathered, tiled, strict=True)
             )
 
         specs = jax.tree.map(lambda leaf: PartitionSpec(*(axes or None for axes in divided(leaf))), w)
@@ -108,13 +119,15 @@ class MeshPlacement(Placement):
         return jax.shard_map(local, mesh=self.mesh, in_specs=(specs, *(x_spec for _ in x)), out_specs=y_spec)(w, *x)
 
     def look_up(self, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        """Every device looks up its columns of the embedding for the tokens of all its peers, and they exchange what they found:
-        as many numbers as the result has, where gathering the table would move all of it."""
+        """Every device looks up its columns of the embedding for the tokens of all its peers, and they exchange what
+        they found: as many numbers as the result has, where gathering the table would move all of it."""
         vocab_axes, width_axes = self.mesh_axes(("vocab", "embed"), table_VD.shape)
         token_spec = self.spec(("batch", "length"), ids_BT.shape)
         token_axes = sum(self.mesh_axes(("batch", "length"), ids_BT.shape), ())
-        width_axes = tuple(axis for axis in width_axes if axis in token_axes)  # the others' tokens are the same: gathered
-        vocab_axes = tuple(axis for axis in vocab_axes if axis not in token_axes)  # the others' rows are of other tokens: gathered
+        # the others' tokens are the same: gathered
+        width_axes = tuple(axis for axis in width_axes if axis in token_axes)
+        # the others' rows are of other tokens: gathered
+        vocab_axes = tuple(axis for axis in vocab_axes if axis not in token_axes)
 
         def local(table_vd, ids_bt):
             ids_PN = ids_bt.reshape(1, -1)
@@ -130,19 +143,21 @@ class MeshPlacement(Placement):
             return found_PNd.reshape(*ids_bt.shape, -1)
 
         table_spec = PartitionSpec(vocab_axes or None, width_axes or None)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=(table_spec, token_spec), out_specs=PartitionSpec(*token_spec, None))(
-            table_VD, ids_BT
-        )
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=(table_spec, token_spec), out_specs=PartitionSpec(*token_spec, None)
+        )(table_VD, ids_BT)
 
-    def on_each_device(self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array) -> jax.Array:
+    def on_each_device(
+        self, kernel: Callable[..., jax.Array], names: Sequence[Sequence[str | None]], *arrays: jax.Array
+    ) -> jax.Array:
         if jax.sharding.get_abstract_mesh().manual_axes:  # in a `shard_map` already
             return kernel(*arrays)
         specs = tuple(self.spec(axes, x.shape) for axes, x in zip(names, arrays, strict=True))
         return jax.shard_map(kernel, mesh=self.mesh, in_specs=specs, out_specs=specs[0])(*arrays)
 
     def attend(self, core: Callable[..., jax.Array], queries: Any, keys: Any, weights: Any) -> jax.Array:
-        """Every device keeps its queries; what the keys are made of is gathered: for MLA c_kv and the rotary key, 576 numbers
-        a token in V3, not the keys and values of 128 heads."""
+        """Every device keeps its queries; what the keys are made of is gathered: for MLA c_kv and the rotary key, 576
+        numbers a token in V3, not the keys and values of 128 heads."""
         names = ("batch", "length", "heads")
         first_query = jax.tree.leaves(queries)[0]
         _, length_axes, head_axes = self.mesh_axes(names, first_query.shape[:3])  # an axis of both divides the length
@@ -172,12 +187,19 @@ class MeshPlacement(Placement):
         )(queries, keys, weights)
 
     def experts(
-        self, apply: Callable[..., jax.Array], weights: Any, axes: Any, x_BTD: jax.Array, ids_BTK: jax.Array, gates_BTK: jax.Array
+        self,
+        apply: Callable[..., jax.Array],
+        weights: Any,
+        axes: Any,
+        x_BTD: jax.Array,
+        ids_BTK: jax.Array,
+        gates_BTK: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens travel to their experts (see `dispatch`), which any number of mesh axes may divide, those of the tokens or others.
+        """Tokens travel to their experts (see `dispatch`), which any number of mesh axes may divide, those of the
+        tokens or others.
 
-        The feed-forward width stays divided by axes that do not divide tokens, and its partial sums are added up. Weights divided
-        otherwise are gathered, and their gradients summed and divided again on the way back.
+        The feed-forward width stays divided by axes that do not divide tokens, and its partial sums are added up.
+        Weights divided otherwise are gathered, and their gradients summed and divided again on the way back.
         """
         num_experts, width = weights[0].shape[0], weights[0].shape[axes[0].index("expert_ffn")]
         by_expert, by_width = self.mesh_axes(("experts", "expert_ffn"), (num_experts, width))
@@ -190,12 +212,16 @@ class MeshPlacement(Placement):
         gathered_axes = set(token_axes) - set(by_expert)
 
         def divided(w, names):
-            """Where parts of a weight, which may be several arrays such as values and scales, are used or gathered in here. What else divides
-            it, the compiler gathers: where tokens are not divided, all devices need the same."""
+            """Where parts of a weight, which may be several arrays such as values and scales, are used or gathered in
+            here. What else divides it, the compiler gathers: where tokens are not divided, all devices need the
+            same."""
             use = {"experts": by_expert, "expert_ffn": by_width}
 
             def spec(leaf) -> PartitionSpec:
-                parts = (use.get(name) or tuple(axis for axis in part if axis in gathered_axes) for name, part in zip(names, self.mesh_axes(names, leaf.shape), strict=True))
+                parts = (
+                    use.get(name) or tuple(axis for axis in part if axis in gathered_axes)
+                    for name, part in zip(names, self.mesh_axes(names, leaf.shape), strict=True)
+                )
                 return PartitionSpec(*(part or None for part in parts))
 
             return jax.tree.map(spec, w)
@@ -204,7 +230,10 @@ class MeshPlacement(Placement):
         kind = self.dispatch.on(self.device_kind)
 
         def local(weights, x_BTD, ids_BTK, gates_BTK):
-            weights = tuple(jax.tree.map(lambda leaf, spec: self._gather(leaf, spec, gathered_axes), *pair) for pair in zip(weights, weight_specs, strict=True))
+            weights = tuple(
+                jax.tree.map(lambda leaf, spec: self._gather(leaf, spec, gathered_axes), *pair)
+                for pair in zip(weights, weight_specs, strict=True)
+            )
             weights = vary(weights, token_axes)
             x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
             x_ND, overflows = vary(x_ND, by_width), jnp.zeros((), jnp.int32)
@@ -213,12 +242,17 @@ class MeshPlacement(Placement):
             elif kind == "gather" or not set(by_expert) <= set(token_axes):
                 y_ND = gathered(apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, token_axes=token_axes)
             else:
-                y_ND, overflows = dispatched(apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, config=self.dispatch, kind=kind)
+                y_ND, overflows = dispatched(
+                    apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, config=self.dispatch, kind=kind
+                )
             y_ND = lax.psum(y_ND, by_width) if by_width else y_ND
             return y_ND.reshape(x_BTD.shape), overflows
 
         return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(weight_specs, token_spec, token_spec, token_spec), out_specs=(token_spec, PartitionSpec())
+            local,
+            mesh=self.mesh,
+            in_specs=(weight_specs, token_spec, token_spec, token_spec),
+            out_specs=(token_spec, PartitionSpec()),
         )(weights, x_BTD, ids_BTK, gates_BTK)
 
     def _gather(self, w: jax.Array, spec: PartitionSpec, axes: Collection[str]) -> jax.Array:

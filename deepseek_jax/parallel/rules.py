@@ -9,9 +9,9 @@ from deepseek_jax.parallel.mesh import AXES
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
-# A dimension is divided by the axes of its row, first to last, as far as they divide it evenly and no dimension before it
-# has taken them. A row "optimizer.NAME" replaces NAME for the optimiser's moments: {"embed": None, "optimizer.embed": "fsdp"}
-# is ZeRO-1, the rows below ZeRO-3.
+# A dimension is divided by the axes of its row, first to last, as far as they divide it evenly and no dimension before
+# it has taken them. A row "optimizer.NAME" replaces NAME for the optimiser's moments: {"embed": None,
+# "optimizer.embed": "fsdp"} is ZeRO-1, the rows below ZeRO-3.
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
@@ -35,7 +35,8 @@ OPTIMIZER = "optimizer."
 
 
 def build_rules(changes: Sequence[tuple[str, Any]] = ()) -> Rules:
-    """`RULES` with rows replaced: a value is an axis, a tuple of axes, or None. Raises ConfigError for an unknown row or axis."""
+    """`RULES` with rows replaced: a value is an axis, a tuple of axes, or None. Raises ConfigError for an unknown row
+    or axis."""
     rules = dict(RULES)
     for name, axes in changes:
         if name.removeprefix(OPTIMIZER) not in RULES:

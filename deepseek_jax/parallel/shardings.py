@@ -20,14 +20,18 @@ from kernels_pallas.trust import say_once
 
 
 def variables_sharding(model: Transformer) -> Any:
-    """A NamedSharding for every leaf of `abstract_variables(model)`. What the mesh cannot divide as its rules want is said once."""
+    """A NamedSharding for every leaf of `abstract_variables(model)`. What the mesh cannot divide as its rules want is
+    said once."""
     if not isinstance(model.placement, MeshPlacement):
         return None
     shapes, axes, place, whole = abstract_variables(model), dict(logical_axes(model)), model.placement, set()
-    jax.tree.map(lambda leaf, axes: divide(dict(place.rules), place.sizes, tuple(axes), leaf.shape, whole=whole), shapes, axes)
+    jax.tree.map(
+        lambda leaf, axes: divide(dict(place.rules), place.sizes, tuple(axes), leaf.shape, whole=whole), shapes, axes
+    )
     if whole:
         say_once(
-            f"mesh: devices do not share these dimensions of parameters, because they do not divide evenly: {'; '.join(sorted(whole))}. Each device holds "
+            "mesh: devices do not share these dimensions of parameters, because they do not divide evenly: "
+            f"{'; '.join(sorted(whole))}. Each device holds "
             "more of them, in weights and optimizer state; sizes that are multiples avoid it"
         )
     return jax.tree.map(lambda leaf, axes: place.sharding(tuple(axes), leaf.shape), shapes, axes)
@@ -36,14 +40,17 @@ def variables_sharding(model: Transformer) -> Any:
 def state_sharding(model: Transformer, abstract_state: Any) -> Any:
     """A NamedSharding for every leaf of a training state, of whatever kind.
 
-    A leaf is known by the end of its path: moments, references and copies of a parameter lie where the parameter does, but
-    for the optimiser's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all devices.
+    A leaf is known by the end of its path: moments, references and copies of a parameter lie where the parameter does,
+    but for the optimiser's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all
+    devices.
     """
     if not isinstance(model.placement, MeshPlacement):
         return None
     axes_of = {}
     for collection in dict(logical_axes(model)).values():
-        for path, axes in jax.tree_util.tree_leaves_with_path(collection, is_leaf=lambda x: isinstance(x, PartitionSpec)):
+        for path, axes in jax.tree_util.tree_leaves_with_path(
+            collection, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        ):
             axes_of[tuple(key.key for key in path)] = tuple(axes)
 
     def one(path, leaf):
@@ -65,7 +72,9 @@ def with_sharding(abstract: Any, shardings: Any) -> Any:
     """jax.ShapeDtypeStruct leaves that carry their sharding."""
     if shardings is None:
         return abstract
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
 
 
 def batch_sharding(placement: Placement, shape: tuple[int, ...]) -> NamedSharding | None:
@@ -76,10 +85,11 @@ def batch_sharding(placement: Placement, shape: tuple[int, ...]) -> NamedShardin
 
 
 def host_share(placement: Placement, process: int | None = None) -> tuple[int, int]:
-    """(index, count): the rows of a batch fall into `count` equal blocks, of which this process (or `process`) holds block `index`.
+    """(index, count): the rows of a batch fall into `count` equal blocks, of which this process (or `process`) holds
+    block `index`.
 
-    Several processes hold the same block where an axis that doesn't divide rows runs across them. Raises ConfigError for
-    a mesh on which a host's rows are no such block.
+    Several processes hold the same block where an axis that doesn't divide rows runs across them. Raises ConfigError
+    for a mesh on which a host's rows are no such block.
     """
     if not isinstance(placement, MeshPlacement):
         return 0, 1
@@ -87,13 +97,18 @@ def host_share(placement: Placement, process: int | None = None) -> tuple[int, i
     mesh, axes = placement.mesh, dict(placement.rules)["batch"]
     coordinates = np.indices(mesh.devices.shape)
     sizes = [mesh.shape[axis] for axis in axes]
-    shard_of_device = np.ravel_multi_index([coordinates[mesh.axis_names.index(axis)] for axis in axes], sizes) if axes else 0 * coordinates[0]
+    shard_of_device = (
+        np.ravel_multi_index([coordinates[mesh.axis_names.index(axis)] for axis in axes], sizes)
+        if axes
+        else 0 * coordinates[0]
+    )
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     mine = np.unique(shard_of_device[owners == process])
     shards = math.prod(sizes)
     if len(mine) == 0 or shards % len(mine) or mine[0] % len(mine) or np.any(np.diff(mine) != 1):
         raise ConfigError(
-            f"mesh {placement.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one block; "
+            f"mesh {placement.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one "
+            "block; "
             "put the axes that divide the batch across hosts, and the others inside"
         )
     return int(mine[0]) // len(mine), shards // len(mine)

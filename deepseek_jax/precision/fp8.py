@@ -28,14 +28,15 @@ from kernels_pallas.quantize.reference import retile
 from kernels_pallas.trust import say_once
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")
-# V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact (§3.3.3).
+# V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact
+# (§3.3.3).
 ATTENTION_OUTPUT = LinearFormat(input=Quantizer(power_of_two=True), saved=Quantizer(format="e5m6", power_of_two=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class FP8Recipe(Recipe):
-    """All three products of every Linear and expert in E4M3. Embedding, head, router, norms and attention's own products stay in
-    `compute_dtype` or float32, as in the other recipes.
+    """All three products of every Linear and expert in E4M3. Embedding, head, router, norms and attention's own
+    products stay in `compute_dtype` or float32, as in the other recipes.
 
     format             how Linears and experts multiply
     attention_output   how the Linear after attention does
@@ -56,25 +57,34 @@ class FP8Recipe(Recipe):
     def has_kernels(self, kind: str) -> bool:
         if kind not in PREFERRED and kind.startswith("sm"):
             say_once(
-                f"precision {self.name}: there are no FP8 kernels for this kind of device, {kind}, so XLA emulates every product in float32, which is "
-                "slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and config.precision=bfloat16 needs none"
+                f"precision {self.name}: there are no FP8 kernels for this kind of device, {kind}, so XLA emulates "
+                "every product in float32, which is "
+                "slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and config.precision=bfloat16 needs "
+                "none"
             )
         return kind in PREFERRED
 
     def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | Prepared:
-        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block; the master copy, whose gradient is summed in
-        float32, otherwise."""
+        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block; the master copy,
+        whose gradient is summed in float32, otherwise."""
         if isinstance(w, QTensor) or role in self.high_precision:
             return w
         format = self._format(role)
-        crumbs = any(size < all_of_it and math.gcd(size, format.weight.size) < 8 for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True))
+        crumbs = any(
+            size < all_of_it and math.gcd(size, format.weight.size) < 8
+            for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True)
+        )
         return w if crumbs or not set(PRODUCTS) <= set(format.products) else prepare_weight(w, format.weight, part[-2:])
 
     def with_powers_of_two(self) -> "FP8Recipe":
-        """All scales rounded up to powers of two, of activations and weights alike, as the weights of DeepSeek-V3.1 were trained."""
+        """All scales rounded up to powers of two, of activations and weights alike, as the weights of DeepSeek-V3.1
+        were trained."""
 
         def rounded(format: LinearFormat) -> LinearFormat:
-            changes = {name: dataclasses.replace(getattr(format, name), power_of_two=True) for name in ("input", "weight", "gradient")}
+            changes = {
+                name: dataclasses.replace(getattr(format, name), power_of_two=True)
+                for name in ("input", "weight", "gradient")
+            }
             return dataclasses.replace(format, **changes)
 
         return dataclasses.replace(self, format=rounded(self.format), attention_output=rounded(self.attention_output))
@@ -86,8 +96,8 @@ class FP8Recipe(Recipe):
         return dequantize(x, self.compute_dtype) if isinstance(x, QTensor) else super().dense(x)
 
     def by_heads(self, w_DF: jax.Array | QTensor, heads: int) -> jax.Array | QTensor:
-        """Of a weight that is quantised already, values and scales as they are: a scale is repeated for each column of its block, since blocks
-        and heads need not end together."""
+        """Of a weight that is quantised already, values and scales as they are: a scale is repeated for each column of
+        its block, since blocks and heads need not end together."""
         if not isinstance(w_DF, QTensor):
             return super().by_heads(w_DF, heads)
         columns = retile(w_DF.mT, w_DF.tile[0]).mT
@@ -105,13 +115,17 @@ class FP8Recipe(Recipe):
             return x
         return dequantize(quantize(x, format.input, implementation="xla"), x.dtype)
 
-    def linear(self, x: jax.Array, w_DF: jax.Array | QTensor | Prepared, role: str = "linear", kind: str = "cpu") -> jax.Array:
+    def linear(
+        self, x: jax.Array, w_DF: jax.Array | QTensor | Prepared, role: str = "linear", kind: str = "cpu"
+    ) -> jax.Array:
         if role in self.high_precision:
             return super().linear(x, self.dense(w_DF))
         multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(kind))
         return _by_rows(multiply, w_DF, x.astype(self.compute_dtype))
 
-    def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | Prepared, kind: str = "cpu") -> jax.Array:
+    def swiglu_linear(
+        self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | Prepared, kind: str = "cpu"
+    ) -> jax.Array:
         if "linear" in self.high_precision or not self.keep_swiglu_input:
             return super().swiglu_linear(gate, up, w_FD, kind)
         multiply = functools.partial(fp8_swiglu_linear, format=self.format, implementation=preferred(kind))
@@ -121,16 +135,25 @@ class FP8Recipe(Recipe):
         """Groups of whole tiles, but on a CPU, where rows are dear."""
         return super().row_block(rows, num_groups, kind) if kind == "cpu" else self.format.gradient.size
 
-    def rows(self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str) -> jax.Array | Prepared:
+    def rows(
+        self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str
+    ) -> jax.Array | Prepared:
         """Quantised once for all experts of a token and both products, and copied in eight bits."""
         if "experts" in self.high_precision:
             return super().rows(x_ND, take, kind)
         if isinstance(x_ND, Prepared) and x_ND.quantized.tile == self.format.input.tile(x_ND.shape):
             return jax.tree.map(take, x_ND)
-        return prepare(self.dense(x_ND).astype(self.compute_dtype), self.format.input, take=take, implementation=preferred(kind))
+        return prepare(
+            self.dense(x_ND).astype(self.compute_dtype), self.format.input, take=take, implementation=preferred(kind)
+        )
 
     def grouped_linear(
-        self, x_RD: jax.Array | Prepared, w_EDF: jax.Array | QTensor | Prepared, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self,
+        x_RD: jax.Array | Prepared,
+        w_EDF: jax.Array | QTensor | Prepared,
+        group_sizes_E: jax.Array,
+        block: int,
+        kind: str = "cpu",
     ) -> jax.Array:
         if "experts" in self.high_precision:
             return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block, kind)
@@ -138,7 +161,13 @@ class FP8Recipe(Recipe):
         return fp8_grouped_linear(x_RD, w_EDF, group_sizes_E, **fields)
 
     def grouped_swiglu_linear(
-        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array | QTensor | Prepared, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self,
+        gate_RF: jax.Array,
+        up_RF: jax.Array,
+        w_EFD: jax.Array | QTensor | Prepared,
+        group_sizes_E: jax.Array,
+        block: int,
+        kind: str = "cpu",
     ) -> jax.Array:
         if "experts" in self.high_precision or not self.keep_swiglu_input:
             return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, block, kind)
@@ -147,7 +176,8 @@ class FP8Recipe(Recipe):
 
 
 def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor | Prepared, *x: jax.Array) -> jax.Array:
-    """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and stay apart."""
+    """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and
+    stay apart."""
     if x[0].ndim == 1:
         return multiply(*(part[None] for part in x), w)[0]
     for _ in range(x[0].ndim - 2):

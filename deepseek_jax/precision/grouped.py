@@ -1,7 +1,7 @@
 """Grouped matrix product: contiguous groups of rows, each with its own weight matrix; no row is ever dropped.
 
-On TPU this is `lax.ragged_dot`, on NVIDIA Hopper in bfloat16 a kernel. Elsewhere XLA computes the former as a masked product over every group,
-so there the groups are padded to blocks and multiplied block by block as one batched product.
+On TPU this is `lax.ragged_dot`, on NVIDIA Hopper in bfloat16 a kernel. Elsewhere XLA computes the former as a masked
+product over every group, so there the groups are padded to blocks and multiplied block by block as one batched product.
 """
 
 import functools
@@ -15,10 +15,12 @@ from kernels_pallas.implementations import preferred
 
 
 def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
-    """What the sizes of groups are padded to a multiple of, for `rows` rows spread over `num_groups` groups: 1 means no padding.
+    """What the sizes of groups are padded to a multiple of, for `rows` rows spread over `num_groups` groups: 1 means no
+    padding.
 
-    Where blocks are multiplied as one batch, about half a mean group on CPU and a quarter on GPU: a smaller block wastes fewer padded
-    rows, a larger one reads each weight matrix less often, which on a GPU takes the more of the time.
+    Where blocks are multiplied as one batch, about half a mean group on CPU and a quarter on GPU: a smaller block
+    wastes fewer padded rows, a larger one reads each weight matrix less often, which on a GPU takes the more of the
+    time.
     """
     if kind == "tpu":
         return 1
@@ -29,9 +31,15 @@ def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
 
 
 def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, precision: jax.lax.Precision | None = None, kind: str = "cpu"
+    x_RD: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    block: int,
+    precision: jax.lax.Precision | None = None,
+    kind: str = "cpu",
 ) -> jax.Array:
-    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F], both of one dtype, on the `kind` of device that it is compiled for.
+    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F], both of one dtype, on the `kind` of device that it is
+    compiled for.
 
     Groups lie one after another from row 0. With block > 1 every group size, and R, is a multiple of `block`.
     Rows past the last group give zero with block 1 and are undefined otherwise.

@@ -1,7 +1,7 @@
 """A recipe: what the network multiplies with.
 
-Master weights are float32 in every recipe; `compute_dtype` is what activations are and what the products read. Norms, softmax,
-routing, logits and losses are float32 whatever the recipe.
+Master weights are float32 in every recipe; `compute_dtype` is what activations are and what the products read. Norms,
+softmax, routing, logits and losses are float32 whatever the recipe.
 """
 
 import dataclasses
@@ -20,14 +20,17 @@ from kernels_pallas import Prepared, plain, swiglu
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _einsum(equation: str, dtype: jnp.dtype, precision: jax.lax.Precision, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _einsum_bwd(equation, dtype, precision, operands, dy):
-    """jax's own rule multiplies the float32 `dy` by operands widened to float32, which takes a GPU's matrix units twice as long.
+    """jax's own rule multiplies the float32 `dy` by operands widened to float32, which takes a GPU's matrix units twice
+    as long.
 
-    Sums are float32 here too, those over devices among them. Both gradients are there before either is used: `dy`, of logits for example, is not
-    kept until the optimiser asks for the weight's.
+    Sums are float32 here too, those over devices among them. Both gradients are there before either is used: `dy`, of
+    logits for example, is not kept until the optimiser asks for the weight's.
     """
     a, b = operands
     in_a, in_b, out = re.split(",|->", equation)
@@ -43,8 +46,8 @@ _einsum.defvjp(lambda *arguments: (_einsum(*arguments), arguments[-2:]), _einsum
 class Recipe:
     """A named number format for the network's products. Hashable, so that it can be a static argument.
 
-    `role` says whose product it is: "linear", "attention_output", "mtp_projection" or "experts". `kind` is the kind of device that it is
-    compiled for, as `Placement.device_kind` has it. A recipe may treat each differently.
+    `role` says whose product it is: "linear", "attention_output", "mtp_projection" or "experts". `kind` is the kind of
+    device that it is compiled for, as `Placement.device_kind` has it. A recipe may treat each differently.
     """
 
     name: str
@@ -58,7 +61,8 @@ class Recipe:
         return False
 
     def weight(self, w: jax.Array, role: str, part: tuple[int, ...]) -> Any:
-        """A weight [..., D, F] as it is sent to where it is multiplied; `part` is the shape of what one device holds of it."""
+        """A weight [..., D, F] as it is sent to where it is multiplied; `part` is the shape of what one device holds of
+        it."""
         del role, part
         return w.astype(self.compute_dtype)
 
@@ -67,12 +71,13 @@ class Recipe:
         return plain(x)
 
     def by_heads(self, w_DF: jax.Array, heads: int) -> Any:
-        """A weight with its outputs divided into heads: a tree of arrays [·, heads, ·], to be cut along the heads. `linear` reads it with
-        the last two axes of each put together again."""
+        """A weight with its outputs divided into heads: a tree of arrays [·, heads, ·], to be cut along the heads.
+        `linear` reads it with the last two axes of each put together again."""
         return w_DF.reshape(w_DF.shape[0], heads, -1)
 
     def rounded_weight(self, w_DF: jax.Array, role: str, part: tuple[int, ...]) -> jax.Array:
-        """The weight's numbers as `linear` multiplies with them, for a product that is written another way and must give the same."""
+        """The weight's numbers as `linear` multiplies with them, for a product that is written another way and must
+        give the same."""
         del role, part
         return self.dense(w_DF)
 
@@ -84,18 +89,22 @@ class Recipe:
     def linear(self, x: jax.Array, w_DF: jax.Array, role: str = "linear", kind: str = "cpu") -> jax.Array:
         """x [..., D] times w [D, F] in the compute dtype.
 
-        Give x as [N, D] where you can: with two batch axes XLA's CPU backend computes the weights' gradient twice as slowly.
+        Give x as [N, D] where you can: with two batch axes XLA's CPU backend computes the weights' gradient twice as
+        slowly.
         """
         del role, kind
-        return jnp.matmul(x.astype(self.compute_dtype), w_DF.astype(self.compute_dtype), precision=self.matmul_precision)
+        return jnp.matmul(
+            x.astype(self.compute_dtype), w_DF.astype(self.compute_dtype), precision=self.matmul_precision
+        )
 
     def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array, kind: str = "cpu") -> jax.Array:
-        """silu(gate) · up [..., F] times w [F, D]. What is between is rounded once, to the compute dtype, in every recipe (see `swiglu`)."""
+        """silu(gate) · up [..., F] times w [F, D]. What is between is rounded once, to the compute dtype, in every
+        recipe (see `swiglu`)."""
         return self.linear(swiglu(gate, up), w_FD, kind=kind)
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """A product outside the Linears (the head): operands in the compute dtype, result in float32; in its gradients' products too.
-        "..." is a's leading axes, which b has not; they get letters that the equation does not use."""
+        """A product outside the Linears (the head): operands in the compute dtype, result in float32; in its gradients'
+        products too. "..." is a's leading axes, which b has not; they get letters that the equation does not use."""
         free = [letter for letter in string.ascii_letters if letter not in equation]
         leading = "".join(free[: a.ndim - len(equation.partition(",")[0].replace("...", ""))])
         return _einsum(equation.replace("...", leading), self.compute_dtype, self.matmul_precision, a, b)
@@ -104,18 +113,29 @@ class Recipe:
         """Row count that groups are padded to for the grouped products; 1 means no padding."""
         return row_block(rows, num_groups, kind, self.compute_dtype)
 
-    def rows(self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str) -> jax.Array | Prepared:
-        """take(x) as `grouped_linear` reads it; `take` moves whole rows, [N, ·] -> [R, ·]. A dispatch in FP8 brings x quantised."""
+    def rows(
+        self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str
+    ) -> jax.Array | Prepared:
+        """take(x) as `grouped_linear` reads it; `take` moves whole rows, [N, ·] -> [R, ·]. A dispatch in FP8 brings x
+        quantised."""
         del kind
         return take(self.dense(x_ND))
 
-    def grouped_linear(self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu") -> jax.Array:
+    def grouped_linear(
+        self, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+    ) -> jax.Array:
         """Rows of group e times w[e]; groups lie one after another, each a multiple of `block` rows long."""
         x_RD, w_EDF = x_RD.astype(self.compute_dtype), w_EDF.astype(self.compute_dtype)
         return grouped_matmul(x_RD, w_EDF, group_sizes_E, block, self.matmul_precision, kind)
 
     def grouped_swiglu_linear(
-        self, gate_RF: jax.Array, up_RF: jax.Array, w_EFD: jax.Array, group_sizes_E: jax.Array, block: int, kind: str = "cpu"
+        self,
+        gate_RF: jax.Array,
+        up_RF: jax.Array,
+        w_EFD: jax.Array,
+        group_sizes_E: jax.Array,
+        block: int,
+        kind: str = "cpu",
     ) -> jax.Array:
         """Rows of group e of silu(gate) · up times w[e]."""
         return self.grouped_linear(swiglu(gate_RF, up_RF), w_EFD, group_sizes_E, block, kind)

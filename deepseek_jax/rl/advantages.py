@@ -22,8 +22,8 @@ def group_advantages(
 ) -> Advantages:
     """A_i = (r_i - mean(r)) / std(r) over the G completions of one prompt (DeepSeekMath §4.1.2, R1 eq. 3).
 
-    `normalisation` is the divisor: "group_std" as published, "none" (Dr. GRPO; V3.2 §3.1), or "batch_std", the deviation
-    of the whole batch of rewards. Deviations are populational (ddof 0) and taken in two passes, because
+    `normalisation` is the divisor: "group_std" as published, "none" (Dr. GRPO; V3.2 §3.1), or "batch_std", the
+    deviation of the whole batch of rewards. Deviations are populational (ddof 0) and taken in two passes, because
     E[r^2] - E[r]^2 in float32 turns equal rewards into a small number that would then be divided by; the divisor is
     max(std, std_floor) + eps. A sample whose reward is not finite gets advantage 0 and enters no statistic.
     """
@@ -47,10 +47,10 @@ def group_advantages(
 def group_metrics(rewards_B: jax.Array, group_size: int, correct_B: jax.Array | None = None) -> dict[str, jax.Array]:
     """Counters a run is watched by; `health` turns them into words.
 
-    `reward_mean` and `reward_std` are over valid samples, the latter averaged over groups that have any; NaN where there
-    are none. `zero_variance_fraction` is the share of groups that give no gradient; given which completions are right
-    (above 0, NaN where that is not known), `all_right_fraction` and `all_wrong_fraction` say why: groups whose judged
-    completions are all right, or all wrong.
+    `reward_mean` and `reward_std` are over valid samples, the latter averaged over groups that have any; NaN where
+    there are none. `zero_variance_fraction` is the share of groups that give no gradient; given which completions are
+    right (above 0, NaN where that is not known), `all_right_fraction` and `all_wrong_fraction` say why: groups whose
+    judged completions are all right, or all wrong.
     """
     rewards_QG, valid_QG = _grouped(rewards_B, group_size)
     std_Q1 = _centre(rewards_QG, valid_QG, axis=1)[1]

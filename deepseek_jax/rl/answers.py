@@ -1,9 +1,9 @@
 """Answers written as text, in any writing system: the number that an answer is, and whether two answers are the same.
 
-One number is written in many ways: 1000, 1,000, 1.000,0, １０００, ١٠٠٠, 1000., $1000, 1000 apples, \\boxed{1{,}000}. A comma
-parts thousands where three digits follow it, so "1,234" is 1234; anywhere else it parts the members of a list, so "1,5" is
-neither 1.5 nor 15, but the text "1,5". Nothing is evaluated but one division. This module needs neither jax nor a model, so
-that worker processes start fast.
+One number is written in many ways: 1000, 1,000, 1.000,0, １０００, ١٠٠٠, 1000., $1000, 1000 apples, \\boxed{1{,}000}. A
+comma parts thousands where three digits follow it, so "1,234" is 1234; anywhere else it parts the members of a list, so
+"1,5" is neither 1.5 nor 15, but the text "1,5". Nothing is evaluated but one division. This module needs neither jax
+nor a model, so that worker processes start fast.
 """
 
 import dataclasses
@@ -18,9 +18,12 @@ NO_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "or", 
 
 DECIMAL = r"(?:\d{1,40}(?:\.\d{1,40})?|\.\d{1,40})"  # bounded: 1e999999 would be a number of a million digits
 NUMBER = re.compile(rf"([+-]?)\s*(?:(\d{{1,40}}) )?({DECIMAL})(?:\s*/\s*({DECIMAL}))?", re.ASCII)
-GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{2,3}){0,12},\d{3}(?![\d,])", re.ASCII)  # 1,000,000 and, in India, 10,00,000
-EUROPEAN = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3}){1,12},\d{1,40}|(?:\.\d{3}){2,12})(?![\d.,])", re.ASCII)  # 1.000,5
-SPACED = re.compile(r"(?<=\d)(?:['’\u00a0\u2009\u202f]|\\[,; ]|\{,\}|~)(?=\d{3}(?!\d))")  # 1 000 with a space that does not break
+# 1,000,000 and, in India, 10,00,000
+GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{2,3}){0,12},\d{3}(?![\d,])", re.ASCII)
+# 1.000,5
+EUROPEAN = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3}){1,12},\d{1,40}|(?:\.\d{3}){2,12})(?![\d.,])", re.ASCII)
+# 1 000 with a space that does not break
+SPACED = re.compile(r"(?<=\d)(?:['’\u00a0\u2009\u202f]|\\[,; ]|\{,\}|~)(?=\d{3}(?!\d))")
 MEASURE = re.compile(r"(.*[\d.])(\s*)([^\d.]+)")
 
 BOXED = re.compile(r"\\boxed\s*\{")
@@ -55,7 +58,8 @@ def same_answer(given: str, expected: str) -> bool:
 
 
 def read_answer(answer: str) -> Answer:
-    """An answer's text in one spelling, and its number if it is one. Of a text with \\boxed{…} the last box is the answer."""
+    """An answer's text in one spelling, and its number if it is one. Of a text with \\boxed{…} the last box is the
+    answer."""
     content = boxed(answer)
     text = fold(SPACED.sub(",", LAYOUT.sub("", answer if content is None else content)))
     text = " ".join(_without_latex(text).split())
@@ -80,8 +84,8 @@ def boxed(text: str) -> str | None:
 
 
 def fold(text: str) -> str:
-    """Text in one spelling: composed (NFC), letters and digits of one width and font, decimal digits of every script as 0-9,
-    signs as ASCII has them, without marks that only steer layout (directions, joiners, variation selectors)."""
+    """Text in one spelling: composed (NFC), letters and digits of one width and font, decimal digits of every script as
+    0-9, signs as ASCII has them, without marks that only steer layout (directions, joiners, variation selectors)."""
     if text.isascii():
         return text
     return unicodedata.normalize("NFC", "".join(map(_folded, unicodedata.normalize("NFC", text)))).translate(SPELT_AS)
@@ -111,8 +115,8 @@ def _without_latex(text: str) -> str:
 
 
 def _measure(text: str) -> tuple[str, str]:
-    """(number, unit) of "$5", "50 %", "5 cm", "5個"; of anything else (text, ""). Letters of an alphabet are a unit where they
-    are a word of their own: 3x, 3 x and 2 pi are algebra."""
+    """(number, unit) of "$5", "50 %", "5 cm", "5個"; of anything else (text, ""). Letters of an alphabet are a unit
+    where they are a word of their own: 3x, 3 x and 2 pi are algebra."""
     sign, rest = (text[0], text[1:].lstrip()) if text[:1] in ("+", "-") else ("", text)
     if rest[:1] and rest[0] in CURRENCY:
         return sign + rest[1:].lstrip(), rest[0]
@@ -121,7 +125,11 @@ def _measure(text: str) -> tuple[str, str]:
         return text, ""
     number, gap, unit = match.groups()
     words = unit.split()
-    a_word = gap != "" and all(word.isalpha() and len(word) > 1 for word in words) and NO_UNITS.isdisjoint(unit.lower().split())
+    a_word = (
+        gap != ""
+        and all(word.isalpha() and len(word) > 1 for word in words)
+        and NO_UNITS.isdisjoint(unit.lower().split())
+    )
     uncased = unit.upper() == unit.lower() and any(map(str.isalpha, unit))
     return (number, unit) if unit in CURRENCY or unit[0] in "%°" or a_word or uncased else (text, "")
 

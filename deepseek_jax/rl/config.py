@@ -41,22 +41,24 @@ class GRPOConfig:
     """Group relative policy optimisation (DeepSeekMath §4, R1 §2.1). A "step" is one optimiser update, as in R1.
 
     Rollout: `prompts_per_rollout` prompts with `group_size` completions each, drawn with `temperature` from the whole
-    vocabulary, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the prompts
-    and keeps the groups that carry a gradient (DAPO's dynamic sampling).
+    vocabulary, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the
+    prompts and keeps the groups that carry a gradient (DAPO's dynamic sampling).
 
-    Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1 reuses
-    samples. `clip_epsilon` is (low, high); R1's 10 leaves the lower side open. `dual_clip` bounds the loss of bad tokens,
-    `off_policy_delta` is V3.2's sequence mask; None turns either off. Every `reference_refresh_every` steps (0: never) the
-    reference policy becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides the policy term by the
-    completions whose group has variance. `mask_truncated` leaves completions that hit the length limit out of the loss;
-    `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so many tokens of it (DAPO eq. 13).
+    Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1
+    reuses samples. `clip_epsilon` is (low, high); R1's 10 leaves the lower side open. `dual_clip` bounds the loss of
+    bad tokens, `off_policy_delta` is V3.2's sequence mask; None turns either off. Every `reference_refresh_every` steps
+    (0: never) the reference policy becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides
+    the policy term by the completions whose group has variance. `mask_truncated` leaves completions that hit the length
+    limit out of the loss; `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so many tokens of
+    it (DAPO eq. 13).
 
     Reward: `rewards` are (name, weight) pairs; `wrong_reward` is what a wrong answer scores where a right one scores 1.
     `on_reward_error="skip"` gives a completion whose Python reward failed no reward, so that it trains nothing; "raise"
     stops the run.
 
     `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_rate` is gamma of the
-    auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's optimiser.
+    auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's
+    optimiser.
     """
 
     group_size: int = 16
@@ -101,15 +103,18 @@ class GRPOConfig:
             _require(getattr(self, field) >= 0, f"grpo.{field}={getattr(self, field)}: 0 or more")
         _require(
             self.group_size >= 2,
-            f"grpo.group_size={self.group_size}: a completion is judged against its siblings, so a group needs at least 2",
+            f"grpo.group_size={self.group_size}: a completion is judged against its siblings, so a group needs at "
+            "least 2",
         )
         _require(
             self.completions_per_rollout % self.num_minibatches == 0,
-            f"grpo: num_minibatches={self.num_minibatches} must divide prompts_per_rollout * group_size = {self.completions_per_rollout}",
+            f"grpo: num_minibatches={self.num_minibatches} must divide prompts_per_rollout * group_size = "
+            f"{self.completions_per_rollout}",
         )
         _require(
             self.temperature > 0,
-            f"grpo.temperature={self.temperature}: must be above 0; greedy completions of one prompt are all alike and teach nothing",
+            f"grpo.temperature={self.temperature}: must be above 0; greedy completions of one prompt are all alike and "
+            "teach nothing",
         )
         low_high = self.clip_epsilon
         _require(
@@ -120,19 +125,30 @@ class GRPOConfig:
             self.dual_clip is None or self.dual_clip > 1,
             f"grpo.dual_clip={self.dual_clip}: above 1, or None to turn it off",
         )
-        _require(0 < self.ref_mix <= 1, f"grpo.ref_mix={self.ref_mix}: above 0 and at most 1 (1 replaces the reference by the policy)")
+        _require(
+            0 < self.ref_mix <= 1,
+            f"grpo.ref_mix={self.ref_mix}: above 0 and at most 1 (1 replaces the reference by the policy)",
+        )
         _require(
             self.advantage_eps + self.advantage_std_floor > 0,
-            "grpo: advantage_eps and advantage_std_floor are both 0; one of them must keep the division by the deviation finite",
+            "grpo: advantage_eps and advantage_std_floor are both 0; one of them must keep the division by the "
+            "deviation finite",
         )
         _require(
             self.overlong_buffer < self.max_completion_length,
-            f"grpo.overlong_buffer={self.overlong_buffer} must be below max_completion_length={self.max_completion_length}",
+            f"grpo.overlong_buffer={self.overlong_buffer} must be below "
+            f"max_completion_length={self.max_completion_length}",
         )
         names = [name for name, _ in self.rewards]
-        _require(len(names) > 0, "grpo.rewards is empty: name at least one reward, for example {'accuracy': 1.0, 'format': 1.0}")
+        _require(
+            len(names) > 0,
+            "grpo.rewards is empty: name at least one reward, for example {'accuracy': 1.0, 'format': 1.0}",
+        )
         _require(len(names) == len(set(names)), f"grpo.rewards names a reward twice: {', '.join(names)}")
-        _require(any(weight != 0 for _, weight in self.rewards), "grpo.rewards: every weight is 0, so no completion is better than another")
+        _require(
+            any(weight != 0 for _, weight in self.rewards),
+            "grpo.rewards: every weight is 0, so no completion is better than another",
+        )
 
     @property
     def completions_per_rollout(self) -> int:
@@ -191,9 +207,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def deepseekmath() -> GRPOConfig:
-    """DeepSeekMath-RL (§4.2): 16 questions of 64 completions, one update each. The paper does not give epsilon (PPO's 0.2
-    here) or a reference refresh, and its rewards come from a reward model; rules stand here. 144K questions make 9,000
-    steps.
+    """DeepSeekMath-RL (§4.2): 16 questions of 64 completions, one update each. The paper does not give epsilon (PPO's
+    0.2 here) or a reference refresh, and its rewards come from a reward model; rules stand here. 144K questions make
+    9,000 steps.
     """
     return GRPOConfig(
         group_size=64,
@@ -209,37 +225,39 @@ def deepseekmath() -> GRPOConfig:
 
 
 def r1_zero() -> GRPOConfig:
-    """DeepSeek-R1-Zero (R1 §2.1). Epsilon is not given for this run; stage 1's stands here. From step 8,200 on the length
-    limit was 65,536: a second stage with `max_completion_length` changed.
+    """DeepSeek-R1-Zero (R1 §2.1). Epsilon is not given for this run; stage 1's stands here. From step 8,200 on the
+    length limit was 65,536: a second stage with `max_completion_length` changed.
     """
     return GRPOConfig(clip_epsilon=(10.0, 10.0))
 
 
 def r1_stage1() -> GRPOConfig:
-    """First RL stage of DeepSeek-R1 (§3.2.1): R1-Zero's figures, epsilon 10, and the language-consistency reward (eq. 7).
-    It ran until it converged; R1-Zero's number of steps stands here.
+    """First RL stage of DeepSeek-R1 (§3.2.1): R1-Zero's figures, epsilon 10, and the language-consistency reward (eq.
+    7). It ran until it converged; R1-Zero's number of steps stands here.
     """
     return r1_zero().replace(rewards=(("accuracy", 1.0), ("format", 1.0), ("language_consistency", 1.0)))
 
 
 def r1_stage2() -> GRPOConfig:
-    """Second RL stage of DeepSeek-R1 (§3.2.2): temperature 0.7 and 1,700 steps. Its preference rewards on general prompts,
-    used in the last 400 steps, come from reward models and are not part of this recipe.
+    """Second RL stage of DeepSeek-R1 (§3.2.2): temperature 0.7 and 1,700 steps. Its preference rewards on general
+    prompts, used in the last 400 steps, come from reward models and are not part of this recipe.
     """
     return r1_stage1().replace(temperature=0.7, steps=1_700)
 
 
 def v32() -> GRPOConfig:
-    """GRPO as changed in DeepSeek-V3.2 (§3.1): no division by the deviation, the unbiased KL, the off-policy sequence mask,
-    Keep Routing. The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
+    """GRPO as changed in DeepSeek-V3.2 (§3.1): no division by the deviation, the unbiased KL, the off-policy sequence
+    mask, Keep Routing. The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
     """
-    return r1_stage1().replace(advantage_normalisation="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True)
+    return r1_stage1().replace(
+        advantage_normalisation="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
+    )
 
 
 def dapo() -> GRPOConfig:
-    """DAPO (§4.1): token mean, clip-higher, dynamic sampling, soft overlong punishment, rewards of +-1, no KL. Prompts are
-    oversampled by a factor of 2, where the paper samples until the batch is full; the warm-up is 20 rollouts; the number of
-    steps is R1-Zero's.
+    """DAPO (§4.1): token mean, clip-higher, dynamic sampling, soft overlong punishment, rewards of +-1, no KL. Prompts
+    are oversampled by a factor of 2, where the paper samples until the batch is full; the warm-up is 20 rollouts; the
+    number of steps is R1-Zero's.
     """
     return GRPOConfig(
         oversampling=2,
@@ -257,8 +275,8 @@ def dapo() -> GRPOConfig:
 
 
 def dr_grpo() -> GRPOConfig:
-    """Dr. GRPO's released recipe: 128 prompts of 8 completions in updates of 128 completions, no deviation, constant length
-    divisor, no KL. Epsilon is PPO's 0.2 and the number of steps R1-Zero's; neither is in the recipe.
+    """Dr. GRPO's released recipe: 128 prompts of 8 completions in updates of 128 completions, no deviation, constant
+    length divisor, no KL. Epsilon is PPO's 0.2 and the number of steps R1-Zero's; neither is in the recipe.
     """
     return GRPOConfig(
         group_size=8,
@@ -274,7 +292,9 @@ def dr_grpo() -> GRPOConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], GRPOConfig]] = {f.__name__: f for f in (deepseekmath, r1_zero, r1_stage1, r1_stage2, v32, dapo, dr_grpo)}
+PRESETS: dict[str, Callable[[], GRPOConfig]] = {
+    f.__name__: f for f in (deepseekmath, r1_zero, r1_stage1, r1_stage2, v32, dapo, dr_grpo)
+}
 
 
 def preset(name: str) -> GRPOConfig:

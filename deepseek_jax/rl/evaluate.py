@@ -27,10 +27,11 @@ from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, parse, to_text
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Greedy answers to `problems` problems; `samples` sampled answers to each of the first `sampled_problems` of them (None:
-    128, or all if there are fewer).
+    """Greedy answers to `problems` problems; `samples` sampled answers to each of the first `sampled_problems` of them
+    (None: 128, or all if there are fewer).
 
-    `max_completion_length` 0 takes the task's. `show` is how many completions are kept to be read. `seed` draws the problems.
+    `max_completion_length` 0 takes the task's. `show` is how many completions are kept to be read. `seed` draws the
+    problems.
     """
 
     problems: int = 512
@@ -43,7 +44,11 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field, value in (("problems", self.problems), ("sampled_problems", self.num_sampled), ("samples", self.samples)):
+        for field, value in (
+            ("problems", self.problems),
+            ("sampled_problems", self.num_sampled),
+            ("samples", self.samples),
+        ):
             if value < 1:
                 raise ConfigError(f"eval.{field}={value}: at least 1")
         if self.num_sampled > self.problems:
@@ -69,8 +74,11 @@ class EvalConfig:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "sampling", "samples"))
-def answer(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int):
-    """Completions of each problem -> (Generation of n · samples rows, right float32 [n, samples], formatted bool [n · samples]).
+def answer(
+    model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int
+):
+    """Completions of each problem -> (Generation of n · samples rows, right float32 [n, samples], formatted bool [n ·
+    samples]).
 
     A completion is formatted where `parse` says so; what is cut off or ends badly is neither formatted nor right.
     """
@@ -82,7 +90,9 @@ def answer(model: Transformer, variables, task: Task, instances, key: jax.Array,
     return generation, right_B.reshape(-1, samples), parse(generation.tokens_BN, mask_BN).ok_B
 
 
-def answer_everywhere(model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int = 1):
+def answer_everywhere(
+    model: Transformer, variables, task: Task, instances, key: jax.Array, sampling: SamplingConfig, samples: int = 1
+):
     """As `answer`, whole on every host, as numpy arrays."""
     return process_allgather(answer(model, variables, task, instances, key, sampling, samples), tiled=True)
 
@@ -100,7 +110,9 @@ def sampling_of(config: EvalConfig, task: Task, temperature: float) -> SamplingC
 def greedy(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, float]:
     """Accuracy and mean length of greedy answers: the short evaluation, for curves."""
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
-    generation, right, _ = answer_everywhere(model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0))
+    generation, right, _ = answer_everywhere(
+        model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0)
+    )
     return {"greedy_accuracy": float(right.mean()), "greedy_length": mean_length(generation)}
 
 
@@ -111,31 +123,38 @@ def mean_length(generation: Generation) -> float:
 
 
 def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> dict[str, Any]:
-    """All of it: greedy_accuracy, greedy_length, sampled_accuracy, pass@k, maj@k, response_length, format_share, truncated_share,
-    non_finite_share and `samples`, a list of {"prompt", "completion", "right"}.
+    """All of it: greedy_accuracy, greedy_length, sampled_accuracy, pass@k, maj@k, response_length, format_share,
+    truncated_share, non_finite_share and `samples`, a list of {"prompt", "completion", "right"}.
 
     The response length is the mean over sampled answers, as in R1's figure 3. An answer has a vote in maj@k where its
-    completion is formatted and says something; a truncated one is not formatted. Completions that met a broken logit are
-    wrong and not formatted, have no length, and are counted in non_finite_share alone.
+    completion is formatted and says something; a truncated one is not formatted. Completions that met a broken logit
+    are wrong and not formatted, have no length, and are counted in non_finite_share alone.
     """
     result: dict[str, Any] = greedy(model, variables, task, config)
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
     asked = jax.tree.map(lambda x: x[: config.num_sampled], problems)
     k = config.samples
     sampling = sampling_of(config, task, config.temperature)
-    generation, right_QK, formatted_B = answer_everywhere(model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k)
+    generation, right_QK, formatted_B = answer_everywhere(
+        model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k
+    )
     right_QK = right_QK > 0
     texts = to_texts(generation.tokens_BN, generation.mask_BN)
-    answers = [answer_in(text) or None if formatted else None for text, formatted in zip(texts, formatted_B, strict=True)]
+    answers = [
+        answer_in(text) or None if formatted else None for text, formatted in zip(texts, formatted_B, strict=True)
+    ]
     result["sampled_accuracy"] = float(right_QK.mean())
     result[f"pass@{k}"] = float(np.mean(pass_at_k(right_QK.sum(1), k, k)))
-    result[f"maj@{k}"] = float(np.mean([maj_at_k(answers[q * k : (q + 1) * k], right_QK[q]) for q in range(len(right_QK))]))
+    result[f"maj@{k}"] = float(
+        np.mean([maj_at_k(answers[q * k : (q + 1) * k], right_QK[q]) for q in range(len(right_QK))])
+    )
     result["response_length"] = mean_length(generation)
     result["format_share"] = float(formatted_B.mean())
     result["truncated_share"] = float((generation.finite_B & ~generation.finished_B).mean())
     result["non_finite_share"] = float(1.0 - generation.finite_B.mean())
     prompts = task.prompt_text(asked)
     result["samples"] = [
-        {"prompt": prompts[q], "completion": texts[q * k], "right": bool(right_QK[q, 0])} for q in range(min(config.show, len(prompts)))
+        {"prompt": prompts[q], "completion": texts[q * k], "right": bool(right_QK[q, 0])}
+        for q in range(min(config.show, len(prompts)))
     ]
     return result

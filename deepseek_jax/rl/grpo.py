@@ -29,7 +29,8 @@ from deepseek_jax.training.step import guarded_update, load_metrics
 
 @flax.struct.dataclass
 class GRPOState(TrainState):
-    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to, None without one."""
+    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to, None
+    without one."""
 
     reference: dict[str, Any] | None  # {"params", "router_bias"}
     rollouts: jax.Array  # int32
@@ -44,7 +45,11 @@ class Samples:
 
 
 def grpo_state(
-    model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array, has_reference: bool = True
+    model: Transformer,
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    has_reference: bool = True,
 ) -> GRPOState:
     """A state at step 0 whose reference, if it has one, is the policy it starts from."""
     train = state_of(model, variables, optimizer, rng)
@@ -52,7 +57,9 @@ def grpo_state(
     return GRPOState(**vars(train), reference=reference, rollouts=rollouts)
 
 
-def abstract_grpo_state(model: Transformer, optimizer: optax.GradientTransformation, has_reference: bool = True) -> GRPOState:
+def abstract_grpo_state(
+    model: Transformer, optimizer: optax.GradientTransformation, has_reference: bool = True
+) -> GRPOState:
     """Shapes, dtypes and places of `grpo_state`; nothing is allocated."""
     train = abstract_state(model, optimizer)
     return GRPOState(**vars(train), reference=train.variables if has_reference else None, rollouts=train.step)
@@ -187,17 +194,21 @@ class GRPO:
         def mixed(reference):
             return jax.tree.map(lambda new, old: mix * new + (1.0 - mix) * old, state.variables, reference)
 
-        return state.replace(reference=jax.lax.cond(state.step % every == 0, mixed, lambda reference: reference, state.reference))
+        return state.replace(
+            reference=jax.lax.cond(state.step % every == 0, mixed, lambda reference: reference, state.reference)
+        )
 
 
 def rollout_keys(state: GRPOState) -> jax.Array:
-    """The random keys of the rollout to come, [2]: one for problems and completions, one for the order of the updates."""
+    """The random keys of the rollout to come, [2]: one for problems and completions, one for the order of the
+    updates."""
     return jax.random.split(jax.random.fold_in(state.rng, state.rollouts))
 
 
 def length_metrics(trajectories: Trajectories, correct_B: jax.Array | None) -> dict[str, jax.Array]:
-    """Completion lengths in tokens, of right and of wrong answers apart (NaN where there are none), and the share that hit
-    the limit. Completions that the network's numbers spoilt have no tokens; they are counted, and enter nothing else."""
+    """Completion lengths in tokens, of right and of wrong answers apart (NaN where there are none), and the share that
+    hit the limit. Completions that the network's numbers spoilt have no tokens; they are counted, and enter nothing
+    else."""
     lengths_B = jnp.sum(trajectories.mask_BN, axis=1).astype(jnp.float32)
     sampled_B = lengths_B > 0
 

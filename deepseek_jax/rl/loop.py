@@ -1,4 +1,5 @@
-"""Runs GRPO: iterations, log lines, held-out accuracy, sample tables, alarms, checkpoints, curves, and going on where it stopped."""
+"""Runs GRPO: iterations, log lines, held-out accuracy, sample tables, alarms, checkpoints, curves, and going on where
+it stopped."""
 
 import contextlib
 import dataclasses
@@ -27,9 +28,9 @@ from deepseek_jax.training.stopping import Terminated, stop_signals
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Counted in rollouts: a log line every `log_every`, a greedy held-out evaluation every `eval_every`, a sampled one with
-    pass@k and maj@k every `sampled_eval_every` (both before the first rollout and after the last too; 0 is never), a checkpoint
-    every `checkpoint_every` (and at the end), `show` completions to samples.jsonl with every log line."""
+    """Counted in rollouts: a log line every `log_every`, a greedy held-out evaluation every `eval_every`, a sampled one
+    with pass@k and maj@k every `sampled_eval_every` (both before the first rollout and after the last too; 0 is never),
+    a checkpoint every `checkpoint_every` (and at the end), `show` completions to samples.jsonl with every log line."""
 
     log_every: int = 1
     eval_every: int = 5
@@ -39,7 +40,14 @@ class LoopConfig:
     show: int = 4
 
     def __post_init__(self):
-        for name, least in (("log_every", 1), ("eval_every", 0), ("sampled_eval_every", 0), ("checkpoint_every", 0), ("keep_last", 1), ("show", 0)):
+        for name, least in (
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("sampled_eval_every", 0),
+            ("checkpoint_every", 0),
+            ("keep_last", 1),
+            ("show", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"loop.{name}={getattr(self, name)}: at least {least}")
 
@@ -59,12 +67,13 @@ def train_grpo(
     seed: int = 0,
     name: str = "grpo",
 ) -> GRPOState:
-    """Trains from `variables` until `grpo.config.steps` optimiser steps are made, or goes on from `workdir`'s newest checkpoint.
+    """Trains from `variables` until `grpo.config.steps` optimiser steps are made, or goes on from `workdir`'s newest
+    checkpoint.
 
-    Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in `workdir`. Weights, optimiser, reference and
-    random state are all in the checkpoint, so that a run that was killed goes on bit for bit. SIGTERM or Ctrl-C saves
-    and raises `Terminated`. Raises RewardError for a reward that fails. Whatever is raised, the rollouts that were
-    finished are saved first, where their state is still there.
+    Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in
+    `workdir`. Weights, optimiser, reference and random state are all in the checkpoint, so that a run that was killed
+    goes on bit for bit. SIGTERM or Ctrl-C saves and raises `Terminated`. Raises RewardError for a reward that fails.
+    Whatever is raised, the rollouts that were finished are saved first, where their state is still there.
     """
     total, clock, optimizer = grpo.config.rollouts, Goodput(workdir), grpo.optimizer
     abstract = abstract_grpo_state(grpo.model, optimizer, grpo.config.has_reference)
@@ -88,7 +97,8 @@ def train_grpo(
         logged = [line for line in read_metrics(workdir) if line["step"] <= int(state.step)]
         evaluated_here = any("held_out_accuracy" in line for line in logged if line["step"] == int(state.step))
         evaluated = from_primary(str(evaluated_here)) == "True"
-        beyond = max(store.steps(), default=0) > int(state.step)  # the stage was longer once; all that it has left stays as it is
+        # the stage was longer once; all that it has left stays as it is
+        beyond = max(store.steps(), default=0) > int(state.step)
         if done >= total and (beyond or evaluated or evaluation_due() is None):
             return state
         writer = MetricsWriter(workdir, last_step=int(state.step), group="rl")
@@ -114,10 +124,16 @@ def train_grpo(
                     store.wait()
 
         def rescue() -> str:
-            """Saves the rollouts that were finished, where an error has left them. Says what there is to go on from; raises nothing."""
+            """Saves the rollouts that were finished, where an error has left them. Says what there is to go on from;
+            raises nothing."""
             lost = f"rollouts {saved + 1} to {done} are lost" if done > saved else "nothing is lost"
-            newest = f"the newest checkpoint is that of step {max(store.steps())}" if store.steps() else "nothing was saved yet"
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):  # the update that failed had been given its buffers
+            newest = (
+                f"the newest checkpoint is that of step {max(store.steps())}"
+                if store.steps()
+                else "nothing was saved yet"
+            )
+            # the update that failed had been given its buffers
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 return f"the error took the weights with it: {lost}, {newest}"
             try:
                 if done > saved:
@@ -178,10 +194,17 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     if grpo.rewards.in_graph:
         return grpo.iteration(state)
     samples = grpo.sample(state)
-    here = process_allgather(samples, tiled=True)  # every process judges all completions: a reward is a function of its text
+    # every process judges all completions: a reward is a function of its text
+    here = process_allgather(samples, tiled=True)
     completions = to_texts(here.trajectories.completions_BN, here.trajectories.mask_BN)
-    texts = (grpo.task.prompt_text(here.instances), completions, grpo.task.answer_text(here.instances), here.trajectories.finished_B)
-    whole_B = here.trajectories.mask_BN.any(axis=1)  # a completion that was emptied (see `Trajectories`) is nobody's to judge
+    texts = (
+        grpo.task.prompt_text(here.instances),
+        completions,
+        grpo.task.answer_text(here.instances),
+        here.trajectories.finished_B,
+    )
+    # a completion that was emptied (see `Trajectories`) is nobody's to judge
+    whole_B = here.trajectories.mask_BN.any(axis=1)
     judged = grpo.rewards.text_parts(*([column[row] for row in np.flatnonzero(whole_B)] for column in texts))
     parts = {name: np.full(len(whole_B), np.nan, np.float32) for name in judged}
     for name, values in judged.items():
@@ -194,22 +217,29 @@ def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) 
     rows = [i * grpo.config.group_size for i in range(min(count, len(rewards_B) // grpo.config.group_size))]
     if not rows:
         return []
-    first, rewards_B = process_allgather((jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples), rewards_B), tiled=True)
+    first, rewards_B = process_allgather(
+        (jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples), rewards_B), tiled=True
+    )
     texts = to_texts(first.trajectories.completions_BN, first.trajectories.mask_BN)
     prompts = grpo.task.prompt_text(first.instances)
     return [
-        {"prompt": prompt, "completion": text, "reward": float(rewards_B[row])} for prompt, text, row in zip(prompts, texts, rows, strict=True)
+        {"prompt": prompt, "completion": text, "reward": float(rewards_B[row])}
+        for prompt, text, row in zip(prompts, texts, rows, strict=True)
     ]
 
 
 def measured(metrics: dict[str, Any]) -> dict[str, Any]:
     """Without the mean length of right or of wrong answers where there were none."""
-    return {name: value for name, value in metrics.items() if name not in ("length_right_mean", "length_wrong_mean") or np.isfinite(value)}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("length_right_mean", "length_wrong_mean") or np.isfinite(value)
+    }
 
 
 def held_out_metrics(measured: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation's numbers under the names they are logged by: held_out_accuracy and held_out_length of greedy answers, and
-    held_out_<name> of the sampled ones."""
+    """An evaluation's numbers under the names they are logged by: held_out_accuracy and held_out_length of greedy
+    answers, and held_out_<name> of the sampled ones."""
     named = {"greedy_accuracy": "accuracy", "greedy_length": "length"}
     return {f"held_out_{named.get(name, name)}": value for name, value in measured.items() if isinstance(value, float)}
 
@@ -217,7 +247,11 @@ def held_out_metrics(measured: Mapping[str, Any]) -> dict[str, float]:
 def headline(values: Mapping[str, Any]) -> str:
     """The few numbers a person watches. Not the loss: it starts near 0 and says nothing (see `grpo_loss`)."""
     parts = [f"reward {values['reward_mean']:.3f}"]
-    parts += [f"{key.removeprefix('reward_')} {value:.3f}" for key, value in values.items() if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
+    parts += [
+        f"{key.removeprefix('reward_')} {value:.3f}"
+        for key, value in values.items()
+        if key.startswith("reward_") and key not in ("reward_mean", "reward_std")
+    ]
     parts += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}"]
     parts += [f"kl {values['kl']:.4f}"] if "kl" in values else []
     parts.append(f"grad {values['grad_norm']:.2f}")

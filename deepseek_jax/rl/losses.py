@@ -17,7 +17,9 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32, and far beyond any clip 
 def log_ratio(logp_BN: jax.Array, other_logp_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
     """log(pi / pi_other) per token, 0 outside the mask, clamped to +-20."""
     real_BN = mask_BN > 0
-    difference_BN = jnp.where(real_BN, logp_BN, 0.0).astype(jnp.float32) - jnp.where(real_BN, other_logp_BN, 0.0).astype(jnp.float32)
+    difference_BN = jnp.where(real_BN, logp_BN, 0.0).astype(jnp.float32) - jnp.where(
+        real_BN, other_logp_BN, 0.0
+    ).astype(jnp.float32)
     return jnp.clip(difference_BN, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
@@ -46,12 +48,14 @@ def clipped_surrogate(
     return surrogate_BN
 
 
-def kl_divergence(logp_BN: jax.Array, ref_logp_BN: jax.Array, old_logp_BN: jax.Array, mask_BN: jax.Array, estimator: str) -> jax.Array:
+def kl_divergence(
+    logp_BN: jax.Array, ref_logp_BN: jax.Array, old_logp_BN: jax.Array, mask_BN: jax.Array, estimator: str
+) -> jax.Array:
     """Per-token estimate of KL(pi_theta || pi_ref), with u = log(pi_ref / pi_theta), 0 outside the mask.
 
-    "k1": -u. "k2": u^2 / 2. "k3": e^u - u - 1 >= 0 (DeepSeekMath eq. 4). "unbiased_k3": (pi_theta / pi_old) times k3 (V3.2
-    §3.1), whose gradient, unlike k3's, is that of the true KL whatever pi_old is. The gradient of k1 as a loss has
-    expectation 0 on policy: it is an estimate to log, or to put into a reward.
+    "k1": -u. "k2": u^2 / 2. "k3": e^u - u - 1 >= 0 (DeepSeekMath eq. 4). "unbiased_k3": (pi_theta / pi_old) times k3
+    (V3.2 §3.1), whose gradient, unlike k3's, is that of the true KL whatever pi_old is. The gradient of k1 as a loss
+    has expectation 0 on policy: it is an estimate to log, or to put into a reward.
     """
     u_BN = log_ratio(ref_logp_BN, logp_BN, mask_BN)
     if estimator == "k1":
@@ -67,7 +71,8 @@ def kl_divergence(logp_BN: jax.Array, ref_logp_BN: jax.Array, old_logp_BN: jax.A
 
 
 def off_policy_mask(log_ratio_BN: jax.Array, advantages_B: jax.Array, mask_BN: jax.Array, delta: float) -> jax.Array:
-    """V3.2's M: 0 for a completion with A < 0 and mean_t log(pi_old / pi_theta) > delta, else 1. float32[B], no gradient."""
+    """V3.2's M: 0 for a completion with A < 0 and mean_t log(pi_old / pi_theta) > delta, else 1. float32[B], no
+    gradient."""
     drift_B = -_sequence_mean(jax.lax.stop_gradient(log_ratio_BN), mask_BN)
     return 1.0 - ((advantages_B < 0) & (drift_B > delta)).astype(jnp.float32)
 
@@ -105,9 +110,10 @@ def grpo_loss(
 
     `ref_logp_BN` is needed where `config.kl_coefficient > 0`, `finished_B` (end-of-sequence reached) where
     `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through
-    `logp_BN` alone. At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is not;
-    watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl (where it is measured), clip_low_fraction, clip_high_fraction,
-    dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean, off_policy_fraction (of completions), tokens.
+    `logp_BN` alone. At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is
+    not; watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl (where it is measured),
+    clip_low_fraction, clip_high_fraction, dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean,
+    off_policy_fraction (of completions), tokens.
     """
     old_logp_BN, advantages_B = jax.lax.stop_gradient((old_logp_BN, advantages_B.astype(jnp.float32)))
     mask_BN = mask_BN.astype(jnp.float32)

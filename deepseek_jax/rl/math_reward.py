@@ -1,8 +1,9 @@
 """Accuracy on natural mathematics through math-verify, in a process of its own.
 
 math-verify parses LaTeX with sympy, which can run for ever on a hostile string, and its own time limit is a signal that
-only works in a main thread (elsewhere it raises, or says "wrong"). So checks run in worker processes under our clock, and a
-worker that is late is killed. There are several, so that answers that take the full time do not wait for one another.
+only works in a main thread (elsewhere it raises, or says "wrong"). So checks run in worker processes under our clock,
+and a worker that is late is killed. There are several, so that answers that take the full time do not wait for one
+another.
 """
 
 import atexit
@@ -24,8 +25,8 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 def math_accuracy_reward(prompt: str, completion: str, answer: str) -> float:
-    """1.0 where the final answer and `answer` are the same by `same_answer` or by math-verify; what that can't judge in time, or
-    at all, counts as wrong. May be called from several threads, of which `WORKERS` are served at a time."""
+    """1.0 where the final answer and `answer` are the same by `same_answer` or by math-verify; what that can't judge in
+    time, or at all, counts as wrong. May be called from several threads, of which `WORKERS` are served at a time."""
     given = final_answer(prompt, completion)
     if given is None or not given.strip():
         return 0.0
@@ -41,7 +42,8 @@ def math_equal(guess: str, expected: str) -> bool:
     """Whether two mathematical answers, without tags, are equal. Runs in the worker."""
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that without its own time limit it needs another: ours
+    # it warns that without its own time limit it needs another: ours
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text):
         marked = text if "\\boxed" in text or "$" in text else f"${text}$"
@@ -51,11 +53,12 @@ def math_equal(guess: str, expected: str) -> bool:
 
 
 class Workers:
-    """`count` workers behind one function: a call from any thread goes to one that is free, or waits for it. A worker's process
-    starts when it is first needed."""
+    """`count` workers behind one function: a call from any thread goes to one that is free, or waits for it. A worker's
+    process starts when it is first needed."""
 
     def __init__(self, function: Callable, seconds: float, count: int):
-        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the one used last first: few calls start few processes
+        # the one used last first: few calls start few processes
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(Worker(function, seconds))
 
@@ -68,10 +71,11 @@ class Workers:
 
 
 class Worker:
-    """Calls `function` in another process: the result, or None where it raised or took longer than `seconds`. One call at a time.
+    """Calls `function` in another process: the result, or None where it raised or took longer than `seconds`. One call
+    at a time.
 
-    The process lives from call to call. One that was late is killed, one that died (the system may kill it for its memory,
-    even between two calls) is replaced and asked once more. `function` must be importable by name.
+    The process lives from call to call. One that was late is killed, one that died (the system may kill it for its
+    memory, even between two calls) is replaced and asked once more. `function` must be importable by name.
     """
 
     def __init__(self, function: Callable, seconds: float):
@@ -119,7 +123,8 @@ class Worker:
 
 
 def _serve(pipe, function: Callable) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the run ends its workers itself
+    # Ctrl-C reaches every process of a terminal; the run ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe.send(True)
     while True:
         try:

@@ -1,8 +1,8 @@
 """Rewards by name, and their weighted sum.
 
 A reward is either a function in the graph, (task, instances, completions_BN, mask_BN) -> float32[B], or a plain Python
-function, (prompt, completion, answer) -> float. An experiment names them; `package.module:function` names a Python function
-of the user's own.
+function, (prompt, completion, answer) -> float. An experiment names them; `package.module:function` names a Python
+function of the user's own.
 """
 
 import concurrent.futures
@@ -44,13 +44,16 @@ def accuracy(task: base.Task, instances: base.Instance, completions_BN: jax.Arra
 
 
 def format_(task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
-    """1 where the token ids are exactly <think>…</think><answer>…</answer><eos>, else 0: a truncated completion has no format."""
+    """1 where the token ids are exactly <think>…</think><answer>…</answer><eos>, else 0: a truncated completion has no
+    format."""
     return base.parse(completions_BN, mask_BN).ok_B.astype(jnp.float32)
 
 
-def language_consistency(task: ChainTask, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
-    """Num(symbols of the prompt's alphabet) / Num(symbols) over the chain of thought (R1 eq. 7). A chain without symbols
-    scores 0, since otherwise saying nothing would be perfect; so does one that isn't delimited by its tags."""
+def language_consistency(
+    task: ChainTask, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array
+) -> jax.Array:
+    """Num(symbols of the prompt's alphabet) / Num(symbols) over the chain of thought (R1 eq. 7). A chain without
+    symbols scores 0, since otherwise saying nothing would be perfect; so does one that isn't delimited by its tags."""
     think_BN = base.parse(completions_BN, mask_BN).think_BN
     target_BN, symbol_BN = task.in_alphabet(instances, completions_BN)
     return ((target_BN & think_BN).sum(1) / jnp.maximum((symbol_BN & think_BN).sum(1), 1)).astype(jnp.float32)
@@ -79,19 +82,26 @@ REWARDS: dict[str, Reward] = {
 
 
 def find_reward(name: str) -> Reward:
-    """The registered reward, or the Python function that `package.module:function` names. ConfigError where there is none."""
+    """The registered reward, or the Python function that `package.module:function` names. ConfigError where there is
+    none."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"grpo.rewards: {name!r} can't be imported ({error}); write package.module:function") from error
+            raise ConfigError(
+                f"grpo.rewards: {name!r} can't be imported ({error}); write package.module:function"
+            ) from error
         return Reward(name, function, in_graph=False)
     if name not in REWARDS:
-        raise ConfigError(f"grpo.rewards: unknown reward {name!r}: {nearest(name, REWARDS)}, or package.module:function")
+        raise ConfigError(
+            f"grpo.rewards: unknown reward {name!r}: {nearest(name, REWARDS)}, or package.module:function"
+        )
     reward = REWARDS[name]
     if reward.requires is not None and importlib.util.find_spec(reward.requires[0]) is None:
-        raise ConfigError(f"grpo.rewards: {name!r} needs a package that is not installed; run pip install '{reward.requires[1]}'")
+        raise ConfigError(
+            f"grpo.rewards: {name!r} needs a package that is not installed; run pip install '{reward.requires[1]}'"
+        )
     return reward
 
 
@@ -110,17 +120,23 @@ class RewardSet:
         """Whether no Python function is among them, so that a whole iteration can be one jitted call."""
         return all(reward.in_graph for reward in self.rewards)
 
-    def graph_parts(self, task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> dict[str, jax.Array]:
+    def graph_parts(
+        self, task: base.Task, instances: base.Instance, completions_BN: jax.Array, mask_BN: jax.Array
+    ) -> dict[str, jax.Array]:
         """Every in-graph reward by name: float32[B]."""
         return {r.name: r.function(task, instances, completions_BN, mask_BN) for r in self.rewards if r.in_graph}
 
     def text_parts(
-        self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str], finished: Sequence[bool] | None = None
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        answers: Sequence[str],
+        finished: Sequence[bool] | None = None,
     ) -> dict[str, np.ndarray]:
         """Every Python reward by name: float32[B]. `finished` says which completions reached their end (None: all).
 
-        Where a function raises or returns no finite number: RewardError, or NaN with on_error="skip", which `group_advantages`
-        keeps out of the statistics and `group_metrics` counts.
+        Where a function raises or returns no finite number: RewardError, or NaN with on_error="skip", which
+        `group_advantages` keeps out of the statistics and `group_metrics` counts.
         """
         finished = [True] * len(completions) if finished is None else finished
         rows = list(zip(prompts, completions, answers, finished, strict=True))
@@ -139,8 +155,8 @@ class RewardSet:
 
     def total(self, parts: Mapping[str, jax.Array], lengths_B: jax.Array, max_length: int) -> jax.Array:
         """Weighted sum of the parts, float32[B]. An accuracy counts only where every format reward in the set holds; a
-        wrong answer scores `wrong_reward`. Parts of weight 0 are for logging and can't spoil the sum. Overlong punishment
-        is added if it is on."""
+        wrong answer scores `wrong_reward`. Parts of weight 0 are for logging and can't spoil the sum. Overlong
+        punishment is added if it is on."""
         formats = [jnp.asarray(parts[r.name]) >= 1 for r in self.rewards if r.role == "format"]
         total_B = jnp.zeros(lengths_B.shape, jnp.float32)
         for reward, weight in zip(self.rewards, self.weights, strict=True):
@@ -157,20 +173,26 @@ class RewardSet:
 
 
 def build_rewards(config: GRPOConfig, task: base.Task | None = None) -> RewardSet:
-    """The rewards `config` names, checked against the task: ConfigError for a name, a package or a task that can't work.
-    `task=None` is a data set of texts, which in-graph rewards can't check."""
+    """The rewards `config` names, checked against the task: ConfigError for a name, a package or a task that can't
+    work. `task=None` is a data set of texts, which in-graph rewards can't check."""
     rewards = tuple(find_reward(name) for name, _ in config.rewards)
     for reward in rewards:
         if reward.in_graph and task is None:
             text = f"text_{reward.name}"
-            raise ConfigError(f"grpo.rewards: {reward.name!r} works on a task's token ids, and there is no task here; use {text!r}")
+            raise ConfigError(
+                f"grpo.rewards: {reward.name!r} works on a task's token ids, and there is no task here; use {text!r}"
+            )
         if reward.function is language_consistency and not isinstance(task, ChainTask):
             raise ConfigError(
                 f"grpo.rewards: 'language_consistency' needs a task with two alphabets, not {type(task).__name__}; "
                 "use the chain task with alphabets=2, or 'text_language_consistency'"
             )
     return RewardSet(
-        rewards, tuple(weight for _, weight in config.rewards), config.wrong_reward, config.overlong_buffer, config.on_reward_error
+        rewards,
+        tuple(weight for _, weight in config.rewards),
+        config.wrong_reward,
+        config.overlong_buffer,
+        config.on_reward_error,
     )
 
 

@@ -20,8 +20,8 @@ from deepseek_jax.training.log_probs import token_log_probs
 class Trajectories:
     """B completions with what training needs to judge them; every leaf has B rows, siblings of a group adjacent.
 
-    Where the network gave a logit that is not finite, the row is emptied: no prompt, no completion, length 0 and mask 0,
-    like a row that only fills a batch, so that it reaches no sum and no gradient.
+    Where the network gave a logit that is not finite, the row is emptied: no prompt, no completion, length 0 and mask
+    0, like a row that only fills a batch, so that it reaches no sum and no gradient.
     """
 
     prompts_BP: jax.Array  # int32, right-padded
@@ -35,8 +35,8 @@ class Trajectories:
     def sequences(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """tokens, segment_ids and positions [B, P+N] of the whole sequences, as generation laid them out.
 
-        A completion's last token is padding here (segment 0), as it was for the sampler: nothing is predicted from it, so it
-        was never fed, and no router's load may count it.
+        A completion's last token is padding here (segment 0), as it was for the sampler: nothing is predicted from it,
+        so it was never fed, and no router's load may count it.
         """
         prompt_slots_P = jnp.arange(self.prompts_BP.shape[1])
         completion_slots_N = jnp.arange(self.completions_BN.shape[1])
@@ -49,12 +49,10 @@ class Trajectories:
 
 
 def sampling_config(config: GRPOConfig) -> SamplingConfig:
-    """How rollouts are drawn: from the whole vocabulary, so that training compares the same distributions that sampling used."""
+    """How rollouts are drawn: from the whole vocabulary, so that training compares the same distributions that sampling
+    used."""
     return SamplingConfig(
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        eos_id=EOS,
-        pad_id=PAD,
+        max_new_tokens=config.max_completion_length, temperature=config.temperature, eos_id=EOS, pad_id=PAD
     )
 
 
@@ -93,7 +91,8 @@ def roll_out(model: Transformer, variables, task: Task, config: GRPOConfig, key:
 
 
 def completion_log_probs(model: Transformer, variables, trajectories: Trajectories, temperature: float, chunk: int):
-    """Log-probability of each completion token and entropy, float32 [B, N], at the sampling temperature, and the routing.
+    """Log-probability of each completion token and entropy, float32 [B, N], at the sampling temperature, and the
+    routing.
 
     Token n is predicted in the slot before it: the last real prompt slot for the first token. Where the trajectories
     carry experts, the forward pass is routed through them.

@@ -1,8 +1,8 @@
 """Rewards on text: plain Python functions of (prompt, completion, answer). None of them evaluates what it is given.
 
-Completions come as text with their tags and without the end-of-sequence token. Where the prompt ends with <think>, as R1's
-own template does, the completion goes on inside that block. This module needs neither jax nor a model, so that worker
-processes start fast.
+Completions come as text with their tags and without the end-of-sequence token. Where the prompt ends with <think>, as
+R1's own template does, the completion goes on inside that block. This module needs neither jax nor a model, so that
+worker processes start fast.
 """
 
 import collections
@@ -20,9 +20,9 @@ UNSPACED = {"THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4}  # letters of a word,
 
 
 def split_completion(completion: str, prompt: str = "", *, spaces: bool = True) -> tuple[str, str] | None:
-    """(chain, answer) of <think>chain</think><answer>answer</answer>, or None where a tag is missing, repeated or out of order, or
-    anything else stands outside. `spaces` allows white space between and around the blocks, as language models write it. The
-    first tag may stand at the end of the prompt instead."""
+    """(chain, answer) of <think>chain</think><answer>answer</answer>, or None where a tag is missing, repeated or out
+    of order, or anything else stands outside. `spaces` allows white space between and around the blocks, as language
+    models write it. The first tag may stand at the end of the prompt instead."""
     completion = opened(prompt, completion)
     if any(completion.count(tag) != 1 for tag in TAGS):
         return None
@@ -40,8 +40,8 @@ def opened(prompt: str, completion: str) -> str:
 
 
 def final_answer(prompt: str, completion: str) -> str | None:
-    """The answer block of a well-formed completion or, where nothing is tagged as an answer, the last \\boxed{…} after the only
-    think block, as R1 writes mathematics. None where there is neither, or its end is missing."""
+    """The answer block of a well-formed completion or, where nothing is tagged as an answer, the last \\boxed{…} after
+    the only think block, as R1 writes mathematics. None where there is neither, or its end is missing."""
     parts = split_completion(completion, prompt)
     if parts is not None:
         return parts[1]
@@ -57,7 +57,8 @@ def format_reward(prompt: str, completion: str, answer: str) -> float:
 
 
 def accuracy_reward(prompt: str, completion: str, answer: str) -> float:
-    """1.0 where the final answer is `answer`: the same number (12, 12.0 and 24/2 are one), or the same text (see `same_answer`)."""
+    """1.0 where the final answer is `answer`: the same number (12, 12.0 and 24/2 are one), or the same text (see
+    `same_answer`)."""
     given = final_answer(prompt, completion)
     return float(given is not None and same_answer(given, answer))
 
@@ -85,8 +86,9 @@ def scripts(text: str) -> list[str]:
     """The script of each word of `text`: LATIN, CYRILLIC, CJK, HANGUL, …
 
     A word is a run of letters of one script, with the marks on them (vowels and accents that combine, however they are
-    encoded). A Chinese character or a Japanese kana is a word, and four letters of Thai, Lao, Khmer or Burmese, which put no
-    spaces between words. LaTeX commands and tags aren't words, nor is a Latin or Greek letter alone: it is a symbol, x or π.
+    encoded). A Chinese character or a Japanese kana is a word, and four letters of Thai, Lao, Khmer or Burmese, which
+    put no spaces between words. LaTeX commands and tags aren't words, nor is a Latin or Greek letter alone: it is a
+    symbol, x or π.
     """
     found: list[str] = []
     run, script = 0, ""  # letters of the word that is being read, and its script
@@ -114,10 +116,18 @@ def scripts(text: str) -> list[str]:
 
 @functools.cache
 def _script(char: str) -> str:
-    """The first word of a letter's name, which is its script; "MARK" for what modifies letters, "" for what is no letter."""
+    """The first word of a letter's name, which is its script; "MARK" for what modifies letters, "" for what is no
+    letter."""
     name, category = unicodedata.name(char, ""), unicodedata.category(char)
-    if name.startswith(("CJK ", "IDEOGRAPHIC ITERATION", "IDEOGRAPHIC CLOSING", "IDEOGRAPHIC NUMBER ZERO", "VERTICAL IDEOGRAPHIC")):
+    if name.startswith(
+        ("CJK ", "IDEOGRAPHIC ITERATION", "IDEOGRAPHIC CLOSING", "IDEOGRAPHIC NUMBER ZERO", "VERTICAL IDEOGRAPHIC")
+    ):
         return "CJK" if category[0] in "LN" else ""
-    if category[0] == "M" or name.startswith("MODIFIER") or "PROLONGED SOUND MARK" in name or "ORDINAL INDICATOR" in name:
+    if (
+        category[0] == "M"
+        or name.startswith("MODIFIER")
+        or "PROLONGED SOUND MARK" in name
+        or "ORDINAL INDICATOR" in name
+    ):
         return "MARK"
     return name.split(" ")[0].split("-")[0] if char.isalpha() else ""

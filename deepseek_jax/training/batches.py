@@ -24,9 +24,11 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1) -> Iterator[Batch]:
-    """The checked batch of each step: the loader's own, or as many rows as the schedule says, a multiple of the microbatch
-    and of the `shards` that a mesh divides it into."""
+def step_batches(
+    loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1
+) -> Iterator[Batch]:
+    """The checked batch of each step: the loader's own, or as many rows as the schedule says, a multiple of the
+    microbatch and of the `shards` that a mesh divides it into."""
     for step in itertools.count(first_step):
         try:
             if config.batch_size is None:
@@ -34,13 +36,15 @@ def step_batches(loader: Loader, config: TrainConfig, vocab_size: int, first_ste
             else:
                 batch = loader.take(int(batch_rows(config, step, shards)))
         except StopIteration:
-            raise DataError(f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps") from None
+            raise DataError(
+                f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps"
+            ) from None
         yield check_batch(batch, vocab_size)
 
 
 def batch_rows(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
-    """Rows of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple of the microbatch and of the
-    `shards` that a mesh divides them into."""
+    """Rows of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple of
+    the microbatch and of the `shards` that a mesh divides them into."""
     unit = math.lcm(max(config.microbatch, 1), shards)
     return np.maximum(unit, np.round(np.asarray(config.batch_size(step), np.float64) / unit) * unit).astype(np.int64)
 
@@ -60,6 +64,11 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
         raise DataError(f"a batch has tokens of dtype {tokens.dtype}: token ids are integers")
     smallest, largest = int(np.min(tokens)), int(np.max(tokens))
     if smallest < 0:
-        raise DataError(f"token {smallest} is negative: ids go from 0 to {vocab_size - 1}; see which source the record comes from")
+        raise DataError(
+            f"token {smallest} is negative: ids go from 0 to {vocab_size - 1}; see which source the record comes from"
+        )
     if largest >= vocab_size:
-        raise DataError(f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change tokenizer")
+        raise DataError(
+            f"token {largest} is outside the model's vocabulary of {vocab_size}: raise model.vocab_size or change "
+            "tokenizer"
+        )

@@ -1,9 +1,9 @@
 """Checkpoints on disk: written in the background, complete or absent, checked when read back.
 
 A checkpoint is a folder named by its step with three parts: `variables` (weights and router biases, all that inference
-needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, and the shape, dtype and
-checksum of every array). What an evaluation gave is noted beside them in metrics.json once it is known. Orbax writes to a temporary folder and renames it, so that a killed process leaves
-the earlier checkpoints as they were.
+needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, and the shape, dtype
+and checksum of every array). What an evaluation gave is noted beside them in metrics.json once it is known. Orbax
+writes to a temporary folder and renames it, so that a killed process leaves the earlier checkpoints as they were.
 
 Of several processes each writes and reads what its devices hold, in one folder that all of them see; all call the same
 functions and come to the same decisions. Nothing on disk depends on the mesh: any other can read it.
@@ -78,7 +78,11 @@ class Checkpoints:
         self.config = config
         self.metric = metric
         self._remove_unfinished()
-        self._ranks = {step: rank for step in steps_in(self.directory) if (rank := _rank(self.directory / str(step), metric)) is not None}
+        self._ranks = {
+            step: rank
+            for step in steps_in(self.directory)
+            if (rank := _rank(self.directory / str(step), metric)) is not None
+        }
         policy = _Keep(keep_last, keep_best, self._ranks)
         self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
 
@@ -108,7 +112,8 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds what an evaluation of the checkpoint of `step` gave, once the checkpoint is written: an evaluation that fails loses no step.
+        """Adds what an evaluation of the checkpoint of `step` gave, once the checkpoint is written: an evaluation that
+        fails loses no step.
 
         With a finite `metric` the checkpoint can be among the best. Raises CheckpointError as `save` does.
         """
@@ -150,24 +155,26 @@ class Checkpoints:
         free = int(from_primary(str(shutil.disk_usage(self.directory).free)))
         if free < needed:
             raise CheckpointError(
-                f"a checkpoint takes {needed / 1e9:.3g} GB and the disk of {self.directory} has {free / 1e9:.3g} GB left; "
+                f"a checkpoint takes {needed / 1e9:.3g} GB and the disk of {self.directory} has {free / 1e9:.3g} GB "
+                "left; "
                 f"free some space or choose another workdir. {self._safe()}"
             )
 
     def restore(self, like, last: int | None = None) -> Restored | None:
-        """The newest readable checkpoint, placed as `like` is; None if there is none. Of a run that has gone beyond step `last` the one of `last`.
+        """The newest readable checkpoint, placed as `like` is; None if there is none. Of a run that has gone beyond
+        step `last` the one of `last`.
 
-        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that is None
-        in it is let go. A damaged checkpoint is reported, set aside as
-        `<step>.damaged`, and the one before it is used. Raises CheckpointError for a checkpoint of another model or optimiser,
-        naming the first difference, if every checkpoint is damaged (training anew over them is the caller's decision), and if there is
-        none of `last`.
+        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that
+        is None in it is let go. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it
+        is used. Raises CheckpointError for a checkpoint of another model or optimiser, naming the first difference, if
+        every checkpoint is damaged (training anew over them is the caller's decision), and if there is none of `last`.
         """
         steps, damaged = json.loads(from_primary(json.dumps(self.steps()))), []
         if last is not None and steps and steps[-1] > last:
             if last not in steps:
                 raise CheckpointError(
-                    f"{self.directory} has gone beyond step {last}, and has checkpoints of steps {steps} alone: ask for as many steps as one of them or more"
+                    f"{self.directory} has gone beyond step {last}, and has checkpoints of steps {steps} alone: ask "
+                    "for as many steps as one of them or more"
                 )
             steps = [last]
         for step in reversed(steps):
@@ -197,7 +204,9 @@ class Checkpoints:
                 raise CheckpointError(f"{where} was written by another version of this program: {error}") from error
             differs = _first_difference(decisive(saved), decisive(self.config), "model")
             if differs:
-                raise CheckpointError(f"{where} is a checkpoint of another model: {differs}; use another workdir or that model")
+                raise CheckpointError(
+                    f"{where} is a checkpoint of another model: {differs}; use another workdir or that model"
+                )
             parts = {"variables": variables, "training": training | _unwanted(meta["training"], like)}
             for part, tree in parts.items():
                 _refuse_other_leaves(meta[part], tree, where)
@@ -205,7 +214,9 @@ class Checkpoints:
 
         read_here, damage = _attempt(read)
         if not all_true(damage is None):
-            log.warning("checkpoint %s is damaged and will not be used: %s", where, damage or "another process cannot read it")
+            log.warning(
+                "checkpoint %s is damaged and will not be used: %s", where, damage or "another process cannot read it"
+            )
             return None
         meta, parts = read_here
         damage = _changed_bytes(meta, parts)
@@ -222,7 +233,8 @@ class Checkpoints:
         self._manager.reload()
 
     def _remove_unfinished(self) -> None:
-        """Removes what a killed process or a failed write left. Orbax would do it in a thread, beside the next write."""
+        """Removes what a killed process or a failed write left. Orbax would do it in a thread, beside the next
+        write."""
         if is_primary():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -235,19 +247,26 @@ class Checkpoints:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             cause = "the disk is full" if full else _first_line(error)
             raise CheckpointError(
-                f"could not write a checkpoint to {self.directory}: {cause}; free some space or choose another workdir. {self._safe()}"
+                f"could not write a checkpoint to {self.directory}: {cause}; free some space or choose another "
+                f"workdir. {self._safe()}"
             ) from error
 
     def _safe(self) -> str:
         steps = self.steps()
-        return f"Checkpoints of steps {steps} are untouched; start again to go on from there." if steps else "Nothing was saved yet."
+        return (
+            f"Checkpoints of steps {steps} are untouched; start again to go on from there."
+            if steps
+            else "Nothing was saved yet."
+        )
 
 
-def load_variables(path, best: bool = False, shardings: Callable[[ModelConfig], Any] | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+def load_variables(
+    path, best: bool = False, shardings: Callable[[ModelConfig], Any] | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, {"params", "router_bias"}) of a checkpoint, without its optimiser state: for inference and later stages.
 
-    `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where it
-    gives None, the first device gets all.
+    `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where
+    it gives None, the first device gets all.
 
     `path` is anything that `resolve_checkpoint` understands. Raises CheckpointError if there is none or it is damaged.
     """
@@ -258,7 +277,10 @@ def load_variables(path, best: bool = False, shardings: Callable[[ModelConfig], 
         raise CheckpointError(f"checkpoint {where} is damaged: {_first_line(error)}; use an earlier one") from error
     config = ModelConfig.from_dict(meta["model"])
     places = _leaves(shardings(config)) if shardings is not None else {}
-    abstract = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=places.get(name)) for name, leaf in meta["variables"].items()}
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=places.get(name))
+        for name, leaf in meta["variables"].items()
+    }
     variables, damage = _attempt(lambda: _read_part(where / "variables", _nested(abstract)))
     if not all_true(damage is None):
         damage = damage or "another process cannot read it"
@@ -272,9 +294,9 @@ def load_variables(path, best: bool = False, shardings: Callable[[ModelConfig], 
 def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
     """The folder of one checkpoint, <stage>/checkpoints/<step>, from whatever names it.
 
-    `path` is that folder, the `checkpoints` folder, a stage's folder or a run's. Of a run the last stage that has weights is taken,
-    which is said; of several checkpoints the newest, or with `best` the one with the lowest metric if any has one. Raises
-    CheckpointError if there is none.
+    `path` is that folder, the `checkpoints` folder, a stage's folder or a run's. Of a run the last stage that has
+    weights is taken, which is said; of several checkpoints the newest, or with `best` the one with the lowest metric if
+    any has one. Raises CheckpointError if there is none.
     """
     given = path = pathlib.Path(path).absolute()
     if path.name.isdigit() and (path / "meta").is_dir():
@@ -288,7 +310,10 @@ def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
         path = stages[-1] / "checkpoints"
     steps = steps_in(path)
     if not steps:
-        raise CheckpointError(f"no checkpoint at {given}: give a run's folder, a stage's, its 'checkpoints' folder, or one checkpoint in it")
+        raise CheckpointError(
+            f"no checkpoint at {given}: give a run's folder, a stage's, its 'checkpoints' folder, or one checkpoint in "
+            "it"
+        )
     ranks = {step: rank for step in steps if best and (rank := _rank(path / str(step))) is not None}
     step = min(ranks, key=ranks.get) if ranks else steps[-1]
     if stages:
@@ -299,7 +324,9 @@ def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
 def steps_in(directory) -> list[int]:
     """The steps that a `checkpoints` folder has complete checkpoints of, oldest first; [] without the folder."""
     directory = pathlib.Path(directory)
-    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit()) if directory.is_dir() else []
+    return (
+        sorted(int(child.name) for child in directory.iterdir() if child.name.isdigit()) if directory.is_dir() else []
+    )
 
 
 def _stages_with_weights(run: pathlib.Path) -> list[pathlib.Path]:
@@ -315,19 +342,25 @@ def saved_steps(workdir) -> str:
     """A sentence on what the stages of a run have left to go on from."""
     steps = {folder.parent.name: steps_in(folder) for folder in sorted(pathlib.Path(workdir).glob("*/checkpoints"))}
     found = [f"{stage} {', '.join(map(str, numbers))}" for stage, numbers in steps.items() if numbers]
-    return f"Checkpoints in {workdir} are complete and safe: steps {'; '.join(found)}." if found else f"Nothing was saved in {workdir} yet."
+    return (
+        f"Checkpoints in {workdir} are complete and safe: steps {'; '.join(found)}."
+        if found
+        else f"Nothing was saved in {workdir} yet."
+    )
 
 
 def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two array parts of a checkpoint. An empty router bias and a field that is None are left out: they have nothing to store."""
+    """The two array parts of a checkpoint. An empty router bias and a field that is None are left out: they have
+    nothing to store."""
     fields = {name: value for name, value in vars(state).items() if value is not None}
     variables = {name: fields.pop(name) for name in ("params", "router_bias")}
     return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}, fields
 
 
 def _unwanted(described: Mapping[str, Mapping[str, Any]], like) -> dict[str, Any]:
-    """Abstract arrays that a checkpoint has of fields that are None in the state `like`: they are read with the rest, since Orbax
-    reads all or nothing, and let go. Reinforcement learning without a KL term once kept a reference policy."""
+    """Abstract arrays that a checkpoint has of fields that are None in the state `like`: they are read with the rest,
+    since Orbax reads all or nothing, and let go. Reinforcement learning without a KL term once kept a reference
+    policy."""
     absent = [name for name, value in vars(like).items() if value is None]
     leaves = {path: leaf for path, leaf in described.items() if path.split("/")[0] in absent}
     return _nested({path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()})
@@ -338,17 +371,20 @@ def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
-    """What evaluations of a checkpoint gave; {} where none was noted, or it cannot be read. null stands for what is not a finite number."""
+    """What evaluations of a checkpoint gave; {} where none was noted, or it cannot be read. null stands for what is not
+    a finite number."""
     path = checkpoint / METRICS
     try:
-        values = read_json(path, "") if path.exists() else _read_meta(checkpoint).get("metrics", {})  # older checkpoints have them in `meta`
+        # older checkpoints have them in `meta`
+        values = read_json(path, "") if path.exists() else _read_meta(checkpoint).get("metrics", {})
         return {name: math.nan if value is None else float(value) for name, value in values.items()}
     except (OSError, TypeError, ValueError):
         return {}
 
 
 def _rank(checkpoint: pathlib.Path, metric: str = METRIC) -> float | None:
-    """The metric by which a checkpoint is compared with others; None where there is none, or it is not a finite number."""
+    """The metric by which a checkpoint is compared with others; None where there is none, or it is not a finite
+    number."""
     rank = _read_metrics(checkpoint).get(metric, math.nan)
     return rank if math.isfinite(rank) else None
 
@@ -364,9 +400,12 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def _read_part(folder: pathlib.Path, like) -> Any:
-    """One tree of arrays, placed as `like`: each process reads what it holds and waits for no other. Raises whatever Orbax raises."""
+    """One tree of arrays, placed as `like`: each process reads what it holds and waits for no other. Raises whatever
+    Orbax raises."""
     here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here))
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
+    )
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         return reader.restore(folder, jax.tree.map(_placed, like))
 
@@ -377,7 +416,8 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _changed_bytes(meta: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
-    """The first array whose bytes are not those that were saved, on whatever device; the same answer on every process."""
+    """The first array whose bytes are not those that were saved, on whatever device; the same answer on every
+    process."""
     for part, tree in parts.items():
         for name, checksum in _checksums(tree).items():
             if checksum != meta[part][name].get("checksum", checksum):  # checkpoints of old have another kind
@@ -387,7 +427,10 @@ def _changed_bytes(meta: Mapping[str, Any], parts: Mapping[str, Any]) -> str | N
 
 def _leaves(tree) -> dict[str, Any]:
     """Leaves by path, "params/embed/embedding"."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,20 +446,26 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(tree) -> dict[str, dict[str, Any]]:
     checksums = _checksums(tree)
-    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksums[name]} for name, leaf in _leaves(tree).items()}
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksums[name]}
+        for name, leaf in _leaves(tree).items()
+    }
 
 
 def _checksums(tree) -> dict[str, int]:
     """A checksum of each array, computed where it lies. TensorStore does not notice a flipped bit."""
-    return {name: int(checksum) for name, checksum in jax.device_get({name: _checksum(leaf) for name, leaf in _leaves(tree).items()}).items()}
+    return {
+        name: int(checksum)
+        for name, checksum in jax.device_get({name: _checksum(leaf) for name, leaf in _leaves(tree).items()}).items()
+    }
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     """The sum modulo 2³² of an array's words, each times an odd number that depends on its place. uint32 [].
 
-    A flipped bit always changes it, words that change places nearly always. Unlike a CRC it is the same however the array
-    is divided among devices.
+    A flipped bit always changes it, words that change places nearly always. Unlike a CRC it is the same however the
+    array is divided among devices.
     """
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -436,7 +485,9 @@ def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where
     found = {name: f"{leaf['dtype']}{list(leaf['shape'])}" for name, leaf in described.items()}
     differs = _first_difference(found, wanted, "state")
     if differs:
-        raise CheckpointError(f"{where} does not fit this model and optimiser: {differs}; use another workdir or those settings")
+        raise CheckpointError(
+            f"{where} does not fit this model and optimiser: {differs}; use another workdir or those settings"
+        )
 
 
 def _first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> str | None:

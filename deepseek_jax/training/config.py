@@ -57,9 +57,11 @@ class TrainConfig:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], path: str, context: Mapping[str, Any]) -> "TrainConfig":
-        """Schedules may be numbers or {"kind": …} (see `schedules.build_schedule`); those without `steps` span the stage.
+        """Schedules may be numbers or {"kind": …} (see `schedules.build_schedule`); those without `steps` span the
+        stage.
 
-        Raises ConfigError for an unknown or missing field, naming the nearest known one, and for a value of the wrong kind.
+        Raises ConfigError for an unknown or missing field, naming the nearest known one, and for a value of the wrong
+        kind.
         """
         if is_mapping(fields):  # schedules are built over so many
             if "steps" not in fields:
@@ -70,7 +72,8 @@ class TrainConfig:
         return build(cls, fields, path, context)
 
     def batch_sizes(self, batch_size: int | None) -> tuple[int, ...]:
-        """Sequences a step, ascending: `batch_size` of the stage, or all that the schedule names; it rounds what lies between.
+        """Sequences a step, ascending: `batch_size` of the stage, or all that the schedule names; it rounds what lies
+        between.
 
         Raises ConfigError for a size that no step can have, and where the stage's and the schedule's disagree.
         """
@@ -87,7 +90,8 @@ class TrainConfig:
                 raise ConfigError(f"train.microbatch={self.microbatch} does not divide {field}={size:g}")
         if batch_size is not None and batch_size != sizes[-1]:
             raise ConfigError(
-                f"batch_size={batch_size} and train.batch_size, which reaches {sizes[-1]:g}, are two answers to one question: leave "
+                f"batch_size={batch_size} and train.batch_size, which reaches {sizes[-1]:g}, are two answers to one "
+                "question: leave "
                 "one of them out, or train.batch_size=None for the same size throughout"
             )
         return tuple(map(int, sizes))

@@ -28,7 +28,9 @@ def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None
 
     @jax.jit
     def sums(variables, batch):
-        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])
+        output = model.apply(
+            variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"]
+        )
         targets_BT, mask_BT = targets(batch, 1)
         logp_BT, _ = token_log_probs(model, variables, output.hidden_BTD, targets_BT, chunk)
         return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT), jnp.sum(batch["num_bytes"])

@@ -25,15 +25,20 @@ from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
 
 SPENT = ("step", "start-up", "data", "evaluation", "checkpoint")  # by a process that runs
-NAMES = {"start-up": "starting and compiling", "data": "waiting for data", "evaluation": "evaluation", "checkpoint": "checkpoints"}
+NAMES = {
+    "start-up": "starting and compiling",
+    "data": "waiting for data",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoints",
+}
 NAMES |= {"lost": "steps made again", "down": "down"}
 
 
 class Goodput:
     """Keeps the time of one run of a stage, in `goodput.jsonl` with the runs before it; process 0 alone writes.
 
-    `with clock("data"):` gives the time of a block to its cause; the rest belongs to the steps, and before `started` to the
-    start-up.
+    `with clock("data"):` gives the time of a block to its cause; the rest belongs to the steps, and before `started` to
+    the start-up.
     """
 
     def __init__(self, workdir, now: Callable[[], float] = time.time):
@@ -56,7 +61,8 @@ class Goodput:
 
     @contextlib.contextmanager
     def __call__(self, cause: str, hidden: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """The block's time belongs to `cause`; unless after it `hidden()`, because the device was at work all the while."""
+        """The block's time belongs to `cause`; unless after it `hidden()`, because the device was at work all the
+        while."""
         around = self._cause
         self._switch(cause)
         try:
@@ -79,10 +85,16 @@ class Goodput:
             return ""
         values = account(read_json_lines(self.path, _usable))
         write_text(self.path.with_suffix(".json"), to_json(values, indent=1) + "\n")
-        others = ", ".join(f"{NAMES[cause]} {share:.1%}" for cause, share in values["shares"].items() if cause != "step" and share >= 0.0005)
+        others = ", ".join(
+            f"{NAMES[cause]} {share:.1%}"
+            for cause, share in values["shares"].items()
+            if cause != "step" and share >= 0.0005
+        )
         count = values["restarts"]
         restarts = f" over {count} restart{'s' * (count > 1)}" if count else ""
-        return f"goodput {values['goodput']:.1%} of {values['wall_seconds']:,.0f} s{restarts}; {others or 'nothing else'}"
+        return (
+            f"goodput {values['goodput']:.1%} of {values['wall_seconds']:,.0f} s{restarts}; {others or 'nothing else'}"
+        )
 
     def _switch(self, cause: str) -> None:
         now = self._now()
@@ -91,7 +103,8 @@ class Goodput:
 
 
 def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds up what the runs of a stage have written -> goodput, wall_seconds, restarts, and by cause seconds and shares."""
+    """Adds up what the runs of a stage have written -> goodput, wall_seconds, restarts, and by cause seconds and
+    shares."""
     seconds = dict.fromkeys((*SPENT, "lost", "down"), 0.0)
     counting: list[tuple[int, int, float]] = []  # from step, to step, seconds: not made again so far
     restarts, end = -1, lines[0]["time"]
@@ -117,7 +130,11 @@ def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _usable(line: Mapping[str, Any]) -> bool:
     """A line that a run has written, and not another program."""
     spent = line.get("seconds")
-    signs = isinstance(line.get("step"), int) and isinstance(spent, dict) and all(isinstance(spent.get(cause), float | int) for cause in SPENT)
+    signs = (
+        isinstance(line.get("step"), int)
+        and isinstance(spent, dict)
+        and all(isinstance(spent.get(cause), float | int) for cause in SPENT)
+    )
     return isinstance(line.get("time"), float | int) and (isinstance(line.get("start"), int) or signs)
 
 

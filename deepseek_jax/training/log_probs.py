@@ -13,7 +13,8 @@ KEPT = "log_probs"  # what of `log_probs` is worth keeping where logits are comp
 
 @jax.custom_vjp
 def log_probs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy of p = softmax(logits): float32 [B, T] each, of float32 logits [B, T, V] and int32 targets."""
+    """log p(target) and the entropy of p = softmax(logits): float32 [B, T] each, of float32 logits [B, T, V] and int32
+    targets."""
     return _log_probs_fwd(logits_BTV, targets_BT)[0]
 
 
@@ -21,7 +22,8 @@ def _log_probs_fwd(logits_BTV, targets_BT):
     shift_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
     weights_BTV = jnp.exp(logits_BTV - shift_BT1)
     sum_BT = jnp.sum(weights_BTV, axis=-1)
-    mean_BT = jnp.sum(weights_BTV * (logits_BTV - shift_BT1), axis=-1) / sum_BT  # of the logits, over p; in the same pass as the sum
+    # of the logits, over p; in the same pass as the sum
+    mean_BT = jnp.sum(weights_BTV * (logits_BTV - shift_BT1), axis=-1) / sum_BT
     normaliser_BT = checkpoint_name(jnp.log(sum_BT) + shift_BT1[..., 0], KEPT)
     entropy_BT = checkpoint_name(jnp.log(sum_BT) - mean_BT, KEPT)
     logp_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - normaliser_BT
@@ -29,7 +31,8 @@ def _log_probs_fwd(logits_BTV, targets_BT):
 
 
 def _log_probs_bwd(residuals, cotangents):
-    """∂ log p(t) = 1[v = t] - p(v) and ∂H = -p(v) (log p(v) + H): one pass over the logits, where jax's own rule scatters into an array of their size."""
+    """∂ log p(t) = 1[v = t] - p(v) and ∂H = -p(v) (log p(v) + H): one pass over the logits, where jax's own rule
+    scatters into an array of their size."""
     logits_BTV, targets_BT, normaliser_BT, entropy_BT = residuals
     dlogp_BT1, dentropy_BT1 = (x_BT[..., None] for x_BT in cotangents)
     logp_BTV = logits_BTV - normaliser_BT[..., None]
@@ -47,9 +50,9 @@ def token_log_probs(
     """log p(target) and entropy of the next-token distribution softmax(logits / temperature), float32 [B, T] each.
 
     The float32 logits are divided, as sampling does it: hidden states of another dtype would be rounded once more.
-    Works on about `chunk` tokens at a time (on each device, of those it holds) and recomputes their logits in the backward
-    pass: no array of tokens x vocabulary exists, forward or backward. Chunk i takes every `num_chunks`-th position, so that
-    a batch or a length divided among devices is divided in every chunk too.
+    Works on about `chunk` tokens at a time (on each device, of those it holds) and recomputes their logits in the
+    backward pass: no array of tokens x vocabulary exists, forward or backward. Chunk i takes every `num_chunks`-th
+    position, so that a batch or a length divided among devices is divided in every chunk too.
     """
     batch, length, _ = hidden_BTD.shape
     num_chunks = min(length, -(-batch * length // (chunk * model.placement.token_shards)))

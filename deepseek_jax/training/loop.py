@@ -1,4 +1,5 @@
-"""Runs a stage, pre-training or SFT: steps, log lines, held-out evaluation, checkpoints, and going on where it stopped."""
+"""Runs a stage, pre-training or SFT: steps, log lines, held-out evaluation, checkpoints, and going on where it
+stopped."""
 
 import contextlib
 import dataclasses
@@ -25,6 +26,7 @@ from deepseek_jax.training.state import TrainState, abstract_state, create_state
 from deepseek_jax.training.step import make_train_step
 from deepseek_jax.training.stopping import Terminated, stop_signals
 
+
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     state: TrainState
@@ -44,24 +46,27 @@ def train(
     peak_flops: float | None = None,
     name: str = "train",
 ) -> TrainResult:
-    """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest checkpoint.
-    Where more steps are made already, the checkpoint of `config.steps` is what it gives.
+    """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest
+    checkpoint. Where more steps are made already, the checkpoint of `config.steps` is what it gives.
 
-    Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is started again
-    with the same arguments gives bit-identical weights and log lines. `open_loader()` is called if there are steps to make, and the
-    loader closed however they end. `held_out()` starts a pass over held-out batches; the first one is looked at before the first
-    step. `flops_per_token` (forward and backward) adds FLOP/s to the log, `peak_flops` the utilisation.
+    Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is
+    started again with the same arguments gives bit-identical weights and log lines. `open_loader()` is called if there
+    are steps to make, and the loader closed however they end. `held_out()` starts a pass over held-out batches; the
+    first one is looked at before the first step. `flops_per_token` (forward and backward) adds FLOP/s to the log,
+    `peak_flops` the utilisation.
 
-    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). An exception is passed on
-    after the step that was reached is saved (`Checkpoints.rescue`). Raises DataError for data that cannot be trained on,
-    CheckpointError for a checkpoint that cannot be used or written.
+    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). An exception is
+    passed on after the step that was reached is saved (`Checkpoints.rescue`). Raises DataError for data that cannot be
+    trained on, CheckpointError for a checkpoint that cannot be used or written.
     """
     workdir = pathlib.Path(workdir)
     clock = Goodput(workdir)
     optimizer = build_optimizer(config.optimizer)
     rng = jax.random.key(seed)
     with contextlib.ExitStack() as stack:
-        store = Checkpoints(workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best)
+        store = Checkpoints(
+            workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best
+        )
         stack.enter_context(contextlib.closing(store))
         wanted = abstract_state(model, optimizer)
         store.require_space(wanted)
@@ -69,14 +74,18 @@ def train(
         if restored is not None:
             state, evaluation = restored.state, restored.metrics
         else:
-            state = create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
+            state = (
+                create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
+            )
         step = saved = int(state.step)
 
         def evaluation_due() -> bool:
             return held_out is not None and step > 0 and (step == config.steps or _due(step, config.eval_every))
 
-        beyond = max(store.steps(), default=0) > config.steps  # the stage was longer once; all that it has left stays as it is
-        missing = evaluation_due() and not evaluation and not beyond  # the run was killed between a save and its evaluation
+        # the stage was longer once; all that it has left stays as it is
+        beyond = max(store.steps(), default=0) > config.steps
+        # the run was killed between a save and its evaluation
+        missing = evaluation_due() and not evaluation and not beyond
         if step >= config.steps and not missing:
             return TrainResult(state, evaluation)
         if held_out is not None:
@@ -155,7 +164,9 @@ def train(
                 raise
             log.progress.say(clock.report())
             if stop is not None:
-                log.progress.say(f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on")
+                log.progress.say(
+                    f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on"
+                )
                 raise Terminated(128 + stop)
     return TrainResult(state, evaluation)
 
@@ -165,7 +176,8 @@ def _due(step: int, every: int) -> bool:
 
 
 def look_at(held_out: Callable[[], Iterable[Batch]], vocab_size: int) -> None:
-    """Raises DataError if the first held-out batch is missing or cannot be evaluated: better before the first step than after the last."""
+    """Raises DataError if the first held-out batch is missing or cannot be evaluated: better before the first step than
+    after the last."""
     first = next(iter(held_out()), None)
     if first is None:
         raise DataError("the held-out data gives no batch: give longer documents or more of them")
@@ -179,7 +191,9 @@ class Log:
     a line is fetched and written one step late, or by `flush`.
     """
 
-    def __init__(self, writer: MetricsWriter, progress: Progress, flops_per_token: float | None, peak_flops: float | None):
+    def __init__(
+        self, writer: MetricsWriter, progress: Progress, flops_per_token: float | None, peak_flops: float | None
+    ):
         self.writer, self.progress = writer, progress
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._pending: tuple[int, dict[str, jax.Array], bool] | None = None

@@ -1,4 +1,5 @@
-"""What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines elsewhere."""
+"""What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines
+elsewhere."""
 
 import contextlib
 import pathlib
@@ -23,17 +24,16 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.json_io import read_json_lines, to_json
 from deepseek_jax.parallel.hosts import is_primary, write_text
 
-
 GROUPS = (("eval", r"held_out_.*|bits_per_byte"), ("moe", r"max_violation.*|expert_.*|bias_.*|balance"))
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard files in `workdir`; of several processes the first alone does.
 
-    `last_step` is where a run resumes: what was logged after it belongs to steps that will be run again, and is dropped,
-    as is a last line cut short. A list of numbers is one TensorBoard curve per element. A matrix, such as the load of every expert
-    in every layer, is a TensorBoard image and a line of a file of its own, `<name>.jsonl`. TensorBoard has the tags in groups: eval,
-    moe, and `group` for all others.
+    `last_step` is where a run resumes: what was logged after it belongs to steps that will be run again, and is
+    dropped, as is a last line cut short. A list of numbers is one TensorBoard curve per element. A matrix, such as the
+    load of every expert in every layer, is a TensorBoard image and a line of a file of its own, `<name>.jsonl`.
+    TensorBoard has the tags in groups: eval, moe, and `group` for all others.
     """
 
     def __init__(self, workdir, last_step: int = 0, group: str = "train"):
@@ -45,9 +45,12 @@ class MetricsWriter:
         self._file(self.path)
         board = self.path.parent / "tensorboard"
         board.mkdir(exist_ok=True)
-        # Written here and now: tensorboardX's own thread dies on a full disk, with a traceback, and whoever waits for it waits for ever.
+        # Written here and now: tensorboardX's own thread dies on a full disk, with a traceback, and whoever waits for
+        # it waits for ever.
         self._board = EventsWriter(str(board / "events"))
-        self._board.write_event(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._board.write_event(
+            Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
 
     def _file(self, path: pathlib.Path) -> TextIO:
         """Opened for appending, without the lines of steps that are run again."""
@@ -67,17 +70,22 @@ class MetricsWriter:
         try:
             self._append(self.path, {"step": step} | values)
             for name, matrix in matrices.items():
-                self._append(self.path.with_name(f"{name}.jsonl"), {"step": step, name: np.round(matrix.astype(np.float64), 4)})
+                self._append(
+                    self.path.with_name(f"{name}.jsonl"), {"step": step, name: np.round(matrix.astype(np.float64), 4)}
+                )
                 self._show(step, summary.image(self.tag(name), _picture(matrix), dataformats="HW"))
             for name, value in values.items():
                 for suffix, number in enumerate_leaves(value):
                     self._show(step, summary.scalar(self.tag(name) + suffix, number))
             self._board.flush()
         except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror}; free some space or choose another workdir") from error
+            raise UserError(
+                f"could not write {self.path}: {error.strerror}; free some space or choose another workdir"
+            ) from error
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions to be read: lines of `samples.jsonl`, and a text in TensorBoard. Raises UserError if the disk is full."""
+        """Completions to be read: lines of `samples.jsonl`, and a text in TensorBoard. Raises UserError if the disk is
+        full."""
         if not self._writes or not rows:
             return
         path = self.path.with_name("samples.jsonl")
@@ -85,10 +93,15 @@ class MetricsWriter:
             for row in rows:
                 self._append(path, {"step": step} | row)
             texts = ["\n".join(f"{name}: {value}" for name, value in row.items()) for row in rows]
-            self._show(step, summary.text(self.tag("samples"), "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts)))
+            self._show(
+                step,
+                summary.text(self.tag("samples"), "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts)),
+            )
             self._board.flush()
         except OSError as error:
-            raise UserError(f"could not write {path}: {error.strerror}; free some space or choose another workdir") from error
+            raise UserError(
+                f"could not write {path}: {error.strerror}; free some space or choose another workdir"
+            ) from error
 
     def _append(self, path: pathlib.Path, line: Mapping[str, Any]) -> None:
         self._file(path).write(to_json(line) + "\n")
@@ -109,7 +122,8 @@ class MetricsWriter:
 
 
 def _picture(matrix: np.ndarray) -> np.ndarray:
-    """uint8 [height, width]: 0 is black and twice the mean or more is white; every number is a square that can be seen."""
+    """uint8 [height, width]: 0 is black and twice the mean or more is white; every number is a square that can be
+    seen."""
     values = np.nan_to_num(matrix.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     mean = values.mean() or 1.0
     size = max(1, min(8, 512 // max(values.shape)))
@@ -134,9 +148,11 @@ def has_step(line: Mapping[str, Any]) -> bool:
 
 
 class Progress:
-    """On a terminal, a bar with step, total and time left, and the newest numbers below it; elsewhere a line for each report.
+    """On a terminal, a bar with step, total and time left, and the newest numbers below it; elsewhere a line for each
+    report.
 
-    Lines are as wide as the terminal is: nothing is cut off. In the end the last numbers stay on the screen. Use as a context manager.
+    Lines are as wide as the terminal is: nothing is cut off. In the end the last numbers stay on the screen. Use as a
+    context manager.
     """
 
     def __init__(self, name: str, total: int, done: int = 0):
@@ -147,7 +163,9 @@ class Progress:
         self._live = self._console = None
         if sys.stdout.isatty():
             self._console = rich.console.Console(file=sys.stdout)
-            self._live = rich.live.Live(console=self._console, get_renderable=self.view, refresh_per_second=4, transient=True)
+            self._live = rich.live.Live(
+                console=self._console, get_renderable=self.view, refresh_per_second=4, transient=True
+            )
 
     def __enter__(self):
         if self._live is not None:

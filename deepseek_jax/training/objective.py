@@ -27,10 +27,11 @@ BALANCE_REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
 class ObjectiveConfig:
     """Weights of the terms. `balance` is "sequence" (V3), "expert" (V2), "batch" or "none", times `balance_alpha`.
 
-    `balance_reduction` is "sum" or "mean" over the routers. The reports give α for one layer and do not say how layers are
-    added up. DeepSeek's released code adds α times the loss inside every MoE layer (`AddAuxiliaryLoss` in V2's
-    modeling_deepseek.py), which is the sum: 58 times the mean for V3's 58 MoE layers. The router of each MTP module that
-    runs counts like a layer's, over the positions that the module has (see `RoutingStats`), and λ does not weight it.
+    `balance_reduction` is "sum" or "mean" over the routers. The reports give α for one layer and do not say how layers
+    are added up. DeepSeek's released code adds α times the loss inside every MoE layer (`AddAuxiliaryLoss` in V2's
+    modeling_deepseek.py), which is the sum: 58 times the mean for V3's 58 MoE layers. The router of each MTP module
+    that runs counts like a layer's, over the positions that the module has (see `RoutingStats`), and λ does not weight
+    it.
 
     `mtp_weight` is λ over steps; a schedule that is 0 throughout does not run the MTP modules at all. `loss_chunk` is
     how many tokens' logits exist at once. The "batch" loss is not linear in sequences: under gradient accumulation it
@@ -44,9 +45,14 @@ class ObjectiveConfig:
     loss_chunk: int = free(4096)
 
     def __post_init__(self):
-        for field, allowed in (("balance", ("none", *BALANCE_LOSSES)), ("balance_reduction", tuple(BALANCE_REDUCTIONS))):
+        for field, allowed in (
+            ("balance", ("none", *BALANCE_LOSSES)),
+            ("balance_reduction", tuple(BALANCE_REDUCTIONS)),
+        ):
             if getattr(self, field) not in allowed:
-                raise ConfigError(f"objective.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}")
+                raise ConfigError(
+                    f"objective.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}"
+                )
         if min(self.mtp_weight.values) < 0:
             raise ConfigError(f"objective.mtp_weight goes down to {min(self.mtp_weight.values):g}: 0 or more")
         if self.balance_alpha < 0:
@@ -68,7 +74,8 @@ class LossAux:
     """A microbatch's share of the global batch's numbers; shares of all microbatches add up (see module docstring)."""
 
     parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance" (reduced over routers): before λ and α
-    loads: dict[str, jax.Array]  # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
+    # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
+    loads: dict[str, jax.Array]
     tokens: jax.Array  # float32, tokens that are not padding
     overflows: jax.Array  # int32, over all layers (see `RoutingStats`)
 
@@ -108,7 +115,8 @@ def loss_fn(
     step: jax.Array,
     denominator: Denominators | None = None,
 ) -> tuple[jax.Array, LossAux]:
-    """The loss of a batch (int32 [B, T]: tokens, segment_ids, positions, loss_mask), float32, differentiable in `params`.
+    """The loss of a batch (int32 [B, T]: tokens, segment_ids, positions, loss_mask), float32, differentiable in
+    `params`.
 
     `denominator` belongs to the global batch this batch is a part of; by default the batch is the whole.
     MTP: λ/D · Σ_k CE_k (V3 eqs. 24-25), each CE_k over its own targets.
@@ -117,7 +125,9 @@ def loss_fn(
     if denominator is None:
         denominator = denominators(batch, model.config.mtp_depth if mtp else 0)
     variables = {"params": params, "router_bias": router_bias}
-    output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=mtp)
+    output = model.apply(
+        variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=mtp
+    )
 
     def cross_entropy(hidden_BTD, ahead):
         targets_BT, mask_BT = targets(batch, ahead)

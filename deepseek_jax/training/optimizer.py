@@ -30,7 +30,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.moment_dtype not in MOMENT_DTYPES:
-            raise ConfigError(f"optimizer.moment_dtype={self.moment_dtype!r}: {nearest(self.moment_dtype, MOMENT_DTYPES)}")
+            raise ConfigError(
+                f"optimizer.moment_dtype={self.moment_dtype!r}: {nearest(self.moment_dtype, MOMENT_DTYPES)}"
+            )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value < 1:

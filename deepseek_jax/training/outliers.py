@@ -17,9 +17,9 @@ READERS = {
 
 
 def add_outliers(params: Mapping[str, Any], channels: int, factor: float) -> dict[str, Any]:
-    """Every norm before an attention or a feed-forward gives `channels` evenly spaced channels `factor` times as large, and the rows of the
-    weights that read them are as much smaller. For a power of two the network computes the same, bit for bit, but where something rounds
-    numbers of one size together."""
+    """Every norm before an attention or a feed-forward gives `channels` evenly spaced channels `factor` times as large,
+    and the rows of the weights that read them are as much smaller. For a power of two the network computes the same,
+    bit for bit, but where something rounds numbers of one size together."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for path in list(flat):
         block, _, norm = path.removesuffix("/scale").rpartition("/")

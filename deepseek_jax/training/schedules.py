@@ -32,7 +32,8 @@ class Segment:
             raise ConfigError(f"schedule segment {self.shape!r}: {nearest(self.shape, SHAPES)}")
         if self.steps < 0:
             raise ConfigError(
-                f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise steps or warm up less"
+                f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise "
+                "steps or warm up less"
             )
 
     def over(self, start: float) -> optax.Schedule:
@@ -85,7 +86,8 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
-    """Sequences per step: from `start` to `end` while the first `ramp_tokens` are read, linear in steps or as one jump."""
+    """Sequences per step: from `start` to `end` while the first `ramp_tokens` are read, linear in steps or as one
+    jump."""
 
     sequence_length: int
     start: int
@@ -116,7 +118,8 @@ class BatchSchedule:
         return round(2 * sequences / (self.start + math.sqrt(self.start**2 + 4 * growth * sequences)))
 
 
-# Sources: V3 §4.2, V2 §3.1.2 and appendix B, Moonlight §3.2. The shape of the ramps is not published; linear in steps here.
+# Sources: V3 §4.2, V2 §3.1.2 and appendix B, Moonlight §3.2. The shape of the ramps is not published; linear in steps
+# here.
 V3_BATCH = BatchSchedule(4096, 3072, 15_360, 469e9)
 V2_BATCH = BatchSchedule(4096, 2304, 9216, 225e9)
 V2_LITE_BATCH = BatchSchedule(4096, 4608, 4608)
@@ -167,7 +170,8 @@ def _decay_at(peak: float, warmup_steps: int, boundaries: list[int], factor: flo
 
 
 def deepseek_v3(peak: float = 2.2e-4, steps: int | None = None, warmup_steps: int = 2000) -> Schedule:
-    """V3 §4.2: warm-up, constant to 10T tokens, cosine to a tenth over 4.3T, constant for 333B, 7.3e-6/2.2e-4 for the last 167B.
+    """V3 §4.2: warm-up, constant to 10T tokens, cosine to a tenth over 4.3T, constant for 333B, 7.3e-6/2.2e-4 for the
+    last 167B.
 
     `steps` squeezes the same shape into a shorter run; None is the published run with its growing batch.
     """
@@ -208,8 +212,11 @@ def deepseek_v2_lite(peak: float = 4.2e-4, steps: int | None = None, warmup_step
     return _decay_at(peak, warmup_steps, boundaries, 0.316)
 
 
-def moonlight(peak: float = 4.2e-4, steps: int | None = None, warmup_steps: int = 2000, cooldown_warmup_steps: int = 100) -> Schedule:
-    """Moonlight §3.2: warm-up, cosine to a tenth by 5.2T tokens; then up to 1e-4/4.2e-4 of the peak and linearly to 0 at 5.7T."""
+def moonlight(
+    peak: float = 4.2e-4, steps: int | None = None, warmup_steps: int = 2000, cooldown_warmup_steps: int = 100
+) -> Schedule:
+    """Moonlight §3.2: warm-up, cosine to a tenth by 5.2T tokens; then up to 1e-4/4.2e-4 of the peak and linearly to 0
+    at 5.7T."""
     cosine_end, end = _boundaries((5.2e12, MOONLIGHT_TOKENS), MOONLIGHT_BATCH, steps)
     return Schedule(
         0.0 if warmup_steps else peak,
@@ -234,14 +241,18 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 def build_schedule(spec: "Schedule | float | Mapping[str, Any]", path: str, steps: int) -> Schedule:
     """A schedule from a number, or from {"kind": name, **arguments}; `steps` is the run's length where none is given.
 
-    `"steps": None` asks for a published schedule at its published length. Raises ConfigError for an unknown kind or argument.
+    `"steps": None` asks for a published schedule at its published length. Raises ConfigError for an unknown kind or
+    argument.
     """
     if isinstance(spec, Schedule):
         return spec
     if isinstance(spec, (int, float)) and not isinstance(spec, bool):
         return constant(convert(spec, float, path))
     if not is_mapping(spec) or "kind" not in spec:
-        raise ConfigError(f"{path}={spec!r}: a number, or a mapping with 'kind' and its arguments; kinds: {', '.join(sorted(SCHEDULES))}")
+        raise ConfigError(
+            f"{path}={spec!r}: a number, or a mapping with 'kind' and its arguments; kinds: "
+            f"{', '.join(sorted(SCHEDULES))}"
+        )
     arguments = dict(spec.items())
     kind = arguments.pop("kind")
     if not isinstance(kind, str) or kind not in SCHEDULES:

@@ -34,11 +34,15 @@ class TrainState:
 
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """The state's shapes, dtypes and places as jax.ShapeDtypeStruct; nothing is allocated."""
-    abstract = jax.eval_shape(lambda variables, rng: _fresh(variables, optimizer.init, rng), abstract_variables(model), jax.random.key(0))
+    abstract = jax.eval_shape(
+        lambda variables, rng: _fresh(variables, optimizer.init, rng), abstract_variables(model), jax.random.key(0)
+    )
     return with_sharding(abstract, state_sharding(model, abstract))
 
 
-def state_of(model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+def state_of(
+    model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
     """A state at step 0 with fresh moments around a copy of given weights: a train step may destroy its buffers.
 
     On a mesh every device gets its part of each array, wherever the weights are now.
@@ -53,9 +57,11 @@ def create_state(model: Transformer, optimizer: optax.GradientTransformation, rn
     return _placed(model, init_variables(model, init_rng, variables_sharding(model)), optimizer, rng)
 
 
-def _placed(model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The weights, where they are, and the rest made around them: in a jitted function, since no process can put an array on
-    the devices of another."""
+def _placed(
+    model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
+    """The weights, where they are, and the rest made around them: in a jitted function, since no process can put an
+    array on the devices of another."""
 
     def rest(params, rng):
         return _fresh({"params": params}, optimizer.init, rng).replace(params=None, router_bias=None)

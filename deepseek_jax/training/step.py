@@ -72,16 +72,23 @@ def guarded_update(
 ) -> tuple[TrainState, jax.Array]:
     """Applies gradients and moves the router biases, unless the loss or the gradient's norm is not finite.
 
-    Then weights, biases and moments stay as they are and `skipped` counts one more. -> (state one step on, gradient norm)
+    Then weights, biases and moments stay as they are and `skipped` counts one more. -> (state one step on, gradient
+    norm)
     """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    proposed = (optax.apply_updates(state.params, updates), opt_state, update_router_bias(state.router_bias, loads, bias_rate, centred))
+    proposed = (
+        optax.apply_updates(state.params, updates),
+        opt_state,
+        update_router_bias(state.router_bias, loads, bias_rate, centred),
+    )
     current = (state.params, state.opt_state, state.router_bias)
     params, opt_state, router_bias = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, current)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
-    state = state.replace(step=state.step + 1, params=params, router_bias=router_bias, opt_state=opt_state, skipped=skipped)
+    state = state.replace(
+        step=state.step + 1, params=params, router_bias=router_bias, opt_state=opt_state, skipped=skipped
+    )
     return state, grad_norm
 
 
@@ -119,7 +126,9 @@ def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Ar
     `loads` and `router_bias` share their top-level names, one per stack of routers.
     """
     return {
-        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], rate, centred), biases) if stack in loads else biases
+        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], rate, centred), biases)
+        if stack in loads
+        else biases
         for stack, biases in router_bias.items()
     }
 
@@ -127,7 +136,8 @@ def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Ar
 def load_metrics(loads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """MaxVio (Loss-Free Balancing eq. 4) of each router, main layers first, with mean and maximum over routers.
 
-    And the relative load behind it, `expert_load` [routers, experts] (V3's figure 9): 1 is an expert's share where all have the same.
+    And the relative load behind it, `expert_load` [routers, experts] (V3's figure 9): 1 is an expert's share where all
+    have the same.
     """
     loads_LE = jnp.concatenate([jnp.atleast_2d(loads[stack]) for stack in sorted(loads)])
     violation_L = max_violation(loads_LE)

@@ -13,17 +13,18 @@ _asked = itertools.count(1)  # jax counts over the whole life of a process, and 
 
 
 class Terminated(SystemExit):
-    """A signal asked the run to stop and everything is saved; left alone it ends the process with 128 + the signal's number."""
+    """A signal asked the run to stop and everything is saved; left alone it ends the process with 128 + the signal's
+    number."""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     """Gives a function to be called after each step: the signal for which to save and stop now, or None.
 
-    One process listens for SIGTERM and SIGINT itself; a second signal acts as if nobody listened. Main thread only.
-    Of several, all stop after the same step if one gets a signal: jax hears SIGTERM and has the processes agree, in the
-    background, on a step that none of them has passed; Ctrl-C is passed on to it. A notice that comes when the last step of a
-    stage is under way holds for the first of the next.
+    One process listens for SIGTERM and SIGINT itself; a second signal acts as if nobody listened. Main thread only. Of
+    several, all stop after the same step if one gets a signal: jax hears SIGTERM and has the processes agree, in the
+    background, on a step that none of them has passed; Ctrl-C is passed on to it. A notice that comes when the last
+    step of a stage is under way holds for the first of the next.
     """
     alone = jax.process_count() == 1
     received: list[signal.Signals] = []

@@ -1,13 +1,15 @@
-"""V3's comparison of training in FP8 and in bfloat16 (Appendix B.1), small, beside what the recipe's choices are there to prevent.
+"""V3's comparison of training in FP8 and in bfloat16 (Appendix B.1), small, beside what the recipe's choices are there
+to prevent.
 
     python -m deepseek_jax.launch --sweep=experiments/sweeps/fp8_curve.py --slots=2
 
-Same data and seed in the runs that are compared. Those called outliers start from weights with four channels 64 times as large, which computes the
-same function. The run without promotion sums as a Hopper tensor core does, emulated, and takes 49 minutes; the others 3 to 9.
+Same data and seed in the runs that are compared. Those called outliers start from weights with four channels 64 times
+as large, which computes the same function. The run without promotion sums as a Hopper tensor core does, emulated, and
+takes 49 minutes; the others 3 to 9.
 
-Hardware: two CPU cores, one for each slot; a little over an hour, jax 0.10.2.
-Measured, training loss smoothed (EMA 0.9) against the bfloat16 run of the same seed, after the 20 steps of warm-up, in percent: mean, largest
-difference, largest in the last 110 steps (notebooks/fp8.ipynb draws the curves):
+Hardware: two CPU cores, one for each slot; a little over an hour, jax 0.10.2. Measured, training loss smoothed (EMA
+0.9) against the bfloat16 run of the same seed, after the 20 steps of warm-up, in percent: mean, largest difference,
+largest in the last 110 steps (notebooks/fp8.ipynb draws the curves):
 
     float32                    0.038   0.143   0.143
     fp8                       -0.029   0.272   0.239     V3 reports less than 0.25
@@ -23,13 +25,15 @@ difference, largest in the last 110 steps (notebooks/fp8.ipynb draws the curves)
     outliers-fp8-per-tensor    0.213   0.863   0.836     0.62 at the end, where tiles and blocks are at -0.06
     narrow-heads-fp8           0.429   0.672   0.672     against narrow-heads-bfloat16
 
-Seed 0 in bfloat16 and in fp8 was run again after SwiGLU had become the same number in both, float32 rounded once; in the bfloat16 runs of seeds 1 and 2, of
-outliers and of narrow heads it was still rounded after every operation. The new bfloat16 run is within 0.08 of the old one and the new fp8 run, whose SwiGLU
-did not change, within 0.17: so far apart do runs drift that differ in rounding.
+Seed 0 in bfloat16 and in fp8 was run again after SwiGLU had become the same number in both, float32 rounded once; in
+the bfloat16 runs of seeds 1 and 2, of outliers and of narrow heads it was still rounded after every operation. The new
+bfloat16 run is within 0.08 of the old one and the new fp8 run, whose SwiGLU did not change, within 0.17: so far apart
+do runs drift that differ in rounding.
 
-Heads are as wide as V3's, 128 + 64 numbers. They, batch and steps were chosen after the first network, with heads of 32 + 16 (narrow-heads, one seed),
-had failed: FP8 costs it 0.4 almost from the start, where float32 (--config.precision.name=float32 with the same heads) is within 0.072.
-The learning rate is small on purpose: at ten times it any two runs that round differently drift apart by 1%.
+Heads are as wide as V3's, 128 + 64 numbers. They, batch and steps were chosen after the first network, with heads of 32
++ 16 (narrow-heads, one seed), had failed: FP8 costs it 0.4 almost from the start, where float32
+(--config.precision.name=float32 with the same heads) is within 0.072. The learning rate is small on purpose: at ten
+times it any two runs that round differently drift apart by 1%.
 """
 
 from deepseek_jax.launch import Run, Sweep
@@ -38,10 +42,19 @@ LINEARS = ("precision.format", "precision.attention_output")
 
 HALF, FULL = {"precision.name": "bfloat16"}, {"precision.name": "float32"}
 E5M2_GRADIENTS = {f"{linear}.gradient.format": "float8_e5m2" for linear in LINEARS}
-NO_PROMOTION = {f"{linear}.accumulation.{field}": value for linear in LINEARS for field, value in (("promote_every", None), ("accumulator", "hopper_fp22"))}
-NARROW_HEADS = {f"model.attention.{field}": n for field, n in (("num_heads", 4), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 16), ("v_head_dim", 32))}
+NO_PROMOTION = {
+    f"{linear}.accumulation.{field}": value
+    for linear in LINEARS
+    for field, value in (("promote_every", None), ("accumulator", "hopper_fp22"))
+}
+NARROW_HEADS = {
+    f"model.attention.{field}": n
+    for field, n in (("num_heads", 4), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 16), ("v_head_dim", 32))
+}
 OUTLIERS = {"stages": ("outliers", "pretrain")}
-PER_TENSOR = {f"{linear}.{operand}.scope": "tensor" for linear in LINEARS for operand in ("input", "weight", "gradient")}
+PER_TENSOR = {
+    f"{linear}.{operand}.scope": "tensor" for linear in LINEARS for operand in ("input", "weight", "gradient")
+}
 
 RUNS = {
     "fp8-no-promotion": NO_PROMOTION,
@@ -55,7 +68,9 @@ RUNS = {
     "narrow-heads-bfloat16": NARROW_HEADS | HALF,
     "narrow-heads-fp8": NARROW_HEADS,
 }
-OTHER_SEEDS = {f"{name}-seed-{seed}": RUNS[name] | {"seed": seed} for seed in (1, 2) for name in ("bfloat16", "fp8", "float32")}
+OTHER_SEEDS = {
+    f"{name}-seed-{seed}": RUNS[name] | {"seed": seed} for seed in (1, 2) for name in ("bfloat16", "fp8", "float32")
+}
 
 
 def get_sweep() -> Sweep:

@@ -1,4 +1,5 @@
-"""A V3-style size ladder from a laptop to a pod: loss against compute. The recipes of mHC, appendix A.1, and the same shape below them.
+"""A V3-style size ladder from a laptop to a pod: loss against compute. The recipes of mHC, appendix A.1, and the same
+shape below them.
 
     python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py --plan        every rung: hours, cost, memory; starts nothing
     python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py               the three rungs for a laptop
@@ -13,11 +14,12 @@
     9b     9,179,192,768   1,661,394,368   105B     512 × 4096         5.9e-4    v5p:4x4x4
     27b    27,045,344,808  4,135,925,288   262B     1280 × 4096        4.0e-4    v5p:8x8x8
 
-3b, 9b and 27b are the published rungs (2.97B, 9.18B and 27.0B; 612M, 1.66B and 4.14B active, which counts the head and not the embedding). They
-read 64 tokens for each active parameter, the laptop's 16. The report leaves open the dense layer's width, query compression and the gates' factor:
-see `v3_style`.
+3b, 9b and 27b are the published rungs (2.97B, 9.18B and 27.0B; 612M, 1.66B and 4.14B active, which counts the head and
+not the embedding). They read 64 tokens for each active parameter, the laptop's 16. The report leaves open the dense
+layer's width, query compression and the gates' factor: see `v3_style`.
 
-Measured before the balance loss was summed over layers, on two CPU cores (seed 0, one run at a time, most of both cores taken by other work, jax 0.10.2), 20 minutes in all:
+Measured before the balance loss was summed over layers, on two CPU cores (seed 0, one run at a time, most of both cores
+taken by other work, jax 0.10.2), 20 minutes in all:
 
     rung                        0.2m      0.4m        1m
     training FLOPs           3.13e11   7.92e11   4.95e12
@@ -31,11 +33,29 @@ from deepseek_jax.launch import Resources, Rung, Sweep, ladder
 
 
 def laptop(name: str, sizes: tuple[int, int, int, int], steps: int, learning_rate: float) -> Rung:
-    return Rung(name, tiny(*sizes), seq_len=128, batch_size=16, steps=steps, learning_rate=learning_rate, warmup_steps=steps // 10)
+    return Rung(
+        name,
+        tiny(*sizes),
+        seq_len=128,
+        batch_size=16,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=steps // 10,
+    )
 
 
-def published(name: str, model, batch_size: int, steps: int, learning_rate: float, topology: str, mesh: dict[str, int], microbatch: int) -> Rung:
-    """A recipe at its published size. C4 stands in for the corpus, and bytes for the tokenizer until `tokenizer` names a V3 folder."""
+def published(
+    name: str,
+    model,
+    batch_size: int,
+    steps: int,
+    learning_rate: float,
+    topology: str,
+    mesh: dict[str, int],
+    microbatch: int,
+) -> Rung:
+    """A recipe at its published size. C4 stands in for the corpus, and bytes for the tokenizer until `tokenizer` names
+    a V3 folder."""
     overrides = {f"mesh.{axis}": size for axis, size in mesh.items()} | {
         "precision": "bfloat16",
         "pretrain.data.sources": ({"name": "tfds:c4/en"},),

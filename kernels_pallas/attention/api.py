@@ -38,7 +38,8 @@ ATTENTION = Operation(
     _small,
     _results,
     ATTENDED,
-    "The scores lie in memory instead; bfloat16, one query head to each key head, and widths and lengths that the kernel takes avoid it",
+    "The scores lie in memory instead; bfloat16, one query head to each key head, and widths and lengths that the "
+    "kernel takes avoid it",
 )
 
 
@@ -53,25 +54,35 @@ def attention(
     first: jax.Array | int = 0,
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """softmax(q kᵀ scale) v for each head: q [B, T, H, k], k [B, S, H, k], v [B, S, H, v] of one dtype -> [B, T, H, v] in it.
+    """softmax(q kᵀ scale) v for each head: q [B, T, H, k], k [B, S, H, k], v [B, S, H, v] of one dtype -> [B, T, H, v]
+    in it.
 
-    The first query stands at place `first` of the S. A query sees the keys at or before its own place whose `segments` [B, S] equal its own,
-    `query_segments` [B, T], both int32; what one gets that sees nothing is not defined. Scores, softmax and sums are float32, what is multiplied
-    with the values is rounded to their dtype. A kernel keeps no scores: the backward pass computes them again. Raises ValueError for shapes
-    or dtypes that do not match.
+    The first query stands at place `first` of the S. A query sees the keys at or before its own place whose `segments`
+    [B, S] equal its own, `query_segments` [B, T], both int32; what one gets that sees nothing is not defined. Scores,
+    softmax and sums are float32, what is multiplied with the values is rounded to their dtype. A kernel keeps no
+    scores: the backward pass computes them again. Raises ValueError for shapes or dtypes that do not match.
     """
     (B, T, H, width), S = q.shape, k.shape[1]
-    expected = (k.shape, (B, S, H, width)), (v.shape[:3], (B, S, H)), (query_segments.shape, (B, T)), (segments.shape, (B, S))
+    expected = (
+        (k.shape, (B, S, H, width)),
+        (v.shape[:3], (B, S, H)),
+        (query_segments.shape, (B, T)),
+        (segments.shape, (B, S)),
+    )
     if any(got != wanted for got, wanted in expected) or not q.dtype == k.dtype == v.dtype:
         given = {"q": q, "k": k, "v": v, "query_segments": query_segments, "segments": segments}
         got = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in given.items())
-        raise ValueError(f"attention: {got} must be [B, T, H, k], [B, S, H, k], [B, S, H, v], [B, T], [B, S], the first three of one dtype")
+        raise ValueError(
+            f"attention: {got} must be [B, T, H, k], [B, S, H, k], [B, S, H, v], [B, T], [B, S], the first three of "
+            "one dtype"
+        )
     chosen = choose(ATTENTION, implementation, q, k, v)
     return chosen(*vary_alike(q, k, v, query_segments, segments, jnp.asarray(first, jnp.int32)), scale)
 
 
 def has_kernel(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, why_not: str | None = None) -> bool:
-    """Whether there is one for such operands on that kind of device; said once where there is one for others, or `why_not` it cannot be used."""
+    """Whether there is one for such operands on that kind of device; said once where there is one for others, or
+    `why_not` it cannot be used."""
     name = PREFERRED.get(kind)
     if name not in ATTENTION.implementations:
         return False

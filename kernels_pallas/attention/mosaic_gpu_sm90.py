@@ -3,14 +3,16 @@
     s = q kᵀ scale, where masked    p = exp(s - lse)    o = p v    lse = log Σ exp(s)                    over keys, 64 at a time
     ds = p (do vᵀ - δ) scale        dq = ds k           dk = dsᵀ q           dv = pᵀ do                  δ = Σ o do
 
-The algorithm is that of FlashAttention-2 (arXiv 2307.08691): forward, the maximum and the sum of each row run along with the keys and what was summed is
-scaled again when the maximum grows; backward, the scores are computed again from lse, once for dq, where each block of threads goes along the
-keys of its queries, and once for dk and dv, where it goes along the queries of its keys. Blocks of threads have two warpgroups that compute, 64 rows
-each, and one that copies the next step into shared memory. Exponents are to the base 2, and what is called lse here is too.
+The algorithm is that of FlashAttention-2 (arXiv 2307.08691): forward, the maximum and the sum of each row run along
+with the keys and what was summed is scaled again when the maximum grows; backward, the scores are computed again from
+lse, once for dq, where each block of threads goes along the keys of its queries, and once for dk and dv, where it goes
+along the queries of its keys. Blocks of threads have two warpgroups that compute, 64 rows each, and one that copies the
+next step into shared memory. Exponents are to the base 2, and what is called lse here is too.
 
-Queries see keys at or before their own place and of their own segment; steps that no query of a block can see are not taken. Arrays are read and
-written as [B, T, H, ·], with nothing transposed. Copies read zeros beyond an end, which the mask hides, and write nothing there. What a step reads
-with ordinary loads lies in a slot that the next copy fills: `commit_smem` orders the two.
+Queries see keys at or before their own place and of their own segment; steps that no query of a block can see are not
+taken. Arrays are read and written as [B, T, H, ·], with nothing transposed. Copies read zeros beyond an end, which the
+mask hides, and write nothing there. What a step reads with ordinary loads lies in a slot that the next copy fills:
+`commit_smem` orders the two.
 """
 
 import math
@@ -26,7 +28,9 @@ from kernels_pallas.matmul.mosaic_gpu_sm90 import tiled
 
 ROWS = 64  # of queries (keys, for their gradients) in one warpgroup's hands
 KEYS = 64  # at a time, for queries
-QUERIES = 32  # at a time, for keys: with 64, two sums of 64 rows and two blocks of scores do not fit a warpgroup's registers (compiled: it spills)
+# at a time, for keys: with 64, two sums of 64 rows and two blocks of scores do not fit a warpgroup's registers
+# (compiled: it spills)
+QUERIES = 32
 BLOCK = 2 * ROWS
 STAGES = 2  # steps in shared memory
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -50,7 +54,21 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
     """-> o [B, T, H, v] and lse [B, H, T] to the base 2, float32."""
     (B, T, H, width), (S, values) = q_BTHk.shape, v_BSHv.shape[1::2]
 
-    def body(q_ref, k_ref, v_ref, query_segments_ref, segments_ref, first_ref, o_ref, lse_ref, q_smem, o_smem, seen_by_smem, lse_smem, barrier):
+    def body(
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segments_ref,
+        segments_ref,
+        first_ref,
+        o_ref,
+        lse_ref,
+        q_smem,
+        o_smem,
+        seen_by_smem,
+        lse_smem,
+        barrier,
+    ):
         b, h, warpgroup, start = place()
         rows = pl.ds(start, ROWS)
         shape = ROWS, KEYS
@@ -71,7 +89,9 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
 
         def step(indices, k_slot, v_slot, segments_slot, carry):
             o, largest, total = carry
-            mask = visible(first_ref[0] + start, indices[0] * KEYS, seen_by_smem.at[warpgroup], segments_slot, shape, queries=0)
+            mask = visible(
+                first_ref[0] + start, indices[0] * KEYS, seen_by_smem.at[warpgroup], segments_slot, shape, queries=0
+            )
             s = jnp.where(mask, product(shape, q_smem.at[warpgroup], k_slot.T) * (scale * LOG2_E), MASKED)
             larger = jnp.maximum(largest, jnp.max(s, axis=1))
             p, shrink = jnp.exp2(s - along_rows(larger, shape)), jnp.exp2(largest - larger)
@@ -86,11 +106,19 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
 
     arrays = q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, _first(first)
     shapes = ((B, T, H, values), BF16), ((B, H, T), jnp.float32)
-    scratch = [_rows(width, KEYS), _rows(values, KEYS), _vector(jnp.int32), _vector(jnp.float32), plgpu.Barrier(num_arrivals=2, num_barriers=2)]
+    scratch = [
+        _rows(width, KEYS),
+        _rows(values, KEYS),
+        _vector(jnp.int32),
+        _vector(jnp.float32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=2),
+    ]
     return launch(body, (B, H, T), shapes, scratch, B * H * T * S * (width + values), arrays)
 
 
-def query_gradient(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale: float, do_BTHv, lse_BHT, delta_BHT) -> jax.Array:
+def query_gradient(
+    q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale: float, do_BTHv, lse_BHT, delta_BHT
+) -> jax.Array:
     """-> dq [B, T, H, k]."""
     (B, T, H, width), (S, values) = q_BTHk.shape, v_BSHv.shape[1::2]
 
@@ -117,7 +145,13 @@ def query_gradient(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first
         def step(indices, k_slot, v_slot, segments_slot, dq):
             s = product(shape, q_smem.at[warpgroup], k_slot.T) * (scale * LOG2_E)
             p = jnp.exp2(s - along_rows(load(lse_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)), shape))
-            p = jnp.where(visible(first_ref[0] + start, indices[0] * KEYS, seen_by_smem.at[warpgroup], segments_slot, shape, queries=0), p, 0.0)
+            p = jnp.where(
+                visible(
+                    first_ref[0] + start, indices[0] * KEYS, seen_by_smem.at[warpgroup], segments_slot, shape, queries=0
+                ),
+                p,
+                0.0,
+            )
             dp = product(shape, do_smem.at[warpgroup], v_slot.T)
             ds = p * (dp - along_rows(load(delta_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)), shape))
             dq = add_product(dq, ds.astype(BF16), k_slot)
@@ -152,9 +186,15 @@ def key_and_value_gradients(
         skipped = lax.div(jnp.maximum(lax.axis_index("block") * BLOCK - first_ref[0], 0), jnp.int32(QUERIES))
 
         def compute(run):
-            copies = (k_ref.at[b, rows, h], k_smem), (v_ref.at[b, rows, h], v_smem), (segments_ref.at[b, rows], segments_smem)
+            copies = (
+                (k_ref.at[b, rows, h], k_smem),
+                (v_ref.at[b, rows, h], v_smem),
+                (segments_ref.at[b, rows], segments_smem),
+            )
             fetch(copies, warpgroup, barrier)
-            dk, dv = run(tuple(plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), plgpu.Layout.WGMMA) for n in (width, values)))
+            dk, dv = run(
+                tuple(plgpu.layout_cast(jnp.zeros((ROWS, n), jnp.float32), plgpu.Layout.WGMMA) for n in (width, values))
+            )
             k_smem.at[warpgroup][...], v_smem.at[warpgroup][...] = (dk * scale).astype(BF16), dv.astype(BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k_smem.at[warpgroup], dk_ref.at[b, rows, h])
@@ -166,7 +206,9 @@ def key_and_value_gradients(
             s = product(shape, k_smem.at[warpgroup], q_slot.T) * (scale * LOG2_E)
             p = jnp.exp2(s - along_columns(load(lse_slot, plgpu.Layout.WGMMA.reduce(0)), shape))
             first_query = first_ref[0] + (skipped + indices[0]) * QUERIES
-            p = jnp.where(visible(first_query, start, seen_by_slot, segments_smem.at[warpgroup], shape, queries=1), p, 0.0)
+            p = jnp.where(
+                visible(first_query, start, seen_by_slot, segments_smem.at[warpgroup], shape, queries=1), p, 0.0
+            )
             dv = add_product(dv, p.astype(BF16), do_slot)
             dp = product(shape, v_smem.at[warpgroup], do_slot.T)
             ds = p * (dp - along_columns(load(delta_slot, plgpu.Layout.WGMMA.reduce(0)), shape))
@@ -175,19 +217,29 @@ def key_and_value_gradients(
             return dk, dv
 
         steps = jnp.maximum(pl.cdiv(T, QUERIES) - skipped, 0)
-        specs = matrix(QUERIES, width, skipped), matrix(QUERIES, values, skipped), *(vector(QUERIES, skipped) for _ in range(3))
+        specs = (
+            matrix(QUERIES, width, skipped),
+            matrix(QUERIES, values, skipped),
+            *(vector(QUERIES, skipped) for _ in range(3)),
+        )
         pipeline(step, compute, steps, *specs)(
             q_ref.at[b, :, h], do_ref.at[b, :, h], query_segments_ref.at[b], lse_ref.at[b, h], delta_ref.at[b, h]
         )
 
     arrays = q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, _first(first), do_BTHv, lse_BHT, delta_BHT
-    scratch = [_rows(width, QUERIES), _rows(values, QUERIES), _vector(jnp.int32), plgpu.Barrier(num_arrivals=3, num_barriers=2)]
+    scratch = [
+        _rows(width, QUERIES),
+        _rows(values, QUERIES),
+        _vector(jnp.int32),
+        plgpu.Barrier(num_arrivals=3, num_barriers=2),
+    ]
     shapes = ((B, S, H, width), BF16), ((B, S, H, values), BF16)
     return launch(body, (B, H, S), shapes, scratch, 2 * B * H * T * S * (width + values), arrays)
 
 
 def launch(body: Callable, sizes: tuple[int, int, int], shapes, scratch, flops: int, arrays):
-    """Runs body(*inputs, *outputs, *scratch) for each sequence, head and block of 128 rows. `flops` are those of a causal mask: half of all."""
+    """Runs body(*inputs, *outputs, *scratch) for each sequence, head and block of 128 rows. `flops` are those of a
+    causal mask: half of all."""
     rows_of_blocks = pl.cdiv(sizes[2], BLOCK)
     grid = (*sizes[:2], rows_of_blocks)
     kernel = plgpu.kernel(
@@ -220,7 +272,9 @@ def _vector(dtype) -> object:
 
 def matrix(rows: int, columns: int, skipped: jax.Array | int = 0):
     """One step of rows that the pipeline goes along."""
-    return plgpu.BlockSpec((rows, columns), lambda i: (skipped + i, 0), transforms=tiled(rows, BF16), memory_space=plgpu.SMEM)
+    return plgpu.BlockSpec(
+        (rows, columns), lambda i: (skipped + i, 0), transforms=tiled(rows, BF16), memory_space=plgpu.SMEM
+    )
 
 
 def vector(rows: int, skipped: jax.Array | int = 0):
@@ -243,7 +297,12 @@ def pipeline(step: Callable, compute: Callable, steps: jax.Array, *specs):
 def place():
     """-> sequence, head, warpgroup, and the first row of this warpgroup."""
     warpgroup = lax.axis_index("warpgroup")
-    return lax.axis_index("sequence"), lax.axis_index("head"), warpgroup, lax.axis_index("block") * BLOCK + warpgroup * ROWS
+    return (
+        lax.axis_index("sequence"),
+        lax.axis_index("head"),
+        warpgroup,
+        lax.axis_index("block") * BLOCK + warpgroup * ROWS,
+    )
 
 
 def fetch(copies, warpgroup, barrier) -> None:
@@ -274,8 +333,11 @@ def along_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def visible(first_query: jax.Array, first_key: jax.Array, query_segments, segments, shape: tuple[int, int], queries: int) -> jax.Array:
-    """Which keys are at or before the query's place and of its segment; `queries` is the axis along which queries lie."""
+def visible(
+    first_query: jax.Array, first_key: jax.Array, query_segments, segments, shape: tuple[int, int], queries: int
+) -> jax.Array:
+    """Which keys are at or before the query's place and of its segment; `queries` is the axis along which queries
+    lie."""
     axes = queries, 1 - queries
     query, key = (
         start + plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)

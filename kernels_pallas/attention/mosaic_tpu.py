@@ -1,10 +1,12 @@
 """Attention on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
 
-The algorithm is that of FlashAttention-2 (arXiv 2307.08691), as in `mosaic_gpu_sm90`, transposed: scores are [keys, queries], so that what belongs to a
-query, its maximum, its sum, lse and δ, lies along lanes, and maxima and sums over keys run over sublanes, which is cheap. Results that are sums over keys
-come out transposed and are turned by XLA, as heads have to go before positions for blocks of [positions, width] anyway.
+The algorithm is that of FlashAttention-2 (arXiv 2307.08691), as in `mosaic_gpu_sm90`, transposed: scores are [keys,
+queries], so that what belongs to a query, its maximum, its sum, lse and δ, lies along lanes, and maxima and sums over
+keys run over sublanes, which is cheap. Results that are sums over keys come out transposed and are turned by XLA, as
+heads have to go before positions for blocks of [positions, width] anyway.
 
-Blocks of keys that no query of a block can see are neither copied nor computed: the index of the block to copy stays where it is.
+Blocks of keys that no query of a block can see are neither copied nor computed: the index of the block to copy stays
+where it is.
 """
 
 import math
@@ -40,7 +42,19 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
     """-> o [B, T, H, v] and lse [B, H, T] to the base 2, float32."""
     sizes = Sizes(q_BTHk, v_BSHv)
 
-    def body(first_ref, q_ref, k_ref, v_ref, query_segments_ref, segments_ref, o_ref, lse_ref, largest_ref, total_ref, sum_ref):
+    def body(
+        first_ref,
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segments_ref,
+        segments_ref,
+        o_ref,
+        lse_ref,
+        largest_ref,
+        total_ref,
+        sum_ref,
+    ):
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
@@ -63,19 +77,31 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
             o_ref[...] = (sum_ref[...] / total_ref[...]).astype(BF16)
             lse_ref[...] = largest_ref[...] + jnp.log2(total_ref[...])
 
-    operands = heads_first(q_BTHk), heads_first(k_BSHk), heads_first(v_BSHv), query_segments_BT[:, None], segments_BS[:, :, None]
+    operands = (
+        heads_first(q_BTHk),
+        heads_first(k_BSHk),
+        heads_first(v_BSHv),
+        query_segments_BT[:, None],
+        segments_BS[:, :, None],
+    )
     specs = [sizes.queries(sizes.width), sizes.keys(sizes.width), sizes.keys(sizes.values), *sizes.segments()]
     results = sizes.turned(sizes.values), sizes.rows()
     scratch = [(1, sizes.query_block), (1, sizes.query_block), (sizes.values, sizes.query_block)]
-    o_BHvT, lse_BH1T = call("attention", body, sizes.grid, first, operands, specs, results, scratch, sizes.flops(sizes.width + sizes.values))
+    o_BHvT, lse_BH1T = call(
+        "attention", body, sizes.grid, first, operands, specs, results, scratch, sizes.flops(sizes.width + sizes.values)
+    )
     return o_BHvT.transpose(0, 3, 1, 2), lse_BH1T[:, :, 0]
 
 
-def query_gradient(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale: float, do_BTHv, lse_BHT, delta_BHT) -> jax.Array:
+def query_gradient(
+    q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale: float, do_BTHv, lse_BHT, delta_BHT
+) -> jax.Array:
     """-> dq [B, T, H, k]."""
     sizes = Sizes(q_BTHk, v_BSHv)
 
-    def body(first_ref, q_ref, k_ref, v_ref, query_segments_ref, segments_ref, do_ref, lse_ref, delta_ref, dq_ref, sum_ref):
+    def body(
+        first_ref, q_ref, k_ref, v_ref, query_segments_ref, segments_ref, do_ref, lse_ref, delta_ref, dq_ref, sum_ref
+    ):
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
@@ -94,12 +120,20 @@ def query_gradient(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first
         def _():
             dq_ref[...] = (sum_ref[...] * scale).astype(BF16)
 
-    operands = heads_first(q_BTHk), heads_first(k_BSHk), heads_first(v_BSHv), query_segments_BT[:, None], segments_BS[:, :, None]
+    operands = (
+        heads_first(q_BTHk),
+        heads_first(k_BSHk),
+        heads_first(v_BSHv),
+        query_segments_BT[:, None],
+        segments_BS[:, :, None],
+    )
     operands += heads_first(do_BTHv), lse_BHT[:, :, None], delta_BHT[:, :, None]
     specs = [sizes.queries(sizes.width), sizes.keys(sizes.width), sizes.keys(sizes.values), *sizes.segments()]
     specs += [sizes.queries(sizes.values), sizes.rows()[1], sizes.rows()[1]]
     flops, scratch = sizes.flops(2 * sizes.width + sizes.values), [(sizes.width, sizes.query_block)]
-    (dq_BHkT,) = call("attention_dq", body, sizes.grid, first, operands, specs, (sizes.turned(sizes.width),), scratch, flops)
+    (dq_BHkT,) = call(
+        "attention_dq", body, sizes.grid, first, operands, specs, (sizes.turned(sizes.width),), scratch, flops
+    )
     return dq_BHkT.transpose(0, 3, 1, 2)
 
 
@@ -110,7 +144,19 @@ def key_and_value_gradients(
     sizes = Sizes(q_BTHk, v_BSHv, keys_first=True)
 
     def body(
-        first_ref, q_ref, k_ref, v_ref, query_segments_ref, segments_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, key_sum_ref, value_sum_ref
+        first_ref,
+        q_ref,
+        k_ref,
+        v_ref,
+        query_segments_ref,
+        segments_ref,
+        do_ref,
+        lse_ref,
+        delta_ref,
+        dk_ref,
+        dv_ref,
+        key_sum_ref,
+        value_sum_ref,
     ):
         j, i = pl.program_id(2), pl.program_id(3)
 
@@ -131,7 +177,13 @@ def key_and_value_gradients(
         def _():
             dk_ref[...], dv_ref[...] = (key_sum_ref[...] * scale).astype(BF16), value_sum_ref[...].astype(BF16)
 
-    operands = heads_first(q_BTHk), heads_first(k_BSHk), heads_first(v_BSHv), query_segments_BT[:, None], segments_BS[:, :, None]
+    operands = (
+        heads_first(q_BTHk),
+        heads_first(k_BSHk),
+        heads_first(v_BSHv),
+        query_segments_BT[:, None],
+        segments_BS[:, :, None],
+    )
     operands += heads_first(do_BTHv), lse_BHT[:, :, None], delta_BHT[:, :, None]
     specs = [sizes.queries(sizes.width), sizes.keys(sizes.width), sizes.keys(sizes.values), *sizes.segments()]
     specs += [sizes.queries(sizes.values), sizes.rows()[1], sizes.rows()[1]]
@@ -144,14 +196,19 @@ def key_and_value_gradients(
 
 
 class Sizes:
-    """How the blocks lie: a grid of (sequence, head, queries, keys), or, `keys_first`, (sequence, head, keys, queries)."""
+    """How the blocks lie: a grid of (sequence, head, queries, keys), or, `keys_first`, (sequence, head, keys,
+    queries)."""
 
     def __init__(self, q_BTHk: jax.Array, v_BSHv: jax.Array, keys_first: bool = False):
         (B, T, H, self.width), (S, self.values) = q_BTHk.shape, v_BSHv.shape[1::2]
         self.query_block, self.key_block = (next(block for block in BLOCKS if length % block == 0) for length in (T, S))
         self.query_blocks, self.key_blocks = T // self.query_block, S // self.key_block
         self.keys_first, self.shape = keys_first, (B, H, T)
-        self.grid = B, H, *((self.key_blocks, self.query_blocks) if keys_first else (self.query_blocks, self.key_blocks))
+        self.grid = (
+            B,
+            H,
+            *((self.key_blocks, self.query_blocks) if keys_first else (self.query_blocks, self.key_blocks)),
+        )
 
     def flops(self, width: int) -> int:
         """Of products so wide in all, of the half that a causal mask leaves."""
@@ -174,11 +231,21 @@ class Sizes:
         return (query >= key) & (query_segments_ref[...] == segments_ref[...])
 
     def _spec(self, shape: tuple[int | None, ...], where: Callable) -> pl.BlockSpec:
-        """where(sequence, head, block of queries, block of keys) of what is copied; a block that nothing sees is not."""
+        """where(sequence, head, block of queries, block of keys) of what is copied; a block that nothing sees is
+        not."""
 
         def index(b, h, outer, inner, first_ref):
             if self.keys_first:
-                return where(b, h, jnp.clip(inner, jnp.minimum(self.first_queries(outer, first_ref), self.query_blocks - 1), self.query_blocks - 1), outer)
+                return where(
+                    b,
+                    h,
+                    jnp.clip(
+                        inner,
+                        jnp.minimum(self.first_queries(outer, first_ref), self.query_blocks - 1),
+                        self.query_blocks - 1,
+                    ),
+                    outer,
+                )
             return where(b, h, outer, jnp.minimum(inner, self.last_keys(outer, first_ref)))
 
         return pl.BlockSpec(shape, index)
@@ -199,12 +266,20 @@ class Sizes:
     def turned(self, width: int) -> tuple[tuple[int, ...], pl.BlockSpec, jnp.dtype]:
         """A result [B, H, width, T]: its shape, blocks and dtype."""
         B, H, T = self.shape
-        return (B, H, width, T), self._spec((None, None, width, self.query_block), lambda b, h, i, j: (b, h, 0, i)), BF16
+        return (
+            (B, H, width, T),
+            self._spec((None, None, width, self.query_block), lambda b, h, i, j: (b, h, 0, i)),
+            BF16,
+        )
 
     def rows(self) -> tuple[tuple[int, ...], pl.BlockSpec, jnp.dtype]:
         """A number for each query, [B, H, 1, T]."""
         B, H, T = self.shape
-        return (B, H, 1, T), self._spec((None, None, 1, self.query_block), lambda b, h, i, j: (b, h, 0, i)), jnp.dtype(jnp.float32)
+        return (
+            (B, H, 1, T),
+            self._spec((None, None, 1, self.query_block), lambda b, h, i, j: (b, h, 0, i)),
+            jnp.dtype(jnp.float32),
+        )
 
 
 def call(name: str, body: Callable, grid: tuple[int, ...], first, operands, in_specs, results, scratch, flops: int):

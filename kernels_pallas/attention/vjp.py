@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 
 def differentiable(kernels: ModuleType) -> Callable[..., jax.Array]:
-    """attention(q, k, v, query_segments, segments, first, scale), from a module's `forward`, `query_gradient` and `key_and_value_gradients`."""
+    """attention(q, k, v, query_segments, segments, first, scale), from a module's `forward`, `query_gradient` and
+    `key_and_value_gradients`."""
 
     def attention(*operands):
         return kernels.forward(*operands)[0]

@@ -1,8 +1,8 @@
 """python -m kernels_pallas.bench [--aot] [--only=TEXT] [--implementation=NAME] [--small] [--json=FILE]
 
-The kernels on DeepSeek-V3's shapes: whether they are right, and their speed as ratios to what the device was seen to do and to bfloat16 in the
-same run. Exits with status 1 if any is wrong or fails. With --aot nothing runs: the kernels are compiled for a GPU that need not be there, and the
-machine code is read.
+The kernels on DeepSeek-V3's shapes: whether they are right, and their speed as ratios to what the device was seen to do
+and to bfloat16 in the same run. Exits with status 1 if any is wrong or fails. With --aot nothing runs: the kernels are
+compiled for a GPU that need not be there, and the machine code is read.
 """
 
 import argparse
@@ -23,12 +23,24 @@ from kernels_pallas.bench.shapes import shapes
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser("kernels_pallas.bench", description="The kernels on DeepSeek-V3's shapes: right, and how fast?", allow_abbrev=False)
-    parser.add_argument("--aot", action="store_true", help="compile for an NVIDIA GPU that need not be there and show what the machine code says")
+    parser = argparse.ArgumentParser(
+        "kernels_pallas.bench",
+        description="The kernels on DeepSeek-V3's shapes: right, and how fast?",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--aot",
+        action="store_true",
+        help="compile for an NVIDIA GPU that need not be there and show what the machine code says",
+    )
     parser.add_argument("--target", default="H200", choices=("H100", "H200"), help="for --aot")
     parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--implementation", help="instead of the best for this device")
-    parser.add_argument("--small", action="store_true", help="a sixteenth of the shapes in each direction: to try the program; so it is on a CPU in any case")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="a sixteenth of the shapes in each direction: to try the program; so it is on a CPU in any case",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file, as they come")
     flags = parser.parse_args(argv)
     if flags.json and (flags.json.is_dir() or not flags.json.parent.is_dir()):
@@ -36,9 +48,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     console, rows = Console(width=170), []
     if not flags.aot:
         device = jax.devices()[0]
-        print(f"{device.device_kind}, jax {jax.__version__}: measuring what it can do at most", file=sys.stderr, flush=True)
+        print(
+            f"{device.device_kind}, jax {jax.__version__}: measuring what it can do at most",
+            file=sys.stderr,
+            flush=True,
+        )
         if device.platform == "cpu" and not flags.small:
-            print("on a CPU every kernel is XLA's, and shapes are a sixteenth of V3's in each direction (--small)", file=sys.stderr, flush=True)
+            print(
+                "on a CPU every kernel is XLA's, and shapes are a sixteenth of V3's in each direction (--small)",
+                file=sys.stderr,
+                flush=True,
+            )
             flags.small = True
     for title, jobs in (_compilations if flags.aot else _measurements)(flags, console):
         group = []
@@ -65,8 +85,14 @@ def _measurements(flags: argparse.Namespace, console: Console) -> list[tuple[str
     given = {"small": flags.small, "implementation": flags.implementation}
     chosen = [(f"{shape.operation}, {shape.name}", shape.shrunk() if flags.small else shape) for shape in shapes()]
     return [
-        ("products", [(name, functools.partial(product_row, shape, limits, flags.implementation)) for name, shape in chosen]),
-        ("memory-bound operations", [(name, functools.partial(quantizer_row, name, limits, **given)) for name in QUANTIZERS]),
+        (
+            "products",
+            [(name, functools.partial(product_row, shape, limits, flags.implementation)) for name, shape in chosen],
+        ),
+        (
+            "memory-bound operations",
+            [(name, functools.partial(quantizer_row, name, limits, **given)) for name in QUANTIZERS],
+        ),
         ("attention in bfloat16", [(name, functools.partial(attention_row, name, **given)) for name in ATTENTION]),
     ]
 
@@ -74,7 +100,10 @@ def _measurements(flags: argparse.Namespace, console: Console) -> list[tuple[str
 def _compilations(flags: argparse.Namespace, console: Console) -> list[tuple[str, Jobs]]:
     from kernels_pallas.bench.machine_code import machine_code_row, programs
 
-    jobs = [(name, functools.partial(machine_code_row, shape, flags.target, *program)) for name, shape, program in programs()]
+    jobs = [
+        (name, functools.partial(machine_code_row, shape, flags.target, *program))
+        for name, shape, program in programs()
+    ]
     return [(f"compiled for {flags.target}, jax {jax.__version__}", jobs)]
 
 

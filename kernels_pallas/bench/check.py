@@ -7,8 +7,9 @@ from kernels_pallas.bench.shapes import Shape
 
 
 def product(shape: Shape, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a bᵀ of each group in float32, [m, n], [groups · m, n] or, for a grouped weight gradient, [groups, m, n], by one product of XLA's for each group:
-    a [groups · m, k] and b [groups, n, k] for "grouped", else [m, groups · k] and [n, groups · k]."""
+    """a bᵀ of each group in float32, [m, n], [groups · m, n] or, for a grouped weight gradient, [groups, m, n], by one
+    product of XLA's for each group: a [groups · m, k] and b [groups, n, k] for "grouped", else [m, groups · k] and [n,
+    groups · k]."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     if shape.operation == "grouped":
         y_GMN = _products(a.reshape(shape.groups, shape.m, shape.k), b)

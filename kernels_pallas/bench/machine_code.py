@@ -25,12 +25,15 @@ def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str,
         "shared memory": kernel.shared_memory,
         "matrix instructions": kernel.fp8_products + kernel.bf16_products,
         "FFMA": counts.get("FFMA"),
-        "blocks per core": min(REGISTERS // (kernel.registers * THREADS), SHARED_MEMORY // (kernel.shared_memory + 1024)),
+        "blocks per core": min(
+            REGISTERS // (kernel.registers * THREADS), SHARED_MEMORY // (kernel.shared_memory + 1024)
+        ),
     }
 
 
 def programs() -> Iterator[tuple[str, str, tuple]]:
-    """Name, shape, and the function with the shapes of its arguments: the FP8 products, and experts and attention in bfloat16."""
+    """Name, shape, and the function with the shapes of its arguments: the FP8 products, and experts and attention in
+    bfloat16."""
     yield from ((f"{shape.operation}, {shape.name}", shape.text, _program(shape)) for shape in shapes())
     yield from _bfloat16_programs()
 
@@ -42,13 +45,24 @@ def _bfloat16_programs() -> Iterator[tuple[str, str, tuple]]:
     product = functools.partial(grouped_linear.grouped_product, alignment=128)
     yield "bfloat16 grouped", shape, (functools.partial(product, transposed=False), x, w, sizes)
     yield "bfloat16 grouped input gradient", shape, (functools.partial(product, transposed=True), dy, w, sizes)
-    yield "bfloat16 grouped weight gradient", shape, (functools.partial(grouped_linear.grouped_weight_gradient, alignment=128), x, dy, sizes)
+    yield (
+        "bfloat16 grouped weight gradient",
+        shape,
+        (functools.partial(grouped_linear.grouped_weight_gradient, alignment=128), x, dy, sizes),
+    )
 
     rows, length, heads, width, values = HEADS
     q, v = (jax.ShapeDtypeStruct((rows, length, heads, size), jnp.bfloat16) for size in (width, values))
-    segments, row = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
+    segments, row = (
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
+    )
     shape = f"{rows} × {heads} × {length} × {length}, {width} and {values} wide"
-    for name, backward in (("forward", ()), ("query_gradient", (v, row, row)), ("key_and_value_gradients", (v, row, row))):
+    for name, backward in (
+        ("forward", ()),
+        ("query_gradient", (v, row, row)),
+        ("key_and_value_gradients", (v, row, row)),
+    ):
         kernel = getattr(attention, name)
         function = lambda *x, kernel=kernel: kernel(*x[:5], 0, 1.0, *x[5:])
         yield f"attention, {name.replace('_', ' ')}", shape, (function, q, q, v, segments, segments, *backward)
@@ -61,10 +75,19 @@ def _program(shape: Shape):
     rows, depth = (shape.m, shape.k * groups) if gradient else (shape.m * groups, shape.k)
     a = _struct((rows, depth), (1, 128))
     if shape.operation in ("dense", "weight gradient"):
-        return (lambda a, b: fp8_matmul(a, b, **fields)), a, _struct((shape.n, depth), (1, 128) if gradient else (128, 128))
+        return (
+            (lambda a, b: fp8_matmul(a, b, **fields)),
+            a,
+            _struct((shape.n, depth), (1, 128) if gradient else (128, 128)),
+        )
     sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
     if gradient:
-        return (lambda a, b, sizes: fp8_grouped_weight_gradient(a, b, sizes, **fields)), a, _struct((shape.n, depth), (1, 128)), sizes
+        return (
+            (lambda a, b, sizes: fp8_grouped_weight_gradient(a, b, sizes, **fields)),
+            a,
+            _struct((shape.n, depth), (1, 128)),
+            sizes,
+        )
     grouped = lambda a, b, sizes: fp8_grouped_matmul(a, b, sizes, alignment=128, **fields)
     return grouped, a, _struct((groups, shape.n, depth), (128, 128)), sizes
 

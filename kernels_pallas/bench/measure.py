@@ -7,7 +7,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import accuracy, dequantize, fp8_grouped_matmul, fp8_grouped_weight_gradient, fp8_matmul, quantize_block, quantize_tile
+from kernels_pallas import (
+    accuracy,
+    dequantize,
+    fp8_grouped_matmul,
+    fp8_grouped_weight_gradient,
+    fp8_matmul,
+    quantize_block,
+    quantize_tile,
+)
 from kernels_pallas.bench import check
 from kernels_pallas.bench.shapes import Shape, deepgemm
 from kernels_pallas.bench.timing import seconds
@@ -44,11 +52,15 @@ def case(shape: Shape, implementation: str | None) -> Case:
     by_xla = lambda quantize, x: jax.jit(functools.partial(quantize, implementation="xla"))(x)
     quantized = by_xla(quantize_tile, a), by_xla(quantize_tile if gradient else quantize_block, b)
     if shape.operation in ("dense", "weight gradient"):
-        return Case(lambda a, b: fp8_matmul(a, b, **fields), quantized, lambda a, b: _dot(a, b, out_dtype), (a, b), out_dtype)
+        return Case(
+            lambda a, b: fp8_matmul(a, b, **fields), quantized, lambda a, b: _dot(a, b, out_dtype), (a, b), out_dtype
+        )
     alignment = 128 if int(sizes[0]) % 128 == 0 else 1
     if shape.operation == "grouped":
         fp8 = lambda a, b: fp8_grouped_matmul(a, b, sizes, alignment=alignment, **fields)
-        return Case(fp8, quantized, lambda a, b: grouped_product(a, b, sizes, alignment, transposed=True), (a, b), out_dtype)
+        return Case(
+            fp8, quantized, lambda a, b: grouped_product(a, b, sizes, alignment, transposed=True), (a, b), out_dtype
+        )
     fp8 = lambda a, b: fp8_grouped_weight_gradient(a, b, sizes, **fields)
     return Case(fp8, quantized, lambda x, dy: grouped_weight_gradient(x, dy, sizes, alignment), (a.T, b.T), out_dtype)
 
@@ -65,7 +77,8 @@ def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this device was seen to do: FLOP/s of a square product through XLA in each format, and bytes/s copied (read and written)."""
+    """What this device was seen to do: FLOP/s of a square product through XLA in each format, and bytes/s copied (read
+    and written)."""
 
     size: int
     bf16: float

@@ -6,7 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import accuracy, attention, dequantize, quantize_block, quantize_tile, quantize_transposed, requantize_transposed, swiglu_quantize
+from kernels_pallas import (
+    accuracy,
+    attention,
+    dequantize,
+    quantize_block,
+    quantize_tile,
+    quantize_transposed,
+    requantize_transposed,
+    swiglu_quantize,
+)
 from kernels_pallas.bench.measure import Ceilings, Row, verdict
 from kernels_pallas.bench.shapes import HEADS
 from kernels_pallas.bench.timing import seconds
@@ -31,16 +40,23 @@ def quantizer_row(name: str, limits: Ceilings, small: bool, implementation: str 
         given = (jax.jit(functools.partial(quantize_tile, implementation="xla"))(*given),)
     run = lambda implementation: functools.partial(function, implementation=implementation)
     numbers = lambda implementation: dequantize(jax.jit(run(implementation))(*given))
-    off, time = float(accuracy.difference(numbers(implementation), numbers("xla"))), seconds(run(implementation), *given)
+    off, time = (
+        float(accuracy.difference(numbers(implementation), numbers("xla"))),
+        seconds(run(implementation), *given),
+    )
     rate = bytes_each * rows * columns / time
     row: Row = {"shape": f"{rows} × {columns}", "off by": off, "verdict": verdict(off, accuracy.QUANTIZED)}
     return row | {"us": time * 1e6, "GB/s": rate / 1e9, "of copy": rate / limits.bandwidth}
 
 
 def attention_row(name: str, small: bool, implementation: str | None) -> Row:
-    """MLA's heads in bfloat16 against float32, beside XLA with the scores in memory. FLOPs are those of a causal mask; recomputation is not counted."""
+    """MLA's heads in bfloat16 against float32, beside XLA with the scores in memory. FLOPs are those of a causal mask;
+    recomputation is not counted."""
     rows, length, heads, width, values = (1, 128, 2, *HEADS[3:]) if small else HEADS
-    given = [jax.random.normal(jax.random.key(i), (rows, length, heads, size), jnp.bfloat16) for i, size in enumerate((width, width, values, values))]
+    given = [
+        jax.random.normal(jax.random.key(i), (rows, length, heads, size), jnp.bfloat16)
+        for i, size in enumerate((width, width, values, values))
+    ]
     segments, passes = jnp.zeros((rows, length), jnp.int32), ATTENTION[name]
 
     def run(implementation: str | None) -> Callable:

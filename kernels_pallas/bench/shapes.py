@@ -39,12 +39,16 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Read and written once: operands in E4M3 with their scales left out, the result in bfloat16, a weight gradient in float32."""
+        """Read and written once: operands in E4M3 with their scales left out, the result in bfloat16, a weight gradient
+        in float32."""
         return self.groups * ((self.m + self.n) * self.k + self.m * self.n * (4 if "gradient" in self.operation else 2))
 
     def shrunk(self) -> "Shape":
         """A sixteenth in each direction: to try the program where it is slow."""
-        smaller = {field: -(-getattr(self, field) // 16) if getattr(self, field) > 128 else getattr(self, field) for field in "mnk"}
+        smaller = {
+            field: -(-getattr(self, field) // 16) if getattr(self, field) > 128 else getattr(self, field)
+            for field in "mnk"
+        }
         return dataclasses.replace(self, **smaller)
 
 
@@ -52,11 +56,16 @@ def shapes() -> tuple[Shape, ...]:
     dense = [Shape("dense", name, m, n, k) for m in ROWS for name, (n, k) in LINEARS.items()]
     gradients = [Shape("weight gradient", name, k, n, 4096) for name, (n, k) in LINEARS.items()]
     grouped = [Shape("grouped", name, m, *LINEARS[name], groups) for groups, m in GROUPS for name in EXPERTS]
-    grouped += [Shape("grouped weight gradient", name, LINEARS[name][1], LINEARS[name][0], m, groups) for groups, m in GROUPS for name in EXPERTS]
+    grouped += [
+        Shape("grouped weight gradient", name, LINEARS[name][1], LINEARS[name][0], m, groups)
+        for groups, m in GROUPS
+        for name in EXPERTS
+    ]
     return (*dense, *gradients, *grouped)
 
 
-# TFLOP/s on an H800 by (operation, groups, m, n, k). Source: the README of DeepGEMM's first release; other hardware, other clocks: for orientation.
+# TFLOP/s on an H800 by (operation, groups, m, n, k). Source: the README of DeepGEMM's first release; other hardware,
+# other clocks: for orientation.
 DEEPGEMM = {
     ("dense", 1, 64, 2112, 7168): 206, ("dense", 1, 64, 24576, 1536): 289, ("dense", 1, 64, 32768, 512): 219, ("dense", 1, 64, 7168, 16384): 336,
     ("dense", 1, 64, 4096, 7168): 287, ("dense", 1, 64, 7168, 2048): 295, ("dense", 1, 128, 2112, 7168): 352, ("dense", 1, 128, 24576, 1536): 535,

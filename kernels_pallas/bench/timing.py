@@ -12,7 +12,8 @@ FLUSH = 512 * 2**20  # bytes, more than any L2 cache
 
 
 def seconds(function: Callable, *arguments, repeats: int = 10) -> float:
-    """The median of `repeats` runs, after one that compiles. On NVIDIA GPUs the time of the kernels alone, with the L2 cache emptied before each."""
+    """The median of `repeats` runs, after one that compiles. On NVIDIA GPUs the time of the kernels alone, with the L2
+    cache emptied before each."""
     function = jax.jit(function)
     jax.block_until_ready(function(*arguments))
     once = kernel_seconds if jax.default_backend() == "gpu" else _wall

@@ -1,7 +1,8 @@
 """python -m kernels_pallas.bench.tune [--only=TEXT]
 
-Tries the configurations of the Hopper products on DeepSeek-V3's shapes and writes the fastest of each to the tuning table of this kind of GPU,
-kernels_pallas/tuning/<kind>.json, from which the products choose. Shapes that are not in the table follow a rule.
+Tries the configurations of the Hopper products on DeepSeek-V3's shapes and writes the fastest of each to the tuning
+table of this kind of GPU, kernels_pallas/tuning/<kind>.json, from which the products choose. Shapes that are not in the
+table follow a rule.
 """
 
 import argparse
@@ -43,20 +44,30 @@ def product(shape: Shape) -> tuple[str, jnp.dtype, Callable]:
     return "fp8_grouped_weight_gradient", jnp.float32, run
 
 
-def fastest(shape: Shape, measure: Callable[..., float] = seconds, off: Callable[..., float] = error) -> tuple[str, Config, float]:
-    """-> the operation, its fastest configuration for this shape among those that compute what they should, and its seconds. Raises ValueError if none does."""
+def fastest(
+    shape: Shape, measure: Callable[..., float] = seconds, off: Callable[..., float] = error
+) -> tuple[str, Config, float]:
+    """-> the operation, its fastest configuration for this shape among those that compute what they should, and its
+    seconds. Raises ValueError if none does."""
     operation, out_dtype, run = product(shape)
     both = case(shape, "xla")
     runs = [(functools.partial(run, config), config) for config in candidates(out_dtype)]
-    timed = [(measure(run, *both.fp8_arguments), config) for run, config in runs if off(shape, both, run) <= both.allowed]
+    timed = [
+        (measure(run, *both.fp8_arguments), config) for run, config in runs if off(shape, both, run) <= both.allowed
+    ]
     if not timed:
-        raise ValueError(f"{operation} {shape.text}: no configuration computes what it should; python -m kernels_pallas.bench says by how much they are off")
+        raise ValueError(
+            f"{operation} {shape.text}: no configuration computes what it should; python -m kernels_pallas.bench says "
+            "by how much they are off"
+        )
     best, config = min(timed, key=lambda pair: pair[0])
     return operation, config, best
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("kernels_pallas.bench.tune", description="Measures the Hopper products' configurations.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "kernels_pallas.bench.tune", description="Measures the Hopper products' configurations.", allow_abbrev=False
+    )
     parser.add_argument("--only", default="", help="products whose name contains this")
     flags = parser.parse_args(argv)
     device = jax.devices()[0]
@@ -67,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for shape in shapes():
         if flags.only in f"{shape.operation}, {shape.name}":
             operation, config, best = fastest(shape)
-            print(f"{operation} {shape.m}x{shape.n}x{shape.k}: {config}, {shape.flops / best / 1e12:.0f} TFLOP/s", flush=True)
+            print(
+                f"{operation} {shape.m}x{shape.n}x{shape.k}: {config}, {shape.flops / best / 1e12:.0f} TFLOP/s",
+                flush=True,
+            )
             table.setdefault(operation, {})[f"{shape.m}x{shape.n}x{shape.k}"] = dataclasses.asdict(config)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(table, indent=1) + "\n")

@@ -53,11 +53,15 @@ def fp8_grouped_matmul(
 ) -> jax.Array:
     """Rows of group g of a [R, K] times b[g] of b [G, N, K] transposed -> [R, N] in `out_dtype`.
 
-    `group_sizes` int32 [G]; groups lie one after another from row 0 and may be empty; rows past the last give zero. `alignment` promises that
-    every group size, and R, is a multiple of it. Raises ValueError for shapes that do not match.
+    `group_sizes` int32 [G]; groups lie one after another from row 0 and may be empty; rows past the last give zero.
+    `alignment` promises that every group size, and R, is a multiple of it. Raises ValueError for shapes that do not
+    match.
     """
     if len(a.shape) != 2 or len(b.shape) != 3 or a.shape[1] != b.shape[2] or group_sizes.shape != (b.shape[0],):
-        raise ValueError(f"fp8_grouped_matmul: a {a.shape}, b {b.shape}, group_sizes {group_sizes.shape} must be [R, K], [G, N, K], [G]")
+        raise ValueError(
+            f"fp8_grouped_matmul: a {a.shape}, b {b.shape}, group_sizes {group_sizes.shape} must be [R, K], [G, N, K], "
+            "[G]"
+        )
     if a.shape[0] % alignment:
         raise ValueError(f"fp8_grouped_matmul: alignment={alignment} does not divide the {a.shape[0]} rows")
     arguments = (a, b, group_sizes, alignment, accumulation, out_dtype)
@@ -76,13 +80,19 @@ def fp8_grouped_weight_gradient(
 ) -> jax.Array:
     """Columns of group g of x [D, P] times those of dy [F, P] transposed -> [G, D, F]; zero for an empty group.
 
-    Every group size, and P, is a multiple of `alignment` and that of the tiles along P, so that none lies across two groups
-    (`layout.pad_groups`). Raises ValueError where shapes or tiles do not match.
+    Every group size, and P, is a multiple of `alignment` and that of the tiles along P, so that none lies across two
+    groups (`layout.pad_groups`). Raises ValueError where shapes or tiles do not match.
     """
     if len(x.shape) != 2 or x.shape[1:] != dy.shape[1:] or x.shape[1] % alignment:
-        raise ValueError(f"fp8_grouped_weight_gradient: x {x.shape} and dy {dy.shape} must be [D, P] and [F, P], P a multiple of alignment={alignment}")
+        raise ValueError(
+            f"fp8_grouped_weight_gradient: x {x.shape} and dy {dy.shape} must be [D, P] and [F, P], P a multiple of "
+            f"alignment={alignment}"
+        )
     for name, q in (("x", x), ("dy", dy)):
         if alignment % min(q.tile[1], alignment):
-            raise ValueError(f"fp8_grouped_weight_gradient: {name}'s tiles {q.tile} lie across groups of multiples of alignment={alignment}")
+            raise ValueError(
+                f"fp8_grouped_weight_gradient: {name}'s tiles {q.tile} lie across groups of multiples of "
+                f"alignment={alignment}"
+            )
     arguments = (x, dy, group_sizes, alignment, accumulation, out_dtype)
     return choose(GROUPED_WEIGHT_GRADIENT, implementation, *arguments)(*arguments)

@@ -18,8 +18,8 @@ class Padding:
 
 
 def pad_groups(sizes_G: jax.Array, num_rows: int, block: int) -> Padding:
-    """The layout in which each group is a multiple of `block` rows long; P suits any distribution over the groups, of which no more than there
-    are rows have any."""
+    """The layout in which each group is a multiple of `block` rows long; P suits any distribution over the groups, of
+    which no more than there are rows have any."""
     padded_rows = -(-(num_rows + min(sizes_G.shape[0], num_rows) * (block - 1)) // block) * block
     padded_G = -(-sizes_G // block) * block
     ends_G, padded_ends_G = jnp.cumsum(sizes_G), jnp.cumsum(padded_G)

@@ -1,13 +1,14 @@
-"""Products of groups of rows on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""Products of groups of rows on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run
+it.
 
 Both are `product_tiles` of the dense product with another answer to which tile comes next.
 
     grouped_matmul             y[r] = a[r] b[g]ᵀ, g the group of row r: a tile of the output lies in one group, whose matrix it reads
     grouped_weight_gradient    y[g] = x[:, group g] dy[:, group g]ᵀ: a tile of each group's output sums over that group's steps of K
 
-A tile past the last group, and every tile of an empty one, sums over no steps: it writes zeros. Groups that may begin within a tile are moved apart
-first (`layout.pad_groups`), which costs a copy of a and of y; an `alignment` that is a multiple of 128 avoids it. Rejected: masks at group
-boundaries inside the kernel, which every tile would pay for.
+A tile past the last group, and every tile of an empty one, sums over no steps: it writes zeros. Groups that may begin
+within a tile are moved apart first (`layout.pad_groups`), which costs a copy of a and of y; an `alignment` that is a
+multiple of 128 avoids it. Rejected: masks at group boundaries inside the kernel, which every tile would pay for.
 """
 
 import jax
@@ -24,12 +25,20 @@ from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import retile
 
 
-def grouped_matmul_reason(a: QTensor, b: QTensor, sizes: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> str | None:
+def grouped_matmul_reason(
+    a: QTensor, b: QTensor, sizes: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
+) -> str | None:
     return dense.reason(a, b, accumulation, out_dtype)
 
 
 def grouped_matmul(
-    a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
+    a_RK: QTensor,
+    b_GNK: QTensor,
+    sizes_G: jax.Array,
+    alignment: int,
+    accumulation: Accumulation,
+    out_dtype: jnp.dtype,
+    config: Config | None = None,
 ) -> jax.Array:
     """Rows of group g times b[g] transposed: [R, N]; zero past the last group."""
     num_rows, (num_groups, n, k) = a_RK.shape[0], b_GNK.shape
@@ -49,7 +58,9 @@ def grouped_matmul(
             steps = jnp.where(group < num_groups, a.values.shape[1] // STEP, 0)
             return Tile(m, n, b_group=lax.min(group, jnp.int32(num_groups - 1)), steps=steps)
 
-        product_tiles(a.at((a_values, a_scales)), b.at((b_values, b_scales)), y_ref, config, tiles[0] * tiles[1], locate)
+        product_tiles(
+            a.at((a_values, a_scales)), b.at((b_values, b_scales)), y_ref, config, tiles[0] * tiles[1], locate
+        )
 
     y_PN = launch(body, shape, out_dtype, 2 * num_rows * n * k, *a.arrays, *b.arrays, group_J, ragged=True)
     return (y_PN if padding is None else take_rows(y_PN, padding.target_R))[:, :n]
@@ -59,14 +70,23 @@ def grouped_weight_gradient_reason(
     x: QTensor, dy: QTensor, sizes: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
 ) -> str | None:
     if alignment % STEP:
-        return f"takes groups of multiples of {STEP} columns, not of alignment={alignment} (layout.pad_groups makes them)"
+        return (
+            f"takes groups of multiples of {STEP} columns, not of alignment={alignment} (layout.pad_groups makes them)"
+        )
     return dense.reason(x, dy, accumulation, out_dtype)
 
 
 def grouped_weight_gradient(
-    x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
+    x_DP: QTensor,
+    dy_FP: QTensor,
+    sizes_G: jax.Array,
+    alignment: int,
+    accumulation: Accumulation,
+    out_dtype: jnp.dtype,
+    config: Config | None = None,
 ) -> jax.Array:
-    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
+    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of
+    `alignment`."""
     (d, p), f, num_groups = x_DP.shape, dy_FP.shape[0], sizes_G.shape[0]
     config = config or choose_config("fp8_grouped_weight_gradient", d, f, p // num_groups, out_dtype, num_groups)
     x, dy = operand(x_DP, 8), operand(dy_FP, 64)
@@ -77,9 +97,21 @@ def grouped_weight_gradient(
 
     def body(x_values, x_scales, dy_values, dy_scales, first_G, steps_G, y_ref):
         def locate(index):
-            group, index = lax.div(index, jnp.int32(tiles[0] * tiles[1])), lax.rem(index, jnp.int32(tiles[0] * tiles[1]))
+            group, index = (
+                lax.div(index, jnp.int32(tiles[0] * tiles[1])),
+                lax.rem(index, jnp.int32(tiles[0] * tiles[1])),
+            )
             return Tile(*tile_at(index, tiles, config), y_group=group, first=first_G[group], steps=steps_G[group])
 
-        product_tiles(x.at((x_values, x_scales)), dy.at((dy_values, dy_scales)), y_ref, config, num_groups * tiles[0] * tiles[1], locate)
+        product_tiles(
+            x.at((x_values, x_scales)),
+            dy.at((dy_values, dy_scales)),
+            y_ref,
+            config,
+            num_groups * tiles[0] * tiles[1],
+            locate,
+        )
 
-    return launch(body, shape, out_dtype, 2 * d * f * p, *x.arrays, *dy.arrays, first_G, steps_G, ragged=True)[:, :d, :f]
+    return launch(body, shape, out_dtype, 2 * d * f * p, *x.arrays, *dy.arrays, first_G, steps_G, ragged=True)[
+        :, :d, :f
+    ]

@@ -1,10 +1,13 @@
-"""Products of contiguous groups on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+"""Products of contiguous groups on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run
+it.
 
-Rows times each group's own matrix: the dense kernel, in which every block of rows belongs to one group, whose number, known before the kernel
-starts, chooses the matrix. Groups that do not begin at a multiple of a block are moved apart before and together again afterwards.
+Rows times each group's own matrix: the dense kernel, in which every block of rows belongs to one group, whose number,
+known before the kernel starts, chooses the matrix. Groups that do not begin at a multiple of a block are moved apart
+before and together again afterwards.
 
-Weight gradient: K runs over the rows of all groups, and a group's blocks of K add to its own result. Each group is visited at least once, so
-that an empty one gives zeros; the steps are counted for the worst case, and those left over do nothing.
+Weight gradient: K runs over the rows of all groups, and a group's blocks of K add to its own result. Each group is
+visited at least once, so that an empty one gives zeros; the steps are counted for the worst case, and those left over
+do nothing.
 """
 
 import functools
@@ -25,7 +28,9 @@ from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of
 SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def reason(a: QTensor, b: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> str | None:
+def reason(
+    a: QTensor, b: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
+) -> str | None:
     return dense.reason(a, b, accumulation, out_dtype)
 
 
@@ -50,7 +55,11 @@ def grouped_matmul(
     if block < ROWS:
         block = _rows_at_once(num_rows, num_groups)
         padding = pad_groups(sizes_G, num_rows, block)
-        a_PK, a_scales_PT, sizes_G = take_rows(a_PK, padding.source_P), take_rows(a_scales_PT, padding.source_P), padding.sizes_G
+        a_PK, a_scales_PT, sizes_G = (
+            take_rows(a_PK, padding.source_P),
+            take_rows(a_scales_PT, padding.source_P),
+            padding.sizes_G,
+        )
     blocks = dense.choose_blocks(block, columns, depth, tile)
     group_J = group_of(jnp.arange(0, a_PK.shape[0], block), sizes_G)
     arrays, tiles = (group_J, a_PK, a_scales_PT, b_GNK, b_scales_GTN), blocks.k // tile
@@ -64,9 +73,12 @@ def grouped_matmul(
             in_specs=[
                 pl.BlockSpec((block, blocks.k), lambda i, j, k, group: (i, k)),
                 pl.BlockSpec((block, LANES), lambda i, j, k, group: (i, block_of(k * tiles, LANES))),
-                pl.BlockSpec((None, blocks.n, blocks.k), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), j, k)),
                 pl.BlockSpec(
-                    (None, SUBLANES, blocks.n), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), block_of(k * tiles, SUBLANES), j)
+                    (None, blocks.n, blocks.k), lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), j, k)
+                ),
+                pl.BlockSpec(
+                    (None, SUBLANES, blocks.n),
+                    lambda i, j, k, group: (jnp.minimum(group[i], num_groups - 1), block_of(k * tiles, SUBLANES), j),
                 ),
             ],
             out_specs=pl.BlockSpec((block, blocks.n), lambda i, j, k, group: (i, j)),
@@ -92,7 +104,8 @@ def _rows_at_once(num_rows: int, num_groups: int) -> int:
 def grouped_weight_gradient(
     x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
+    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of
+    `alignment`."""
     rows, columns, num_groups = x_DP.shape[0], dy_FP.shape[0], sizes_G.shape[0]
     tile, dtypes = math.gcd(dense.scale_tile(x_DP, dy_FP), alignment), dense.multiplied(x_DP, dy_FP)
     blocks = dense.choose_blocks(rows, columns, alignment, tile)
@@ -109,7 +122,9 @@ def grouped_weight_gradient(
                 pl.BlockSpec((blocks.m, blocks.k), lambda i, j, s, group, k, visit: (i, k[s])),
                 pl.BlockSpec((blocks.m, LANES), lambda i, j, s, group, k, visit: (i, block_of(k[s] * tiles, LANES))),
                 pl.BlockSpec((blocks.n, blocks.k), lambda i, j, s, group, k, visit: (j, k[s])),
-                pl.BlockSpec((SUBLANES, blocks.n), lambda i, j, s, group, k, visit: (block_of(k[s] * tiles, SUBLANES), j)),
+                pl.BlockSpec(
+                    (SUBLANES, blocks.n), lambda i, j, s, group, k, visit: (block_of(k[s] * tiles, SUBLANES), j)
+                ),
             ],
             out_specs=pl.BlockSpec((None, blocks.m, blocks.n), lambda i, j, s, group, k, visit: (group[s], i, j)),
             scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],
@@ -136,7 +151,9 @@ def _steps(sizes_G: jax.Array, depth: int, block: int) -> tuple[jax.Array, jax.A
     return group_S, block_S.astype(jnp.int32), does_S.astype(jnp.int32)
 
 
-def _weight_gradient_kernel(group_ref, block_ref, does_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, dw_ref, total_ref, *, tile, dtypes):
+def _weight_gradient_kernel(
+    group_ref, block_ref, does_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, dw_ref, total_ref, *, tile, dtypes
+):
     step = pl.program_id(2)
 
     @pl.when(does_ref[step] & FIRST != 0)
@@ -145,7 +162,9 @@ def _weight_gradient_kernel(group_ref, block_ref, does_ref, x_ref, x_scales_ref,
 
     @pl.when(does_ref[step] & ADD != 0)
     def _():
-        dense.add_product(total_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, block_ref[step], tile=tile, dtypes=dtypes)
+        dense.add_product(
+            total_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, block_ref[step], tile=tile, dtypes=dtypes
+        )
 
     @pl.when(does_ref[step] & LAST != 0)
     def _():

@@ -1,4 +1,5 @@
-"""Products of contiguous groups of rows, each with a matrix of its own, by their definition; also what runs where there is no kernel."""
+"""Products of contiguous groups of rows, each with a matrix of its own, by their definition; also what runs where there
+is no kernel."""
 
 import functools
 
@@ -13,7 +14,9 @@ from kernels_pallas.qtensor import QTensor
 from kernels_pallas.quantize.reference import retile
 
 
-def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
+def grouped_matmul(
+    a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
+) -> jax.Array:
     """Rows of group g times b[g] transposed: [R, N]; zero past the last group."""
     num_rows, num_groups = a_RK.shape[0], b_GNK.shape[0]
     block = alignment if alignment > 1 else _block(num_rows, num_groups)
@@ -23,7 +26,10 @@ def grouped_matmul(a_RK: QTensor, b_GNK: QTensor, sizes_G: jax.Array, alignment:
     padded_G = sizes_G if padding is None else padding.sizes_G
     group_J = group_of(jnp.arange(0, a_PK.shape[0], block), padded_G)
     chosen_J = jnp.minimum(group_J, num_groups - 1)
-    a_JbK, b_JNK = jax.tree.map(lambda x: x.reshape(-1, block, x.shape[-1]), a_PK), jax.tree.map(lambda x: x[chosen_J], b_GNK)
+    a_JbK, b_JNK = (
+        jax.tree.map(lambda x: x.reshape(-1, block, x.shape[-1]), a_PK),
+        jax.tree.map(lambda x: x[chosen_J], b_GNK),
+    )
     y_JbN = jax.vmap(functools.partial(matmul, accumulation=accumulation, out_dtype=out_dtype))(a_JbK, b_JNK)
     y_JbN = jnp.where((group_J < num_groups)[:, None, None], y_JbN, 0)
     y_PN = y_JbN.reshape(-1, y_JbN.shape[-1])
@@ -35,13 +41,19 @@ def _block(num_rows: int, num_groups: int) -> int:
     return min(128, max(8, 1 << (max(num_rows // (2 * num_groups), 1).bit_length() - 1)))
 
 
-def grouped_weight_gradient(x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
-    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of `alignment`."""
+def grouped_weight_gradient(
+    x_DP: QTensor, dy_FP: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
+) -> jax.Array:
+    """x[:, group g] times dy[:, group g] transposed: [G, D, F]; zero for an empty group. Sizes are multiples of
+    `alignment`."""
     num_groups = sizes_G.shape[0]
     x_DP, dy_FP = (retile(q, min(q.tile[1], alignment)) for q in (x_DP, dy_FP))
     group_J = group_of(jnp.arange(0, x_DP.shape[1], alignment), sizes_G)
-    if accumulation.promote_every is None or accumulation.promote_every > alignment:  # the narrow sum runs on: zeros leave it as it is
-        return jax.vmap(lambda g: matmul(_kept(x_DP, group_J == g), _kept(dy_FP, group_J == g), accumulation, out_dtype))(jnp.arange(num_groups))
+    # the narrow sum runs on: zeros leave it as it is
+    if accumulation.promote_every is None or accumulation.promote_every > alignment:
+        return jax.vmap(
+            lambda g: matmul(_kept(x_DP, group_J == g), _kept(dy_FP, group_J == g), accumulation, out_dtype)
+        )(jnp.arange(num_groups))
 
     def add(total_GDF, operands):
         x_Dp, dy_Fp, group = operands

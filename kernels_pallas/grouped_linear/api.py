@@ -15,7 +15,11 @@ INSTEAD = "XLA multiplies instead, off TPUs every row with every group's matrix;
 
 def _small(x: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, transposed: bool) -> tuple:
     sizes, rows = groups(w.shape[0], x.shape[0], alignment)
-    w_shape = (len(sizes), few(w.shape[1], COLUMNS), w.shape[2]) if transposed else (len(sizes), w.shape[1], few(w.shape[2], COLUMNS))
+    w_shape = (
+        (len(sizes), few(w.shape[1], COLUMNS), w.shape[2])
+        if transposed
+        else (len(sizes), w.shape[1], few(w.shape[2], COLUMNS))
+    )
     return normal(0, (rows, x.shape[1]), x.dtype), normal(1, w_shape, w.dtype), sizes, alignment, transposed
 
 
@@ -46,16 +50,25 @@ GROUPED_WEIGHT_GRADIENT = Operation(
 
 def kernel_alignment(kind: str, dtype: jnp.dtype) -> int | None:
     """The alignment with which the kernel for that kind of device moves no rows; None where there is no kernel."""
-    return mosaic_gpu_sm90.TILE_M if PREFERRED.get(kind) == "mosaic_gpu_sm90" and dtype == mosaic_gpu_sm90.BF16 else None
+    return (
+        mosaic_gpu_sm90.TILE_M if PREFERRED.get(kind) == "mosaic_gpu_sm90" and dtype == mosaic_gpu_sm90.BF16 else None
+    )
 
 
 def grouped_linear(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, alignment: int = 1, implementation: str | tuple[str, ...] | None = None
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    alignment: int = 1,
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """Rows of group g of x [R, D] times w[g] of w [G, D, F] -> [R, F], in the dtype of both; gradients are products of the same kind.
+    """Rows of group g of x [R, D] times w[g] of w [G, D, F] -> [R, F], in the dtype of both; gradients are products of
+    the same kind.
 
-    `group_sizes` int32 [G]; groups lie one after another and may be empty; rows past the last give zero and have no gradient. `alignment`
-    promises that every size, and R, is a multiple of it. Sums are float32. Raises ValueError for shapes or dtypes that do not match.
+    `group_sizes` int32 [G]; groups lie one after another and may be empty; rows past the last give zero and have no
+    gradient. `alignment` promises that every size, and R, is a multiple of it. Sums are float32. Raises ValueError for
+    shapes or dtypes that do not match.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1] or x.dtype != w.dtype:
         got = f"x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}, group_sizes {list(group_sizes.shape)}"
@@ -66,15 +79,27 @@ def grouped_linear(
 
 
 def grouped_product(
-    x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, *, transposed: bool = False, implementation: str | tuple[str, ...] | None = None
+    x_RK: jax.Array,
+    w: jax.Array,
+    sizes_G: jax.Array,
+    alignment: int,
+    *,
+    transposed: bool = False,
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """Rows of group g times w[g], w [G, K, N], or, `transposed`, times w[g] transposed, w [G, N, K]: [R, N]; zero past the last group."""
+    """Rows of group g times w[g], w [G, K, N], or, `transposed`, times w[g] transposed, w [G, N, K]: [R, N]; zero past
+    the last group."""
     arguments = (x_RK, w, sizes_G, alignment, transposed)
     return choose(GROUPED_PRODUCT, implementation, *arguments)(*arguments)
 
 
 def grouped_weight_gradient(
-    x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Array, alignment: int, *, implementation: str | tuple[str, ...] | None = None
+    x_RD: jax.Array,
+    dy_RF: jax.Array,
+    sizes_G: jax.Array,
+    alignment: int,
+    *,
+    implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """x[group g] transposed times dy[group g]: [G, D, F]; zero for an empty group."""
     arguments = (x_RD, dy_RF, sizes_G, alignment)

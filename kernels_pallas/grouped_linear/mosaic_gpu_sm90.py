@@ -1,16 +1,19 @@
-"""Products of groups of rows in bfloat16 on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""Products of groups of rows in bfloat16 on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
+GPU has run it.
 
     forward            y[r] = x[r] w[g], g the group of row r
     input gradient     dx[r] = dy[r] w[g]ᵀ
     weight gradient    dw[g] = x[group g]ᵀ dy[group g]
 
-One warpgroup copies the next steps of K into shared memory; two others multiply, each its own half of the tile, into an accumulator that stays in
-registers until the tile is written. Matrix instructions read bfloat16 with either axis last, so that x, w and dy are read as they lie: nothing is
-transposed. Which tiles there are and what they sum over is as in `grouped.mosaic_gpu_sm90`: a tile lies in one group, those past the last group and
-those of an empty one sum over no steps and write zeros, and groups that may begin within a tile are moved apart first.
+One warpgroup copies the next steps of K into shared memory; two others multiply, each its own half of the tile, into an
+accumulator that stays in registers until the tile is written. Matrix instructions read bfloat16 with either axis last,
+so that x, w and dy are read as they lie: nothing is transposed. Which tiles there are and what they sum over is as in
+`grouped.mosaic_gpu_sm90`: a tile lies in one group, those past the last group and those of an empty one sum over no
+steps and write zeros, and groups that may begin within a tile are moved apart first.
 
-Copies read zeros beyond an end and write nothing there; the axis that lies last must be a multiple of 8, else it is padded first, at the cost of
-a copy. The rule for tiles is not measured: as large as registers and shared memory allow, since what tiles read of both sides is what takes time.
+Copies read zeros beyond an end and write nothing there; the axis that lies last must be a multiple of 8, else it is
+padded first, at the cost of a copy. The rule for tiles is not measured: as large as registers and shared memory allow,
+since what tiles read of both sides is what takes time.
 """
 
 import dataclasses
@@ -59,12 +62,17 @@ class Side:
     def spec(self, size: int, index: jax.Array, first: jax.Array | int):
         """`size` rows and one step of K."""
         if self.across:
-            return plgpu.BlockSpec((STEP, size), lambda k: (first + k, index), transforms=tiled(size, BF16), memory_space=plgpu.SMEM)
-        return plgpu.BlockSpec((size, STEP), lambda k: (index, first + k), transforms=tiled(STEP, BF16), memory_space=plgpu.SMEM)
+            return plgpu.BlockSpec(
+                (STEP, size), lambda k: (first + k, index), transforms=tiled(size, BF16), memory_space=plgpu.SMEM
+            )
+        return plgpu.BlockSpec(
+            (size, STEP), lambda k: (index, first + k), transforms=tiled(STEP, BF16), memory_space=plgpu.SMEM
+        )
 
 
 def grouped_product(x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, transposed: bool) -> jax.Array:
-    """Rows of group g times w[g], w [G, K, N], or times w[g] transposed, w [G, N, K]: [R, N]; zero past the last group."""
+    """Rows of group g times w[g], w [G, K, N], or times w[g] transposed, w [G, N, K]: [R, N]; zero past the last
+    group."""
     num_rows, num_groups, n = x_RK.shape[0], w.shape[0], w.shape[1 if transposed else 2]
     padding = pad_groups(sizes_G, num_rows, TILE_M) if alignment % TILE_M else None
     if padding is not None:
@@ -104,8 +112,13 @@ def grouped_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Arra
 
     def body(x_ref, dy_ref, first_G, steps_G, y_ref):
         def locate(index):
-            group, index = lax.div(index, jnp.int32(tiles[0] * tiles[1])), lax.rem(index, jnp.int32(tiles[0] * tiles[1]))
-            return Tile(*plgpu.planar_snake(index, tiles, 0, STRIP), y_group=group, first=first_G[group], steps=steps_G[group])
+            group, index = (
+                lax.div(index, jnp.int32(tiles[0] * tiles[1])),
+                lax.rem(index, jnp.int32(tiles[0] * tiles[1])),
+            )
+            return Tile(
+                *plgpu.planar_snake(index, tiles, 0, STRIP), y_group=group, first=first_G[group], steps=steps_G[group]
+            )
 
         product_tiles(a.at(x_ref), b.at(dy_ref), y_ref, columns, num_groups * tiles[0] * tiles[1], locate)
 

@@ -5,11 +5,14 @@ TPUs have a kernel of their own for `lax.ragged_dot`. Elsewhere XLA computes it 
 
 import jax
 
-_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=())
+_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers(
+    (((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+)
 
 
 def grouped_product(x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, transposed: bool) -> jax.Array:
-    """Rows of group g times w[g], w [G, K, N], or times w[g] transposed, w [G, N, K]: [R, N]; zero past the last group."""
+    """Rows of group g times w[g], w [G, K, N], or times w[g] transposed, w [G, N, K]: [R, N]; zero past the last
+    group."""
     del alignment
     return jax.lax.ragged_dot(x_RK, w.mT if transposed else w, sizes_G)
 

@@ -44,9 +44,10 @@ class LinearFormat:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("master", "quantized"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An operand that was quantised before it comes here: a weight on the devices that each hold a part of it, tokens before they are copied or sent
-    to their experts, so that eight bits travel and are kept. Products in FP8 read `quantized`; `master` is what the gradient is of, and no more if
-    all of them are. Made by `prepare` and `prepare_weight`."""
+    """An operand that was quantised before it comes here: a weight on the devices that each hold a part of it, tokens
+    before they are copied or sent to their experts, so that eight bits travel and are kept. Products in FP8 read
+    `quantized`; `master` is what the gradient is of, and no more if all of them are. Made by `prepare` and
+    `prepare_weight`."""
 
     master: jax.Array
     quantized: QTensor
@@ -109,7 +110,9 @@ def save(how: How, x_RD: jax.Array | Prepared, multiplied):
 
 def input_gradient(how: How, dy_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
     """dy Wᵀ [R, D]: W [D, F] has the product's K = F last already."""
-    dy, weight = (quantized(how, "input_gradient", x, q) for x, q in ((dy_RF, how.format.gradient), (w, how.format.weight)))
+    dy, weight = (
+        quantized(how, "input_gradient", x, q) for x, q in ((dy_RF, how.format.gradient), (w, how.format.weight))
+    )
     return product(how, "input_gradient", dy, weight, sizes_G, dy_RF.dtype)
 
 
@@ -121,9 +124,15 @@ def weight_gradient(how: How, saved, dy_RF: jax.Array, sizes_G: jax.Array | None
     fields = dict(implementation=how.implementation)
     if sizes_G is not None and how.alignment % how.format.gradient.size:
         padding = pad_groups(sizes_G, dy_RF.shape[0], how.format.gradient.size)
-        saved = take_quantized(saved, padding.source_P) if isinstance(saved, QTensor) else take_rows(saved, padding.source_P)
+        saved = (
+            take_quantized(saved, padding.source_P)
+            if isinstance(saved, QTensor)
+            else take_rows(saved, padding.source_P)
+        )
         dy_RF, sizes_G = take_rows(dy_RF, padding.source_P), padding.sizes_G
-    x_DR = (requantize_transposed if isinstance(saved, QTensor) else quantize_transposed)(saved, how.format.input, **fields)
+    x_DR = (requantize_transposed if isinstance(saved, QTensor) else quantize_transposed)(
+        saved, how.format.input, **fields
+    )
     dy_FR = quantize_transposed(dy_RF, how.format.gradient, **fields)
     fields |= dict(out_dtype=out_dtype, accumulation=how.format.accumulation)
     if sizes_G is None:
@@ -138,7 +147,8 @@ def _plain_weight_gradient(how: How, x_RD: jax.Array, dy_RF: jax.Array, sizes_G:
 
 
 def keep(how: How, w: jax.Array | Prepared) -> jax.Array | Prepared:
-    """What the backward pass needs of a weight: of one that came quantised, of the master copy no more than the dtype."""
+    """What the backward pass needs of a weight: of one that came quantised, of the master copy no more than the
+    dtype."""
     if not isinstance(w, Prepared) or "input_gradient" not in how.format.products:
         return w
     return Prepared(jnp.zeros((0,), w.dtype), w.quantized)
@@ -177,11 +187,14 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
-    """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantised; their product is computed again in the backward pass (V3 §3.3.3)."""
+    """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantised; their product is computed again in the
+    backward pass (V3 §3.3.3)."""
     return swiglu_forward(how, gate_RF, up_RF, w, sizes_G)
 
 
-def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None) -> jax.Array:
+def swiglu_forward(
+    how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None
+) -> jax.Array:
     if "forward" in how.format.products:
         hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)
     else:
@@ -190,7 +203,9 @@ def swiglu_forward(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array 
 
 
 def _swiglu_linear_fwd(how, gate_RF, up_RF, w, sizes_G):
-    saved = tuple(quantize(x, how.format.saved or how.format.input, implementation=how.implementation) for x in (gate_RF, up_RF))
+    saved = tuple(
+        quantize(x, how.format.saved or how.format.input, implementation=how.implementation) for x in (gate_RF, up_RF)
+    )
     return swiglu_forward(how, gate_RF, up_RF, w, sizes_G), (saved, keep(how, w), sizes_G)
 
 

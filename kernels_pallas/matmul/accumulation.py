@@ -1,4 +1,5 @@
-"""How a product's partial sums are kept: in float32, or as a Hopper tensor core keeps them, promoted to float32 now and then (V3 §3.3.2)."""
+"""How a product's partial sums are kept: in float32, or as a Hopper tensor core keeps them, promoted to float32 now and
+then (V3 §3.3.2)."""
 
 import dataclasses
 
@@ -43,16 +44,22 @@ def partial_product(a_MK: jax.Array, b_NK: jax.Array, accumulator: str) -> jax.A
 
 
 def _add_aligned(sum_MN: jax.Array, a_Mk: jax.Array, b_Nk: jax.Array) -> jax.Array:
-    """Products are made twice, one number of k at a time, and never kept: what exists at once is [M, N]. 14 times as fast on a CPU as keeping them."""
+    """Products are made twice, one number of k at a time, and never kept: what exists at once is [M, N]. 14 times as
+    fast on a CPU as keeping them."""
     b_kN = b_Nk.T
 
     def fold(add, start_MN):
-        return jax.lax.fori_loop(0, STEP, lambda k, so_far_MN: add(so_far_MN, a_Mk[:, k, None] * b_kN[k]), start_MN, unroll=8)
+        return jax.lax.fori_loop(
+            0, STEP, lambda k, so_far_MN: add(so_far_MN, a_Mk[:, k, None] * b_kN[k]), start_MN, unroll=8
+        )
 
     largest_MN = fold(lambda largest_MN, product_MN: jnp.maximum(largest_MN, jnp.abs(product_MN)), jnp.abs(sum_MN))
     biased_MN = (jax.lax.bitcast_convert_type(largest_MN, jnp.int32) >> 23) - FRACTION_BITS
     biased_MN = jnp.maximum(biased_MN, 1)  # a smaller quantum would be flushed to zero
-    quantum_MN, per_quantum_MN = (jax.lax.bitcast_convert_type(e << 23, jnp.float32) for e in (biased_MN, 254 - biased_MN))  # powers of two
+    # powers of two
+    quantum_MN, per_quantum_MN = (
+        jax.lax.bitcast_convert_type(e << 23, jnp.float32) for e in (biased_MN, 254 - biased_MN)
+    )
     quanta = lambda x_MN: (x_MN * per_quantum_MN).astype(jnp.int32)  # cut towards zero; at most 2^14
     quanta_MN = fold(lambda so_far_MN, product_MN: so_far_MN + quanta(product_MN), quanta(sum_MN))
     return jnp.where(jnp.isfinite(largest_MN), truncate(quanta_MN * quantum_MN), sum_MN + _dot(a_Mk, b_Nk))
@@ -65,7 +72,9 @@ def truncate(x: jax.Array) -> jax.Array:
 
 
 def _dot(a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(a_MK, b_NK, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a_MK, b_NK, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 def _steps(x_RK: jax.Array, step: int) -> jax.Array:

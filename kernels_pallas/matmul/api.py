@@ -35,8 +35,9 @@ def fp8_matmul(
 ) -> jax.Array:
     """a [M, K] times b [N, K] transposed -> [M, N] in `out_dtype`; both have K last, as FP8 tensor cores read them.
 
-    Partial sums over 128 numbers of K are multiplied with their scales and added in float32 (V3 §3.3.2, Fig. 7b). Use `q.mT` where an
-    operand lies the other way. Raises ValueError for shapes that do not match and Unsupported for an implementation that cannot do it.
+    Partial sums over 128 numbers of K are multiplied with their scales and added in float32 (V3 §3.3.2, Fig. 7b). Use
+    `q.mT` where an operand lies the other way. Raises ValueError for shapes that do not match and Unsupported for an
+    implementation that cannot do it.
     """
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"fp8_matmul: a {a.shape} and b {b.shape} must be [M, K] and [N, K]")

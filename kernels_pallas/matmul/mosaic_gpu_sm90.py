@@ -1,20 +1,23 @@
-"""The product of two quantised matrices on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""The product of two quantised matrices on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
+GPU has run it.
 
     y[m, n] = Σ_t (Σ_{k in part t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]          parts of 128
 
-The inner sum is four FP8 warpgroup instructions (wgmma m64nNk32) into a fresh accumulator, which keeps some 14 bits; multiplying it with the scales
-and adding it to a float32 total in registers is the promotion of V3 §3.3.2, one FFMA for each number. Blocks of threads stay for the whole
-kernel and take output tiles in turn. One warpgroup copies the next steps of K into shared memory; the two others compute, each its own half of
-the tile: while one promotes, the tensor cores work for the other.
+The inner sum is four FP8 warpgroup instructions (wgmma m64nNk32) into a fresh accumulator, which keeps some 14 bits;
+multiplying it with the scales and adding it to a float32 total in registers is the promotion of V3 §3.3.2, one FFMA for
+each number. Blocks of threads stay for the whole kernel and take output tiles in turn. One warpgroup copies the next
+steps of K into shared memory; the two others compute, each its own half of the tile: while one promotes, the tensor
+cores work for the other.
 
-Layouts. FP8 instructions read both operands with K last: a [M, K], b [N, K]. A scale for each row and part is stored transposed, [K/128, M], since
-copies to shared memory take 16 contiguous bytes or more; one for 128 rows stays [N/128, K/128] and is read as a single number. The copies read
-zeros beyond an end and write nothing there, so any number of tiles will do, but M must be a multiple of 8, N of 64 and K of 128: else operands are
-padded first, at the cost of a copy.
+Layouts. FP8 instructions read both operands with K last: a [M, K], b [N, K]. A scale for each row and part is stored
+transposed, [K/128, M], since copies to shared memory take 16 contiguous bytes or more; one for 128 rows stays [N/128,
+K/128] and is read as a single number. The copies read zeros beyond an end and write nothing there, so any number of
+tiles will do, but M must be a multiple of 8, N of 64 and K of 128: else operands are padded first, at the cost of a
+copy.
 
-The scales are read with ordinary loads from a slot that the next copy fills: `commit_smem` orders the two. Rejected: 128 × 128 or 64 × 256 numbers
-for each warpgroup, whose total and partial sums do not fit its registers (compiled: spills of 456 and 384 bytes); scales in shared memory for blocks
-of b, one number at a time being too small for a copy.
+The scales are read with ordinary loads from a slot that the next copy fills: `commit_smem` orders the two. Rejected:
+128 × 128 or 64 × 256 numbers for each warpgroup, whose total and partial sums do not fit its registers (compiled:
+spills of 456 and 384 bytes); scales in shared memory for blocks of b, one number at a time being too small for a copy.
 """
 
 import dataclasses
@@ -49,7 +52,9 @@ def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dt
     return None
 
 
-def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None) -> jax.Array:
+def matmul(
+    a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
+) -> jax.Array:
     """a bᵀ [M, N]; `accumulation` is as the hardware has it."""
     (m, k), n = a_MK.shape, b_NK.shape[0]
     config = config or choose_config("fp8_matmul", m, n, k, out_dtype)
@@ -59,7 +64,9 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
 
     def body(*refs):
         a_refs, b_refs, y_ref = refs[:2], refs[2:4], refs[4]
-        product_tiles(a.at(a_refs), b.at(b_refs), y_ref, config, tiles[0] * tiles[1], lambda i: Tile(*tile_at(i, tiles, config)))
+        product_tiles(
+            a.at(a_refs), b.at(b_refs), y_ref, config, tiles[0] * tiles[1], lambda i: Tile(*tile_at(i, tiles, config))
+        )
 
     return launch(body, (rows, columns), out_dtype, 2 * m * n * k, *a.arrays, *b.arrays)[:m, :n]
 
@@ -104,7 +111,8 @@ def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Which tile of the output: its place in a matrix, the group of b and of the output, and the steps of K; None: all."""
+    """Which tile of the output: its place in a matrix, the group of b and of the output, and the steps of K; None:
+    all."""
 
     m: jax.Array
     n: jax.Array
@@ -119,7 +127,13 @@ def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[j
 
 
 def launch(
-    body: Callable, shape: tuple[int, ...], dtype: jnp.dtype, flops: int, *arrays: jax.Array, format: jnp.dtype = E4M3, ragged: bool = False
+    body: Callable,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    flops: int,
+    *arrays: jax.Array,
+    format: jnp.dtype = E4M3,
+    ragged: bool = False,
 ) -> jax.Array:
     """Runs body(*references) once on each core, in three warpgroups; `flops`, `format` and `ragged` as for `priced`."""
     grid = (device()[1],)
@@ -144,12 +158,16 @@ def tiled(columns: int, dtype: jnp.dtype):
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
-def product_tiles(a: Operand, b: Operand, y_ref, config: Config, num_tiles, locate: Callable[[jax.Array], Tile]) -> None:
+def product_tiles(
+    a: Operand, b: Operand, y_ref, config: Config, num_tiles, locate: Callable[[jax.Array], Tile]
+) -> None:
     """Computes and writes those tiles of the output that fall to this core; locate(i) says which the i-th is."""
     shape = ROWS, config.columns
 
     def pipeline(b: Operand, tile: Tile, body=None, context=lambda _: None):
-        per_row = lambda q, size, index: plgpu.BlockSpec((1, size), lambda k: ((tile.first + k) // q.parts, index), memory_space=plgpu.SMEM)
+        per_row = lambda q, size, index: plgpu.BlockSpec(
+            (1, size), lambda k: ((tile.first + k) // q.parts, index), memory_space=plgpu.SMEM
+        )
         values = lambda size, index: plgpu.BlockSpec(
             (size, STEP), lambda k: (index, tile.first + k), transforms=tiled(STEP, E4M3), memory_space=plgpu.SMEM
         )

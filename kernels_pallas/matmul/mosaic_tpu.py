@@ -1,13 +1,15 @@
-"""The product of two quantised matrices on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+"""The product of two quantised matrices on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU
+has run it.
 
     y[m, n] = Σ_t (Σ_{k in tile t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]
 
-The inner sum is one pass through the matrix unit, which adds in float32; scaling it and adding it to the total is the vector unit's work, of
-which tiles of 256 need half as much. All layouts of scales become two: a's [M, T], a column to a tile, and b's transposed [T, N], a row to a tile.
-T is no multiple of a block's, so that a block of scales holds 128 columns or 8 rows and those of the step are picked out of it.
+The inner sum is one pass through the matrix unit, which adds in float32; scaling it and adding it to the total is the
+vector unit's work, of which tiles of 256 need half as much. All layouts of scales become two: a's [M, T], a column to a
+tile, and b's transposed [T, N], a row to a tile. T is no multiple of a block's, so that a block of scales holds 128
+columns or 8 rows and those of the step are picked out of it.
 
-Blocks at the ends of M and N are cut off by the copies to and from VMEM: numbers beyond an end only reach results that are not written. K is
-padded with zeros to whole tiles.
+Blocks at the ends of M and N are cut off by the copies to and from VMEM: numbers beyond an end only reach results that
+are not written. K is padded with zeros to whole tiles.
 """
 
 import dataclasses
@@ -47,7 +49,8 @@ def choose_blocks(rows: int, columns: int, depth: int, tile: int) -> Blocks:
 
 
 def multiplied(a: QTensor, b: QTensor) -> tuple[jnp.dtype, jnp.dtype]:
-    """What the matrix unit is given: the operands' own formats where it multiplies them (E4M3 from TPU7x on), else bfloat16, which holds them exactly."""
+    """What the matrix unit is given: the operands' own formats where it multiplies them (E4M3 from TPU7x on), else
+    bfloat16, which holds them exactly."""
     try:
         native = pltpu.get_tpu_info().is_matmul_supported(a.values.dtype, b.values.dtype)
     except ValueError:  # not a TPU: interpreted
@@ -74,7 +77,8 @@ def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dt
 
 
 def operands(a: QTensor, b: QTensor, tile: int) -> tuple[jax.Array, ...]:
-    """Values and scales of a [M, K] and of b [..., N, K] as the kernels read them: K in whole tiles, b's scales [..., T, N]."""
+    """Values and scales of a [M, K] and of b [..., N, K] as the kernels read them: K in whole tiles, b's scales [...,
+    T, N]."""
     a, b = retile(a, tile), retile(b, tile)
     return _whole_tiles(a.values, tile), a.scales, _whole_tiles(b.values, tile), b.scales.mT
 
@@ -129,9 +133,14 @@ def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, ti
     for t in range(tiles):
         k = slice(t * tile, (t + 1) * tile)
         partial = jax.lax.dot_general(
-            a_ref[:, k].astype(dtypes[0]), b_ref[:, k].astype(dtypes[1]), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            a_ref[:, k].astype(dtypes[0]),
+            b_ref[:, k].astype(dtypes[1]),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
-        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[pl.ds((step * tiles & (SUBLANES - 1)) + t, 1), :]
+        total_ref[...] += (
+            partial * a_scales[:, t : t + 1] * b_scales_ref[pl.ds((step * tiles & (SUBLANES - 1)) + t, 1), :]
+        )
 
 
 def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:

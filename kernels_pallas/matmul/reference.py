@@ -12,10 +12,12 @@ from kernels_pallas.quantize.reference import spread
 
 
 def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
-    """a bᵀ [M, N] = Σ over parts of K of (values of a · values of b) · scale of a · scale of b, the parts added in float32 in order.
+    """a bᵀ [M, N] = Σ over parts of K of (values of a · values of b) · scale of a · scale of b, the parts added in
+    float32 in order.
 
-    A part ends where a scale changes and after `promote_every` numbers at the latest. With scales finer than `promote_every` there is no
-    promotion at which to apply them: then they multiply the numbers that the narrow accumulator adds.
+    A part ends where a scale changes and after `promote_every` numbers at the latest. With scales finer than
+    `promote_every` there is no promotion at which to apply them: then they multiply the numbers that the narrow
+    accumulator adds.
     """
     rows, columns, depth = a_MK.shape[0], b_NK.shape[0], a_MK.shape[1]
     interval = min(accumulation.promote_every or depth, depth)
@@ -27,7 +29,9 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
         """-> what is multiplied, [P, R, part], and what each part's sum is multiplied with, [P, R]."""
         values, parts = q.values.astype(jnp.float32), -(-depth // part)
         scales = spread(q.scales, q.tile, q.shape)
-        multiplied, after = (values, scales[:, ::part]) if scale_after else (values * scales, jnp.ones((values.shape[0], parts)))
+        multiplied, after = (
+            (values, scales[:, ::part]) if scale_after else (values * scales, jnp.ones((values.shape[0], parts)))
+        )
         multiplied = jnp.pad(multiplied, ((0, 0), (0, parts * part - depth)))
         return multiplied.reshape(-1, parts, part).swapaxes(0, 1), after.T
 

@@ -1,4 +1,5 @@
-"""How the Hopper products cut their work up: from a table of measured sizes, else by a rule. No GPU has tried either yet."""
+"""How the Hopper products cut their work up: from a table of measured sizes, else by a rule. No GPU has tried either
+yet."""
 
 import dataclasses
 import functools
@@ -32,10 +33,18 @@ class Config:
     width: int = 8
 
     def __post_init__(self):
-        if self.columns not in (16, 32, 64, 128) or self.split not in ("m", "n") or self.minor not in (0, 1) or min(self.stages, self.width) < 1:
+        if (
+            self.columns not in (16, 32, 64, 128)
+            or self.split not in ("m", "n")
+            or self.minor not in (0, 1)
+            or min(self.stages, self.width) < 1
+        ):
             raise ValueError(f"{self}: columns 16, 32, 64 or 128, split m or n, minor 0 or 1, stages and width from 1")
         if self.tile_n < 32:
-            raise ValueError(f"{self}: tiles of 32 columns or more, whose scales fill 128 bytes, as copies to shared memory are aligned")
+            raise ValueError(
+                f"{self}: tiles of 32 columns or more, whose scales fill 128 bytes, as copies to shared memory are "
+                "aligned"
+            )
 
     @property
     def tile_m(self) -> int:
@@ -60,16 +69,19 @@ def choose_config(operation: str, m: int, n: int, k: int, out_dtype: jnp.dtype, 
 
 
 def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
-    """For up to 64 rows, where reading b is what takes time, tiles that are wide rather than tall; and of those the ones with which the busiest
-    core reads least: rows of a and b for each of its tiles."""
+    """For up to 64 rows, where reading b is what takes time, tiles that are wide rather than tall; and of those the
+    ones with which the busiest core reads least: rows of a and b for each of its tiles."""
     split = "n" if m <= ROWS else "m"
     tiles = lambda config: groups * pl.cdiv(m, config.tile_m) * pl.cdiv(n, config.tile_n)
     reads = lambda config: pl.cdiv(tiles(config), cores) * (config.tile_m + config.tile_n)
-    return min((Config(columns, split) for columns in ((128, 64, 32) if split == "m" else (128, 64, 32, 16))), key=reads)
+    return min(
+        (Config(columns, split) for columns in ((128, 64, 32) if split == "m" else (128, 64, 32, 16))), key=reads
+    )
 
 
 def device() -> tuple[str, int]:
-    """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two cores do."""
+    """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two
+    cores do."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.num_cores:
         return abstract.device_kind, abstract.num_cores

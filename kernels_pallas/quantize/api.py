@@ -53,18 +53,21 @@ REQUANTIZE_TRANSPOSED = Operation(
 )
 
 
-def quantize(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
+def quantize(
+    x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
+) -> QTensor:
     """[..., R, C] of any float dtype -> QTensor [..., R, C].
 
-    scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantiser does it; other
-    formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises Unsupported for an implementation that
-    cannot do it.
+    scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantiser
+    does it; other formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises
+    Unsupported for an implementation that cannot do it.
     """
     return choose(QUANTIZE, implementation, x, quantizer)(x, quantizer)
 
 
 def quantize_tile(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
-    """1 × 128 tiles along the last axis: activations and their gradients (V3 §3.3.2). `fields` are those of Quantizer."""
+    """1 × 128 tiles along the last axis: activations and their gradients (V3 §3.3.2). `fields` are those of
+    Quantizer."""
     return quantize(x, Quantizer(**({"scope": "tile"} | fields)), implementation=implementation)
 
 
@@ -73,13 +76,18 @@ def quantize_block(x: jax.Array, *, implementation: str | tuple[str, ...] | None
     return quantize(x, Quantizer(**({"scope": "block"} | fields)), implementation=implementation)
 
 
-def quantize_transposed(x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
+def quantize_transposed(
+    x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
+) -> QTensor:
     """[..., R, C] -> QTensor [..., C, R] with tiles along R: an operand of the weight gradient's product."""
     return choose(QUANTIZE_TRANSPOSED, implementation, x, quantizer)(x, quantizer)
 
 
-def requantize_transposed(q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
-    """QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: what was kept for the backward pass, as its product needs it."""
+def requantize_transposed(
+    q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
+) -> QTensor:
+    """QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: what was kept for the backward pass, as its
+    product needs it."""
     return choose(REQUANTIZE_TRANSPOSED, implementation, q, quantizer)(q, quantizer)
 
 

@@ -2,14 +2,16 @@
 
     scale = max(amax of the tile, min_amax) / 448          values = clip(x / scale, ±448) in E4M3
 
-A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 × 128 block: copies what it needs into shared memory, reduces in registers,
-and copies out. There is no pipeline: several blocks of threads share a core, and while one waits the others work. What runs over rows rather than
-columns differs only in how shared memory is read, across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
+A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 × 128 block: copies what it needs into
+shared memory, reduces in registers, and copies out. There is no pipeline: several blocks of threads share a core, and
+while one waits the others work. What runs over rows rather than columns differs only in how shared memory is read,
+across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
 
-Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. A block's is written 64 times, one number being too small for
-a copy, and read once. R must be a multiple of 8 (64 where rows and columns change
-places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within two units in the last place, so
-that a number close to the middle between two of E4M3 may go either way; power-of-two scales and what they scale are exact, being made from bits.
+Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. A block's is written 64 times,
+one number being too small for a copy, and read once. R must be a multiple of 8 (64 where rows and columns change
+places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within
+two units in the last place, so that a number close to the middle between two of E4M3 may go either way; power-of-two
+scales and what they scale are exact, being made from bits.
 """
 
 import functools
@@ -73,7 +75,9 @@ def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
     if len(q.shape) > 2:
         return jax.vmap(lambda q: requantize_transposed(q, quantizer))(q)
     q = retile(q, STEP)
-    return quantized_tiles(load_scaled_strip_across, [(across, q.values), (scales_across, q.scales.T)], q.shape[::-1], quantizer)
+    return quantized_tiles(
+        load_scaled_strip_across, [(across, q.values), (scales_across, q.scales.T)], q.shape[::-1], quantizer
+    )
 
 
 def along(i, j, height, width):
@@ -108,17 +112,25 @@ def load_scaled_strip_across(rows, values, scales) -> jax.Array:
 
 
 def quantized_tiles(
-    strip: Callable, sources: list[tuple[Callable, jax.Array]], shape: tuple[int, int], quantizer: Quantizer, approx_math: bool = False
+    strip: Callable,
+    sources: list[tuple[Callable, jax.Array]],
+    shape: tuple[int, int],
+    quantizer: Quantizer,
+    approx_math: bool = False,
 ) -> QTensor:
     """Quantises what strip(rows, *references to shared memory) gives, 64 rows of a tile at a time: float32 [64, size].
 
-    `sources`: arrays, each with a function (i, j, height, width) -> where its block for tile (i, j) begins and the block's shape.
+    `sources`: arrays, each with a function (i, j, height, width) -> where its block for tile (i, j) begins and the
+    block's shape.
     """
     rows, columns = shape
     size = quantizer.size
     height = ROWS if quantizer.scope == "tile" else size
     strips = [pl.ds(start, ROWS) for start in range(0, height, ROWS)]
-    padded = tuple(-(-length // multiple) * multiple for length, multiple in zip(shape, (64 if sources[0][0] is across else 8, size), strict=True))
+    padded = tuple(
+        -(-length // multiple) * multiple
+        for length, multiple in zip(shape, (64 if sources[0][0] is across else 8, size), strict=True)
+    )
     grid = pl.cdiv(padded[0], height), padded[1] // size
     arrays = [_whole(array, at(0, 0, *padded)[1]) for at, array in sources]
 
@@ -147,7 +159,10 @@ def quantized_tiles(
         blocks = [at(0, 0, height, size)[1] for at, _ in sources]
         pl.run_scoped(
             in_scope,
-            slots=[plgpu.SMEM(b, a.dtype, transforms=tiled(b[1], a.dtype) if b[0] > 1 else ()) for b, a in zip(blocks, arrays, strict=True)],
+            slots=[
+                plgpu.SMEM(b, a.dtype, transforms=tiled(b[1], a.dtype) if b[0] > 1 else ())
+                for b, a in zip(blocks, arrays, strict=True)
+            ],
             values=plgpu.SMEM((height, size), DTYPE, transforms=tiled(size, DTYPE)),
             scales=plgpu.SMEM((1, ROWS), jnp.float32),
             arrived=plgpu.Barrier(num_arrivals=len(sources)),
@@ -163,7 +178,8 @@ def quantized_tiles(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=2048, approx_math=approx_math
         ),
     )
-    values, scales = vary_alike(kernel(*arrays), *arrays)[0]  # jax 0.10 forgets along which mesh axes the outputs differ
+    # jax 0.10 forgets along which mesh axes the outputs differ
+    values, scales = vary_alike(kernel(*arrays), *arrays)[0]
     scales = scales.mT[:rows] if quantizer.scope == "tile" else scales.mT[::ROWS]
     return QTensor(values[:rows, :columns], scales, quantizer.tile(shape))
 
@@ -173,7 +189,8 @@ def _whole(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _amax(strips: list[jax.Array], per_row: bool) -> jax.Array:
-    """Of each row of the only strip, or of all, 64 times. Magnitudes are compared as integers, which order alike, with NaN above infinity."""
+    """Of each row of the only strip, or of all, 64 times. Magnitudes are compared as integers, which order alike, with
+    NaN above infinity."""
     magnitudes = [lax.bitcast_convert_type(jnp.abs(strip), jnp.int32) for strip in strips]
     amax = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=1)
     if not per_row:
@@ -182,7 +199,8 @@ def _amax(strips: list[jax.Array], per_row: bool) -> jax.Array:
 
 
 def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 · 2^8."""
+    """amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 ·
+    2^8."""
     amax = jnp.maximum(amax, quantizer.min_amax)
     if not quantizer.power_of_two:
         return amax * (1 / LARGEST)

@@ -2,10 +2,10 @@
 
     scale = max(amax, min_amax) / largest,   values = clip(x / scale, ±largest), for each tile of x [R, C]
 
-x is read once and written in eight bits. Tiles along columns and square blocks: a tile's scale is one lane of those that a step writes, which
-lie [steps along R, steps along C, rows, tiles], since a step's are too few to be cut out of [R, T] and are put there afterwards.
-Tiles along rows: a tile's scales are a row of [T, C], transposed afterwards; the values are transposed in VMEM.
-Where the last tile is cut off, numbers beyond the end count as zero.
+x is read once and written in eight bits. Tiles along columns and square blocks: a tile's scale is one lane of those
+that a step writes, which lie [steps along R, steps along C, rows, tiles], since a step's are too few to be cut out of
+[R, T] and are put there afterwards. Tiles along rows: a tile's scales are a row of [T, C], transposed afterwards; the
+values are transposed in VMEM. Where the last tile is cut off, numbers beyond the end count as zero.
 """
 
 import functools
@@ -128,7 +128,9 @@ def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quan
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, height, columns_at_once), lambda b, i, j: (b, i, j)),
-            pl.BlockSpec((None, height, LANES), lambda b, i, j: (b, i, block_of(j * (columns_at_once // width), LANES))),
+            pl.BlockSpec(
+                (None, height, LANES), lambda b, i, j: (b, i, block_of(j * (columns_at_once // width), LANES))
+            ),
         ][: len(arrays)],
         out_specs=(
             pl.BlockSpec((None, columns_at_once, height), lambda b, i, j: (b, j, i)),
@@ -159,7 +161,8 @@ def _columns_kernel(x_ref, *refs, width, quantizer, rows):
 
 
 def _quantized(x: jax.Array, axes: int | tuple[int, ...], quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
-    """A tile's values in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN above infinity."""
+    """A tile's values in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN above
+    infinity."""
     largest = FORMATS[quantizer.format][0]
     amax = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axes, keepdims=True)
     scale = scale_of(jax.lax.bitcast_convert_type(amax, jnp.float32), quantizer)

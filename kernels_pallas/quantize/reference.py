@@ -1,4 +1,5 @@
-"""Scales and quantised values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantiser (`inference/kernel.py`)."""
+"""Scales and quantised values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantiser
+(`inference/kernel.py`)."""
 
 import math
 
@@ -9,10 +10,12 @@ from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
 
 
 def quantize(x: jax.Array, quantizer: Quantizer, part: tuple[int, int] | None = None) -> QTensor:
-    """[..., R, C] -> QTensor of the same shape; scale = max(amax, min_amax) / (largest magnitude of the format), values clipped before the cast.
+    """[..., R, C] -> QTensor of the same shape; scale = max(amax, min_amax) / (largest magnitude of the format), values
+    clipped before the cast.
 
-    A NaN or an infinity in a tile makes the whole tile NaN. Where x is divided among devices in parts of rows × columns = `part`, which need not
-    be whole tiles, all that has to leave a device is the largest magnitudes of the pieces of tiles.
+    A NaN or an infinity in a tile makes the whole tile NaN. Where x is divided among devices in parts of rows × columns
+    = `part`, which need not be whole tiles, all that has to leave a device is the largest magnitudes of the pieces of
+    tiles.
     """
     x, tile = x.astype(jnp.float32), quantizer.tile(x.shape)
     largest, dtype = FORMATS[quantizer.format]
@@ -26,7 +29,8 @@ def quantize(x: jax.Array, quantizer: Quantizer, part: tuple[int, int] | None = 
 
 def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     """float32 scales of tiles whose largest magnitudes are `amax`."""
-    scale = jnp.maximum(amax, quantizer.min_amax) * (1 / FORMATS[quantizer.format][0])  # what XLA makes of a division; so it is the same everywhere
+    # what XLA makes of a division; so it is the same everywhere
+    scale = jnp.maximum(amax, quantizer.min_amax) * (1 / FORMATS[quantizer.format][0])
     if not quantizer.power_of_two:
         return scale
     mantissa, exponent = jnp.frexp(scale)  # mantissa in [0.5, 1): exact, which exp2 and log2 are not
@@ -40,7 +44,8 @@ def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 
 def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
-    """[..., R, C] -> QTensor [..., C, R]: the same numbers scaled along the other axis, as the weight gradient's product needs them."""
+    """[..., R, C] -> QTensor [..., C, R]: the same numbers scaled along the other axis, as the weight gradient's
+    product needs them."""
     return quantize(dequantize(q).mT, quantizer)
 
 
@@ -52,13 +57,15 @@ def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> 
 
 
 def retile(q: QTensor, size: int) -> QTensor:
-    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers all columns."""
+    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers
+    all columns."""
     parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
     return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
 
 
 def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
-    """The largest magnitude in each tile, NaN if there is one. Compared as integers, which order alike: XLA's maximum loses a NaN now and then on CPU."""
+    """The largest magnitude in each tile, NaN if there is one. Compared as integers, which order alike: XLA's maximum
+    loses a NaN now and then on CPU."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.max(tiles(bits, tile), axis=(-3, -1)), jnp.float32)
 

@@ -1,7 +1,9 @@
-"""What a narrow accumulator costs and what promotion saves (V3 §3.3.2, Fig. 7b): `python -m kernels_pallas.studies.accumulation` prints it.
+"""What a narrow accumulator costs and what promotion saves (V3 §3.3.2, Fig. 7b): `python -m
+kernels_pallas.studies.accumulation` prints it.
 
-The paper multiplies two random matrices with K = 4096 on H800 tensor cores and finds a largest relative error of nearly 2%. Here the tensor
-core is emulated. Both operands are in E4M3 already, with one scale each: what is measured is the error of the sums and not of quantising.
+The paper multiplies two random matrices with K = 4096 on H800 tensor cores and finds a largest relative error of nearly
+2%. Here the tensor core is emulated. Both operands are in E4M3 already, with one scale each: what is measured is the
+error of the sums and not of quantising.
 """
 
 import functools
@@ -28,8 +30,11 @@ ACCUMULATIONS = {
 }
 
 
-def accumulation_errors(distribution: str, accumulation: Accumulation, depths: Sequence[int] = DEPTHS, size: int = 64) -> np.ndarray:
-    """Largest error of C = A Bᵀ by both DEFINITIONS at each K: float64 [depths, 2]. ΔC is the distance to the product in float64.
+def accumulation_errors(
+    distribution: str, accumulation: Accumulation, depths: Sequence[int] = DEPTHS, size: int = 64
+) -> np.ndarray:
+    """Largest error of C = A Bᵀ by both DEFINITIONS at each K: float64 [depths, 2]. ΔC is the distance to the product
+    in float64.
 
     A and B [size, K] are random numbers of one of the DISTRIBUTIONS in E4M3, the same for every accumulation.
     """
@@ -49,7 +54,11 @@ def accumulation_errors(distribution: str, accumulation: Accumulation, depths: S
 def _product(x: jax.Array, accumulation: Accumulation) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-> A and B as they were multiplied, and A Bᵀ."""
     a, b = (quantize(operand, Quantizer("tensor"), implementation="xla") for operand in x)
-    return dequantize(a), dequantize(b), fp8_matmul(a, b, out_dtype=jnp.float32, accumulation=accumulation, implementation="xla")
+    return (
+        dequantize(a),
+        dequantize(b),
+        fp8_matmul(a, b, out_dtype=jnp.float32, accumulation=accumulation, implementation="xla"),
+    )
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Why gradients are quantised in 1 × 128 tiles and not in blocks (V3 App. B.2): `python -m kernels_pallas.studies.gradient_tiles` prints it.
+"""Why gradients are quantised in 1 × 128 tiles and not in blocks (V3 App. B.2): `python -m
+kernels_pallas.studies.gradient_tiles` prints it.
 
-The paper trained a 16B model whose input gradients came from gradients quantised in 128 × 128 blocks, as weights are; it diverged. Its
-explanation: gradients differ widely from token to token, and what one token's row needs as a scale is of no use to its neighbours in a block.
-Activations have their outliers in channels, which a tile holds just as a block does. Here both are random, with a known imbalance.
+The paper trained a 16B model whose input gradients came from gradients quantised in 128 × 128 blocks, as weights are;
+it diverged. Its explanation: gradients differ widely from token to token, and what one token's row needs as a scale is
+of no use to its neighbours in a block. Activations have their outliers in channels, which a tile holds just as a block
+does. Here both are random, with a known imbalance.
 """
 
 import dataclasses
@@ -42,20 +44,28 @@ def loss(exact: np.ndarray, got: np.ndarray) -> Loss:
 
 
 def imbalanced(rng: np.random.Generator, tokens: int, channels: int, outliers: str, ratio: float) -> np.ndarray:
-    """Normal numbers, float32 [tokens, channels]; one token or channel of 32, as `outliers` says, is `ratio` times larger."""
+    """Normal numbers, float32 [tokens, channels]; one token or channel of 32, as `outliers` says, is `ratio` times
+    larger."""
     x = rng.normal(size=(tokens, channels))
     x[{"token": np.s_[::EVERY], "channel": np.s_[:, ::EVERY]}[outliers]] *= ratio
     return x.astype(np.float32)
 
 
-def quantization_losses(outliers: str, scope: str, ratio: float, tokens: int = 256, channels: int = 512, width: int = 256) -> tuple[Loss, Loss]:
-    """Of an imbalanced array quantised with `scope`, and of its product with a weight [width, channels] quantised in blocks.
+def quantization_losses(
+    outliers: str, scope: str, ratio: float, tokens: int = 256, channels: int = 512, width: int = 256
+) -> tuple[Loss, Loss]:
+    """Of an imbalanced array quantised with `scope`, and of its product with a weight [width, channels] quantised in
+    blocks.
 
-    With outliers in tokens the array stands for a gradient dy and the product for the input gradient dy Wᵀ; with outliers in channels
-    for an activation x and for x W. Both are compared with what they are without quantising, in float64.
+    With outliers in tokens the array stands for a gradient dy and the product for the input gradient dy Wᵀ; with
+    outliers in channels for an activation x and for x W. Both are compared with what they are without quantising, in
+    float64.
     """
     rng = np.random.default_rng(0)
-    x, w = imbalanced(rng, tokens, channels, outliers, ratio), rng.normal(size=(width, channels)).astype(np.float32) / channels**0.5
+    x, w = (
+        imbalanced(rng, tokens, channels, outliers, ratio),
+        rng.normal(size=(width, channels)).astype(np.float32) / channels**0.5,
+    )
     q, product = _product(jnp.asarray(x), jnp.asarray(w), Quantizer(scope))
     return loss(x, dequantize(q)), loss(np.float64(x) @ np.float64(w).T, product)
 
@@ -70,10 +80,16 @@ def main() -> None:
     for name, outliers in OUTLIERS.items():
         for scope in SCOPES:
             losses = [quantization_losses(outliers, scope, ratio) for ratio in RATIOS]
-            print(f"\n{f'{name} by {scope}, outlier {outliers}s':<44}" + "".join(f"{f'x{ratio:.0e}':>9}" for ratio in RATIOS))
+            print(
+                f"\n{f'{name} by {scope}, outlier {outliers}s':<44}"
+                + "".join(f"{f'x{ratio:.0e}':>9}" for ratio in RATIOS)
+            )
             for which, what in enumerate(("quantised", "product")):
                 for field in dataclasses.fields(Loss):
-                    print(f"{what + ', ' + field.name:<44}" + "".join(f"{getattr(pair[which], field.name):9.1e}" for pair in losses))
+                    print(
+                        f"{what + ', ' + field.name:<44}"
+                        + "".join(f"{getattr(pair[which], field.name):9.1e}" for pair in losses)
+                    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ SWIGLU_QUANTIZE = Operation(
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, computed in float32 and rounded once, to the dtype of `gate`; its gradient likewise. Any float dtype, equal shapes.
+    """silu(gate) · up, computed in float32 and rounded once, to the dtype of `gate`; its gradient likewise. Any float
+    dtype, equal shapes.
 
     What is kept for the backward pass is gate and up in their own dtype: float32 exists inside fused loops only.
     """
@@ -34,10 +35,15 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 _swiglu = jax.custom_vjp(reference.swiglu)
-_swiglu.defvjp(lambda gate, up: (reference.swiglu(gate, up), (gate, up)), lambda operands, dh: jax.vjp(reference.swiglu, *operands)[1](dh))
+_swiglu.defvjp(
+    lambda gate, up: (reference.swiglu(gate, up), (gate, up)),
+    lambda operands, dh: jax.vjp(reference.swiglu, *operands)[1](dh),
+)
 
 
-def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None) -> QTensor:
+def swiglu_quantize(
+    gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
+) -> QTensor:
     """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantised.
 
     Raises ValueError if shapes or dtypes differ and Unsupported for an implementation that cannot do it.

@@ -1,9 +1,11 @@
-"""SwiGLU and its quantisation in one pass on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""SwiGLU and its quantisation in one pass on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only;
+no GPU has run it.
 
-    h = silu(gate) · up in float32, rounded to the dtype of gate; then scale = max(amax of the tile, min_amax) / 448, values = clip(h / scale, ±448)
+    h = silu(gate) · up in float32, rounded to the dtype of gate; then scale = max(amax of the tile, min_amax) / 448,
+    values = clip(h / scale, ±448)
 
-It reads gate and up once and writes a byte for each number: the kernel of `quantize.mosaic_gpu_sm90` with two sources. The exponential is that of the
-GPU, so that h may round differently from the reference's.
+It reads gate and up once and writes a byte for each number: the kernel of `quantize.mosaic_gpu_sm90` with two sources.
+The exponential is that of the GPU, so that h may round differently from the reference's.
 """
 
 import jax

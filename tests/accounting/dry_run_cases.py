@@ -1,7 +1,8 @@
-"""What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every machine.
+"""What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every
+machine.
 
-    python tests/accounting/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
-    pytest tests/accounting -m big_dry_run                 compiles the big ones again and compares
+python tests/accounting/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
+pytest tests/accounting -m big_dry_run                 compiles the big ones again and compares
 """
 
 import json
@@ -20,7 +21,10 @@ BIG = {
     "v3_tpu7x": ("tpu7x:4x8x8", (V3, "--config.pretrain.train.microbatch=512")),
     "v3_h100": ("h100:2048", (V3, "--config.mesh.tensor=2")),
     "v3_128k_v5p": ("v5p:8x8x16", (f"--config={ROOT}/experiments/deepseek_v3_128k.py",)),
-    "v2_lite_v6e": ("v6e:4x8", (f"--config={ROOT}/experiments/deepseek_v2_lite_16b.py", "--config.pretrain.train.microbatch=32")),
+    "v2_lite_v6e": (
+        "v6e:4x8",
+        (f"--config={ROOT}/experiments/deepseek_v2_lite_16b.py", "--config.pretrain.train.microbatch=32"),
+    ),
 }
 # One MoE layer of V3's shape: a TPU compiler takes tens of seconds for each layer that is written out.
 ONE_LAYER = (
@@ -42,8 +46,14 @@ ONE_LAYER = (
     "--config.mesh.fsdp=2",
     "--config.mesh.expert=4",
 )
-SMALL = {f"small_{name.partition(':')[0]}": (name, ONE_LAYER) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")}
-SMALL |= {f"small_decode_{name.partition(':')[0]}": (name, ONE_LAYER, {"program": "decode", "context": 512}) for name in ("v5p:2x2x2", "h100:8")}
+SMALL = {
+    f"small_{name.partition(':')[0]}": (name, ONE_LAYER)
+    for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
+}
+SMALL |= {
+    f"small_decode_{name.partition(':')[0]}": (name, ONE_LAYER, {"program": "decode", "context": 512})
+    for name in ("v5p:2x2x2", "h100:8")
+}
 CASES = BIG | SMALL
 
 

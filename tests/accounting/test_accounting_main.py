@@ -25,7 +25,9 @@ def test_table_of_v3_holds_the_published_figures(capsys):
 
 
 def test_a_whole_table_of_a_trillion_parameters():
-    result = subprocess.run([sys.executable, "-m", "deepseek_jax.accounting", "kimi_k2_1t"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "deepseek_jax.accounting", "kimi_k2_1t"], capture_output=True, text=True
+    )
     assert result.returncode == 0 and "1,026,408,232,448" in result.stdout
 
 
@@ -44,7 +46,10 @@ def test_list_of_presets(capsys):
     printed = capsys.readouterr().out
     assert "v3_671b" in printed and "1,026,408,232,448" in printed
     main(["--json"])
-    assert json.loads(capsys.readouterr().out)["v2_lite_16b"] == {"total": 15_706_484_224, "activated_with_head": 2_451_435_008}
+    assert json.loads(capsys.readouterr().out)["v2_lite_16b"] == {
+        "total": 15_706_484_224,
+        "activated_with_head": 2_451_435_008,
+    }
 
 
 def test_experiment_file(tmp_path, capsys):
@@ -86,7 +91,8 @@ def get_config():
 
 
 def test_the_bill_is_that_of_the_experiments_own_stages(tmp_path, capsys):
-    """By hand; one stage trains the MTP module, the other one does not. Without an experiment the bill is for 1T tokens."""
+    """By hand; one stage trains the MTP module, the other one does not. Without an experiment the bill is for 1T
+    tokens."""
     path = tmp_path / "mine.py"
     path.write_text(STAGES)
     main([f"--config={path}", "--json"])
@@ -98,7 +104,9 @@ def test_the_bill_is_that_of_the_experiments_own_stages(tmp_path, capsys):
     assert bill["stages"]["pretrain"] == {"tokens": 30 * 8 * 512, "flops": pretrain, "sequence_length": 512}
     assert bill["stages"]["sft"] == {"tokens": 20 * 4 * 256, "flops": sft, "sequence_length": 256}
     assert (bill["tokens"], bill["flops"]) == (30 * 8 * 512 + 20 * 4 * 256, pretrain + sft)
-    assert bill["gpu_hours"] == pytest.approx((pretrain + sft) / 385e12 / 3600) and bill["dollars"] == pytest.approx(2 * bill["gpu_hours"])
+    assert bill["gpu_hours"] == pytest.approx((pretrain + sft) / 385e12 / 3600) and bill["dollars"] == pytest.approx(
+        2 * bill["gpu_hours"]
+    )
     assert figures["flops_per_token"]["training"] == training_flops_per_token(config, 512)
     print_plan(*read_flags([f"--config={path}"])[:3])
     printed = capsys.readouterr().out
@@ -117,7 +125,8 @@ def test_a_hugging_face_folder(tmp_path, capsys):
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections would fall back on the last file it loaded
+    # ml_collections would fall back on the last file it loaded
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
     with pytest.raises(ConfigError, match="did you mean 'v3_671b'"):
         main(["v3_671"])
     with pytest.raises(ConfigError, match="no such file"):

@@ -23,9 +23,13 @@ TPUS = [name for name, chip in CHIPS.items() if chip.torus_axes]
 NEEDS_LIBTPU, NEEDS_CUDA = pytest.mark.aot(chip="v5p"), pytest.mark.aot(chip="h100")
 
 
-@pytest.mark.parametrize("name, kind, cores", [("v5e", "TPU v5 lite", 1), ("v5p", "TPU v5", 2), ("v6e", "TPU v6 lite", 1), ("tpu7x", "TPU7x", 2)])
+@pytest.mark.parametrize(
+    "name, kind, cores",
+    [("v5e", "TPU v5 lite", 1), ("v5p", "TPU v5", 2), ("v6e", "TPU v6 lite", 1), ("tpu7x", "TPU7x", 2)],
+)
 def test_chips_as_jax_knows_them(name, kind, cores):
-    """jax's own table, which is for one of a chip's `cores`; it rounds, and has v5p's memory 11% slower than Google's page."""
+    """jax's own table, which is for one of a chip's `cores`; it rounds, and has v5p's memory 11% slower than Google's
+    page."""
     from jax.experimental.pallas import tpu as pltpu
     from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -169,5 +173,10 @@ def test_libtpu_makes_no_noise():
     """It is told of a machine that it knows, on a host that has none."""
     unset = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
     code = "from deepseek_jax.accounting.topologies import topology; print(len(topology('v5e:2x2').devices))"
-    result = subprocess.run([sys.executable, "-c", code], env=unset | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=unset | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "4\n", "")

@@ -73,7 +73,8 @@ def closed_expert(config: ModelConfig) -> int:
 
 
 def closed_moe_layer(config: ModelConfig, routed: int) -> int:
-    """Router, correction bias, shared experts and `routed` of the routed ones; attention and norms are counted elsewhere."""
+    """Router, correction bias, shared experts and `routed` of the routed ones; attention and norms are counted
+    elsewhere."""
     moe = config.moe
     router = moe.num_experts * (config.hidden_size + moe.correction_bias)
     return router + (moe.num_shared_experts + routed) * closed_expert(config)
@@ -82,13 +83,19 @@ def closed_moe_layer(config: ModelConfig, routed: int) -> int:
 def closed_body(config: ModelConfig, routed: int) -> int:
     """All layers and the final norm, without embedding and head."""
     d = config.hidden_size
-    layers = config.num_layers * (closed_attention(config) + 2 * d) + config.num_dense_layers * 3 * d * config.intermediate_size
+    layers = (
+        config.num_layers * (closed_attention(config) + 2 * d)
+        + config.num_dense_layers * 3 * d * config.intermediate_size
+    )
     return layers + (config.num_moe_layers * closed_moe_layer(config, routed) if config.moe else 0) + d
 
 
 def closed_total(config: ModelConfig) -> int:
     matrices = 1 if config.tie_embeddings else 2
-    return closed_body(config, config.moe.num_experts if config.moe else 0) + matrices * config.vocab_size * config.hidden_size
+    return (
+        closed_body(config, config.moe.num_experts if config.moe else 0)
+        + matrices * config.vocab_size * config.hidden_size
+    )
 
 
 def closed_mtp_module(config: ModelConfig, routed: int) -> int:
@@ -100,13 +107,24 @@ def closed_mtp_module(config: ModelConfig, routed: int) -> int:
 
 MLA = MLAConfig(num_heads=3, kv_lora_rank=5, qk_nope_head_dim=7, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=9)
 MOE = MoEConfig(num_experts=6, top_k=2, intermediate_size=11, num_shared_experts=2)
-ODD = ModelConfig(vocab_size=37, hidden_size=10, num_layers=4, intermediate_size=13, attention=MLA, moe=MOE, first_k_dense=1, mtp_depth=2)
+ODD = ModelConfig(
+    vocab_size=37,
+    hidden_size=10,
+    num_layers=4,
+    intermediate_size=13,
+    attention=MLA,
+    moe=MOE,
+    first_k_dense=1,
+    mtp_depth=2,
+)
 ODD_CONFIGS = {
     "all": ODD,
     "tied": ODD.replace(tie_embeddings=True),
     "no q-LoRA": ODD.replace(attention=MLAConfig(3, 5, 7, 4, 6)),
     "GQA": ODD.replace(attention=GQAConfig(num_heads=6, num_kv_heads=2, head_dim=4)),
-    "no bias, no shared experts": ODD.replace(moe=MoEConfig(num_experts=6, top_k=3, intermediate_size=11, correction_bias=False)),
+    "no bias, no shared experts": ODD.replace(
+        moe=MoEConfig(num_experts=6, top_k=3, intermediate_size=11, correction_bias=False)
+    ),
     "dense": ODD.replace(moe=None),
     "no dense layer": ODD.replace(first_k_dense=0, mtp_depth=0),
 }
@@ -123,5 +141,7 @@ def test_odd_configs_against_closed_form(name):
     assert counts.mtp_activated == config.mtp_depth * closed_mtp_module(config, top_k)
     assert counts.activated(embedding=False, head=False) == closed_body(config, top_k)
     assert counts.activated() == closed_body(config, top_k) + table
-    assert counts.activated(embedding=True, head=True) == closed_body(config, top_k) + table * (1 if config.tie_embeddings else 2)
+    assert counts.activated(embedding=True, head=True) == closed_body(config, top_k) + table * (
+        1 if config.tie_embeddings else 2
+    )
     assert counts.head_product == table

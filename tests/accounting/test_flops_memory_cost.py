@@ -9,7 +9,9 @@ from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, RopeCon
 from deepseek_jax.model.rope import rotary_angles, softmax_scale, yarn_correction_range, yarn_mscale
 
 
-@pytest.mark.parametrize("name, gigaflops", [("v3_671b", 250.46), ("v2_236b", 155.31), ("v2_lite_16b", 16.41), ("kimi_k2_1t", 205.5)])
+@pytest.mark.parametrize(
+    "name, gigaflops", [("v3_671b", 250.46), ("v2_236b", 155.31), ("v2_lite_16b", 16.41), ("kimi_k2_1t", 205.5)]
+)
 def test_training_flops(name, gigaflops):
     digits = 1 if name == "kimi_k2_1t" else 2
     assert round(flops.training_flops_per_token(preset(name), 4096) / 1e9, digits) == gigaflops
@@ -40,7 +42,9 @@ def test_pair_flops_are_those_of_the_products():
     queries, keys = 16, 32
 
     def xla_flops(spec, *shapes):
-        return jax.jit(lambda *a: jnp.einsum(spec, *a)).lower(*map(jnp.zeros, shapes)).compile().cost_analysis()["flops"]
+        return (
+            jax.jit(lambda *a: jnp.einsum(spec, *a)).lower(*map(jnp.zeros, shapes)).compile().cost_analysis()["flops"]
+        )
 
     def scores_and_sum(heads, qk, v):
         scores = xla_flops("htk,hsk->hts", (heads, queries, qk), (heads, keys, qk))
@@ -56,10 +60,14 @@ def test_pair_flops_are_those_of_the_products():
 def test_decoding_flops_of_v3():
     config = preset("v3_671b")
     assert flops.decode_flops_per_token(config, 0) == 2 * 36_625_618_432
-    assert flops.decode_flops_per_token(config, 1000) - flops.decode_flops_per_token(config, 0) == 61 * 1000 * 2 * 128 * (512 + 64 + 512)
+    assert flops.decode_flops_per_token(config, 1000) - flops.decode_flops_per_token(
+        config, 0
+    ) == 61 * 1000 * 2 * 128 * (512 + 64 + 512)
 
 
-@pytest.mark.parametrize("name, elements", [("v3_671b", 35_136), ("v2_236b", 34_560), ("v2_lite_16b", 15_552), ("kimi_k2_1t", 35_136)])
+@pytest.mark.parametrize(
+    "name, elements", [("v3_671b", 35_136), ("v2_236b", 34_560), ("v2_lite_16b", 15_552), ("kimi_k2_1t", 35_136)]
+)
 def test_cache_elements(name, elements):
     config = preset(name)
     assert memory.cache_elements_per_token(config.num_layers, config.attention) == elements

@@ -12,7 +12,9 @@ CONFIG = ModelConfig(
     hidden_size=256,
     num_layers=2,
     intermediate_size=384,
-    attention=MLAConfig(num_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    attention=MLAConfig(
+        num_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    ),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=128, num_shared_experts=1),
     first_k_dense=1,
 )
@@ -29,10 +31,13 @@ def test_bfloat16_halves_float32():
 
 
 def test_kept_activations():
-    """The inputs of products take half as much, and of SwiGLU's three arrays two are left; norms keep theirs in float32."""
+    """The inputs of products take half as much, and of SwiGLU's three arrays two are left; norms keep theirs in
+    float32."""
     half, eight = (activation_bytes(CONFIG, recipe(name), 2, 120) for name in ("bfloat16", "fp8_deepseek"))
     assert eight["float8_e4m3fn"] > 0 and "float8_e4m3fn" not in half
-    assert eight["float8_e4m3fn"] + eight["bfloat16"] < 0.6 * half["bfloat16"] and sum(eight.values()) < sum(half.values())
+    assert eight["float8_e4m3fn"] + eight["bfloat16"] < 0.6 * half["bfloat16"] and sum(eight.values()) < sum(
+        half.values()
+    )
     twice = activation_bytes(CONFIG, recipe("bfloat16"), 4, 120)
     assert twice["bfloat16"] == pytest.approx(2 * half["bfloat16"], rel=0.15)
 
@@ -41,5 +46,7 @@ def test_nothing_is_counted_that_is_a_weight():
     """One layer's own count: what stays for a Linear's weight gradient is its input."""
     config = CONFIG.replace(num_layers=1, moe=None)
     kept = activation_bytes(config, recipe("fp8_deepseek"), 1, 120)
-    attention = 256 + 128 + 256 + 128  # q_a, q_b, kv_a and kv_b read the residual twice and the two latents; o keeps E5M6
-    assert kept["float8_e4m3fn"] == 120 * (attention + 2 * 256 + 2 * 384)  # gate and up read 256 each; down keeps both of them
+    # q_a, q_b, kv_a and kv_b read the residual twice and the two latents; o keeps E5M6
+    attention = 256 + 128 + 256 + 128
+    # gate and up read 256 each; down keeps both of them
+    assert kept["float8_e4m3fn"] == 120 * (attention + 2 * 256 + 2 * 384)

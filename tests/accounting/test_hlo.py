@@ -1,4 +1,5 @@
-"""Compiled programs as text: trip counts, device groups, and the traffic of programs whose traffic is known in closed form."""
+"""Compiled programs as text: trip counts, device groups, and the traffic of programs whose traffic is known in closed
+form."""
 
 import types
 
@@ -19,7 +20,10 @@ from deepseek_jax.accounting.program_flops import Assumptions
 from deepseek_jax.accounting.topologies import Topology, topology
 
 MESH = {"x": 2, "y": 4}
-TARGETS = [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")]
+TARGETS = [
+    pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0]))
+    for name in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
+]
 
 
 def target_mesh(name: str) -> Mesh:
@@ -192,7 +196,8 @@ def test_compiled_conditionals_of_one_predicate_take_the_same_branch(forward, ba
 
 
 def test_conditionals_in_a_loop_count_as_often_as_they_run():
-    """False has one sum outside of the loop and one in each of its four rounds; True has three and none. Written together, they take True."""
+    """False has one sum outside of the loop and one in each of its four rounds; True has three and none. Written
+    together, they take True."""
     loop = """
 %body (c: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {{
   %c = (s32[], f32[8]{{0}}, s32[]) parameter(0)
@@ -232,7 +237,11 @@ def test_branches_follow_another_measure():
     """Each branch has so many collectives, whatever the other one costs; memory follows as well."""
     module = hlo.parse(BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other"))
     place = hlo.Place("model.py", 30, 8)
-    assert module.place(module["main"].instructions["first"]) == module.place(module["main"].instructions["second"]) == place
+    assert (
+        module.place(module["main"].instructions["first"])
+        == module.place(module["main"].instructions["second"])
+        == place
+    )
     for taken, sums in ((0, 1 + 1), (1, 3 + 0)):
         found = traffic(module, 8, taken={(place, 2): taken})
         assert [len(found.collectives), found.taken[place, 2]] == [sums, taken]
@@ -241,25 +250,39 @@ def test_branches_follow_another_measure():
 
 
 def test_a_report_counts_the_branches_of_the_flops():
-    """Of a compiled program whose bytes would choose otherwise: three sums of True, not two of False, on every line of the report."""
+    """Of a compiled program whose bytes would choose otherwise: three sums of True, not two of False, on every line of
+    the report."""
 
     class Compiled:
         def as_text(self):
             return BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other")
 
         def memory_analysis(self):
-            return types.SimpleNamespace(argument_size_in_bytes=0, output_size_in_bytes=0, alias_size_in_bytes=0, temp_size_in_bytes=0, generated_code_size_in_bytes=0)
+            return types.SimpleNamespace(
+                argument_size_in_bytes=0,
+                output_size_in_bytes=0,
+                alias_size_in_bytes=0,
+                temp_size_in_bytes=0,
+                generated_code_size_in_bytes=0,
+            )
 
-    target = Topology("", CHIPS["h100"], tuple(types.SimpleNamespace(platform="gpu", process_index=0) for _ in range(8)), ())
+    target = Topology(
+        "", CHIPS["h100"], tuple(types.SimpleNamespace(platform="gpu", process_index=0) for _ in range(8)), ()
+    )
     mesh = types.SimpleNamespace(size=8, devices=np.array(target.devices, dtype=object), shape={"x": 8})
     for taken, sums, moved in ((1, 3, 64 * 4 + 5), (0, 2, 64 * 2 + 5)):
-        report = compiled_report(Compiled(), {}, {}, {(hlo.Place("model.py", 30, 8), 2): taken}, target, mesh, Assumptions(branch="least"))
+        report = compiled_report(
+            Compiled(), {}, {}, {(hlo.Place("model.py", 30, 8), 2): taken}, target, mesh, Assumptions(branch="least")
+        )
         assert report["collective_bytes"] == {"x": {"all-reduce": sums * 2 * 32 * 7 // 8}}
         assert report["hbm_bytes"] == moved
 
 
 def test_arrays_of_a_shape():
-    assert hlo.shape_bytes("(bf16[4,256]{1,0:T(8,128)(2,1)}, s4[3]{0}, u32[]{:S(2)}, token[], f8e4m3fn[2,2])") == 2048 + 2 + 4 + 0 + 4
+    assert (
+        hlo.shape_bytes("(bf16[4,256]{1,0:T(8,128)(2,1)}, s4[3]{0}, u32[]{:S(2)}, token[], f8e4m3fn[2,2])")
+        == 2048 + 2 + 4 + 0 + 4
+    )
     assert list(hlo.arrays("(f32[2]{0:T(128)S(1)}, pred[3])")) == [(8, False), (3, True)]
 
 
@@ -272,8 +295,8 @@ LOCAL = ROWS // 8 * WIDTH * 4  # bytes on one device
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_collectives_in_a_loop(target):
-    """One of every kind, three times, with something between them that XLA can't move across. A sum of which every device keeps its part
-    may come out as a TPU's own fusion of an all-reduce and a slice."""
+    """One of every kind, three times, with something between them that XLA can't move across. A sum of which every
+    device keeps its part may come out as a TPU's own fusion of an all-reduce and a slice."""
 
     def body(x, _):
         x = lax.pcast(lax.psum(x, "y"), "y", to="varying") ** 2
@@ -282,7 +305,9 @@ def test_collectives_in_a_loop(target):
         x = lax.ppermute(x, "x", [(0, 1), (1, 0)]) ** 2
         return lax.psum_scatter(lax.all_gather(x, "y", tiled=True) ** 2, "y", tiled=True) ** 2, None
 
-    module = compiled(target, lambda x: lax.scan(body, x, None, length=3)[0], (ROWS, WIDTH), P(("x", "y")), P(("x", "y")))
+    module = compiled(
+        target, lambda x: lax.scan(body, x, None, length=3)[0], (ROWS, WIDTH), P(("x", "y")), P(("x", "y"))
+    )
     found = traffic(module, 8)
     assert found.by_axes(MESH) == {
         "y": {
@@ -312,8 +337,8 @@ def test_ragged_exchange_counts_full_buffers(target):
 
 @pytest.mark.parametrize("target", [TARGETS[0], TARGETS[-1]])
 def test_memory_traffic_of_products_in_a_loop(target):
-    """Products with one matrix of a stack after another: each matrix is read once, by a TPU that keeps x on the chip no more than that; at most
-    XLA copies the matrix first, then x, and reads and writes all of them."""
+    """Products with one matrix of a stack after another: each matrix is read once, by a TPU that keeps x on the chip no
+    more than that; at most XLA copies the matrix first, then x, and reads and writes all of them."""
     n, trips = 4096, 6
     sharding = NamedSharding(target_mesh(target), P())
     x = jax.ShapeDtypeStruct((n, n), jnp.bfloat16, sharding=sharding)
@@ -350,7 +375,8 @@ ENTRY %main (a: f32[100,8], i: s32[]) -> f32[100,8] {
 }
 """
     row, index = 8 * 4, 4
-    # The row is read and written; then read again to be negated on the chip; then written from there. Both fusions read the index.
+    # The row is read and written; then read again to be negated on the chip; then written from there. Both fusions read
+    # the index.
     assert memory_traffic(hlo.parse(text)) == (row + index + row) + row + (index + row)
 
 
@@ -424,7 +450,11 @@ V, ROW, INDEX = 8 * 4, 8 * 4, 4
         ("f32[1,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%row", ROW + INDEX, ROW),
         ("f32[1,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%two_rows", 2 * ROW + INDEX, ROW),
         ("f32[1,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%row_of_wide", 8 * 2 + INDEX, ROW),
-        ("(f32[100,8]{1,0}, f32[2,8]{1,0}) fusion(%a, %w, %i), kind=kLoop, calls=%write", 2 * 8 * 2 + INDEX, 2 * 2 * ROW),
+        (
+            "(f32[100,8]{1,0}, f32[2,8]{1,0}) fusion(%a, %w, %i), kind=kLoop, calls=%write",
+            2 * 8 * 2 + INDEX,
+            2 * 2 * ROW,
+        ),
         ("(f32[8]{0:T(128)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%v)", V, 0),
         ("(f32[8]{0}, f32[16]{0}) all-gather-start(%v), replica_groups={{0,1}}, dimensions={0}", V, 2 * V),
         ("f32[8]{0} all-reduce-start(%v), replica_groups={{0,1}}, to_apply=%double", V, V),
@@ -438,7 +468,21 @@ def test_bytes_that_an_instruction_touches(instruction, read, written):
 
 @pytest.mark.parametrize(
     "dtype, size",
-    [("pred", 8), ("s4", 4), ("u2", 2), ("s8", 8), ("f8e4m3fn", 8), ("f8e8m0fnu", 8), ("f4e2m1fn", 4), ("bf16", 16), ("f16", 16), ("f32", 32), ("s64", 64), ("c64", 64), ("c128", 128)],
+    [
+        ("pred", 8),
+        ("s4", 4),
+        ("u2", 2),
+        ("s8", 8),
+        ("f8e4m3fn", 8),
+        ("f8e8m0fnu", 8),
+        ("f4e2m1fn", 4),
+        ("bf16", 16),
+        ("f16", 16),
+        ("f32", 32),
+        ("s64", 64),
+        ("c64", 64),
+        ("c128", 128),
+    ],
 )
 def test_width_of_an_element(dtype, size):
     assert hlo.shape_bytes(f"{dtype}[3,8]{{1,0}}") == 3 * size
@@ -491,7 +535,8 @@ ENTRY %main (v: f32[8]) -> f32[8] {{
     ],
 )
 def test_loops_that_count(start, limit, direction, update, step, trips):
-    """The negation in the body moves 64 bytes each time, the counter 12; a loop whose end is not known is counted as often as one says."""
+    """The negation in the body moves 64 bytes each time, the counter 12; a loop whose end is not known is counted as
+    often as one says."""
     module = hlo.parse(COUNTED.format(start=start, limit=limit, direction=direction, update=update, step=step))
     assert hlo.trip_count(module["main"].instructions["loop"], hlo.entry_scope(module)) == trips
     assert memory_traffic(module, while_trips=7) == (64 + 12) * (7 if trips is None else trips)

@@ -34,7 +34,11 @@ def count(fn, *args, **kwargs) -> int:
 
 @pytest.mark.parametrize(
     "spec, shapes",
-    [("md,df->mf", [(6, 8), (8, 10)]), ("btd,btf->bdf", [(2, 3, 4), (2, 3, 5)]), ("bthk,bshk->bhts", [(2, 6, 3, 8), (2, 5, 3, 8)])],
+    [
+        ("md,df->mf", [(6, 8), (8, 10)]),
+        ("btd,btf->bdf", [(2, 3, 4), (2, 3, 5)]),
+        ("bthk,bshk->bhts", [(2, 6, 3, 8), (2, 5, 3, 8)]),
+    ],
 )
 def test_products_as_xla_counts_them(spec, shapes):
     args = [f32(*shape) for shape in shapes]
@@ -70,7 +74,9 @@ def test_loops_count_as_often_as_they_run():
     loop = lambda x: lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c @ c, x)  # noqa: E731
     assert count(loop, x) == once
     assert count(loop, x, assumptions=Assumptions(while_trips=9)) == 9 * once
-    nested = lambda x: lax.scan(lambda c, _: (lax.scan(lambda d, _: (d @ d, None), c, None, length=3)[0], None), x, None, length=2)[0]  # noqa: E731
+    nested = lambda x: lax.scan(
+        lambda c, _: (lax.scan(lambda d, _: (d @ d, None), c, None, length=3)[0], None), x, None, length=2
+    )[0]  # noqa: E731
     assert count(nested, x) == 6 * once
 
 
@@ -86,7 +92,9 @@ def test_a_branch_is_compared_at_its_worst():
     x = f32(4, 4)
 
     def slow(x):
-        return lax.scan(lambda c, _: (lax.cond(c[0, 0] > 0, lambda c: c @ c, lambda c: c, c), None), x, None, length=4)[0]
+        return lax.scan(lambda c, _: (lax.cond(c[0, 0] > 0, lambda c: c @ c, lambda c: c, c), None), x, None, length=4)[
+            0
+        ]
 
     fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)  # noqa: E731
     assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
@@ -117,8 +125,9 @@ def layers(branches, remat):
 @pytest.mark.parametrize("branches", [(slow, quick), (quick, slow)])
 @pytest.mark.parametrize("remat, products", [(False, 6), (True, 7)])
 def test_conditionals_of_one_predicate_take_the_same_branch(remat, products, branches):
-    """Quick: two products forward, four backward, and the first one again under remat. The slow branch computes three times as much forward, again before
-    the backward pass, and backward; it keeps nothing, so that where the layer is computed again it would be the cheaper one."""
+    """Quick: two products forward, four backward, and the first one again under remat. The slow branch computes three
+    times as much forward, again before the backward pass, and backward; it keeps nothing, so that where the layer is
+    computed again it would be the cheaper one."""
     gradient, args = layers(branches, remat)
     product = 3 * 2 * 8 * 16 * 16
     assert count(gradient, *args, assumptions=Assumptions(branch="least")) == products * product
@@ -127,30 +136,37 @@ def test_conditionals_of_one_predicate_take_the_same_branch(remat, products, bra
 
 @pytest.mark.parametrize("branch, index", [("least", 0), ("most", 1)])
 def test_the_compiled_program_is_asked_about_the_same_branches(branch, index):
-    """By the place where the conditional was written: forward, computed again and backward. JAX has the branch of False first."""
+    """By the place where the conditional was written: forward, computed again and backward. JAX has the branch of False
+    first."""
     gradient, args = layers((slow, quick), True)
     taken = counted(jax.make_jaxpr(gradient)(*args).jaxpr, Assumptions(branch=branch))[1]
     module = hlo.parse(jax.jit(gradient).lower(*args).compile().as_text())
-    conditionals = [i for c in module.computations.values() for i in c.instructions.values() if i.opcode == "conditional"]
+    conditionals = [
+        i for c in module.computations.values() for i in c.instructions.values() if i.opcode == "conditional"
+    ]
     assert len(conditionals) == 3
     assert {module.place(i).file for i in conditionals} == {__file__}
     assert [taken[module.place(i), 2] for i in conditionals] == [index] * 3
     # The other measures would choose otherwise; they follow.
-    runs, _ = compiled_branches(module, "least" if branch == "most" else "most", lambda scope: len(scope.computation.instructions), 1, taken)
+    runs, _ = compiled_branches(
+        module, "least" if branch == "most" else "most", lambda scope: len(scope.computation.instructions), 1, taken
+    )
     assert list(runs.values()) == [index] * 3
 
 
 @pytest.mark.parametrize("first, rounds", [(2, 1), (2, 4), (6, 1), (6, 4)])
 def test_one_predicate_at_two_places(first, rounds):
-    """Each conditional has a cheaper branch, not the same one. Products of False and True: `first` and 1 in the first one, 1 and 3 in each round of the
-    second, whose rounds decide."""
+    """Each conditional has a cheaper branch, not the same one. Products of False and True: `first` and 1 in the first
+    one, 1 and 3 in each round of the second, whose rounds decide."""
     x = f32(4, 4)
     times = lambda n: lambda x: lax.fori_loop(0, n, lambda _, c: c @ c, x)  # noqa: E731
 
     def fn(x):
         positive = x[0, 0] > 0
         y = lax.cond(positive, times(1), times(first), x)
-        return lax.scan(lambda c, _: (lax.switch(positive.astype(jnp.int32), (times(1), times(3)), c), None), y, None, length=rounds)[0]
+        return lax.scan(
+            lambda c, _: (lax.switch(positive.astype(jnp.int32), (times(1), times(3)), c), None), y, None, length=rounds
+        )[0]
 
     together = (first + rounds * 1, 1 + rounds * 3)
     assert count(fn, x, assumptions=Assumptions(branch="least")) == min(together) * 2 * 4**3
@@ -158,9 +174,13 @@ def test_one_predicate_at_two_places(first, rounds):
 
 
 def test_predicates_apart():
-    """Two conditionals of different predicates in one line, and one in a loop whose predicate moves with it, each choose alone."""
+    """Two conditionals of different predicates in one line, and one in a loop whose predicate moves with it, each
+    choose alone."""
     x = f32(4, 4)
-    fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x) + lax.cond(x[1, 1] > 0, lambda x: x, lambda x: x @ x @ x, x)  # noqa: E731
+    fn = lambda x: (
+        lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
+        + lax.cond(x[1, 1] > 0, lambda x: x, lambda x: x @ x @ x, x)
+    )  # noqa: E731
     assert count(fn, x, assumptions=Assumptions(branch="least")) == 0
     assert count(fn, x) == 3 * 2 * 4**3
 
@@ -228,7 +248,9 @@ def test_shard_map_counts_every_device(spec, repeated):
 def test_shard_map_over_some_axes():
     """Axes that stay automatic divide the work of the body among them, and count once."""
     mesh = AbstractMesh((4, 2), ("data", "model"))
-    fn = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})
+    fn = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"}
+    )
     assert count(fn, f32(16, 8), f32(8, 8)) == 2 * 16 * 8 * 8
 
 
@@ -237,7 +259,10 @@ def test_number_formats_apart():
         return x @ x, lax.dot_general(y, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     fp8 = jax.ShapeDtypeStruct((4, 4), jnp.float8_e4m3fn)
-    assert dict(traced_flops(fn, jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), fp8)) == {"bfloat16": 2 * 8**3, "float8_e4m3fn": 2 * 4**3}
+    assert dict(traced_flops(fn, jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), fp8)) == {
+        "bfloat16": 2 * 8**3,
+        "float8_e4m3fn": 2 * 4**3,
+    }
 
 
 def test_kernels_count_their_grid():
@@ -248,7 +273,9 @@ def test_kernels_count_their_grid():
 
     def fn(x, w):
         block = pl.BlockSpec((8, 16), lambda i: (i, 0))
-        return pl.pallas_call(kernel, grid=(4,), in_specs=[block, pl.BlockSpec((16, 16), lambda i: (0, 0))], out_specs=block, out_shape=x)(x, w)
+        return pl.pallas_call(
+            kernel, grid=(4,), in_specs=[block, pl.BlockSpec((16, 16), lambda i: (0, 0))], out_specs=block, out_shape=x
+        )(x, w)
 
     assert count(fn, f32(32, 16), f32(16, 16)) == 2 * 32 * 16 * 16
 
@@ -261,15 +288,17 @@ class _OnTPU(Placement):
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_the_network_computes_what_the_closed_formula_says(mtp):
-    """V3's layers at a tenth of their width. The formula's parameters include those of norms and the correction biases, which
-    are in no product, its attention sees half the sequence, where the program masks the other half, and it leaves out the sum of a
-    token's expert results, weighted by the gates: three exact terms."""
+    """V3's layers at a tenth of their width. The formula's parameters include those of norms and the correction biases,
+    which are in no product, its attention sees half the sequence, where the program masks the other half, and it leaves
+    out the sum of a token's expert results, weighted by the gates: three exact terms."""
     config = ModelConfig(
         vocab_size=500,
         hidden_size=96,
         num_layers=3,
         intermediate_size=192,
-        attention=MLAConfig(num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16),
+        attention=MLAConfig(
+            num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        ),
         moe=MoEConfig(num_experts=16, top_k=4, intermediate_size=32, num_shared_experts=1, num_groups=4, topk_groups=2),
         first_k_dense=1,
         mtp_depth=1,
@@ -296,20 +325,40 @@ class _TPUs(MeshPlacement):
 
 
 def test_routed_experts_on_an_expert_mesh_are_computed_again():
-    """Of a rematerialised MoE layer each routed product counts four times: forward, again, and twice backward; without remat three times. So it does in
-    the round that serves a balanced load, whose receive buffers are half full. Experts twice as wide show what they alone take."""
+    """Of a rematerialised MoE layer each routed product counts four times: forward, again, and twice backward; without
+    remat three times. So it does in the round that serves a balanced load, whose receive buffers are half full. Experts
+    twice as wide show what they alone take."""
     tokens, width, top_k, peers = (8, 64), 64, 2, 8
-    mesh = Mesh(np.array(jax.devices()[:peers]).reshape(1, 1, peers, 1, 1), ("data", "fsdp", "expert", "context", "tensor"))
+    mesh = Mesh(
+        np.array(jax.devices()[:peers]).reshape(1, 1, peers, 1, 1), ("data", "fsdp", "expert", "context", "tensor")
+    )
 
     def gradient_flops(intermediate_size: int, remat: str) -> int:
         moe = MoEConfig(num_experts=16, top_k=top_k, intermediate_size=intermediate_size, num_shared_experts=0)
-        attention = MLAConfig(num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
-        config = ModelConfig(vocab_size=500, hidden_size=width, num_layers=1, intermediate_size=96, attention=attention, moe=moe, first_k_dense=0, remat=remat)
+        attention = MLAConfig(
+            num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        )
+        config = ModelConfig(
+            vocab_size=500,
+            hidden_size=width,
+            num_layers=1,
+            intermediate_size=96,
+            attention=attention,
+            moe=moe,
+            first_k_dense=0,
+            remat=remat,
+        )
         model = Transformer(config, recipe("bfloat16"), _TPUs(mesh))
         loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
         variables = abstract_variables(Transformer(config))
         params = variables.pop("params")
-        return count(jax.grad(loss), params, variables, jax.ShapeDtypeStruct(tokens, jnp.int32), assumptions=Assumptions(branch="least", ragged_fill=0.5))
+        return count(
+            jax.grad(loss),
+            params,
+            variables,
+            jax.ShapeDtypeStruct(tokens, jnp.int32),
+            assumptions=Assumptions(branch="least", ragged_fill=0.5),
+        )
 
     wider = 128
     product = 2 * tokens[0] * tokens[1] * top_k * width * wider
@@ -317,7 +366,9 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
         assert gradient_flops(2 * wider, remat) - gradient_flops(wider, remat) == times * 3 * product, remat
 
 
-@pytest.mark.parametrize("implementation, number_format", [("mosaic_gpu_sm90", "float8_e4m3fn"), ("mosaic_tpu", "bfloat16")])
+@pytest.mark.parametrize(
+    "implementation, number_format", [("mosaic_gpu_sm90", "float8_e4m3fn"), ("mosaic_tpu", "bfloat16")]
+)
 def test_kernels_count_what_they_multiply(implementation, number_format):
     """Their loops end where data say, and their tiles may be masked: neither changes the count."""
     if implementation == "mosaic_gpu_sm90" and plgpu is None:
@@ -331,4 +382,7 @@ def test_kernels_count_what_they_multiply(implementation, number_format):
     assert traced_flops(jax.vmap(linear, (0, None)), f32(batch, rows, width), w) == {number_format: batch * forward}
     assert count(jax.grad(lambda *args: jnp.sum(linear(*args) ** 2), argnums=(0, 1)), x, w) == 3 * forward
     assert count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(branch="least")) == forward
-    assert count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(ragged_fill=0.25)) == forward // 4
+    assert (
+        count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(ragged_fill=0.25))
+        == forward // 4
+    )

@@ -54,7 +54,8 @@ HOSTS = np.arange(16).reshape(2, 8)
         ("all-gather", HOSTS, 875, 0),  # inside a host: 7/8
         ("all-reduce", HOSTS, 1750, 0),
         ("all-to-all", HOSTS, 875, 0),
-        # Across both hosts: half of the buffer has to arrive, once a host, by eight ports; the rest of 15/16 comes from next door.
+        # Across both hosts: half of the buffer has to arrive, once a host, by eight ports; the rest of 15/16 comes from
+        # next door.
         ("all-gather", HOSTS.reshape(1, 16), 937.5 - 62.5, 62.5),
         ("reduce-scatter", HOSTS.reshape(1, 16), 937.5 - 62.5, 62.5),
         ("all-reduce", HOSTS.reshape(1, 16), 2 * (937.5 - 62.5), 125),
@@ -98,14 +99,23 @@ def test_slices_talk_over_the_host_network():
     assert moved("all-gather", [range(8)], target) == pytest.approx((875 - 125, 125))
 
 
-@pytest.mark.parametrize("chip, torus, links", [("v5p", (8, 8, 16), 6), ("v5p", (2, 2, 1), 2), ("v5e", (16, 16), 4), ("v5e", (1, 1), 1), ("v6e", (2, 4), 3)])
+@pytest.mark.parametrize(
+    "chip, torus, links",
+    [("v5p", (8, 8, 16), 6), ("v5p", (2, 2, 1), 2), ("v5e", (16, 16), 4), ("v5e", (1, 1), 1), ("v6e", (2, 4), 3)],
+)
 def test_usable_links(chip, torus, links):
     assert link_bandwidth(tpus(chip, torus)) == links * CHIPS[chip].link_bandwidth
 
 
 def test_terms_and_what_binds():
     target = gpus(1)
-    bound = roofline({"bfloat16": 8 * 989.5e12, "float8_e4m3fn": 8 * 1979e12}, 3352e9 / 2, [collective("all-gather", [range(8)], size=10**12)], target, target.devices)
+    bound = roofline(
+        {"bfloat16": 8 * 989.5e12, "float8_e4m3fn": 8 * 1979e12},
+        3352e9 / 2,
+        [collective("all-gather", [range(8)], size=10**12)],
+        target,
+        target.devices,
+    )
     assert (bound.compute, bound.hbm, bound.host_network) == pytest.approx((2.0, 0.5, 0.0))
     assert bound.links == pytest.approx(10**12 * 7 / 8 / 450e9)
     assert (bound.binding, bound.seconds) == ("compute", bound.compute)
@@ -113,7 +123,8 @@ def test_terms_and_what_binds():
 
 
 def test_a_device_has_its_part_of_the_chip():
-    """Half a TPU7x has half the peak, the bandwidth and the links: the whole mesh's work takes as long as on whole chips."""
+    """Half a TPU7x has half the peak, the bandwidth and the links: the whole mesh's work takes as long as on whole
+    chips."""
     target = tpus("tpu7x", (2, 2, 1))
     bound = roofline({"bfloat16": 4 * 2307e12}, 7380e9 / 2, [], target, target.devices)
     assert (bound.compute, bound.hbm) == pytest.approx((1.0, 1.0))
@@ -121,15 +132,29 @@ def test_a_device_has_its_part_of_the_chip():
 
 @pytest.mark.parametrize(
     "chip, price, dollars, source",
-    [("h100", None, 6.88, "AWS p5.48xlarge, 2026-11-09"), ("h100", 3.5, 3.5, "--dollars_per_hour"), ("b200", None, None, None), ("b200", 9.0, 9.0, "--dollars_per_hour")],
+    [
+        ("h100", None, 6.88, "AWS p5.48xlarge, 2026-11-09"),
+        ("h100", 3.5, 3.5, "--dollars_per_hour"),
+        ("b200", None, None, None),
+        ("b200", 9.0, 9.0, "--dollars_per_hour"),
+    ],
 )
 def test_hours_and_dollars(chip, price, dollars, source):
-    """A step of two seconds on eight chips, 1,800 times: an hour. A price that is given comes before the list's; without either there is none."""
+    """A step of two seconds on eight chips, 1,800 times: an hour. A price that is given comes before the list's;
+    without either there is none."""
     target = dataclasses.replace(gpus(1), chip=CHIPS[chip])
     plan = types.SimpleNamespace(tokens=1000, calls=1800.0, model_flops=4 * target.chip.bf16)
     found = bounds(plan, target, {"roofline": {"seconds": 2.0}}, price, is_v3=False)
     assert (found["hours_lower_bound"], found["dollars_per_chip_hour"], found["price_source"]) == (1.0, dollars, source)
     assert found["dollars_lower_bound"] == (None if dollars is None else pytest.approx(8 * dollars))
-    assert (found["tokens_per_second_upper_bound"], found["mfu_upper_bound"], found["v3_bill"]) == (500, pytest.approx(1 / 4), None)
+    assert (found["tokens_per_second_upper_bound"], found["mfu_upper_bound"], found["v3_bill"]) == (
+        500,
+        pytest.approx(1 / 4),
+        None,
+    )
     none = bounds(plan, target, {"roofline": None}, price, is_v3=True)
-    assert (none["hours_lower_bound"], none["dollars_lower_bound"], none["v3_bill"]) == (None, None, {"h800_hours": 2_788_000, "dollars": 5_576_000.0})
+    assert (none["hours_lower_bound"], none["dollars_lower_bound"], none["v3_bill"]) == (
+        None,
+        None,
+        {"h800_hours": 2_788_000, "dollars": 5_576_000.0},
+    )

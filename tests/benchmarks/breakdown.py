@@ -1,4 +1,5 @@
-"""Where the time of a compiled program goes: jax's own profile of every operation, summed by the part of the network it belongs to."""
+"""Where the time of a compiled program goes: jax's own profile of every operation, summed by the part of the network it
+belongs to."""
 
 import re
 import statistics
@@ -13,7 +14,10 @@ from rich.table import Table
 
 # First match wins; the names are the module paths that Flax leaves in an operation's metadata.
 PARTS = (
-    ("routed experts: gathers and layout", r"/experts/.*(gather|sort|scatter|cumsum|iota|add|sub|eq|lt|floor|convert|reduce_window)"),
+    (
+        "routed experts: gathers and layout",
+        r"/experts/.*(gather|sort|scatter|cumsum|iota|add|sub|eq|lt|floor|convert|reduce_window)",
+    ),
     ("routed experts: products, activation, combination", r"/experts/"),
     ("router", r"/router/|MoE.*routing|one_hot"),
     ("shared experts", r"/shared/"),
@@ -28,10 +32,13 @@ LEFT_OVER = "optimiser and everything else"
 CONTAINERS = re.compile(r"(while|call|conditional)\b")  # their time is that of the operations inside
 
 
-def where_time_goes(jitted: Callable, arguments: tuple, run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+def where_time_goes(
+    jitted: Callable, arguments: tuple, run: Callable[[], object], repeats: int = 5
+) -> dict[str, float]:
     """Milliseconds per run and part. `run` executes the program `jitted` once; `arguments` are what it is compiled for.
 
-    An operation counts with its median duration times how often it runs: an interruption by another process is no part of it.
+    An operation counts with its median duration times how often it runs: an interruption by another process is no part
+    of it.
     """
     names = _operation_names(jitted.lower(*arguments).compile().as_text())
     run()

@@ -58,21 +58,27 @@ SIZES = {
     "small": _wide(hidden_size=128, num_layers=4, vocab_size=272, num_heads=4, num_experts=16),
     "medium": _wide(hidden_size=256, num_layers=6, vocab_size=4096, num_heads=8, num_experts=32),
 }
-EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the ways transformers has; the fastest is what we compare with
+# the ways transformers has; the fastest is what we compare with
+EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 def flags(doc: str, experts: str, **defaults: int) -> argparse.Namespace:
-    """Command line: the benchmark's own sizes, then what all have. Pins the process to `--cores` cores before jax and torch start."""
+    """Command line: the benchmark's own sizes, then what all have. Pins the process to `--cores` cores before jax and
+    torch start."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="r1_tiny")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--experts", default=experts, help=f"transformers' ways, by comma, of {', '.join(EXPERTS_IMPLEMENTATIONS)}")
+    parser.add_argument(
+        "--experts", default=experts, help=f"transformers' ways, by comma, of {', '.join(EXPERTS_IMPLEMENTATIONS)}"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds; ours and theirs take turns")
     parser.add_argument("--breakdown", action="store_true", help="also print where our time goes")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument(
-        "--cpu_time", action="store_true", help="time on the processor, not the wall clock: with --cores=1, for a machine that is not quiet"
+        "--cpu_time",
+        action="store_true",
+        help="time on the processor, not the wall clock: with --cores=1, for a machine that is not quiet",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parsed = parser.parse_args()
@@ -116,7 +122,10 @@ class Timing:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], Any]], flags: argparse.Namespace, check: Callable[[dict[str, list]], None], warm_up: int = 2
+    candidates: dict[str, Callable[[], Any]],
+    flags: argparse.Namespace,
+    check: Callable[[dict[str, list]], None],
+    warm_up: int = 2,
 ) -> dict[str, Timing]:
     """Runs every candidate once (compile), `warm_up` times more, hands what they returned to `check`, and only then
     times `--repeats` rounds in turns, so that a busy moment hits all alike."""
@@ -151,7 +160,9 @@ def describe(config: ModelConfig, flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def print_ratios(title: str, setting: dict[str, Any], timings: dict[str, Timing], tokens: int, ours: str, json_path: Path | None) -> None:
+def print_ratios(
+    title: str, setting: dict[str, Any], timings: dict[str, Timing], tokens: int, ours: str, json_path: Path | None
+) -> None:
     """Tokens/s of every candidate and how many times faster `ours` is; `tokens` is the work of one run."""
     mine = timings[ours].median_s
     fastest_peer = min((name for name in timings if not name.startswith(ours)), key=lambda name: timings[name].median_s)

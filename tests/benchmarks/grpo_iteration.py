@@ -1,11 +1,12 @@
-"""One GRPO iteration against the same work with transformers' `generate` and a torch update: seconds, same weights, cores, float32.
+"""One GRPO iteration against the same work with transformers' `generate` and a torch update: seconds, same weights,
+cores, float32.
 
     python tests/benchmarks/grpo_iteration.py [--prompts=16] [--group=16] [--new_tokens=64] [--breakdown] [--json=out.json]
 
-Needs `.[parity]`. Both sides sample completions of the main job's task, reward them and make the main job's updates with clipped ratio
-and KL to a reference. Random weights hardly ever end a completion, so that both sides decode all tokens. The peer gets prompts and
-rewards for free, from our own functions. Checked first: on one and the same rollout, log-probabilities, loss and
-gradient norm of both sides agree.
+Needs `.[parity]`. Both sides sample completions of the main job's task, reward them and make the main job's updates
+with clipped ratio and KL to a reference. Random weights hardly ever end a completion, so that both sides decode all
+tokens. The peer gets prompts and rewards for free, from our own functions. Checked first: on one and the same rollout,
+log-probabilities, loss and gradient norm of both sides agree.
 """
 
 import common
@@ -52,12 +53,18 @@ class Theirs:
         norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
         others = [p for name, p in model.named_parameters() if not name.endswith("norm.weight")]
         groups = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=grpo.config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=grpo.config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
+        )
         task, config = grpo.task, grpo.config
         self.instances = task.sample(jax.random.key(1), config.prompts_per_rollout, "train")
         prompts_QP, lengths_Q = task.prompts(self.instances)
-        assert np.all(np.asarray(lengths_Q) == prompts_QP.shape[1]), "prompts of one length need no padding on either side"
-        self.prompts_BP = torch.from_numpy(np.repeat(np.asarray(prompts_QP), config.group_size, axis=0).astype(np.int64))
+        assert np.all(np.asarray(lengths_Q) == prompts_QP.shape[1]), (
+            "prompts of one length need no padding on either side"
+        )
+        self.prompts_BP = torch.from_numpy(
+            np.repeat(np.asarray(prompts_QP), config.group_size, axis=0).astype(np.int64)
+        )
         instances = jax.tree.map(lambda x: jnp.repeat(x, config.group_size, axis=0), self.instances)
 
         @jax.jit
@@ -114,7 +121,9 @@ class Theirs:
         with torch.no_grad():
             ref_logp_BN = self.log_probs(self.reference, prompts_BP, completions_BN)
         ratio_BN = (logp_BN - old_logp_BN).exp()
-        surrogate_BN = torch.minimum(ratio_BN * advantages_B[:, None], ratio_BN.clamp(1 - low, 1 + high) * advantages_B[:, None])
+        surrogate_BN = torch.minimum(
+            ratio_BN * advantages_B[:, None], ratio_BN.clamp(1 - low, 1 + high) * advantages_B[:, None]
+        )
         kl_BN = (ref_logp_BN - logp_BN).expm1() - (ref_logp_BN - logp_BN)
         return ((self.grpo.config.kl_coefficient * kl_BN - surrogate_BN) * mask_BN).sum() / mask_BN.sum()
 
@@ -145,7 +154,11 @@ def check_same_update(grpo: GRPO, ours: Ours, peer: Theirs) -> None:
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(peer.model.parameters(), float("inf")).item()
     peer.optimizer.zero_grad(set_to_none=True)
-    print(f"same rollout: log-probabilities differ by {error:.1e}, losses {loss.item():.6f} {float(metrics['loss']):.6f}, ", end="")
+    print(
+        f"same rollout: log-probabilities differ by {error:.1e}, losses {loss.item():.6f} "
+        f"{float(metrics['loss']):.6f}, ",
+        end="",
+    )
     print(f"gradient norms {norm:.6f} {float(metrics['grad_norm']):.6f}")
     assert error < 1e-4
     np.testing.assert_allclose(loss.item(), metrics["loss"], rtol=1e-3, atol=1e-6)

@@ -1,9 +1,11 @@
-"""An experiment's whole training step in several precisions, taking turns on the device that is here: tokens/s, memory, ratio to the first.
+"""An experiment's whole training step in several precisions, taking turns on the device that is here: tokens/s, memory,
+ratio to the first.
 
     python tests/benchmarks/precisions.py [--config=experiments/v3_style_1b.py] [--config.any.field=value] [--precisions=bfloat16,fp8_deepseek]
 
-Forward, backward, clipping and AdamW, compiled as training compiles them, on random tokens. Before anything is timed the losses of the
-first steps have to agree within 1%. What the step can reach at most: the dry run (deepseek_jax.accounting.dry_run) of the same file.
+Forward, backward, clipping and AdamW, compiled as training compiles them, on random tokens. Before anything is timed
+the losses of the first steps have to agree within 1%. What the step can reach at most: the dry run
+(deepseek_jax.accounting.dry_run) of the same file.
 """
 
 import json
@@ -59,7 +61,9 @@ class Step:
 def same_losses(losses: dict[str, list[float]]) -> None:
     first, *others = losses
     for name in others:
-        np.testing.assert_allclose(losses[name], losses[first], rtol=1e-2, err_msg=f"the losses in {name} and in {first} differ")
+        np.testing.assert_allclose(
+            losses[name], losses[first], rtol=1e-2, err_msg=f"the losses in {name} and in {first} differ"
+        )
     print("losses of the first steps:", {name: [round(loss, 4) for loss in values] for name, values in losses.items()})
 
 
@@ -73,7 +77,9 @@ def main(argv: Sequence[str]) -> None:
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     flags = parser.parse_args([argument for argument in argv if argument not in overrides])
     flags.cpu_time = False
-    steps: dict[str, Callable[[], float]] = {name: Step([f"--config={flags.config}", *overrides], name) for name in flags.precisions.split(",")}
+    steps: dict[str, Callable[[], float]] = {
+        name: Step([f"--config={flags.config}", *overrides], name) for name in flags.precisions.split(",")
+    }
     figures = measure(steps, common.interleave(steps, flags, same_losses))
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}, jax {metadata.version('jax')}"
     table = Table(title=f"training step of {Path(flags.config).stem} on {device}", title_justify="left")
@@ -83,7 +89,12 @@ def main(argv: Sequence[str]) -> None:
         table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=150).print(table)
     if flags.json:
-        flags.json.write_text(json.dumps({"device": device, "config": flags.config, "overrides": overrides, "steps": list(figures.values())}, indent=2))
+        flags.json.write_text(
+            json.dumps(
+                {"device": device, "config": flags.config, "overrides": overrides, "steps": list(figures.values())},
+                indent=2,
+            )
+        )
 
 
 def measure(steps: dict[str, Step], timings: dict[str, common.Timing]) -> dict[str, dict[str, str | float]]:

@@ -1,9 +1,11 @@
-"""Training step (forward, backward, clip, AdamW) against transformers + torch: tokens/s, same weights, batch, cores, float32.
+"""Training step (forward, backward, clip, AdamW) against transformers + torch: tokens/s, same weights, batch, cores,
+float32.
 
     python tests/benchmarks/train_step.py [--size=small] [--batch=16] [--length=128] [--breakdown] [--json=out.json]
 
-Needs `.[parity]`. Both sides first take three steps from the same weights; their losses have to agree. The peer runs eagerly, as
-transformers' users do, with AdamW's fused CPU kernel; its routed experts are checked to run and to get gradients.
+Needs `.[parity]`. Both sides first take three steps from the same weights; their losses have to agree. The peer runs
+eagerly, as transformers' users do, with AdamW's fused CPU kernel; its routed experts are checked to run and to get
+gradients.
 """
 
 import common

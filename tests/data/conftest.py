@@ -19,7 +19,8 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def documents():
-    """Sixty documents of 1 to 40 ids; no id occurs twice, so that every token can be traced. Every third id is not trained on."""
+    """Sixty documents of 1 to 40 ids; no id occurs twice, so that every token can be traced. Every third id is not
+    trained on."""
     lengths = np.random.default_rng(0).integers(1, 41, size=60)
     starts = np.concatenate([[1000], 1000 + np.cumsum(lengths)])
     ids = [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths)]

@@ -1,4 +1,5 @@
-"""Local files of every format: the same records whatever the file, places in messages, files that change, splits by question."""
+"""Local files of every format: the same records whatever the file, places in messages, files that change, splits by
+question."""
 
 import bz2
 import csv
@@ -21,11 +22,16 @@ from deepseek_jax.data.loader import build_loader
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.errors import DataError
 
-RECORDS = [{"prompt": f"question {i},\n\"quoted\"\tand žluťoučký", "completion": f"answer {i}"} for i in range(12)]
+RECORDS = [{"prompt": f'question {i},\n"quoted"\tand žluťoučký', "completion": f"answer {i}"} for i in range(12)]
 
 
 def packed(data, suffix):
-    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)}
+    compress = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True),
+    }
     return compress[suffix](data) if suffix in compress else data
 
 
@@ -51,7 +57,9 @@ def write(path, records, suffix=".jsonl", outer=""):
     return str(path)
 
 
-@pytest.mark.parametrize("name", [suffix for suffix in suffixes() if ".txt" not in suffix] + [".JSONL", ".Csv", ".JSON.GZ"])
+@pytest.mark.parametrize(
+    "name", [suffix for suffix in suffixes() if ".txt" not in suffix] + [".JSONL", ".Csv", ".JSON.GZ"]
+)
 def test_every_suffix_gives_the_same_records(tmp_path, name):
     inner, outer = (*name.lower().lstrip(".").split("."), "")[:2]
     path = write(tmp_path / f"a.b{name}", RECORDS, f".{inner}", outer and f".{outer}")
@@ -69,18 +77,28 @@ def test_byte_order_marks_and_line_ends(tmp_path, raw, ending):
     records = open_source(SourceConfig(str(path), validation_fraction=0.0), "train")
     assert [records[i] for i in range(len(records))] == [{"text": "first"}, {"text": "last"}]
     assert records.where(1) == f"{path} line 3"
-    for name, text in (("b.json", b'{"text": "first"}\n{"text": "last"}'), ("c.json", b' [{"text": "first"},\n{"text": "last"}]\n'), ("d.csv", b"text\nfirst\nlast\n")):
+    for name, text in (
+        ("b.json", b'{"text": "first"}\n{"text": "last"}'),
+        ("c.json", b' [{"text": "first"},\n{"text": "last"}]\n'),
+        ("d.csv", b"text\nfirst\nlast\n"),
+    ):
         (tmp_path / name).write_bytes(raw % text.replace(b"\n", ending))
         records = open_source(SourceConfig(str(tmp_path / name), validation_fraction=0.0), "train")
         assert [records[i]["text"] for i in range(len(records))] == ["first", "last"], name
     (tmp_path / "e.txt").write_bytes(raw % b"one" + ending + b"two")
-    assert open_source(SourceConfig(str(tmp_path / "e.txt"), validation_fraction=0.0), "train")[0] == {"text": "one\ntwo"}
+    assert open_source(SourceConfig(str(tmp_path / "e.txt"), validation_fraction=0.0), "train")[0] == {
+        "text": "one\ntwo"
+    }
 
 
 @pytest.mark.parametrize(
     "name, raw, message",
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2: not valid JSON .*the file ends in the middle of this line: copy it again, or remove the line"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b',
+            r"line 2: not valid JSON .*the file ends in the middle of this line: copy it again, or remove the line",
+        ),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"line 2: not valid JSON \(byte 13 is not UTF-8 text\)"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), r"line 1: this is UTF-16; convert it first"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), r"line 1: not valid JSON"),
@@ -117,7 +135,9 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, raw, message
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt"])
 def test_plain_text_has_no_chats(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_text("messages\n")
-    with pytest.raises(DataError, match=f"a{suffix}: a {suffix} file holds plain text; format 'messages' needs .jsonl or .parquet"):
+    with pytest.raises(
+        DataError, match=f"a{suffix}: a {suffix} file holds plain text; format 'messages' needs .jsonl or .parquet"
+    ):
         open_source(SourceConfig(str(tmp_path / f"a{suffix}"), format="messages"), "train")
 
 
@@ -132,13 +152,18 @@ def test_a_path_that_exists_is_that_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         write(tmp_path / "plain" / name, [{"text": name}])
     records = open_source(SourceConfig(str(tmp_path / "plain" / "*"), validation_fraction=0.0), "train")
-    assert [records[i]["text"] for i in range(len(records))] == ["a.jsonl", "b.jsonl"], "a pattern does not match folders"
+    assert [records[i]["text"] for i in range(len(records))] == ["a.jsonl", "b.jsonl"], (
+        "a pattern does not match folders"
+    )
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("HuggingFaceFW/fineweb", r"no file matches 'HuggingFaceFW/fineweb'; data from the Hugging Face Hub has to be downloaded first"),
+        (
+            "HuggingFaceFW/fineweb",
+            r"no file matches 'HuggingFaceFW/fineweb'; data from the Hugging Face Hub has to be downloaded first",
+        ),
         ("tfds:HuggingFaceFW/fineweb", r"unknown TFDS dataset 'HuggingFaceFW/fineweb': .*has to be downloaded first"),
         ("tfds:mnist/none", r"TFDS cannot open 'mnist/none': .*BuilderConfig none not found"),
         ("tfds:mnist:9.9.9", r"TFDS cannot open 'mnist:9.9.9': .*only: 3.0.1"),
@@ -176,7 +201,9 @@ def test_a_file_that_changes_under_a_run(tmp_path, suffix):
 def test_a_changed_file_ends_the_loader_with_its_name(tmp_path, byte_tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content([{"text": "x" * 2000} for _ in range(400)], ".jsonl"))
-    loader = build_loader(DataConfig(sources=(SourceConfig(str(path), validation_fraction=0.0),), prefetch_rows=2), byte_tokenizer, 64, 2)
+    loader = build_loader(
+        DataConfig(sources=(SourceConfig(str(path), validation_fraction=0.0),), prefetch_rows=2), byte_tokenizer, 64, 2
+    )
     next(loader)
     path.write_text('{"text": "a mended copy"}\n')
     with pytest.raises(DataError, match=r"data.jsonl line \d+: the file has changed"):
@@ -197,10 +224,17 @@ QUESTIONS = {
     "text": lambda question, answer: {"text": question, "id": answer},
     "completion": lambda question, answer: {"prompt": question, "completion": answer},
     "messages": lambda question, answer: {
-        "messages": [{"role": "system", "content": f"no. {answer}"}, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        "messages": [
+            {"role": "system", "content": f"no. {answer}"},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     },
     "turns": lambda question, answer: {
-        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, (question, answer, f"and {answer}?", "yes"))]
+        "messages": [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant") * 2, (question, answer, f"and {answer}?", "yes"))
+        ]
     },
     "tokens": lambda question, answer: {
         "tokens": [257, *question.encode(), *answer.encode()],
@@ -227,7 +261,9 @@ def test_one_question_is_on_one_side_of_the_split_whatever_its_answers(tmp_path,
 
 
 def test_documents_that_are_trained_on_from_the_start_are_split_by_all_their_tokens(tmp_path):
-    records = [{"tokens": [257, *f"text {i}".encode(), 258], "loss_mask": [0] + [1] * len(f"text {i}.")} for i in range(60)]
+    records = [
+        {"tokens": [257, *f"text {i}".encode(), 258], "loss_mask": [0] + [1] * len(f"text {i}.")} for i in range(60)
+    ]
     source = SourceConfig(write(tmp_path / "a.jsonl", records), format="tokens", validation_fraction=0.3)
     assert 9 <= len(open_source(source, "validation")) <= 27
 
@@ -256,14 +292,20 @@ def test_ids_that_are_none_are_refused_with_file_and_line(tmp_path, byte_tokeniz
         tokens, message = [1.5], r"tokens\[0\] is 1.5"  # text would be a prompt
     good = {"tokens": [1, 2, 271]} if field == "tokens" else {"prompt": [1, 0], "completion": [2]}
     bad = good | {field: tokens}
-    source = SourceConfig(write(tmp_path / "a.jsonl", [good] * 3 + [bad]), format="tokens" if field == "tokens" else "completion", validation_path="x")
+    source = SourceConfig(
+        write(tmp_path / "a.jsonl", [good] * 3 + [bad]),
+        format="tokens" if field == "tokens" else "completion",
+        validation_path="x",
+    )
     with pytest.raises(DataError, match=r"a.jsonl line 4: " + message.replace("tokens", field, 1)):
         open_source(source, "train", vocab_size=272)
     with pytest.raises(DataError, match=message.replace("tokens", field, 1)):
         Tokenise(source, byte_tokenizer)(bad)
 
 
-@pytest.mark.parametrize("array", [np.array([1.0, 2.0]), np.array([True]), np.array([[1]]), np.array(["a"]), np.array([-1]), np.array([272])])
+@pytest.mark.parametrize(
+    "array", [np.array([1.0, 2.0]), np.array([True]), np.array([[1]]), np.array(["a"]), np.array([-1]), np.array([272])]
+)
 def test_arrays_that_are_no_ids(byte_tokenizer, array):
     with pytest.raises(DataError, match="tokens"):
         Tokenise(SourceConfig("x", format="tokens"), byte_tokenizer)({"tokens": array})
@@ -295,7 +337,13 @@ def test_masks_may_be_booleans_and_whole_floats(byte_tokenizer):
 
 
 def test_the_ids_of_a_larger_model_are_allowed(tmp_path, byte_tokenizer):
-    config = DataConfig(sources=(SourceConfig(write(tmp_path / "a.jsonl", [{"tokens": [299] * 9}] * 9), format="tokens", validation_fraction=0.0),))
+    config = DataConfig(
+        sources=(
+            SourceConfig(
+                write(tmp_path / "a.jsonl", [{"tokens": [299] * 9}] * 9), format="tokens", validation_fraction=0.0
+            ),
+        )
+    )
     assert next(build_loader(config, byte_tokenizer, 8, 2, vocab_size=300))["tokens"].max() == 299
     with pytest.raises(DataError, match="a.jsonl line 1: .*299, outside 0 … 271"):
         build_loader(config, byte_tokenizer, 8, 2)
@@ -326,12 +374,32 @@ class Refusing:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".jsonl.gz"])
 def test_one_chat_of_each_shape_is_rendered_when_the_data_is_opened(tmp_path, byte_tokenizer, suffix):
     inner, outer = (suffix.removesuffix(".gz"), ".gz" if suffix.endswith(".gz") else "")
-    good, longer, bad = chat("user", "assistant"), chat("user", "assistant", "user", "assistant"), chat("system", "user", "assistant")
+    good, longer, bad = (
+        chat("user", "assistant"),
+        chat("user", "assistant", "user", "assistant"),
+        chat("system", "user", "assistant"),
+    )
     tokenizer = Refusing(byte_tokenizer)
-    config = DataConfig(sources=(SourceConfig(write(tmp_path / f"a{suffix}", [good] * 90 + [longer] * 9, inner, outer), format="messages", validation_fraction=0.0),))
+    config = DataConfig(
+        sources=(
+            SourceConfig(
+                write(tmp_path / f"a{suffix}", [good] * 90 + [longer] * 9, inner, outer),
+                format="messages",
+                validation_fraction=0.0,
+            ),
+        )
+    )
     build_loader(config, tokenizer, 8, 1)
     assert tokenizer.chats < 10
-    config = DataConfig(sources=(SourceConfig(write(tmp_path / f"b{suffix}", [good] * 150 + [bad] + [good] * 9, inner, outer), format="messages", validation_fraction=0.0),))
+    config = DataConfig(
+        sources=(
+            SourceConfig(
+                write(tmp_path / f"b{suffix}", [good] * 150 + [bad] + [good] * 9, inner, outer),
+                format="messages",
+                validation_fraction=0.0,
+            ),
+        )
+    )
     place = {".jsonl": "line 151", ".json": r"line \d+", ".parquet": "row 150", ".jsonl.gz": "line 151"}[suffix]
     with pytest.raises(DataError, match=f"b{suffix} {place}: the template takes no system prompt"):
         build_loader(config, tokenizer, 8, 1)
@@ -345,7 +413,9 @@ def test_a_record_that_fails_later_is_named(tmp_path, byte_tokenizer):
             return self._tokenizer.encode(text, **options)
 
     path = write(tmp_path / "a.jsonl", [{"text": "good enough"}] * 30 + [{"text": "bad"}])
-    config = DataConfig(sources=(SourceConfig(path, validation_fraction=0.0),), shuffle=False, prefetch_rows=0, num_epochs=1)
+    config = DataConfig(
+        sources=(SourceConfig(path, validation_fraction=0.0),), shuffle=False, prefetch_rows=0, num_epochs=1
+    )
     loader = build_loader(config, Moody(byte_tokenizer), 8, 2)
     with pytest.raises(DataError, match="a.jsonl line 31: cannot encode"):
         list(loader)

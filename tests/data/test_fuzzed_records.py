@@ -51,7 +51,11 @@ def try_records(chance, folder, tokenizer):
     if inner in (".jsonl", ".json") and chance.random() < 0.6:
         bad = damaged(chance, RECORDS[form])
         lines = [RECORDS[form], bad]
-        raw = json.dumps(lines).encode() if inner == ".json" else "".join(json.dumps(line) + "\n" for line in lines).encode()
+        raw = (
+            json.dumps(lines).encode()
+            if inner == ".json"
+            else "".join(json.dumps(line) + "\n" for line in lines).encode()
+        )
     else:
         raw = damaged_bytes(chance, content(records, inner))
     raw = packed(raw, outer)

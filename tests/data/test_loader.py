@@ -29,7 +29,9 @@ def make(documents, byte_tokenizer):
     def build(split="train", seed=0, share=(0, 1), seq_len=T, batch_size=B, **config):
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
         config = DataConfig(**({"sources": sources, "shuffle_window": 8} | config))
-        return build_loader(config, byte_tokenizer, seq_len, batch_size, split, seed, share, in_memory=memory, vocab_size=4096)
+        return build_loader(
+            config, byte_tokenizer, seq_len, batch_size, split, seed, share, in_memory=memory, vocab_size=4096
+        )
 
     return build
 
@@ -40,7 +42,9 @@ WHOLE = {"packing": "whole", "seq_len": 64, "open_rows": 3, "prefetch_rows": 5}
 HELD_OUT = {"split": "validation"}
 
 
-@pytest.mark.parametrize("kwargs", [ENDLESS_SPLIT, FINITE_SPLIT, WHOLE, HELD_OUT], ids=["split", "finite", "whole", "held-out"])
+@pytest.mark.parametrize(
+    "kwargs", [ENDLESS_SPLIT, FINITE_SPLIT, WHOLE, HELD_OUT], ids=["split", "finite", "whole", "held-out"]
+)
 def test_resuming_anywhere_is_bit_identical(make, kwargs):
     loader = make(**kwargs)
     states, batches = [loader.get_state()], []
@@ -69,7 +73,9 @@ def test_slices_of_the_hosts_make_up_the_same_global_batches(make, kwargs):
         parts = [next(host) for host in hosts]
         assert all(len(part["tokens"]) == B // 2 for part in parts)
         assert same(next(whole), {field: np.concatenate([part[field] for part in parts]) for field in parts[0]})
-    assert hosts[0].get_state() == hosts[1].get_state() == whole.get_state(), "a position can be restored with another number of hosts"
+    assert hosts[0].get_state() == hosts[1].get_state() == whole.get_state(), (
+        "a position can be restored with another number of hosts"
+    )
 
 
 def test_threads_do_not_change_the_batches(make):
@@ -92,7 +98,9 @@ def test_batch_size_may_grow_without_losing_the_place(make):
     rows = np.concatenate([next(steady)["tokens"] for _ in range(6)])
     first = ramped.take(B)
     ramped.batch_size = 2 * B
-    np.testing.assert_array_equal(np.concatenate([first["tokens"], next(ramped)["tokens"], ramped.take(3 * B)["tokens"]]), rows)
+    np.testing.assert_array_equal(
+        np.concatenate([first["tokens"], next(ramped)["tokens"], ramped.take(3 * B)["tokens"]]), rows
+    )
 
 
 def test_weights_are_shares_of_the_rows(make):
@@ -109,9 +117,20 @@ def test_last_batch_of_a_pass_is_filled_up_with_empty_rows(make):
 
 def test_completion_documents_are_trained_on_the_completion(byte_tokenizer):
     prompts = np.array([[257, 263, 1, 264, 256], [257, 263, 1, 2, 264]])
-    records = completion_documents(prompts, np.array([4, 5]), np.array([[7, 258, 256], [8, 9, 258]]), np.array([[1, 1, 0], [1, 1, 1]]))
-    assert records[0]["tokens"].tolist() == [257, 263, 1, 264, 7, 258] and records[0]["loss_mask"].tolist() == [0, 0, 0, 0, 1, 1]
-    everything = completion_documents(prompts, np.array([4, 5]), np.array([[7], [8]]), np.array([[1], [1]]), loss_on_prompt=True)
+    records = completion_documents(
+        prompts, np.array([4, 5]), np.array([[7, 258, 256], [8, 9, 258]]), np.array([[1, 1, 0], [1, 1, 1]])
+    )
+    assert records[0]["tokens"].tolist() == [257, 263, 1, 264, 7, 258] and records[0]["loss_mask"].tolist() == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]
+    everything = completion_documents(
+        prompts, np.array([4, 5]), np.array([[7], [8]]), np.array([[1], [1]]), loss_on_prompt=True
+    )
     assert everything[1]["loss_mask"].tolist() == [1] * 6
     config = DataConfig(sources=(SourceConfig("task", format="tokens"),), packing="whole", num_epochs=1)
     batch = next(build_loader(config, byte_tokenizer, 14, 1, in_memory={"task": {"train": records}}))
@@ -147,14 +166,20 @@ def test_a_position_of_other_data_is_refused(make):
     [
         ({"packin": "whole"}, r"unknown field data.packin: did you mean 'packing'"),
         ({"packing": "hole"}, r"data.packing='hole': did you mean 'whole'"),
-        ({"sources": [{"name": "x", "text_feild": "t"}]}, r"unknown field data.sources\[0\].text_feild: did you mean 'text_field'"),
+        (
+            {"sources": [{"name": "x", "text_feild": "t"}]},
+            r"unknown field data.sources\[0\].text_feild: did you mean 'text_field'",
+        ),
         ({"sources": [{"weight": 1.0}]}, r"missing field data.sources\[0\].name"),
         ({"sources": [{"name": "x", "weight": 0}]}, r"'x': weight=0: must be above 0"),
         ({"sources": []}, r"data.sources is empty"),
         ({"sources": {"name": "x"}}, r"data.sources={'name': 'x'}: must be a list"),
         ({"num_epochs": 0}, r"data.num_epochs=0: at least 1"),
         ({"streams": 0}, r"data.streams=0: at least 1"),
-        ({"num_epochs": 1, "streams": 4}, r"the data.streams=4 streams would not end together; set num_epochs=None, or streams=1"),
+        (
+            {"num_epochs": 1, "streams": 4},
+            r"the data.streams=4 streams would not end together; set num_epochs=None, or streams=1",
+        ),
         ({"num_epochs": 1, "sources": [{"name": "x"}, {"name": "y", "weight": 2}]}, r"weights cannot differ"),
     ],
 )
@@ -164,14 +189,21 @@ def test_config_errors(fields, message):
 
 
 def test_config_from_dict():
-    config = DataConfig.from_dict({"sources": [{"name": "stdlib", "max_bytes": 10}, {"name": "a.txt", "weight": 2}], "packing": "whole"})
-    assert config.sources == (SourceConfig("stdlib", max_bytes=10), SourceConfig("a.txt", weight=2)) and config.packing == "whole"
+    config = DataConfig.from_dict(
+        {"sources": [{"name": "stdlib", "max_bytes": 10}, {"name": "a.txt", "weight": 2}], "packing": "whole"}
+    )
+    assert (
+        config.sources == (SourceConfig("stdlib", max_bytes=10), SourceConfig("a.txt", weight=2))
+        and config.packing == "whole"
+    )
 
 
 def test_loader_arguments_are_checked(make):
     with pytest.raises(ConfigError, match="split='test'"):
         make(split="test")
-    with pytest.raises(ConfigError, match="batch_size=4 must be a positive multiple of 3, such as 3: .* the hosts hold 3 equal blocks"):
+    with pytest.raises(
+        ConfigError, match="batch_size=4 must be a positive multiple of 3, such as 3: .* the hosts hold 3 equal blocks"
+    ):
         make(share=(0, 3))
     with pytest.raises(ConfigError, match=r"share=\(2, 2\): its first number goes from 0 to 1"):
         make(share=(2, 2))
@@ -195,17 +227,25 @@ def test_tensorflow_is_never_imported_and_the_program_ends_quietly(tmp_path):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("print('imported')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "data")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "data")], capture_output=True, text=True, env=environment
+    )
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "False", "")
 
 
 def test_pieces_of_a_long_document_are_spread_over_batches(byte_tokenizer):
-    """Packing leaves the rows of one document side by side; the window keeps them from filling a batch, and loses none."""
+    """Packing leaves the rows of one document side by side; the window keeps them from filling a batch, and loses
+    none."""
     records = [{"tokens": np.full(20 * T, document)} for document in range(8)]
 
     def rows(window):
         config = DataConfig(sources=(SourceConfig("long", format="tokens"),), num_epochs=1, shuffle_window=window)
-        return np.concatenate([batch["tokens"] for batch in build_loader(config, byte_tokenizer, T, B, in_memory={"long": {"train": records}})])
+        return np.concatenate(
+            [
+                batch["tokens"]
+                for batch in build_loader(config, byte_tokenizer, T, B, in_memory={"long": {"train": records}})
+            ]
+        )
 
     together, spread = rows(1), rows(80)
     assert sorted(together[:, 0]) == sorted(spread[:, 0])

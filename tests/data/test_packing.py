@@ -13,7 +13,15 @@ SOURCE = SourceConfig("ids", format="tokens")
 
 def load(documents, tokenizer, split="train", batch_size=4, seq_len=T, **config):
     config = DataConfig(sources=(SOURCE,), **config)
-    return build_loader(config, tokenizer, seq_len, batch_size, split, in_memory={"ids": {"train": documents, "validation": documents}}, vocab_size=4096)
+    return build_loader(
+        config,
+        tokenizer,
+        seq_len,
+        batch_size,
+        split,
+        in_memory={"ids": {"train": documents, "validation": documents}},
+        vocab_size=4096,
+    )
 
 
 def segments(batches):
@@ -21,9 +29,13 @@ def segments(batches):
     found = []
     for batch in batches:
         assert all(value.dtype == np.int32 for value in batch.values())
-        for tokens, ids, positions, mask in zip(batch["tokens"], batch["segment_ids"], batch["positions"], batch["loss_mask"]):
+        for tokens, ids, positions, mask in zip(
+            batch["tokens"], batch["segment_ids"], batch["positions"], batch["loss_mask"]
+        ):
             used = int((ids > 0).sum())
-            assert (ids[:used] > 0).all() and (np.diff(ids[:used]) >= 0).all(), "segments lie side by side, padding at the end"
+            assert (ids[:used] > 0).all() and (np.diff(ids[:used]) >= 0).all(), (
+                "segments lie side by side, padding at the end"
+            )
             assert (tokens[used:] == 256).all() and not mask[used:].any() and not positions[used:].any()
             for segment in range(1, ids.max() + 1):
                 inside = ids == segment
@@ -65,7 +77,12 @@ def test_whole_packing_keeps_every_document_in_one_segment(documents, byte_token
 
 
 def test_every_epoch_shows_every_document_in_a_new_order(documents, byte_tokenizer):
-    order = [tokens[0] for tokens, _ in segments(load(documents, byte_tokenizer, seq_len=48, packing="whole", num_epochs=2, open_rows=1))]
+    order = [
+        tokens[0]
+        for tokens, _ in segments(
+            load(documents, byte_tokenizer, seq_len=48, packing="whole", num_epochs=2, open_rows=1)
+        )
+    ]
     first, second = order[: len(documents)], order[len(documents) :]
     assert set(first) == set(second) == {document["tokens"][0] for document in documents}
     assert first != second
@@ -82,15 +99,23 @@ def test_long_documents_may_be_cut_while_short_ones_stay_whole(documents, byte_t
     pieces = segments(load(documents, byte_tokenizer, packing="whole", long_documents="cut", num_epochs=1))
     whole = [tuple(document["tokens"]) for document in documents if len(document["tokens"]) <= T]
     assert whole and set(whole) <= {tuple(tokens) for tokens, _ in pieces}
-    targets = sorted(token for tokens, mask in pieces for token, wanted in zip(tokens[1:], mask[1:], strict=True) if wanted)
-    assert targets == sorted(t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:], strict=True) if m)
+    targets = sorted(
+        token for tokens, mask in pieces for token, wanted in zip(tokens[1:], mask[1:], strict=True) if wanted
+    )
+    assert targets == sorted(
+        t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:], strict=True) if m
+    )
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 16, 64])
 def test_held_out_pass_has_every_token_but_the_first_as_a_target_once(documents, byte_tokenizer, seq_len):
     batches = list(load(documents, byte_tokenizer, "validation", seq_len=seq_len))
-    targets = sorted(token for tokens, mask in segments(batches) for token, wanted in zip(tokens[1:], mask[1:]) if wanted)
-    expected = sorted(t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:]) if m)
+    targets = sorted(
+        token for tokens, mask in segments(batches) for token, wanted in zip(tokens[1:], mask[1:]) if wanted
+    )
+    expected = sorted(
+        t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:]) if m
+    )
     assert targets == expected
 
 
@@ -103,7 +128,9 @@ def test_held_out_bytes_sum_to_the_size_of_the_text(byte_tokenizer):
     bytes_R = np.concatenate([batch["num_bytes"] for batch in batches])
     targets_R = np.concatenate([batch["loss_mask"].sum(axis=1) for batch in batches])
     segments_R = np.concatenate([batch["segment_ids"].max(axis=1) for batch in batches])
-    assert (bytes_R <= targets_R).all() and (bytes_R >= targets_R - segments_R).all(), "rows carry the bytes of their own targets"
+    assert (bytes_R <= targets_R).all() and (bytes_R >= targets_R - segments_R).all(), (
+        "rows carry the bytes of their own targets"
+    )
 
 
 def test_the_held_out_pass_is_always_the_same(documents, byte_tokenizer):

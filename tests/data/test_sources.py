@@ -32,7 +32,9 @@ def test_stdlib_splits_are_disjoint_real_files_under_the_cap(data_dir):
     root = Path(sysconfig.get_path("stdlib"))
     for record in (train[0], train[len(train) - 1], held_out[0]):
         assert record["text"] == (root / record["path"]).read_text(encoding="utf-8", errors="replace")
-    assert not any(part in stdlib_text.SKIPPED_FOLDERS for path in train_paths | held_out_paths for part in Path(path).parts)
+    assert not any(
+        part in stdlib_text.SKIPPED_FOLDERS for path in train_paths | held_out_paths for part in Path(path).parts
+    )
 
 
 def test_stdlib_is_prepared_once_and_found_again(data_dir, monkeypatch):
@@ -72,7 +74,9 @@ class TinyQuotes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"quote": tfds.features.Text(), "year": np.int64}))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"quote": tfds.features.Text(), "year": np.int64})
+        )
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
@@ -83,7 +87,9 @@ class TinyQuotes(tfds.core.GeneratorBasedBuilder):
 
 
 def test_tfds_by_name_with_slices_as_splits(data_dir, byte_tokenizer):
-    source = SourceConfig("tfds:tiny_quotes", text_field="quote", train_split="train[:80%]", validation_split="train[80%:]")
+    source = SourceConfig(
+        "tfds:tiny_quotes", text_field="quote", train_split="train[:80%]", validation_split="train[80%:]"
+    )
     train, held_out = (texts(open_source(source, split, data_dir), "quote") for split in ("train", "validation"))
     assert sorted(train + held_out) == [f"čtvrt {i}" for i in range(10)] and len(held_out) == 2
     batch = next(build_loader(DataConfig(sources=(source,), data_dir=data_dir, shuffle_window=1), byte_tokenizer, 8, 2))
@@ -114,7 +120,9 @@ def files(request, tmp_path):
     for part in range(2):
         mine = documents[part::2]
         if request.param == "jsonl":
-            lines = [json.dumps({"body": text, "id": i}, ensure_ascii=bool(part)) + "\n\n" for i, text in enumerate(mine)]
+            lines = [
+                json.dumps({"body": text, "id": i}, ensure_ascii=bool(part)) + "\n\n" for i, text in enumerate(mine)
+            ]
             (tmp_path / f"{part}.jsonl").write_text("".join(lines))
         elif request.param == "parquet":
             table = pyarrow.table({"id": list(range(len(mine))), "body": mine})
@@ -134,7 +142,9 @@ def test_local_files(files, byte_tokenizer):
     assert len(open_source(everything, "train")) == len(open_source(everything, "validation")) == 40
     loader = build_loader(DataConfig(sources=(source,), num_epochs=1, shuffle_window=1), byte_tokenizer, 50, 2)
     text = byte_tokenizer.decode(np.concatenate([batch["tokens"].reshape(-1) for batch in loader]))
-    assert sorted(text.replace("<pad>", "").removeprefix("<bos>").removesuffix("<eos>").split("<eos><bos>")) == sorted(train)
+    assert sorted(text.replace("<pad>", "").removeprefix("<bos>").removesuffix("<eos>").split("<eos><bos>")) == sorted(
+        train
+    )
 
 
 def test_equal_texts_never_straddle_the_split(tmp_path):
@@ -148,18 +158,26 @@ def test_completions_are_trained_on_behind_the_prompt(tmp_path, byte_tokenizer):
     reasoning = "<think>1+1</think><answer>2</answer>"
     question, answer = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": reasoning}
     context = [{"role": "user", "content": "<eos>"}, {"role": "assistant", "content": "what?"}]
-    ids = {"prompt": byte_tokenizer.chat([question]), "completion": byte_tokenizer.encode(reasoning, eos=True, allow_special=True)}
+    ids = {
+        "prompt": byte_tokenizer.chat([question]),
+        "completion": byte_tokenizer.encode(reasoning, eos=True, allow_special=True),
+    }
     plain = byte_tokenizer.encode("<bos><user>1+1?<assistant>" + reasoning + "<eos>", allow_special=True)
     behind_context = [257, 263, *b"<eos>", 264, *b"what?", 258] + plain[1:]
     cases = {
         "completion": [({"prompt": "1+1?", "completion": reasoning}, plain), (ids, plain)],
-        "messages": [({"messages": [question, answer]}, plain), ({"messages": [*context, question, answer]}, behind_context)],
+        "messages": [
+            ({"messages": [question, answer]}, plain),
+            ({"messages": [*context, question, answer]}, behind_context),
+        ],
     }
     for form, records in cases.items():
         file = tmp_path / f"{form}.jsonl"
         file.write_text("\n".join(json.dumps(record) for record, _ in records))
         source = SourceConfig(str(file), format=form, validation_fraction=0.0)
-        loader = build_loader(DataConfig(sources=(source,), packing="whole", num_epochs=1, shuffle=False), byte_tokenizer, 31, 1)
+        loader = build_loader(
+            DataConfig(sources=(source,), packing="whole", num_epochs=1, shuffle=False), byte_tokenizer, 31, 1
+        )
         for batch, (_, expected) in zip(loader, records, strict=True):
             assert batch["tokens"][batch["segment_ids"] == 1].tolist() == expected
             assert byte_tokenizer.decode(batch["tokens"][batch["loss_mask"] == 1]) == reasoning + "<eos>"
@@ -167,7 +185,9 @@ def test_completions_are_trained_on_behind_the_prompt(tmp_path, byte_tokenizer):
 
 def test_reasoning_opened_by_prompt_and_completion_is_refused(byte_tokenizer):
     source = SourceConfig("pairs", format="completion")
-    records = [{"prompt": byte_tokenizer.encode("<bos>q<assistant><think>\n", allow_special=True), "completion": "<think>\na"}]
+    records = [
+        {"prompt": byte_tokenizer.encode("<bos>q<assistant><think>\n", allow_special=True), "completion": "<think>\na"}
+    ]
     with pytest.raises(DataError, match="prompt already ends with <think>"):
         build_loader(DataConfig(sources=(source,)), byte_tokenizer, 4, 1, in_memory={"pairs": {"train": records}})
 
@@ -177,19 +197,49 @@ def test_reasoning_opened_by_prompt_and_completion_is_refused(byte_tokenizer):
     [
         ("a.jsonl", '{"text": "a"}\n\n{"text": \n', {}, r"a.jsonl line 3: not valid JSON"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', {}, r"a.jsonl line 2: expected an object with fields text, found list"),
-        ("a.jsonl", '{"body": "a", "id": 1}', {}, r"a.jsonl line 1: no field 'text'; the fields are: body, id; set text_field"),
+        (
+            "a.jsonl",
+            '{"body": "a", "id": 1}',
+            {},
+            r"a.jsonl line 1: no field 'text'; the fields are: body, id; set text_field",
+        ),
         ("a.jsonl", '{"text": 5}', {}, r"a.jsonl line 1: field 'text' holds int, not text"),
-        ("a.jsonl", '{"prompt": "a"}', {"format": "completion"}, r"line 1: no field 'completion'; the fields are: prompt; format"),
-        ("a.jsonl", '{"prompt": "a", "completion": 3}', {"format": "completion"}, r"'completion' holds int, neither text nor token ids"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}',
+            {"format": "completion"},
+            r"line 1: no field 'completion'; the fields are: prompt; format",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": 3}',
+            {"format": "completion"},
+            r"'completion' holds int, neither text nor token ids",
+        ),
         ("a.jsonl", '{"messages": "hi"}', {"format": "messages"}, r"messages must be a list of objects"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}', {"format": "messages"}, r"the last message is the user's"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "hi"}]}',
+            {"format": "messages"},
+            r"the last message is the user's",
+        ),
         ("a.jsonl", "", {}, r"has no documents in its train split"),
         ("a.jsonl", "\n\n", {}, r"has no documents in its train split"),
-        ("a.txt", "one", {"validation_fraction": 0.999}, r"none of its 1 documents falls into the train split .*validation_path"),
+        (
+            "a.txt",
+            "one",
+            {"validation_fraction": 0.999},
+            r"none of its 1 documents falls into the train split .*validation_path",
+        ),
         ("a.txt", b"caf\xe9", {}, r"a.txt is not UTF-8 text \(byte 3\)"),
         ("a.txt", "one", {"format": "completion"}, r"a .txt file holds plain text"),
         ("a.parquet", "not parquet", {}, r"a.parquet is not a parquet file that can be read"),
-        ("a.parquet", {"body": ["a"], "id": [1]}, {}, r"a.parquet row 0: no field 'text'; the fields are: body, id; set text_field"),
+        (
+            "a.parquet",
+            {"body": ["a"], "id": [1]},
+            {},
+            r"a.parquet row 0: no field 'text'; the fields are: body, id; set text_field",
+        ),
         ("a.md", "x", {}, r"a.md: .*allowed: .*\.jsonl"),
         ("b.jsonl", None, {}, r"no file matches '.*b.jsonl'"),
     ],

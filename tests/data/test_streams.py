@@ -37,8 +37,15 @@ def make(documents, byte_tokenizer):
         texts = [{"text": f"text number {i}"} for i in range(30)]
         memory = {"ids": {"train": records, "validation": records}, "texts": {"train": texts, "validation": texts}}
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
-        config = DataConfig(**({"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0, "prefetch_rows": 0} | config))
-        return build_loader(config, byte_tokenizer, T, batch_size, split, seed, share, in_memory=memory, vocab_size=4096)
+        config = DataConfig(
+            **(
+                {"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0, "prefetch_rows": 0}
+                | config
+            )
+        )
+        return build_loader(
+            config, byte_tokenizer, T, batch_size, split, seed, share, in_memory=memory, vocab_size=4096
+        )
 
     return build
 
@@ -66,7 +73,11 @@ def saved(loaders):
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-@pytest.mark.parametrize("packing", [{}, {"packing": "whole", "long_documents": "cut", "open_rows": 3, "prefetch_rows": 3}], ids=["split", "whole"])
+@pytest.mark.parametrize(
+    "packing",
+    [{}, {"packing": "whole", "long_documents": "cut", "open_rows": 3, "prefetch_rows": 3}],
+    ids=["split", "whole"],
+)
 def test_any_number_of_hosts_gives_the_same_batches(make, count, packing):
     whole, several = make(**packing), hosts(make, count, **packing)
     for _ in range(6):
@@ -147,7 +158,9 @@ def test_growing_batches_keep_every_stream_in_its_place(make):
     expected = np.concatenate(by_stream, axis=1)
     sizes = [B, 2 * B, 3 * B]
     batches = [ramped.take(size)["tokens"] for size in sizes]
-    np.testing.assert_array_equal(np.concatenate([batch.reshape(STREAMS, -1, T) for batch in batches], axis=1), expected)
+    np.testing.assert_array_equal(
+        np.concatenate([batch.reshape(STREAMS, -1, T) for batch in batches], axis=1), expected
+    )
     for size, batch in zip(sizes, batches):
         np.testing.assert_array_equal(joined(hosts_ramped, size)["tokens"], batch)
 
@@ -155,11 +168,16 @@ def test_growing_batches_keep_every_stream_in_its_place(make):
 def test_sizes_that_do_not_divide_are_refused(make):
     with pytest.raises(ConfigError, match="batch_size=6 must be a positive multiple of 4, such as 4: data.streams=4"):
         make().take(6)
-    with pytest.raises(ConfigError, match="batch_size=12 must be a positive multiple of 8, such as 8: .* hold 8 equal blocks"):
+    with pytest.raises(
+        ConfigError, match="batch_size=12 must be a positive multiple of 8, such as 8: .* hold 8 equal blocks"
+    ):
         make(share=(0, 8), batch_size=16).take(12)
     with pytest.raises(ConfigError, match="batch_size=2 must be a positive multiple of 4, such as 4"):
         make(batch_size=2)
-    with pytest.raises(ConfigError, match=r"data.streams=4 cannot be dealt to 6 .*: the hosts can hold 1, 2, 4 blocks, or a multiple of 4; or set .* multiple of 6"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.streams=4 cannot be dealt to 6 .*: the hosts can hold 1, 2, 4 blocks, or a multiple of 4; or set .* multiple of 6",
+    ):
         make(share=(0, 6), batch_size=24)
 
 
@@ -168,12 +186,19 @@ def test_too_little_for_so_many_streams_is_refused(make, documents):
     with pytest.raises(DataError, match="'ids' has 3 documents, too few for data.streams=4: lower data.streams"):
         make(records=documents[:3], **only_ids)
     short = [{"tokens": np.arange(5)}] * 8
-    with pytest.raises(DataError, match="'ids': 10 tokens in stream 3 of 4, fewer than its part of a batch, 2 rows × 16 tokens; .* lower data.streams"):
+    with pytest.raises(
+        DataError,
+        match="'ids': 10 tokens in stream 3 of 4, fewer than its part of a batch, 2 rows × 16 tokens; .* lower data.streams",
+    ):
         make(share=(3, 4), records=short, **only_ids)
 
 
 def test_held_out_passes_are_one_stream_whatever_the_streams(make):
-    plain, streamed, halves = make(split="validation", streams=1), make(split="validation"), hosts(make, 2, split="validation")
+    plain, streamed, halves = (
+        make(split="validation", streams=1),
+        make(split="validation"),
+        hosts(make, 2, split="validation"),
+    )
     count = 0
     for batch in plain:
         assert_same(next(streamed), batch)
@@ -222,7 +247,13 @@ def test_gathering_in_two_processes_gives_both_the_whole():
         port = str(free.getsockname()[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, port, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port, str(i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         for i in range(2)
     ]
     try:

@@ -1,4 +1,5 @@
-"""Damaged tokenizer files and chat templates: each is used or refused by a UserError, never anything else. 10,000 of each with `-m fuzz`."""
+"""Damaged tokenizer files and chat templates: each is used or refused by a UserError, never anything else. 10,000 of
+each with `-m fuzz`."""
 
 import json
 
@@ -18,8 +19,10 @@ VALUES = [
 PIECES = [
     "{%", "%}", "{{", "}}", "{#", "-", "for", "in", "if", "else", "endif", "endfor", "messages", "message", "m.content", "loop.last", "|", "| trim",
     "| tojson", "| first", ".split('</think>')", "[-1]", "[", "]", "(", ")", "'", '"', "\n", "set x = ", "~", "+", "*", "**", "% 3", "999999999",
-    "range(99999)", "namespace(a=1)", "raise_exception('no')", "macro f(x)", "endmacro", "{% generation %}", "{% endgeneration %}", "strftime_now('%q')",
-    "bos_token", "is defined", "not", "none", "{% break %}", "recursive", "loop(m)", "self", "caller()", "{% include 'x' %}", "{% extends x %}",
+    "range(99999)", "namespace(a=1)", "raise_exception('no')", "macro f(x)", "endmacro", "{% generation %}", "{% "
+    "endgeneration %}", "strftime_now('%q')",
+    "bos_token", "is defined", "not", "none", "{% break %}", "recursive", "loop(m)", "self", "caller()", "{% include "
+    "'x' %}", "{% extends x %}",
     "{% raw %}", "{% for i in range(99999) %}", "{% call f(1) %}", "cycler(1)", "lipsum(9999)", "| indent(999999999)", "| center(10**10)", "\ufdd0",
     ".format(1)", "'{:>9999999999}'", "| replace('', 'a' * 999)", "| list", "| join('a' * 999)", "__class__",
 ]  # fmt: skip
@@ -47,12 +50,19 @@ def files(tmp_path):
         make_tokenizer(folder, *FAMILIES["r1"], kind=kind)
         definition = json.loads((folder / "tokenizer.json").read_text())
         keep = 40 if kind == "byte_level" else 400
-        definition["model"]["vocab"] = dict(sorted(definition["model"]["vocab"].items(), key=lambda entry: entry[1])[:keep])
+        definition["model"]["vocab"] = dict(
+            sorted(definition["model"]["vocab"].items(), key=lambda entry: entry[1])[:keep]
+        )
         definition["model"]["merges"] = []
         made[kind] = {
             "tokenizer.json": definition,
             "tokenizer_config.json": json.loads((folder / "tokenizer_config.json").read_text())
-            | {"added_tokens_decoder": {"0": {"content": "<s>", "special": True}, "400": {"content": "<new>", "lstrip": True, "special": False}}},
+            | {
+                "added_tokens_decoder": {
+                    "0": {"content": "<s>", "special": True},
+                    "400": {"content": "<new>", "lstrip": True, "special": False},
+                }
+            },
             "special_tokens_map.json": {"pad_token": "</s>", "eos_token": {"content": "</s>", "lstrip": False}},
             "added_tokens.json": {"<more>": 500, "<most>": 501},
             "generation_config.json": {"eos_token_id": [1, 70], "bos_token_id": 0},
@@ -75,7 +85,9 @@ def test_damaged_tokenizer_files(files, tmp_path, count):
             (target / name).write_bytes(raw)
         if spoiled not in ("tokenizer.json", "tokenizer_config.json"):
             settings = contents["tokenizer_config.json"] | {"added_tokens_decoder": None}
-            (target / "tokenizer_config.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+            (target / "tokenizer_config.json").write_text(
+                json.dumps({name: value for name, value in settings.items() if value is not None})
+            )
         tokenizer = load_tokenizer(target)
         use(tokenizer)
         tokenizer.chat(CHAT)
@@ -87,7 +99,9 @@ def test_damaged_tokenizer_files(files, tmp_path, count):
 def damaged_template(rng, template):
     """The template with pieces of others put in its text, in its expressions or anywhere, or with parts taken out."""
     for _ in range(rng.randint(1, 2)):
-        piece = rng.choice([rng.choice(PIECES), rng.choice(PIECES) + " " + rng.choice(PIECES), chr(rng.randrange(1, 0x3000)), ""])
+        piece = rng.choice(
+            [rng.choice(PIECES), rng.choice(PIECES) + " " + rng.choice(PIECES), chr(rng.randrange(1, 0x3000)), ""]
+        )
         written = rng.choice([piece, "{{ " + piece + " }}", "{% " + piece + " %}", "{{ m.content" + piece + " }}"])
         places = [i for i in range(len(template) + 1) if template.startswith(("{{", "{%"), i) or i == len(template)]
         start = rng.choice([rng.choice(places), rng.randrange(len(template) + 1)])

@@ -5,15 +5,21 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-
 from tokenizer_cases import DEEPSEEK, ROLES, TAGS, make_tokenizer
 
 from deepseek_jax.data.tokenizers import ByteTokenizer, StreamDecoder, check_vocabulary, find_tokenizer, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
-BOS, EOS, PAD, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
+BOS, EOS, PAD, USER, ASSISTANT = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
 TEXT = "Größe 日本 🦙 def f(x):\n    return x + 1\t<think>ok</think>"
-# In the manner of the released templates: a system prompt, roles, tools as JSON, and reasoning dropped from earlier answers.
+# In the manner of the released templates: a system prompt, roles, tools as JSON, and reasoning dropped from earlier
+# answers.
 TEMPLATE = """  {% set unused = 1 %}
 {%- if not unused -%}never{%- endif %}
 {% if unused %}{% endif %}
@@ -38,15 +44,20 @@ RENDERED = f'{BOS}"Be <brief> & kind"{USER}hé?{ASSISTANT}yes{EOS}{USER}why?{ASS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small byte-level BPE with added tokens as DeepSeek ships them: some marked special, roles and reasoning tags not."""
+    """A small byte-level BPE with added tokens as DeepSeek ships them: some marked special, roles and reasoning tags
+    not."""
     path = tmp_path_factory.mktemp("tokenizer")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet, special = tokenizers.pre_tokenizers.ByteLevel.alphabet(), [BOS, EOS, PAD]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     model.train_from_iterator([TEXT * 5, "return the function value again and again " * 9], trainer)
-    model.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>", "    ")])
+    model.add_tokens(
+        [tokenizers.AddedToken(text, normalized=False) for text in (USER, ASSISTANT, "<think>", "</think>", "    ")]
+    )
     model.save(str(path / "tokenizer.json"))
     bos_token = {"content": BOS, "__type": "AddedToken"}
     settings = {"bos_token": bos_token, "eos_token": EOS, "pad_token": PAD, "chat_template": TEMPLATE}
@@ -78,10 +89,14 @@ def test_special_strings_are_text_unless_allowed(tokenizer):
 
 def test_byte_ids_are_fixed(byte_tokenizer):
     names = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "<user>", "<assistant>"]
-    assert byte_tokenizer.specials == {name: 256 + i for i, name in enumerate(names)} and byte_tokenizer.vocab_size == 272
+    assert (
+        byte_tokenizer.specials == {name: 256 + i for i, name in enumerate(names)} and byte_tokenizer.vocab_size == 272
+    )
     assert (byte_tokenizer.pad_id, byte_tokenizer.bos_id, byte_tokenizer.eos_id) == (256, 257, 258)
     assert byte_tokenizer.encode("é", bos=True) == [257, 0xC3, 0xA9]
-    assert byte_tokenizer.decode([0xC3, 258, 0xA9, 270, 999]) == "\ufffd<eos>\ufffd", "ids without a meaning decode to nothing"
+    assert byte_tokenizer.decode([0xC3, 258, 0xA9, 270, 999]) == "\ufffd<eos>\ufffd", (
+        "ids without a meaning decode to nothing"
+    )
 
 
 def test_byte_chat(byte_tokenizer):
@@ -90,7 +105,9 @@ def test_byte_chat(byte_tokenizer):
     assert byte_tokenizer.chat(chat[:1]) == expected
     assert byte_tokenizer.chat(chat, add_generation_prompt=False) == expected + [259, ord("b"), 260, 258]
     marked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<user><think>a<eos>"}]
-    assert byte_tokenizer.turn(marked) == ([257, 263, ord("x"), 264], [*b"<user>", 259, *b"a<eos>", 258]), "of an answer the tags alone are parsed"
+    assert byte_tokenizer.turn(marked) == ([257, 263, ord("x"), 264], [*b"<user>", 259, *b"a<eos>", 258]), (
+        "of an answer the tags alone are parsed"
+    )
     with pytest.raises(DataError, match="no role 'system': .*allowed: assistant, user"):
         byte_tokenizer.chat([{"role": "system", "content": "x"}])
 
@@ -106,7 +123,9 @@ def test_ordinary_added_tokens_stay_in_use(folder):
 def test_chat_template_as_stored(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.chat(CHAT)) == RENDERED
-    assert tokenizer.decode(tokenizer.chat(CHAT[:-1], add_generation_prompt=False)) == RENDERED.removesuffix(f"{USER}why?{ASSISTANT}")
+    assert tokenizer.decode(tokenizer.chat(CHAT[:-1], add_generation_prompt=False)) == RENDERED.removesuffix(
+        f"{USER}why?{ASSISTANT}"
+    )
     with pytest.raises(DataError, match="refuses these messages: no messages"):
         tokenizer.chat([])
 
@@ -125,7 +144,9 @@ def test_chat_template_as_transformers_renders_it(folder):
 def write_settings(folder, tmp_path, **changes):
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | changes
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None})
+    )
     return str(tmp_path)
 
 
@@ -158,7 +179,7 @@ def test_unusable_tokenizers(folder, tmp_path):
         load_tokenizer("bytes")
     with pytest.raises(DataError, match="no tokenizer at"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(DataError, match="names no eos_token: add \"eos_token\""):
+    with pytest.raises(DataError, match='names no eos_token: add "eos_token"'):
         load_tokenizer(write_settings(folder, tmp_path, eos_token=None))
     with pytest.raises(DataError, match="bos_token '<nope>' is not in the vocabulary"):
         load_tokenizer(write_settings(folder, tmp_path, bos_token="<nope>"))
@@ -172,13 +193,17 @@ def test_unusable_tokenizers(folder, tmp_path):
 
 def test_vocabulary_must_fit_the_model(tokenizer):
     check_vocabulary(tokenizer, tokenizer.vocab_size)
-    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} ids but the model's vocab_size is {tokenizer.vocab_size - 1}: set"):
+    with pytest.raises(
+        ConfigError,
+        match=f"has {tokenizer.vocab_size} ids but the model's vocab_size is {tokenizer.vocab_size - 1}: set",
+    ):
         check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
 
 
 def test_streamed_text_is_the_decoded_whole(tokenizer):
     rng = np.random.default_rng(0)
-    noise = [int(i) for i in rng.integers(0, min(tokenizer.vocab_size, 300), size=400)]  # mostly invalid UTF-8, and specials
+    # mostly invalid UTF-8, and specials
+    noise = [int(i) for i in rng.integers(0, min(tokenizer.vocab_size, 300), size=400)]
     for ids in (tokenizer.encode(TEXT * 9, bos=True, eos=True), tokenizer.encode("\ufffd" * 30), noise):
         for step in (1, 2, 7):
             stream = StreamDecoder(tokenizer, skip_special=False)
@@ -189,7 +214,9 @@ def test_streamed_text_is_the_decoded_whole(tokenizer):
 def test_stream_holds_back_unfinished_characters_only(byte_tokenizer):
     stream = StreamDecoder(byte_tokenizer)
     assert [stream.push([byte]) for byte in "a🦙b".encode()] == ["a", "", "", "", "🦙", "b"]
-    assert [stream.push([byte]) for byte in (0xFF, 0xFF, 0xFF, 0xFF)] == ["", "", "", "\ufffd"], "no more than three wait"
+    assert [stream.push([byte]) for byte in (0xFF, 0xFF, 0xFF, 0xFF)] == ["", "", "", "\ufffd"], (
+        "no more than three wait"
+    )
     assert stream.flush() == "\ufffd" * 3
     assert stream.push(byte_tokenizer.encode("<think>x<eos>", allow_special=True)) == "<think>x"
 
@@ -198,7 +225,13 @@ def test_stream_holds_back_unfinished_characters_only(byte_tokenizer):
 def test_streams_of_every_kind_of_tokenizer(tmp_path, kind):
     """Characters of several tokens, spaces at joins, hidden tokens between words, tokens that arrive together."""
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, DEEPSEEK, ROLES + TAGS, kind=kind))
-    texts = ("日本語 🦙🦙 Größe", " the quick<think> fox</think> jumps ", "x</s> y</s></s> z", "a\n\n b  c", "日本語" * 30)
+    texts = (
+        "日本語 🦙🦙 Größe",
+        " the quick<think> fox</think> jumps ",
+        "x</s> y</s></s> z",
+        "a\n\n b  c",
+        "日本語" * 30,
+    )
     assert len(tokenizer.encode(texts[0])) > len(texts[0]) + 10, "most characters are several tokens"
     for text in texts:
         ids = tokenizer.encode(text, allow_special=True)
@@ -217,7 +250,9 @@ def test_streams_of_every_kind_of_tokenizer(tmp_path, kind):
 
 def test_reasoning_tags_survive_decoding(tmp_path):
     """Also where the file marks them as special; what is hidden are the tokens of sequences, and padding."""
-    tokenizer = load_tokenizer(make_tokenizer(tmp_path, DEEPSEEK, ROLES, lambda made: made.add_special_tokens([*TAGS, "<hidden>"])))
+    tokenizer = load_tokenizer(
+        make_tokenizer(tmp_path, DEEPSEEK, ROLES, lambda made: made.add_special_tokens([*TAGS, "<hidden>"]))
+    )
     ids = tokenizer.encode("<s><think>a</think>b<hidden></s>", allow_special=True)
     assert tokenizer.decode(ids, skip_special=True) == "<think>a</think>b" and len(ids) == 7
     assert tokenizer.decode([-1, *ids, tokenizer.vocab_size, 2**40]) == "<s><think>a</think>b<hidden></s>"
@@ -235,33 +270,55 @@ def test_truncation_and_padding_of_the_file_never_apply(tmp_path):
         changed = load_tokenizer(make_tokenizer(tmp_path / name, DEEPSEEK, ROLES, change))
         for spoken in (text, "hi"):
             chat = [{"role": "user", "content": spoken}]
-            assert changed.encode(spoken, eos=True) == plain.encode(spoken, eos=True) and changed.chat(chat) == plain.chat(chat), name
-            assert changed.chat([{"role": "user", "content": spoken + "</s>"}]) == plain.chat([{"role": "user", "content": spoken + "</s>"}])
+            assert changed.encode(spoken, eos=True) == plain.encode(spoken, eos=True) and changed.chat(
+                chat
+            ) == plain.chat(chat), name
+            assert changed.chat([{"role": "user", "content": spoken + "</s>"}]) == plain.chat(
+                [{"role": "user", "content": spoken + "</s>"}]
+            )
 
 
 def test_tokens_that_only_the_settings_know(tmp_path):
-    """As transformers: added_tokens_decoder is added, or, in files of old, special_tokens_map.json names what the settings don't."""
+    """As transformers: added_tokens_decoder is added, or, in files of old, special_tokens_map.json names what the
+    settings don't."""
     transformers = pytest.importorskip("transformers")
-    listed = {"270": {"content": "<|new|>", "special": True}, "271": {"content": " word", "special": False, "normalized": False}}
+    listed = {
+        "270": {"content": "<|new|>", "special": True},
+        "271": {"content": " word", "special": False, "normalized": False},
+    }
     first = make_tokenizer(tmp_path / "first", DEEPSEEK, ROLES, added_tokens_decoder=listed)
     second = make_tokenizer(tmp_path / "second", DEEPSEEK, ROLES, eos_token=None)
-    (tmp_path / "second" / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "pad_token": "<|user|>"}))
+    (tmp_path / "second" / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "</s>"}, "pad_token": "<|user|>"})
+    )
     third = make_tokenizer(tmp_path / "third", DEEPSEEK, ROLES, eos_token="x")  # a letter of the vocabulary
     for folder in (first, second, third):
         ours, theirs = load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         text = "a<|new|>b word fo x</s>"
         assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False)
         assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
-    assert "<|new|>" in load_tokenizer(first).specials and load_tokenizer(second).pad_id == load_tokenizer(second).specials["<|user|>"]
+    assert (
+        "<|new|>" in load_tokenizer(first).specials
+        and load_tokenizer(second).pad_id == load_tokenizer(second).specials["<|user|>"]
+    )
 
 
 def test_saved_files_give_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer")
     again = load_tokenizer(tmp_path / "tokenizer")
-    assert type(again) is type(tokenizer) and again.specials == tokenizer.specials and again.vocab_size == tokenizer.vocab_size
+    assert (
+        type(again) is type(tokenizer)
+        and again.specials == tokenizer.specials
+        and again.vocab_size == tokenizer.vocab_size
+    )
     chat = [{"role": "user", "content": "hé<eos>"}, {"role": "assistant", "content": "<think>a</think>b"}]
     assert again.turn(chat) == tokenizer.turn(chat) and again.encode(TEXT) == tokenizer.encode(TEXT)
-    assert (again.bos_id, again.eos_id, again.pad_id, again.stop_ids) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids)
+    assert (again.bos_id, again.eos_id, again.pad_id, again.stop_ids) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.stop_ids,
+    )
     again.save(tmp_path / "tokenizer")  # over itself
     assert load_tokenizer(tmp_path / "tokenizer").specials == tokenizer.specials
     assert not list(tmp_path.rglob("*.partial"))
@@ -278,16 +335,23 @@ def test_transformers_reads_the_saved_bytes(tmp_path):
     for ids in (list(range(265)), [0xC3, 258, 0xA9]):
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.decode(list(range(265)), skip_special_tokens=True) == ours.decode(list(range(265)), skip_special=True)
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>"}, {"role": "user", "content": "c"}]
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>b</think>"},
+        {"role": "user", "content": "c"},
+    ]
     for messages, prompt in ((chat, True), (chat[:2], False)):
-        assert theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False) == ours.chat(messages, add_generation_prompt=prompt)
+        assert theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False) == ours.chat(
+            messages, add_generation_prompt=prompt
+        )
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (257, 258, 256)
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (257, 258, 256)
 
 
 def test_where_a_checkpoint_has_its_tokenizer(folder, tmp_path):
-    """A stage's folder, `checkpoints` in it or one step; an import's folder; a run's config.json for stages that have none."""
+    """A stage's folder, `checkpoints` in it or one step; an import's folder; a run's config.json for stages that have
+    none."""
     stage = tmp_path / "run" / "sft"
     step = stage / "checkpoints" / "120"
     step.mkdir(parents=True)
@@ -306,7 +370,9 @@ def test_where_a_checkpoint_has_its_tokenizer(folder, tmp_path):
     with pytest.raises(DataError, match="which names none"):
         load_tokenizer(stage)
     load_tokenizer(folder).save(stage / "tokenizer")
-    assert all(load_tokenizer(path).encode(TEXT) == load_tokenizer(folder).encode(TEXT) for path in inside), "its own goes first"
+    assert all(load_tokenizer(path).encode(TEXT) == load_tokenizer(folder).encode(TEXT) for path in inside), (
+        "its own goes first"
+    )
     config.write_text(json.dumps({"model_type": "deepseek_v3"}))
     with pytest.raises(DataError, match="no tokenizer at"):
         find_tokenizer(tmp_path / "run")
@@ -324,7 +390,11 @@ def test_where_a_checkpoint_has_its_tokenizer(folder, tmp_path):
         ("tokenizer_config.json", {"chat_template": 5}, "chat_template holds int, not a template's text"),
         ("tokenizer_config.json", {"chat_template": [{"template": "x"}]}, "needs objects with `name` and `template`"),
         ("tokenizer_config.json", {"chat_template": []}, "none named 'default'"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder: invalid literal"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+            "added_tokens_decoder: invalid literal",
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": 3}}, "must be an object of objects"),
         ("generation_config.json", "nonsense", "generation_config.json is not valid JSON"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8 text"),

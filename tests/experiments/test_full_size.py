@@ -1,4 +1,5 @@
-"""The full-size experiments say what the reports say: sizes, token counts, and the schedules at the published boundaries."""
+"""The full-size experiments say what the reports say: sizes, token counts, and the schedules at the published
+boundaries."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +28,10 @@ def tokens_after(config, train):
     if train.batch_size is None:
         sequences = np.full(train.steps, stage["batch_size"])
     else:
-        sequences = np.round(np.asarray(train.batch_size(np.arange(train.steps)), np.float64) / train.microbatch) * train.microbatch
+        sequences = (
+            np.round(np.asarray(train.batch_size(np.arange(train.steps)), np.float64) / train.microbatch)
+            * train.microbatch
+        )
     return np.cumsum(sequences) * stage["seq_len"]
 
 
@@ -63,8 +67,19 @@ def test_tokens(name):
 
 # name: (tokens, learning rate there); half a percent of the run away from each published boundary
 LEARNING_RATES = {
-    "deepseek_v3_671b": [(9.9e12, 2.2e-4), (12.15e12, 1.21e-4), (14.4e12, 2.2e-5), (14.6e12, 2.2e-5), (14.7e12, 7.3e-6)],
-    "deepseek_v2_lite_16b": [(4.5e12, 4.2e-4), (4.6e12, 4.2e-4 * 0.316), (5.1e12, 4.2e-4 * 0.316), (5.2e12, 4.2e-4 * 0.316**2)],
+    "deepseek_v3_671b": [
+        (9.9e12, 2.2e-4),
+        (12.15e12, 1.21e-4),
+        (14.4e12, 2.2e-5),
+        (14.6e12, 2.2e-5),
+        (14.7e12, 7.3e-6),
+    ],
+    "deepseek_v2_lite_16b": [
+        (4.5e12, 4.2e-4),
+        (4.6e12, 4.2e-4 * 0.316),
+        (5.1e12, 4.2e-4 * 0.316),
+        (5.2e12, 4.2e-4 * 0.316**2),
+    ],
     "moonlight_16b": [(34e9, 4.2e-4), (5.199e12, 4.2e-5), (5.21e12, 9.8e-5), (5.45e12, 5e-5)],
 }
 
@@ -75,7 +90,9 @@ def test_learning_rate_at_token_counts(name):
     train = TrainConfig.from_dict(config["pretrain"]["train"])
     tokens = tokens_after(config, train)
     for count, rate in LEARNING_RATES[name]:
-        assert float(train.optimizer.learning_rate(np.searchsorted(tokens, count))) == pytest.approx(rate, rel=0.01), count
+        assert float(train.optimizer.learning_rate(np.searchsorted(tokens, count))) == pytest.approx(rate, rel=0.01), (
+            count
+        )
 
 
 def test_v3_mtp_weight_bias_rate_and_ramp():
@@ -105,7 +122,11 @@ def test_moonlight_batch_and_bias_rate():
     tokens, steps = tokens_after(config, train), np.arange(train.steps)
     sizes, rates = np.asarray(train.batch_size(steps)), np.asarray(train.router_bias_rate(steps))
     assert set(sizes) == {2048, 4096} and tokens[np.argmax(sizes == 4096)] == pytest.approx(200e9, rel=1e-3)
-    assert rates[0] == np.float32(1e-3) and rates[-1] == 0 and tokens[np.argmax(rates == 0)] == pytest.approx(5.2e12, rel=1e-3)
+    assert (
+        rates[0] == np.float32(1e-3)
+        and rates[-1] == 0
+        and tokens[np.argmax(rates == 0)] == pytest.approx(5.2e12, rel=1e-3)
+    )
     assert train.router_bias_centred
 
 

@@ -1,4 +1,5 @@
-"""One tiny network with every piece on, one with grouped-query attention, and the compiled functions all tests share."""
+"""One tiny network with every piece on, one with grouped-query attention, and the compiled functions all tests
+share."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,9 +24,17 @@ MLA = ModelConfig(
     hidden_size=32,
     num_layers=3,
     intermediate_size=48,
-    attention=MLAConfig(num_heads=5, q_lora_rank=22, kv_lora_rank=26, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14),
+    attention=MLAConfig(
+        num_heads=5, q_lora_rank=22, kv_lora_rank=26, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14
+    ),
     moe=MoEConfig(
-        num_experts=8, top_k=3, intermediate_size=16, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=1.5
+        num_experts=8,
+        top_k=3,
+        intermediate_size=16,
+        num_shared_experts=1,
+        num_groups=4,
+        topk_groups=2,
+        routed_scaling_factor=1.5,
     ),
     first_k_dense=1,
     rope=RopeConfig(yarn=YarnConfig(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0)),
@@ -35,14 +44,23 @@ GQA = MLA.replace(attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=10),
 
 
 class Case(NamedTuple):
-    """A network, four prompts of different lengths and compiled entry points; `rollout` is `generate` made of its two halves."""
+    """A network, four prompts of different lengths and compiled entry points; `rollout` is `generate` made of its two
+    halves."""
 
     model: Transformer
     variables: Any
     prompts_BP: np.ndarray
 
     def start(self, prompts, lengths, seed=0, sampling=SAMPLING, **kwargs):
-        return _start(self.model, self.variables, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(seed), sampling, **kwargs)
+        return _start(
+            self.model,
+            self.variables,
+            jnp.asarray(prompts),
+            jnp.asarray(lengths),
+            jax.random.key(seed),
+            sampling,
+            **kwargs,
+        )
 
     def advance(self, state, steps, sampling=SAMPLING):
         return _advance(self.model, self.variables, state, sampling, steps)
@@ -51,7 +69,15 @@ class Case(NamedTuple):
         return finish(self.advance(self.start(prompts, lengths, return_experts=True, **kwargs), N))
 
     def generate(self, prompts, lengths, seed=0, sampling=SAMPLING, **kwargs):
-        return _generate(self.model, self.variables, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(seed), sampling, **kwargs)
+        return _generate(
+            self.model,
+            self.variables,
+            jnp.asarray(prompts),
+            jnp.asarray(lengths),
+            jax.random.key(seed),
+            sampling,
+            **kwargs,
+        )
 
     def forward(self, tokens_BT, segment_ids_BT, positions_BT, expert_ids_LBTK=None):
         """Logits [B, T, V] of one full forward pass, and the experts it chose."""
@@ -70,12 +96,14 @@ def _forward(model, variables, tokens_BT, segment_ids_BT, positions_BT, expert_i
         variables, tokens_BT, segment_ids_BT=segment_ids_BT, positions_BT=positions_BT, expert_ids_LBTK=expert_ids_LBTK
     )
     routing = output.routing
-    return model.apply(variables, output.hidden_BTD, method="unembed"), None if routing is None else routing.expert_ids_LBTK
+    return model.apply(
+        variables, output.hidden_BTD, method="unembed"
+    ), None if routing is None else routing.expert_ids_LBTK
 
 
 def build_case(config: ModelConfig) -> Case:
-    """Random weights without a compilation. Norm scales and router biases differ from their initial values, so that a path
-    that leaves one of them out gives other numbers."""
+    """Random weights without a compilation. Norm scales and router biases differ from their initial values, so that a
+    path that leaves one of them out gives other numbers."""
     model, random = Transformer(config), np.random.default_rng(0)
 
     def fill(path, x):

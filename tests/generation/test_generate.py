@@ -35,7 +35,8 @@ def layout(prompts, lengths, generation):
 
 
 def completion_logits(logits_BTV, lengths):
-    """The logits [B, N, V] that completion tokens are drawn from: after the last prompt token, then after each token."""
+    """The logits [B, N, V] that completion tokens are drawn from: after the last prompt token, then after each
+    token."""
     last_prompt = np.take_along_axis(np.asarray(logits_BTV), (lengths - 1)[:, None, None], axis=1)
     return np.concatenate([last_prompt, logits_BTV[:, P:-1]], axis=1)
 
@@ -64,7 +65,8 @@ def sampled_log_probs(logits_BNV, tokens_BN, sampling=SAMPLING):
 
 @pytest.mark.parametrize("sampling", [SAMPLING, PLAIN, COLD], ids=["top-k, top-p", "plain", "temperature 0.7"])
 def test_log_probs_are_those_of_the_full_forward_pass(case, sampling):
-    """For prompts of unequal length, each token from the logits behind its own row's last token, divided by the temperature."""
+    """For prompts of unequal length, each token from the logits behind its own row's last token, divided by the
+    temperature."""
     generation = finish(case.advance(case.start(case.prompts_BP, LENGTHS, sampling=sampling), N, sampling=sampling))
     logits_BTV, _ = case.forward(*layout(case.prompts_BP, LENGTHS, generation))
     logits_BNV, mask_BN = completion_logits(logits_BTV, LENGTHS), np.asarray(generation.mask_BN)
@@ -135,7 +137,9 @@ def test_a_greedy_row_gets_alone_what_it_gets_in_a_batch(mla):
         assert_same(alone, jax.tree.map(lambda x: x[rows], together))
     logits_BTV, _ = mla.forward(*layout(mla.prompts_BP, LENGTHS, together))
     mask = np.asarray(together.mask_BN)
-    np.testing.assert_array_equal(np.asarray(together.tokens_BN)[mask], completion_logits(logits_BTV, LENGTHS).argmax(-1)[mask])
+    np.testing.assert_array_equal(
+        np.asarray(together.tokens_BN)[mask], completion_logits(logits_BTV, LENGTHS).argmax(-1)[mask]
+    )
     assert not np.any(together.logp_BN)
 
 
@@ -272,13 +276,17 @@ def test_decoding_never_expands_the_cache(mla):
     def decode(variables, state):
         return advance(mla.model, variables, state, SAMPLING, N)
 
-    state = jax.eval_shape(lambda v: start(mla.model, v, mla.prompts_BP, LENGTHS, jax.random.key(0), SAMPLING), mla.variables)
+    state = jax.eval_shape(
+        lambda v: start(mla.model, v, mla.prompts_BP, LENGTHS, jax.random.key(0), SAMPLING), mla.variables
+    )
     found = set(shapes(jax.make_jaxpr(decode)(mla.variables, state).jaxpr))
     assert (B, P + N, 26) in found or (3, B, P + N, 26) in found or (2, B, P + N, 26) in found
     assert not [shape for shape in found if expands_heads(shape)]
 
     # The same search does find the keys and values that the expanded form makes.
-    expanded = jax.make_jaxpr(lambda v, t: mla.model.apply(v, t).hidden_BTD)(mla.variables, jnp.zeros((B, P + N), jnp.int32))
+    expanded = jax.make_jaxpr(lambda v, t: mla.model.apply(v, t).hidden_BTD)(
+        mla.variables, jnp.zeros((B, P + N), jnp.int32)
+    )
     assert [shape for shape in shapes(expanded.jaxpr) if expands_heads(shape)]
 
 
@@ -291,7 +299,11 @@ def test_prefill_unembeds_one_position(mla):
 
 
 def test_shapes_that_do_not_fit(mla):
-    for prompts, lengths in ((np.zeros((2, 0), np.int32), LENGTHS[:2]), (mla.prompts_BP, LENGTHS[:2]), (mla.prompts_BP[0], LENGTHS)):
+    for prompts, lengths in (
+        (np.zeros((2, 0), np.int32), LENGTHS[:2]),
+        (mla.prompts_BP, LENGTHS[:2]),
+        (mla.prompts_BP[0], LENGTHS),
+    ):
         with pytest.raises(DataError, match="prompt_lengths"):
             generate(mla.model, mla.variables, prompts, lengths, jax.random.key(0), SAMPLING)
 

@@ -115,7 +115,9 @@ def test_excluded_tokens_are_never_drawn_at_the_edges_of_the_uniform():
 
 def test_no_sort_unless_a_filter_is_on():
     def primitives(**options):
-        return {e.primitive.name for e in jax.make_jaxpr(lambda x: log_probs(x, config(**options)))(jnp.zeros((2, V))).eqns}
+        return {
+            e.primitive.name for e in jax.make_jaxpr(lambda x: log_probs(x, config(**options)))(jnp.zeros((2, V))).eqns
+        }
 
     assert not primitives(temperature=0.5) & {"sort", "top_k"}
     assert "top_k" in primitives(top_k=3)
@@ -123,7 +125,16 @@ def test_no_sort_unless_a_filter_is_on():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(temperature=1e-45), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1)], ids=str
+    "options",
+    [
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(temperature=1e-45),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+    ],
+    ids=str,
 )
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=f"SamplingConfig.{next(iter(options))}="):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_cases import GQA, MLA, SAMPLING, N, build_case
-
 from tokenizer_cases import R1, make_tokenizer
 
 from deepseek_jax import cli
@@ -50,13 +49,17 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def r1_tokenizer(tmp_path_factory):
-    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("r1"), R1, ("<|user|>", "<|assistant|>", "<think>", "</think>")))
+    return load_tokenizer(
+        make_tokenizer(tmp_path_factory.mktemp("r1"), R1, ("<|user|>", "<|assistant|>", "<think>", "</think>"))
+    )
 
 
 def run(*flags, stdin=""):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "deepseek_jax.generation", *map(str, flags)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=300, encoding="utf-8")
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env=environment, timeout=300, encoding="utf-8"
+    )
 
 
 def test_stream_yields_what_generate_returns(gqa):
@@ -89,13 +92,20 @@ def test_chat_keeps_ids_and_closes_turns():
 
 
 def test_chat_shows_the_model_what_the_template_writes(r1_tokenizer):
-    """Reasoning that the template drops from earlier answers is gone in the next turn; what it keeps stays as it was sampled."""
+    """Reasoning that the template drops from earlier answers is gone in the next turn; what it keeps stays as it was
+    sampled."""
     chat, parse = Chat(r1_tokenizer), functools.partial(r1_tokenizer.encode, allow_special=True)
     assert chat.ask("one") == parse("<s><|user|>one<|assistant|><think>\n")
     chat.answer(parse("reason</think>two</s>"))
     assert chat.ask("three") == parse("<s><|user|>one<|assistant|>two</s><|user|>three<|assistant|><think>\n")
     chat.answer(parse("cut off"))  # no </think>: the template has nothing to drop
-    messages = [("user", "one"), ("assistant", "<think>\nreason</think>two"), ("user", "three"), ("assistant", "<think>\ncut off"), ("user", "?")]
+    messages = [
+        ("user", "one"),
+        ("assistant", "<think>\nreason</think>two"),
+        ("user", "three"),
+        ("assistant", "<think>\ncut off"),
+        ("user", "?"),
+    ]
     assert chat.ask("?") == r1_tokenizer.chat([{"role": role, "content": content} for role, content in messages])
 
     kept = Chat(BYTES)
@@ -226,7 +236,9 @@ def test_every_stop_token_ends_an_answer_and_none_is_shown(checkpoint, tmp_path,
     assert captured.out == "fox\n" and "stopped after" not in captured.err
 
 
-@pytest.mark.parametrize("ids", [[BYTES.eos_id], [10, 32, BYTES.eos_id], [BYTES.pad_id] * 3], ids=["at once", "blanks", "nothing to show"])
+@pytest.mark.parametrize(
+    "ids", [[BYTES.eos_id], [10, 32, BYTES.eos_id], [BYTES.pad_id] * 3], ids=["at once", "blanks", "nothing to show"]
+)
 def test_an_answer_without_text_is_said(checkpoint, ids, monkeypatch, capsys):
     monkeypatch.setattr("deepseek_jax.generation.__main__.stream", lambda *_: iter([ids]))
     assert main([f"--checkpoint={checkpoint[0]}", "--prompt=a"]) == 1
@@ -244,7 +256,9 @@ def test_numbers_that_are_not_finite_end_the_program(checkpoint, tmp_path, monke
         monkeypatch.setattr("builtins.input", lambda prompt: "hi")
         assert main([f"--checkpoint={folder}", "--max_new_tokens=20", *flags]) == 1
         captured = capsys.readouterr()
-        assert captured.out == "\n" and captured.err.startswith("error: the network's numbers are not finite (NaN or infinity) at token 1")
+        assert captured.out == "\n" and captured.err.startswith(
+            "error: the network's numbers are not finite (NaN or infinity) at token 1"
+        )
 
 
 def test_stream_refuses_ids_outside_the_vocabulary(gqa):

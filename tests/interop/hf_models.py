@@ -1,4 +1,5 @@
-"""Tiny random DeepSeek models of transformers, for the parity tests and for the script that stores their outputs. Needs torch."""
+"""Tiny random DeepSeek models of transformers, for the parity tests and for the script that stores their outputs. Needs
+torch."""
 
 import numpy as np
 import torch
@@ -40,9 +41,13 @@ CASES = {
 
 
 def build(case: str, seed: int):
-    """A float32 model whose every tensor matters: weights of the size of 1/sqrt(width), norms and router biases far from their
-    initial 1 and 0."""
-    version = (DeepseekV3Config, DeepseekV3ForCausalLM) if case.startswith("v3") else (DeepseekV2Config, DeepseekV2ForCausalLM)
+    """A float32 model whose every tensor matters: weights of the size of 1/sqrt(width), norms and router biases far
+    from their initial 1 and 0."""
+    version = (
+        (DeepseekV3Config, DeepseekV3ForCausalLM)
+        if case.startswith("v3")
+        else (DeepseekV2Config, DeepseekV2ForCausalLM)
+    )
     model = version[1](version[0](**COMMON, **CASES[case])).eval()
     rng = np.random.default_rng(seed)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

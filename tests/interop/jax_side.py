@@ -30,4 +30,6 @@ def greedy(config, variables, prompts_BP: np.ndarray) -> np.ndarray:
     """NEW_TOKENS greedy tokens [B, N] of whole prompts through the cached, absorbed decode; never stops early."""
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, eos_id=-1, pad_id=0)
     lengths = np.full(len(prompts_BP), prompts_BP.shape[1], np.int32)
-    return np.asarray(_generate(Transformer(config), variables, prompts_BP, lengths, jax.random.key(0), sampling).tokens_BN)
+    return np.asarray(
+        _generate(Transformer(config), variables, prompts_BP, lengths, jax.random.key(0), sampling).tokens_BN
+    )

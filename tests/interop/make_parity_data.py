@@ -1,4 +1,5 @@
-"""Makes tests/interop/data: two tiny checkpoints as transformers saves them, with the outputs transformers computes from them.
+"""Makes tests/interop/data: two tiny checkpoints as transformers saves them, with the outputs transformers computes
+from them.
 
     python tests/interop/make_parity_data.py        (needs the `parity` extra)
 

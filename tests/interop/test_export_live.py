@@ -1,4 +1,5 @@
-"""An exported model through transformers' own Auto classes: the same ids of texts and chats, the same answers, stopped at the same place."""
+"""An exported model through transformers' own Auto classes: the same ids of texts and chats, the same answers, stopped
+at the same place."""
 
 import jax
 import numpy as np
@@ -16,8 +17,24 @@ from deepseek_jax.interop.__main__ import main  # noqa: E402
 from deepseek_jax.model.transformer import Transformer  # noqa: E402
 
 CONFIG = TINY.replace(vocab_size=272, num_layers=1, first_k_dense=0, mtp_depth=0)
-TEXTS = ["", "plain", "  two  spaces\n\ttab ", "naïve Größe", "Привет, мир", "你好，世界。", "नमस्ते", "สวัสดี", "🙂👩‍👩‍👧", "\x00\x7f\x80", "a" * 300]
-CHAT = [{"role": "user", "content": "¿Qué? 你好"}, {"role": "assistant", "content": "<think>hm</think><answer>4</answer>"}, {"role": "user", "content": "why"}]
+TEXTS = [
+    "",
+    "plain",
+    "  two  spaces\n\ttab ",
+    "naïve Größe",
+    "Привет, мир",
+    "你好，世界。",
+    "नमस्ते",
+    "สวัสดี",
+    "🙂👩‍👩‍👧",
+    "\x00\x7f\x80",
+    "a" * 300,
+]
+CHAT = [
+    {"role": "user", "content": "¿Qué? 你好"},
+    {"role": "assistant", "content": "<think>hm</think><answer>4</answer>"},
+    {"role": "user", "content": "why"},
+]
 NEW = 40
 
 
@@ -59,8 +76,10 @@ def test_answers_are_the_same_and_stop_at_the_same_place(exported):
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
     ours = np.asarray(call(Transformer(CONFIG), variables, prompts, lengths, jax.random.key(0), sampling).tokens_BN)
     ids = torch.from_numpy(prompts).long()
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[:, prompts.shape[1] :].numpy()
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)[
+        :, prompts.shape[1] :
+    ].numpy()
     stops = (ours == tokenizer.eos_id).argmax(axis=1)[(ours == tokenizer.eos_id).any(axis=1)]
-    assert 3 < len(stops) and len(set(stops)) > 2  # answers that end, and not all at once
+    assert len(stops) > 3 and len(set(stops)) > 2  # answers that end, and not all at once
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert (ours[:, theirs.shape[1] :] == tokenizer.pad_id).all()

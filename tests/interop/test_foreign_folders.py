@@ -1,4 +1,5 @@
-"""Folders as other tools write them: what is left out is named once, what remains is the network that transformers would load."""
+"""Folders as other tools write them: what is left out is named once, what remains is the network that transformers
+would load."""
 
 import json
 import logging
@@ -61,7 +62,11 @@ def test_mtp_tensors_that_config_json_denies_are_left_out(single, variables, cap
     change(single, config=lambda fields: fields.update(num_nextn_predict_layers=0))
     config, back, notes = imported(single, caplog)
     count = sum(name.startswith("model.layers.3.") for name in open_folder(single).stored)
-    assert config == WITHOUT_MTP and len(notes) == 1 and notes[0].startswith(f"{count} tensor(s) of MTP modules were left out")
+    assert (
+        config == WITHOUT_MTP
+        and len(notes) == 1
+        and notes[0].startswith(f"{count} tensor(s) of MTP modules were left out")
+    )
     assert_same(back, main_model(variables))
 
 
@@ -69,7 +74,10 @@ def test_an_mtp_module_with_a_tensor_missing_is_left_out(single, variables, capl
     change(single, lambda held: held.pop("model.layers.3.eh_proj.weight"))
     config, back, notes = imported(single, caplog)
     assert config == WITHOUT_MTP
-    assert "module 1 is not whole (model.layers.3.eh_proj.weight: expected shape [160, 320], found no such tensor): taken as 0" in notes[0]
+    assert (
+        "module 1 is not whole (model.layers.3.eh_proj.weight: expected shape [160, 320], found no such tensor): taken "
+        "as 0" in notes[0]
+    )
     assert_same(back, main_model(variables))
 
 
@@ -137,15 +145,28 @@ def test_a_head_that_differs_from_what_it_is_tied_to_is_its_own(tied, caplog):
     folder, config, variables = tied
     change(folder, lambda held: held.update({HEAD: held[HEAD] + 1}))
     read, back, notes = imported(folder, caplog)
-    assert read == config.replace(tie_embeddings=False) and "tie_word_embeddings=true, but lm_head.weight differs" in notes[0]
+    assert (
+        read == config.replace(tie_embeddings=False)
+        and "tie_word_embeddings=true, but lm_head.weight differs" in notes[0]
+    )
     np.testing.assert_array_equal(back["params"]["head"]["kernel"], variables["params"]["embed"]["embedding"].T + 1)
 
 
 def test_buffers_and_fields_of_other_software_are_passed_over(single, variables, caplog):
-    extra = {f"model.layers.{i}.self_attn.rotary_emb.{name}": np.ones(3, np.float32) for i in range(3) for name in ("inv_freq", "cos_cached")}
-    change(single, lambda held: held.update(extra | {"model.rotary_emb.inv_freq": np.ones(3, np.float32)}), lambda fields: fields.update(unsloth_version="1"))
+    extra = {
+        f"model.layers.{i}.self_attn.rotary_emb.{name}": np.ones(3, np.float32)
+        for i in range(3)
+        for name in ("inv_freq", "cos_cached")
+    }
+    change(
+        single,
+        lambda held: held.update(extra | {"model.rotary_emb.inv_freq": np.ones(3, np.float32)}),
+        lambda fields: fields.update(unsloth_version="1"),
+    )
     config, back, notes = imported(single, caplog)
-    assert config == TINY and [note[:9] for note in notes] == ["config.js", "7 tensor("] and "unsloth_version" in notes[0]
+    assert (
+        config == TINY and [note[:9] for note in notes] == ["config.js", "7 tensor("] and "unsloth_version" in notes[0]
+    )
     assert_same(back, variables)
 
 
@@ -155,7 +176,9 @@ def test_experts_in_one_tensor(single, variables, caplog):
     def fuse(held):
         for layer in (1, 2, 3):
             experts = f"model.layers.{layer}.mlp.experts"
-            gate, up, down = ([held.pop(f"{experts}.{e}.{name}_proj.weight") for e in range(4)] for name in ("gate", "up", "down"))
+            gate, up, down = (
+                [held.pop(f"{experts}.{e}.{name}_proj.weight") for e in range(4)] for name in ("gate", "up", "down")
+            )
             held[f"{experts}.gate_up_proj"] = np.stack([np.concatenate(pair) for pair in zip(gate, up, strict=True)])
             held[f"{experts}.down_proj"] = np.stack(down)
 
@@ -229,7 +252,8 @@ def test_bad_scales_and_values_of_fp8_are_named(tmp_path, variables, dtype):
     scales = {"kv_a_proj_with_mqa": 0.0, "q_a_proj": -1.0, "o_proj": np.nan, "kv_b_proj": np.inf}
     for part, value in scales.items():
         tensors[f"model.layers.0.self_attn.{part}.weight_scale_inv"][1][0, 0] = value
-    tensors["model.layers.1.mlp.experts.0.up_proj.weight"][1].view(np.uint8)[0, :3] = (0x7F, 0xFF, 0x7F)  # both NaNs that E4M3 has
+    # both NaNs that E4M3 has
+    tensors["model.layers.1.mlp.experts.0.up_proj.weight"][1].view(np.uint8)[0, :3] = (0x7F, 0xFF, 0x7F)
     with ShardWriter(file, {name: (kind, array.shape) for name, (kind, array) in tensors.items()}) as writer:
         for name, (kind, array) in tensors.items():
             writer.write(name, array.astype(DTYPES[kind]))
@@ -242,7 +266,8 @@ def test_bad_scales_and_values_of_fp8_are_named(tmp_path, variables, dtype):
     assert "model.layers.1.mlp.experts.0.up_proj.weight: 3 of 5,120 numbers NaN or infinite" in text
 
 
-@pytest.mark.parametrize("dtype, count", [("float32", 1), ("bfloat16", 1), ("fp8", 32 * 128)])  # of an FP8 block all is lost
+# of an FP8 block all is lost
+@pytest.mark.parametrize("dtype, count", [("float32", 1), ("bfloat16", 1), ("fp8", 32 * 128)])
 def test_an_export_names_weights_that_are_no_numbers(tmp_path, variables, dtype, count, caplog):
     flat = traverse_util.flatten_dict(variables)
     path = ("params", "moe_layers", "ffn", "experts", "up")
@@ -250,7 +275,9 @@ def test_an_export_names_weights_that_are_no_numbers(tmp_path, variables, dtype,
     flat[path][1, 2, 3, 4] = np.nan
     export_folder(TINY, traverse_util.unflatten_dict(flat), tmp_path / "hf", dtype=dtype)
     (record,) = caplog.records
-    assert record.getMessage().endswith(f"\n  model.layers.2.mlp.experts.2.up_proj.weight: {count:,} numbers NaN or infinite")
+    assert record.getMessage().endswith(
+        f"\n  model.layers.2.mlp.experts.2.up_proj.weight: {count:,} numbers NaN or infinite"
+    )
 
 
 def test_scales_that_are_powers_of_two_stay_so_through_import_and_export(tmp_path, variables):

@@ -151,7 +151,9 @@ def test_unknown_dtype_names_the_nearest(folder):
 
 def test_export_of_variables_of_another_model(tmp_path, variables):
     other = random_variables(TINY.replace(vocab_size=51))
-    with pytest.raises(CheckpointError, match=r"params/embed/embedding: expected shape \[50, 160\] .*, found \[51, 160\]"):
+    with pytest.raises(
+        CheckpointError, match=r"params/embed/embedding: expected shape \[50, 160\] .*, found \[51, 160\]"
+    ):
         export_folder(TINY, other, tmp_path / "hf")
     with pytest.raises(CheckpointError, match="params/mtp_0/.*: expected no such variable"):
         export_folder(TINY.replace(mtp_depth=0), variables, tmp_path / "hf")
@@ -181,7 +183,6 @@ def test_full_disk_is_reported_before_and_during_writing(tmp_path):
     with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes, its disk has"):
         with new_folder(tmp_path / "out", needed_bytes=10**18):
             pass
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        with new_folder(tmp_path / "out"):
-            raise OSError(28, "No space left on device")
+    with pytest.raises(CheckpointError, match="No space left on device"), new_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -83,7 +83,9 @@ def test_a_null_that_is_carried_leaves_the_id_to_the_tokenizer():
 def test_both_spellings_of_rope():
     old = {name: value for name, value in V3.items() if name not in ("rope_scaling", "rope_theta")}
     yarn = {name: value for name, value in V3["rope_scaling"].items() if name != "type"}
-    new = old | {"rope_parameters": yarn | {"rope_type": "yarn", "type": "yarn", "rope_theta": 10000.0, "attention_factor": None}}
+    new = old | {
+        "rope_parameters": yarn | {"rope_type": "yarn", "type": "yarn", "rope_theta": 10000.0, "attention_factor": None}
+    }
     assert config_from_hf(new) == config_from_hf(V3)
     plain = config_from_hf(old | {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}})
     assert plain.rope.yarn is None and plain.rope.theta == 123.0
@@ -113,8 +115,18 @@ def test_greedy_selection_ignores_groups():
         (V3, "num_key_value_heads", 8, "num_key_value_heads=8 is not supported; supported: 128"),
         (V3, "hidden_size", "7168", "hidden_size='7168': expected a whole number"),
         (V3, "quantization_config", {"quant_method": "awq"}, "quant_method='awq' is not supported; supported: 'fp8'"),
-        (V3, "quantization_config", {"weight_block_size": [64, 64]}, r"=\[64, 64\] is not supported; supported: \[128, 128\]"),
-        (V3, "rope_scaling", {"type": "linear", "factor": 2.0}, "type='linear' is not supported; supported: 'default', 'yarn'"),
+        (
+            V3,
+            "quantization_config",
+            {"weight_block_size": [64, 64]},
+            r"=\[64, 64\] is not supported; supported: \[128, 128\]",
+        ),
+        (
+            V3,
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0},
+            "type='linear' is not supported; supported: 'default', 'yarn'",
+        ),
         (V3, "rope_scaling", {"factor": 2.0}, "rope type 'default' takes rope_theta alone, found factor"),
         (V3, "rope_scaling", {"type": "yarn", "factor": 2.0}, "lacks the field 'original_max_position_embeddings'"),
         (V3, "rope_scaling", YARN | {"mscale": 0.7}, "mscale=0.7 with mscale_all_dim=None .* both or neither"),
@@ -136,7 +148,16 @@ def test_missing_field_is_named(field):
         config_from_hf({name: value for name, value in V3.items() if name != field})
 
 
-ROUTING = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method", "n_shared_experts", "first_k_dense_replace")
+ROUTING = (
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "scoring_func",
+    "topk_method",
+    "n_shared_experts",
+    "first_k_dense_replace",
+)
 
 
 def test_a_missing_field_is_what_the_family_takes():
@@ -144,8 +165,11 @@ def test_a_missing_field_is_what_the_family_takes():
     left = {name: value for name, value in V3.items() if name not in (*ROUTING, "num_nextn_predict_layers")}
     assert config_from_hf(left) == config_from_hf(V3)
     left = {name: value for name, value in RELEASED["v2_lite_16b"].items() if name not in ROUTING}
-    assert config_from_hf(left | {"n_shared_experts": 2}).replace(first_k_dense=1) == config_from_hf(RELEASED["v2_lite_16b"])
-    with pytest.raises(CheckpointError, match="lacks the field 'n_shared_experts'"):  # transformers takes 2, the released class none
+    assert config_from_hf(left | {"n_shared_experts": 2}).replace(first_k_dense=1) == config_from_hf(
+        RELEASED["v2_lite_16b"]
+    )
+    # transformers takes 2, the released class none
+    with pytest.raises(CheckpointError, match="lacks the field 'n_shared_experts'"):
         config_from_hf(left)
     with pytest.raises(CheckpointError, match="n_group=None: expected a whole number"):
         config_from_hf(left | {"n_shared_experts": 2, "topk_method": "group_limited_greedy"})
@@ -157,9 +181,17 @@ def test_every_field_of_transformers_class(family):
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, f"Deepseek{family}Config")
     routing = {"V3": {}, "V2": dict(num_experts_per_tok=6, n_group=8, topk_group=3)}[family]
-    whole = cls(**routing).to_dict() | {"rope_theta": 10_000.0} | ({"num_nextn_predict_layers": 1} if family == "V3" else {})
+    whole = (
+        cls(**routing).to_dict()
+        | {"rope_theta": 10_000.0}
+        | ({"num_nextn_predict_layers": 1} if family == "V3" else {})
+    )
     del whole["rope_parameters"]
-    defaults = cls().to_dict() | {"rope_theta": 10_000.0} | ({"num_nextn_predict_layers": cls().num_mtp_layers} if family == "V3" else {})
+    defaults = (
+        cls().to_dict()
+        | {"rope_theta": 10_000.0}
+        | ({"num_nextn_predict_layers": cls().num_mtp_layers} if family == "V3" else {})
+    )
     outcomes = {}
     for name in sorted(set(whole) - {"model_type"}):
         without = {field: value for field, value in whole.items() if field != name}
@@ -168,13 +200,17 @@ def test_every_field_of_transformers_class(family):
         except (CheckpointError, ConfigError):
             outcomes[name] = "refused"
     assert False not in outcomes.values(), outcomes
-    behavior = set(ROUTING) & set(whole) | ({"rope_interleave", "num_nextn_predict_layers", "n_shared_experts"} if family == "V3" else set())
+    behavior = set(ROUTING) & set(whole) | (
+        {"rope_interleave", "num_nextn_predict_layers", "n_shared_experts"} if family == "V3" else set()
+    )
     required = {"n_shared_experts"} if family == "V2" else set()
     assert {name for name in behavior if outcomes[name] == "refused"} <= required
 
 
 def test_other_names_of_a_field():
-    renamed = {name: value for name, value in V3.items() if name not in ("n_routed_experts", "num_nextn_predict_layers")}
+    renamed = {
+        name: value for name, value in V3.items() if name not in ("n_routed_experts", "num_nextn_predict_layers")
+    }
     assert config_from_hf(renamed | {"num_local_experts": 256, "num_mtp_layers": 1}) == config_from_hf(V3)
     with pytest.raises(CheckpointError, match="num_mtp_layers=0 and num_nextn_predict_layers=1 are one field"):
         config_from_hf(V3 | {"num_mtp_layers": 0})
@@ -199,9 +235,21 @@ def test_fields_of_other_software_change_nothing():
         ("rope_scaling", [1], "expected an object or null"),
         ("rope_scaling", YARN | {"original_max_position_embeddings": 4096.5}, "expected a whole number"),
         ("quantization_config", "fp8", "expected an object or null"),
-        ("quantization_config", {"quant_method": "fp8", "weight_block_size": None}, "weight_block_size=None is not supported"),
-        ("quantization_config", {"quant_method": "fp8", "scale_fmt": "e5"}, "scale_fmt='e5' is not supported; supported: 'float', 'ue8m0'"),
-        ("quantization_config", {"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static' is not supported"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "weight_block_size": None},
+            "weight_block_size=None is not supported",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "scale_fmt": "e5"},
+            "scale_fmt='e5' is not supported; supported: 'float', 'ue8m0'",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            "activation_scheme='static' is not supported",
+        ),
     ],
 )
 def test_values_no_network_has_are_refused(field, value, message):
@@ -235,10 +283,23 @@ def _moe(**changes):
         (_moe(correction_bias=False), "moe.correction_bias"),
         (_moe(group_score="max"), "moe.group_score"),
         (_moe(scoring="softmax", correction_bias=False, group_score="max"), "norm_topk_prob=True is not supported"),
-        (preset("deepseek_moe_16b").replace(moe=dataclasses.replace(preset("v3_671b").moe, num_groups=1, topk_groups=1)), "scoring_func='sigmoid'"),
-        (preset("deepseek_moe_16b").replace(moe=dataclasses.replace(preset("deepseek_moe_16b").moe, routed_scaling_factor=2.0)), "routed_scaling_factor=2.0"),
+        (
+            preset("deepseek_moe_16b").replace(
+                moe=dataclasses.replace(preset("v3_671b").moe, num_groups=1, topk_groups=1)
+            ),
+            "scoring_func='sigmoid'",
+        ),
+        (
+            preset("deepseek_moe_16b").replace(
+                moe=dataclasses.replace(preset("deepseek_moe_16b").moe, routed_scaling_factor=2.0)
+            ),
+            "routed_scaling_factor=2.0",
+        ),
         (preset("v2_236b").replace(mtp_depth=1), "num_nextn_predict_layers"),
-        (preset("v3_671b").replace(rope=dataclasses.replace(preset("v3_671b").rope, yarn=YarnConfig(mscale=0.7))), "mscale=0.7"),
+        (
+            preset("v3_671b").replace(rope=dataclasses.replace(preset("v3_671b").rope, yarn=YarnConfig(mscale=0.7))),
+            "mscale=0.7",
+        ),
     ],
 )
 def test_network_no_config_json_can_say_is_not_exported(config, field):

@@ -1,4 +1,5 @@
-"""Damaged files of a Hugging Face folder: each is read or refused by a UserError, never anything else. 10,000 of each with `-m fuzz`."""
+"""Damaged files of a Hugging Face folder: each is read or refused by a UserError, never anything else. 10,000 of each
+with `-m fuzz`."""
 
 import json
 
@@ -27,7 +28,7 @@ HEADER = {
     "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
     "c": {"dtype": "F8_E4M3", "shape": [1, 3], "data_offsets": [32, 35]},
 }
-INDEX = {"metadata": {"total_size": 35}, "weight_map": {name: "one.safetensors" for name in "abc"}}
+INDEX = {"metadata": {"total_size": 35}, "weight_map": dict.fromkeys("abc", "one.safetensors")}
 VALUES = [
     None, -1, 0, 1, 2, 3, 7, 1e9, 10**30, 10**400, 1.5, -0.0, 1e-300, float("nan"), float("inf"), True, False, "x", "", "8", "sigmoid",
     "\ud800", "\x00", "../x", ".", "F32", "I64", "F8_E4M3", [], {}, [1], [-1], [2.0, 3], ["2", 3], [[1]], {"a": 1}, [0, 24, 1], [24, 0],
@@ -41,8 +42,16 @@ def test_headers(tmp_path, count):
 
     def attempt(rng):
         raw = damaged_text(rng, HEADER, VALUES) if rng.random() < 0.9 else whole
-        length = len(raw) if rng.random() < 0.9 else rng.choice([0, 1, 2**63, 2**64 - 1, len(raw) + 50, max(len(raw) - 3, 0)])
-        file.write_bytes((length.to_bytes(8, "little") + raw + bytes(rng.choice([35, 35, 35, 34, 36, 0])))[: rng.choice([5, 10**6, 10**6, 10**6])])
+        length = (
+            len(raw)
+            if rng.random() < 0.9
+            else rng.choice([0, 1, 2**63, 2**64 - 1, len(raw) + 50, max(len(raw) - 3, 0)])
+        )
+        file.write_bytes(
+            (length.to_bytes(8, "little") + raw + bytes(rng.choice([35, 35, 35, 34, 36, 0])))[
+                : rng.choice([5, 10**6, 10**6, 10**6])
+            ]
+        )
         for tensor in read_header(file).values():
             if tensor.dtype in DTYPES:
                 assert read_tensor(tensor).shape == tensor.shape
@@ -71,14 +80,16 @@ def test_quantization_configs(count):
         config_from_hf(fields)
         left = {name: value for name, value in (quantization.get("q") or {}).items() if name in known}
         whole = CONFIG["quantization_config"] | {"scale_fmt": left.get("scale_fmt")}
-        assert left.get("scale_fmt") in (None, "ue8m0") and left.items() <= whole.items()  # what is read is what we can read
+        # what is read is what we can read
+        assert left.get("scale_fmt") in (None, "ue8m0") and left.items() <= whole.items()
 
     tried(count, attempt)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_index_files(tmp_path, count):
-    """The network is never the one of config.json, so that problems are there; they too are words that can be printed."""
+    """The network is never the one of config.json, so that problems are there; they too are words that can be
+    printed."""
     raw = json.dumps(HEADER).encode()
     (tmp_path / "one.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(35))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -1,7 +1,8 @@
-"""Our network against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, random weights, float32; runs where torch is.
+"""Our network against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, random weights, float32; runs
+where torch is.
 
-transformers masks groups that were not selected with -inf, as we do, in the version of the `parity` extra; older ones used 0.0, which
-chooses other experts where biased scores are negative (every third seed here).
+transformers masks groups that were not selected with -inf, as we do, in the version of the `parity` extra; older ones
+used 0.0, which chooses other experts where biased scores are negative (every third seed here).
 """
 
 import functools
@@ -102,7 +103,9 @@ def _rotary_columns_in_halves(config):
     return reorder
 
 
-@pytest.mark.parametrize("control", ["gate and up swapped", "rotary columns in halves", "correction bias lost", "norm scale lost"])
+@pytest.mark.parametrize(
+    "control", ["gate and up swapped", "rotary columns in halves", "correction bias lost", "norm scale lost"]
+)
 def test_a_wrong_mapping_shows(load, control):
     """Negative control: with one of the classic mistakes, the same comparison fails."""
     model, config, variables = load("v3")
@@ -119,7 +122,8 @@ def test_a_wrong_mapping_shows(load, control):
 
 
 def test_mtp_module(load, tmp_path, monkeypatch):
-    """The exported MTP layer in transformers' own MtpModel gives our hidden states; with the halves of eh_proj swapped it does not."""
+    """The exported MTP layer in transformers' own MtpModel gives our hidden states; with the halves of eh_proj swapped
+    it does not."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(modeling_layers, "MtpModel"):
         pytest.skip("this transformers has no MtpModel; 5.23 has")
@@ -143,5 +147,7 @@ def test_mtp_module(load, tmp_path, monkeypatch):
     model = Transformer(config)
     forward = jax.jit(lambda variables: model.apply(variables, tokens, mtp=True).mtp_hidden[0][:, :-1])
     np.testing.assert_allclose(forward(full), expected, rtol=0, atol=TOLERANCE)
-    swapped = _changed(full, "params", "mtp_0", "proj", "kernel", change=lambda kernel: np.roll(kernel, len(kernel) // 2, axis=0))
+    swapped = _changed(
+        full, "params", "mtp_0", "proj", "kernel", change=lambda kernel: np.roll(kernel, len(kernel) // 2, axis=0)
+    )
     assert np.abs(forward(swapped) - expected).max() > WRONG

@@ -1,4 +1,5 @@
-"""The same parity without torch: checkpoints that transformers saved (bfloat16) and the float32 outputs it computed from them.
+"""The same parity without torch: checkpoints that transformers saved (bfloat16) and the float32 outputs it computed
+from them.
 
 `make_parity_data.py` made the files.
 """

@@ -60,7 +60,9 @@ def test_matrices_are_transposed_and_experts_separate(folder, variables):
         "model.layers.3.eh_proj.weight": params["mtp_0"]["proj"]["kernel"].T,
         "model.layers.3.embed_tokens.weight": params["embed"]["embedding"],
         "model.layers.3.shared_head.head.weight": params["head"]["kernel"].T,
-        "model.layers.3.mlp.gate.e_score_correction_bias": variables["router_bias"]["mtp_0"]["block"]["ffn"]["router"]["bias"],
+        "model.layers.3.mlp.gate.e_score_correction_bias": variables["router_bias"]["mtp_0"]["block"]["ffn"]["router"][
+            "bias"
+        ],
     }.items():
         np.testing.assert_array_equal(read_tensor(stored[name]), ours, err_msg=name)
 
@@ -114,7 +116,8 @@ def test_fp8_folder_is_dequantised_block_by_block(variables, tmp_path):
     export_folder(TINY, variables, tmp_path / "hf", dtype="fp8")
     opened = open_folder(tmp_path / "hf")
     _, back = import_folder(tmp_path / "hf")
-    spec = next(spec for spec in opened.table if spec.name == "model.layers.0.mlp.gate_proj.weight")  # [144, 160]: four ragged blocks
+    # [144, 160]: four ragged blocks
+    spec = next(spec for spec in opened.table if spec.name == "model.layers.0.mlp.gate_proj.weight")
     values, scales = read_tensor(opened.stored[spec.name]), read_tensor(opened.stored[spec.scale_name])
     block_of = np.ix_(np.arange(144) // 128, np.arange(160) // 128)
     expected = values.astype(np.float32) * scales[block_of]
@@ -125,7 +128,9 @@ def test_fp8_folder_is_dequantised_block_by_block(variables, tmp_path):
 
 
 def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path):
-    config = TINY.replace(hidden_size=256, intermediate_size=2048, vocab_size=2000, num_layers=4, first_k_dense=3, mtp_depth=0)
+    config = TINY.replace(
+        hidden_size=256, intermediate_size=2048, vocab_size=2000, num_layers=4, first_k_dense=3, mtp_depth=0
+    )
     largest = 4 * 256 * 2048
     export_folder(config, random_variables(config), tmp_path / "warm_up", dtype="fp8")
     variables = random_variables(config)
@@ -160,7 +165,9 @@ def test_progress_counts_every_tensor(folder, tmp_path, variables):
 
 def test_companions_and_token_ids_are_carried(tmp_path, variables):
     (tmp_path / "tokenizer.json").write_text("{}")
-    export_folder(TINY, variables, tmp_path / "hf", carried={"eos_token_id": 9}, companions=[tmp_path / "tokenizer.json"])
+    export_folder(
+        TINY, variables, tmp_path / "hf", carried={"eos_token_id": 9}, companions=[tmp_path / "tokenizer.json"]
+    )
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 9
 
@@ -173,7 +180,10 @@ def test_sizes_of_files_are_what_the_headers_say(folder):
 
 
 def test_derived_and_empty_tensors_are_passed_over(folder, variables):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (3,)), "model.layers.1.mlp.nothing.weight": ("F32", (0, 5))}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (3,)),
+        "model.layers.1.mlp.nothing.weight": ("F32", (0, 5)),
+    }
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -43,11 +43,29 @@ def test_v3_main_model_without_mtp(v3):
 @pytest.mark.parametrize(
     "name, shape, path, index, quantised",
     [
-        ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", (576, 7168), "params/dense_layers/attn/kv_a/kernel", (0,), True),
+        (
+            "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+            (576, 7168),
+            "params/dense_layers/attn/kv_a/kernel",
+            (0,),
+            True,
+        ),
         ("model.layers.60.self_attn.q_b_proj.weight", (24576, 1536), "params/moe_layers/attn/q_b/kernel", (57,), True),
-        ("model.layers.3.mlp.gate.e_score_correction_bias", (256,), "router_bias/moe_layers/ffn/router/bias", (0,), False),
+        (
+            "model.layers.3.mlp.gate.e_score_correction_bias",
+            (256,),
+            "router_bias/moe_layers/ffn/router/bias",
+            (0,),
+            False,
+        ),
         ("model.layers.3.mlp.gate.weight", (256, 7168), "params/moe_layers/ffn/router/kernel", (0,), False),
-        ("model.layers.4.mlp.experts.255.down_proj.weight", (7168, 2048), "params/moe_layers/ffn/experts/down", (1, 255), True),
+        (
+            "model.layers.4.mlp.experts.255.down_proj.weight",
+            (7168, 2048),
+            "params/moe_layers/ffn/experts/down",
+            (1, 255),
+            True,
+        ),
         ("model.layers.61.mlp.experts.7.up_proj.weight", (2048, 7168), "params/mtp_0/block/ffn/experts/up", (7,), True),
         ("model.layers.61.eh_proj.weight", (7168, 14336), "params/mtp_0/proj/kernel", (), False),
         ("model.layers.61.shared_head.norm.weight", (7168,), "params/mtp_0/final_norm/scale", (), False),

@@ -15,7 +15,6 @@ from deepseek_jax.interop.__main__ import main
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.training.checkpoints import load_variables
 
-
 # Words as tokens, with ids that the tiny vocabulary has.
 TOKENIZER = {
     "tokenizer.json": {
@@ -36,7 +35,9 @@ TOKENIZER = {
 def stored(tmp_path_factory, variables):
     """A Hugging Face folder with a tokenizer, and the checkpoint `import` makes of it."""
     root = tmp_path_factory.mktemp("cli")
-    export_folder(TINY, variables, root / "hf", dtype="float32", carried={"eos_token_id": 7, "max_position_embeddings": 123})
+    export_folder(
+        TINY, variables, root / "hf", dtype="float32", carried={"eos_token_id": 7, "max_position_embeddings": 123}
+    )
     for name, content in TOKENIZER.items():
         (root / "hf" / name).write_text(json.dumps(content))
     assert main(["import", str(root / "hf"), str(root / "checkpoint")]) == 0
@@ -51,11 +52,17 @@ def test_imported_checkpoint_loads_like_a_trained_one(stored, variables):
 
 
 def test_export_of_the_checkpoint_gives_the_folder_back(stored, variables, tmp_path):
-    assert main(["export", str(stored / "checkpoint"), str(tmp_path / "hf"), "--dtype=float32", "--max_shard_gb=0.0005"]) == 0
-    assert {file.name for file in (stored / "hf").iterdir()} - {"model.safetensors"} <= {file.name for file in (tmp_path / "hf").iterdir()}
+    assert (
+        main(["export", str(stored / "checkpoint"), str(tmp_path / "hf"), "--dtype=float32", "--max_shard_gb=0.0005"])
+        == 0
+    )
+    assert {file.name for file in (stored / "hf").iterdir()} - {"model.safetensors"} <= {
+        file.name for file in (tmp_path / "hf").iterdir()
+    }
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     before, after = (json.loads((root / "hf" / "config.json").read_text()) for root in (stored, tmp_path))
-    assert after == before | {"bos_token_id": 0, "pad_token_id": 7}  # of the tokenizer, whose padding is its end of text
+    # of the tokenizer, whose padding is its end of text
+    assert after == before | {"bos_token_id": 0, "pad_token_id": 7}
     for name in TOKENIZER:
         assert (tmp_path / "hf" / name).read_bytes() == (stored / "hf" / name).read_bytes(), name
     assert_same(import_folder(tmp_path / "hf")[1], variables)
@@ -78,7 +85,12 @@ def test_refused_import_leaves_nothing(folder, tmp_path):
 def test_inspect_shows_config_tensors_and_problems(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
-    for text in ("attention.kv_lora_rank", "routed_scaling_factor", "model.layers.*.mlp.gate.weight", "complete: every tensor"):
+    for text in (
+        "attention.kv_lora_rank",
+        "routed_scaling_factor",
+        "model.layers.*.mlp.gate.weight",
+        "complete: every tensor",
+    ):
         assert text in shown
     count = sum(leaf.size for leaf in jax.tree.leaves(import_folder(folder)[1]))
     assert f"{count:,} parameters" in shown
@@ -106,7 +118,9 @@ def test_a_runs_folder_is_exported_by_its_last_stage(run, stored, variables, tmp
 
 
 def test_a_runs_config_is_not_taken_for_a_networks(run, stored):
-    with pytest.raises(CheckpointError, match="is the folder of a run here, not a Hugging Face folder: export one of its stages .*sft"):
+    with pytest.raises(
+        CheckpointError, match="is the folder of a run here, not a Hugging Face folder: export one of its stages .*sft"
+    ):
         main(["inspect", str(run)])
     with pytest.raises(CheckpointError, match="is a checkpoint of ours, not a Hugging Face folder"):
         main(["inspect", str(run / "sft")])

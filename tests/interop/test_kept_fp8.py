@@ -61,7 +61,11 @@ def test_values_and_scales_are_those_of_the_files(folder):
     assert one.values.dtype == ml_dtypes.float8_e4m3fn and one.tile == (128, 128)
     whole = tuple(map(range, stored[name].shape))
     np.testing.assert_array_equal(one.values[0, 2].T.view(np.uint8), read_tensor(stored[name], whole).view(np.uint8))
-    high = {path[-2] for path, value in kept.items() if not isinstance(value, QTensor) and value.ndim > 1 and path[-1] == "kernel"}
+    high = {
+        path[-2]
+        for path, value in kept.items()
+        if not isinstance(value, QTensor) and value.ndim > 1 and path[-1] == "kernel"
+    }
     assert high == {"head", "router", "proj"}  # as in the released checkpoints
 
 
@@ -76,7 +80,9 @@ def distance(x, y):
 def test_the_network_multiplies_with_them(folder):
     """As it does with weights that it quantises itself: dequantised, they give the same values in the same blocks."""
     kept = jax.tree.map(jnp.asarray, import_folder(folder, "fp8")[1])
-    plain = jax.tree.map(lambda w: dequantize(w) if isinstance(w, QTensor) else w, kept, is_leaf=lambda w: isinstance(w, QTensor))
+    plain = jax.tree.map(
+        lambda w: dequantize(w) if isinstance(w, QTensor) else w, kept, is_leaf=lambda w: isinstance(w, QTensor)
+    )
     model = Transformer(CONFIG, RECIPE)
     got = logits(model, kept)
     assert distance(got, logits(model, plain)) < 1e-5
@@ -91,7 +97,9 @@ def test_they_land_in_their_shards_and_run_there(folder):
     kept = import_folder(folder, "fp8")[1]
     assert_same(jax.tree.map(np.asarray, _split(placed)), _split(kept))
     experts = placed["params"]["moe_layers"]["ffn"]["experts"]["gate"]
-    assert {shard.data.shape for shard in experts.values.addressable_shards} == {(1, 1, CONFIG.hidden_size // 2, CONFIG.moe.intermediate_size)}
+    assert {shard.data.shape for shard in experts.values.addressable_shards} == {
+        (1, 1, CONFIG.hidden_size // 2, CONFIG.moe.intermediate_size)
+    }
     assert {shard.data.shape[:2] for shard in experts.scales.addressable_shards} == {(1, 1)}
     assert distance(logits(model, placed), logits(single, jax.tree.map(jnp.asarray, kept))) < 1e-5
 
@@ -99,7 +107,11 @@ def test_they_land_in_their_shards_and_run_there(folder):
 def _split(variables):
     parts = {}
     for path, value in flat(variables).items():
-        parts |= {(*path, "values"): value.values, (*path, "scales"): value.scales} if isinstance(value, QTensor) else {path: value}
+        parts |= (
+            {(*path, "values"): value.values, (*path, "scales"): value.scales}
+            if isinstance(value, QTensor)
+            else {path: value}
+        )
     return traverse_util.unflatten_dict(parts)
 
 
@@ -120,7 +132,11 @@ def test_generation_keeps_them(folder, tmp_path, monkeypatch, capsys):
     main([f"--checkpoint={tmp_path / 'v3.1'}", "--tokenizer=byte", "--prompt=ab", "--precision=fp8_deepseek"])
     (eight, kept), (half, plain), (powers, _) = given
     assert powers == eight.with_powers_of_two() != eight
-    assert powers.format.input.power_of_two and powers.format.weight.power_of_two and powers.attention_output.input.power_of_two
+    assert (
+        powers.format.input.power_of_two
+        and powers.format.weight.power_of_two
+        and powers.attention_output.input.power_of_two
+    )
     assert recipe_for(tmp_path / "v3.1", recipe("bfloat16")) == recipe("bfloat16")
     assert (eight, half) == (recipe("fp8_deepseek"), recipe("bfloat16")) and capsys.readouterr().out == 3 * "ok\n"
     assert isinstance(kept["params"]["moe_layers"]["attn"]["o"]["kernel"], QTensor)

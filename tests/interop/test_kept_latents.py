@@ -1,4 +1,5 @@
-"""Keys and values from an up-projection that is stored in FP8: its numbers are used as they are, in prefill and in decoding."""
+"""Keys and values from an up-projection that is stored in FP8: its numbers are used as they are, in prefill and in
+decoding."""
 
 import dataclasses
 import functools
@@ -18,10 +19,14 @@ from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, quantiz
 
 B, T, D = 2, 6, 32
 # Two blocks of latents, and a block of columns that ends inside the last head (3 · 40 < 128 < 4 · 40).
-ATTENTION = MLAConfig(num_heads=4, q_lora_rank=20, kv_lora_rank=144, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
+ATTENTION = MLAConfig(
+    num_heads=4, q_lora_rank=20, kv_lora_rank=144, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16
+)
 MODEL = TINY.replace(attention=ATTENTION, hidden_size=D)
 # Float32 between the products and after attention, so that nothing but the latents' product rounds behind them.
-FP8 = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32), high_precision=("attention_output",))
+FP8 = dataclasses.replace(
+    recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32), high_precision=("attention_output",)
+)
 ROWS = np.random.default_rng(0)
 KV_B = ROWS.standard_normal((144, 160)).astype(np.float32) * np.exp(ROWS.standard_normal((144, 160))).astype(np.float32)
 QUERIES = jnp.float32(ROWS.standard_normal((B, T, 4, 32)))
@@ -48,8 +53,14 @@ def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, pow
     kept = quantize_block(jnp.asarray(KV_B), power_of_two=power_of_two)
     precision = dataclasses.replace(FP8, format=LinearFormat(input=Quantizer(power_of_two=power_of_two)))
     core = SelfAttention(precision, Placement(), 0.1, 0, heads_at_once)
-    found = compiled(lambda w: core.expanded_latents((QUERIES, SEGMENTS), (LATENTS, ROPE_KEYS, SEGMENTS), precision.by_heads(w, 4), 0))(kept)
-    kv = (rounded(LATENTS, power_of_two).astype(np.float64) @ np.asarray(dequantize(kept), np.float64)).reshape(B, T, 4, 40)
+    found = compiled(
+        lambda w: core.expanded_latents(
+            (QUERIES, SEGMENTS), (LATENTS, ROPE_KEYS, SEGMENTS), precision.by_heads(w, 4), 0
+        )
+    )(kept)
+    kv = (rounded(LATENTS, power_of_two).astype(np.float64) @ np.asarray(dequantize(kept), np.float64)).reshape(
+        B, T, 4, 40
+    )
     keys = np.concatenate([kv[..., :24], np.broadcast_to(np.asarray(ROPE_KEYS)[:, :, None], (B, T, 4, 8))], axis=-1)
     scores = np.einsum("bthk,bshk->bhts", np.asarray(QUERIES, np.float64), keys) * 0.1
     scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
@@ -60,7 +71,8 @@ def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, pow
 
 @functools.cache
 def attention(kind):
-    """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the product."""
+    """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the
+    product."""
     changes = {
         "kept, powers of two": {"format": LinearFormat(input=Quantizer(power_of_two=True))},
         "forward not in FP8": {"format": LinearFormat(products=("input_gradient", "weight_gradient"))},
@@ -71,15 +83,25 @@ def attention(kind):
     x, tokens = jnp.float32(ROWS.standard_normal((B, T, D))), Tokens(jnp.zeros((B, T), jnp.int32), SEGMENTS)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, tokens))
     rng = np.random.default_rng(1)
-    variables = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape) / max(leaf.shape[0] ** 0.5, 1)), shapes)
+    variables = jax.tree.map(
+        lambda leaf: jnp.float32(rng.standard_normal(leaf.shape) / max(leaf.shape[0] ** 0.5, 1)), shapes
+    )
     if kind.startswith("kept"):
-        variables["params"]["kv_b"]["kernel"] = quantize_block(jnp.asarray(KV_B) / 12, power_of_two=kind == "kept, powers of two")
+        variables["params"]["kv_b"]["kernel"] = quantize_block(
+            jnp.asarray(KV_B) / 12, power_of_two=kind == "kept, powers of two"
+        )
     expanded = compiled(lambda v, x, positions: module.apply(v, x, Tokens(positions, jnp.ones_like(positions))))
-    absorbed = compiled(lambda v, x, positions, cached, entry: module.apply(v, x, Tokens(positions, jnp.ones_like(positions), cached), entry))
+    absorbed = compiled(
+        lambda v, x, positions, cached, entry: module.apply(
+            v, x, Tokens(positions, jnp.ones_like(positions), cached), entry
+        )
+    )
     return variables, x, expanded, absorbed
 
 
-@pytest.mark.parametrize("kind", ["kept", "kept, powers of two", "quantized in the product", "forward not in FP8", "not in FP8"])
+@pytest.mark.parametrize(
+    "kind", ["kept", "kept, powers of two", "quantized in the product", "forward not in FP8", "not in FP8"]
+)
 def test_decoding_agrees_with_prefill(kind):
     variables, x, expanded, absorbed = attention(kind)
     assert isinstance(variables["params"]["kv_b"]["kernel"], QTensor) == kind.startswith("kept")

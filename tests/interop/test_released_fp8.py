@@ -49,7 +49,8 @@ def test_dequantised_weights_quantise_to_the_same_bytes():
 
 
 def test_extreme_blocks_are_what_training_makes_of_them():
-    """Zeros, denormals, tiny, huge, NaN and infinite: one row of blocks, the same rule as `kernels_pallas.quantize_block`."""
+    """Zeros, denormals, tiny, huge, NaN and infinite: one row of blocks, the same rule as
+    `kernels_pallas.quantize_block`."""
     blocks = {"zero": 0.0, "denormal": 1e-42, "tiny": 3e-5, "least": 1e-4, "huge": 3e38, "nan": np.nan, "inf": -np.inf}
     w = np.concatenate([np.full((128, 128), value, np.float32) for value in blocks.values()], axis=1)
     w[0, 5 * 128 + 1 : 6 * 128] = w[0, 6 * 128 + 1 :] = 1.0  # one NaN or infinity in a block is enough
@@ -74,4 +75,6 @@ def test_powers_of_two_are_rounded_up_and_quantise_to_the_same_numbers_again():
     values, scale_inv = quantize(w, power_of_two=True)
     mantissa, _ = np.frexp(scale_inv)
     assert (mantissa == 0.5).all() and (scale_inv >= quantize(w)[1]).all() and (scale_inv < 2 * quantize(w)[1]).all()
-    np.testing.assert_array_equal(dequantise(*quantize(dequantise(values, scale_inv), power_of_two=True)), dequantise(values, scale_inv))
+    np.testing.assert_array_equal(
+        dequantise(*quantize(dequantise(values, scale_inv), power_of_two=True)), dequantise(values, scale_inv)
+    )

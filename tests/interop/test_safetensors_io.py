@@ -42,7 +42,9 @@ def test_we_read_what_the_reference_writes(tmp_path):
 
 
 def test_tensors_are_aligned_to_their_item_size(tmp_path):
-    with ShardWriter(tmp_path / "x", {"fp8": ("F8_E4M3", (3,)), "scale": ("F32", (1, 1)), "bf16": ("BF16", (3,))}) as writer:
+    with ShardWriter(
+        tmp_path / "x", {"fp8": ("F8_E4M3", (3,)), "scale": ("F32", (1, 1)), "bf16": ("BF16", (3,))}
+    ) as writer:
         writer.write("fp8", np.ones(3, ml_dtypes.float8_e4m3fn))
         writer.write("scale", np.ones((1, 1), np.float32))
         writer.write("bf16", np.ones(3, ml_dtypes.bfloat16))
@@ -54,11 +56,16 @@ def test_truncated_file_is_refused(tmp_path):
     write(tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(CheckpointError, match=rf"x\.safetensors: damaged or cut off after {len(whole) - 3} bytes .* download the file again"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"x\.safetensors: damaged or cut off after {len(whole) - 3} bytes .* download the file again",
+    ):
         read_header(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x05", b"\xff" * 40, (2).to_bytes(8, "little") + b"[]", (3).to_bytes(8, "little") + b"{,}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", b"\xff" * 40, (2).to_bytes(8, "little") + b"[]", (3).to_bytes(8, "little") + b"{,}"]
+)
 def test_damaged_header_is_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
@@ -76,6 +83,5 @@ def test_writer_refuses_a_tensor_it_did_not_declare_so(tmp_path):
     with pytest.raises(ValueError, match="declared F32"):
         with ShardWriter(tmp_path / "x", {"w": ("F32", (2,))}) as writer:
             writer.write("w", np.ones(3, np.float32))
-    with pytest.raises(ValueError, match="not written"):
-        with ShardWriter(tmp_path / "x", {"w": ("F32", (2,))}):
-            pass
+    with pytest.raises(ValueError, match="not written"), ShardWriter(tmp_path / "x", {"w": ("F32", (2,))}):
+        pass

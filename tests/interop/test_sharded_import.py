@@ -26,10 +26,15 @@ from deepseek_jax.parallel.mesh import build_mesh
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import variables_sharding
 
-# Every size that is cut divides evenly, and no cut lies on the border of a block of 128: 256 / 2 would, 272 / 2 and 304 / 8 don't.
+# Every size that is cut divides evenly, and no cut lies on the border of a block of 128: 256 / 2 would, 272 / 2 and 304
+# / 8 don't.
 MOE = dataclasses.replace(TINY.moe, num_experts=8, num_groups=4, intermediate_size=144)
 CONFIG = TINY.replace(
-    vocab_size=304, hidden_size=272, intermediate_size=336, moe=MOE, attention=dataclasses.replace(TINY.attention, num_heads=4, kv_lora_rank=136)
+    vocab_size=304,
+    hidden_size=272,
+    intermediate_size=336,
+    moe=MOE,
+    attention=dataclasses.replace(TINY.attention, num_heads=4, kv_lora_rank=136),
 )
 F32 = np.dtype(np.float32)
 
@@ -49,7 +54,8 @@ def mesh(**axes):
 
 
 def shardings(device_mesh, rule):
-    """A tree of shardings; `rule(path, shape)` gives the mesh axes of the variable's last axes, those before are unsharded."""
+    """A tree of shardings; `rule(path, shape)` gives the mesh axes of the variable's last axes, those before are
+    unsharded."""
 
     def sharding(spec):
         axes = rule("/".join(spec.path), spec.leaf_shape)
@@ -78,7 +84,8 @@ def heads(path, shape):
 
 
 def layers_and_both_sides(path, shape):
-    """Stacked shared experts: their two layers apart and their matrices cut both ways; the rest lies on every device."""
+    """Stacked shared experts: their two layers apart and their matrices cut both ways; the rest lies on every
+    device."""
     return ["layer", "in", "out"] if "moe_layers/ffn/shared" in path else []
 
 
@@ -119,7 +126,9 @@ def test_import_for_a_placed_network_lies_as_it_asks(folders):
     assert_same(jax.tree.map(np.asarray, arrays), import_folder(folders / "fp8", "bfloat16")[1])
 
 
-@pytest.mark.parametrize("case, dtype", [("some_devices", "fp8"), ("vocabulary8", "float32"), ("layers2_both_sides", "float32")])
+@pytest.mark.parametrize(
+    "case, dtype", [("some_devices", "fp8"), ("vocabulary8", "float32"), ("layers2_both_sides", "float32")]
+)
 def test_export_from_shards_gives_the_same_files(folders, case, dtype, tmp_path):
     axes, rule = CASES[case]
     config, arrays = import_folder(folders / "float32", shardings=shardings(mesh(**axes), rule))
@@ -173,7 +182,12 @@ def test_a_device_with_an_eighth_of_the_experts_reads_an_eighth_of_their_bytes(f
     assert len(experts) == 6
     for path, specs in experts.items():
         sharding = NamedSharding(mesh(expert=8), P(*["expert" if size == 8 else None for size in specs[0].leaf_shape]))
-        of_tensors = sum(opened.stored[name].nbytes for spec in specs for name in (spec.name, spec.scale_name) if name in opened.stored)
+        of_tensors = sum(
+            opened.stored[name].nbytes
+            for spec in specs
+            for name in (spec.name, spec.scale_name)
+            if name in opened.stored
+        )
         for device, index in list(sharding.devices_indices_map(specs[0].leaf_shape).items())[::3]:
             bytes_read["bytes"] = 0
             part = read_part(specs, opened.stored, part_of(index, specs[0].leaf_shape), F32)
@@ -199,7 +213,12 @@ def test_what_several_devices_hold_is_read_once(folders, bytes_read):
     read_variables(opened, shardings=shardings(mesh(x=8), lambda path, shape: [])(CONFIG))
     assert bytes_read["bytes"] == plain
     bytes_read["bytes"] = 0
-    read_variables(opened, shardings=shardings(mesh(expert=4, rest=2), lambda path, shape: ["expert", None, None] if "experts" in path else [])(CONFIG))
+    read_variables(
+        opened,
+        shardings=shardings(
+            mesh(expert=4, rest=2), lambda path, shape: ["expert", None, None] if "experts" in path else []
+        )(CONFIG),
+    )
     assert bytes_read["bytes"] == plain
 
 
@@ -220,7 +239,10 @@ def test_any_rectangle_of_a_matrix_is_dequantised_as_in_the_whole(seed):
 
 def test_any_rectangle_of_a_stored_tensor(tmp_path, bytes_read):
     rng = np.random.default_rng(0)
-    arrays = {"matrix": rng.standard_normal((7, 9)).astype(ml_dtypes.bfloat16), "vector": rng.standard_normal(11).astype(ml_dtypes.bfloat16)}
+    arrays = {
+        "matrix": rng.standard_normal((7, 9)).astype(ml_dtypes.bfloat16),
+        "vector": rng.standard_normal(11).astype(ml_dtypes.bfloat16),
+    }
     with ShardWriter(tmp_path / "x", {name: ("BF16", array.shape) for name, array in arrays.items()}) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
@@ -259,7 +281,11 @@ def test_one_differing_number_in_a_copy_of_the_embedding_leaves_the_mtp_module_o
 
 def test_progress_counts_the_parts_that_are_read(folders):
     seen = []
-    import_folder(folders / "fp8", progress=lambda done, total: seen.append((done, total)), shardings=shardings(mesh(fsdp=2, expert=4), fsdp_and_experts))
+    import_folder(
+        folders / "fp8",
+        progress=lambda done, total: seen.append((done, total)),
+        shardings=shardings(mesh(fsdp=2, expert=4), fsdp_and_experts),
+    )
     opened = open_folder(folders / "fp8")
     table = [spec for spec in opened.table if not spec.duplicate]
     halves = sum(CONFIG.hidden_size in spec.shape for spec in table)
@@ -269,7 +295,9 @@ def test_progress_counts_the_parts_that_are_read(folders):
 
 def test_shardings_of_another_network_are_refused(folders):
     with pytest.raises(CheckpointError, match="params/mtp_0/.*: in the folder and not in the tree of shardings"):
-        import_folder(folders / "fp8", shardings=lambda config: shardings(mesh(x=8), vocabulary)(config.replace(mtp_depth=0)))
+        import_folder(
+            folders / "fp8", shardings=lambda config: shardings(mesh(x=8), vocabulary)(config.replace(mtp_depth=0))
+        )
 
 
 def test_layers_and_experts_of_a_part():
@@ -287,7 +315,9 @@ def test_layers_and_experts_of_a_part():
 
 def test_peak_host_memory_is_about_one_part(tmp_path):
     """Devices on the CPU share the host's memory, so what is left over by reading one part at a time is measured."""
-    config = TINY.replace(hidden_size=256, intermediate_size=2048, vocab_size=2000, num_layers=9, first_k_dense=8, mtp_depth=0)
+    config = TINY.replace(
+        hidden_size=256, intermediate_size=2048, vocab_size=2000, num_layers=9, first_k_dense=8, mtp_depth=0
+    )
     export_folder(config, random_variables(config), tmp_path / "hf", dtype="fp8")
     opened = open_folder(tmp_path / "hf")
     specs = specs_by_path(opened)[("params", "dense_layers", "ffn", "up", "kernel")]

@@ -12,8 +12,12 @@ TINY = ModelConfig(
     hidden_size=160,
     num_layers=3,
     intermediate_size=144,
-    attention=MLAConfig(num_heads=3, q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8),
-    moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=32, num_shared_experts=2, num_groups=2, routed_scaling_factor=2.5),
+    attention=MLAConfig(
+        num_heads=3, q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8
+    ),
+    moe=MoEConfig(
+        num_experts=4, top_k=2, intermediate_size=32, num_shared_experts=2, num_groups=2, routed_scaling_factor=2.5
+    ),
     first_k_dense=1,
     rope=RopeConfig(yarn=YarnConfig(mscale_all_dim=1.0)),
     mtp_depth=1,
@@ -23,7 +27,9 @@ TINY = ModelConfig(
 def random_variables(config: ModelConfig, seed: int = 0):
     rng = np.random.default_rng(seed)
     shapes = {spec.path: spec.leaf_shape for spec in tensor_table(config)}
-    return traverse_util.unflatten_dict({path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()})
+    return traverse_util.unflatten_dict(
+        {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+    )
 
 
 def assert_same(left, right):

@@ -12,7 +12,8 @@ from kernels_pallas import QTensor
 from kernels_pallas.qtensor import FORMATS
 
 ROUNDOFF = 2.0**-24  # of float32
-# Half a unit in the last place of a normal number, relative; and the largest error of a number below the smallest normal one.
+# Half a unit in the last place of a normal number, relative; and the largest error of a number below the smallest
+# normal one.
 STEPS = {"float8_e4m3fn": (2.0**-4, 2.0**-10), "float8_e5m2": (2.0**-3, 2.0**-17), "e5m6": (2.0**-7, 2.0**-14)}
 KINDS = ("normal", "uniform", "outlier_channels", "outlier_rows", "zeros", "denormals", "above_448", "mixed_magnitudes")
 
@@ -39,7 +40,8 @@ def matrix(kind, rows, columns, seed=0):
 
 
 def calc_diff(x, y) -> float:
-    """DeepGEMM's measure of how far two arrays lie apart: 0 for equal ones, about half the relative squared error for near ones."""
+    """DeepGEMM's measure of how far two arrays lie apart: 0 for equal ones, about half the relative squared error for
+    near ones."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = (x * x).sum() + (y * y).sum()
     return 0.0 if norms == 0 else 1 - 2 * (x * y).sum() / norms
@@ -65,7 +67,8 @@ def quantization_bound(x, q: QTensor, format="float8_e4m3fn") -> np.ndarray:
 
 def summation_bound(a, b, parts=1) -> np.ndarray:
     """Of a bᵀ with sums of at most 128 in float32, scaled twice, and `parts` of them added in float32."""
-    return (128 + parts + 4) * ROUNDOFF * (np.abs(a) @ np.abs(b).T) + 1e-37  # below which float32 may be flushed to zero
+    # below which float32 may be flushed to zero
+    return (128 + parts + 4) * ROUNDOFF * (np.abs(a) @ np.abs(b).T) + 1e-37
 
 
 def quantized_product_bound(a, bound_a, b, bound_b) -> np.ndarray:
@@ -75,7 +78,8 @@ def quantized_product_bound(a, bound_a, b, bound_b) -> np.ndarray:
 
 
 def small_integers(rows, columns, seed, tile=(1, 128), groups=()) -> QTensor:
-    """Integers between -2 and 2 with scales between 1/4 and 4: products of a few thousand of them are exact in float32, in any order."""
+    """Integers between -2 and 2 with scales between 1/4 and 4: products of a few thousand of them are exact in float32,
+    in any order."""
     rng = np.random.default_rng(seed)
     values = rng.integers(-2, 3, size=(*groups, rows, columns))
     scales = 2.0 ** rng.integers(-2, 3, size=(*groups, -(-rows // tile[0]), -(-columns // tile[1])))
@@ -109,5 +113,6 @@ def planted(target, name, wrong):
 
 
 def six_deviations(a, b, roundings) -> np.ndarray:
-    """Of a bᵀ if each product carries `roundings` independent errors to E4M3, evenly spread over half a step, at most 2^-4, to either side."""
+    """Of a bᵀ if each product carries `roundings` independent errors to E4M3, evenly spread over half a step, at most
+    2^-4, to either side."""
     return 6 * 2.0**-4 * np.sqrt(roundings / 3) * np.sqrt(np.square(a) @ np.square(b).T) + 1e-37

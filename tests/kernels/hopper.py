@@ -1,4 +1,5 @@
-"""Running Hopper kernels without a GPU: interpreted with the race detector on, or compiled for the machine code's sake."""
+"""Running Hopper kernels without a GPU: interpreted with the race detector on, or compiled for the machine code's
+sake."""
 
 import contextlib
 import io
@@ -13,10 +14,12 @@ from kernels_pallas._compat import plgpu
 
 SM90 = "mosaic_gpu_sm90"
 
+
 def interprets(test):
     """Needs the interpreter of kernels for NVIDIA GPUs."""
     needed = pytest.mark.skipif(
-        jax.__version_info__ < (0, 11, 2), reason=f"jax {jax.__version__}: interpreting kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)"
+        jax.__version_info__ < (0, 11, 2),
+        reason=f"jax {jax.__version__}: interpreting kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)",
     )
     return pytest.mark.interprets(needed(test))
 
@@ -27,7 +30,10 @@ compiles = pytest.mark.aot(chip="h100")
 @contextlib.contextmanager
 def interpreted(races=False):
     """Kernels are interpreted, and the race detector finds something or does not, as said."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+    ):
         yield
     assert ("RACE DETECTED" in printed.getvalue()) == races, printed.getvalue()[:2000]
 
@@ -36,7 +42,11 @@ def integers(shape, tile, seed=0) -> QTensor:
     """Small integers with power-of-two scales, whose products float32 adds exactly in any order."""
     rng = np.random.default_rng(seed)
     tiles = (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
-    return QTensor(jnp.asarray(rng.integers(-8, 9, shape), jnp.float8_e4m3fn), jnp.asarray(2.0 ** rng.integers(-3, 4, tiles), jnp.float32), tile)
+    return QTensor(
+        jnp.asarray(rng.integers(-8, 9, shape), jnp.float8_e4m3fn),
+        jnp.asarray(2.0 ** rng.integers(-3, 4, tiles), jnp.float32),
+        tile,
+    )
 
 
 def struct(shape, tile) -> QTensor:

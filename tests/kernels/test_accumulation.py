@@ -13,7 +13,8 @@ from kernels_pallas.matmul import api, reference
 from kernels_pallas.matmul.accumulation import partial_product, truncate
 from kernels_pallas.qtensor import GRADIENT
 
-UNIT = 2.0**40  # an E4M3 number is a multiple of 2^-9, a product of two of 2^-18, what is left of one after cutting of 2^-31 or more
+# an E4M3 number is a multiple of 2^-9, a product of two of 2^-18, what is left of one after cutting of 2^-31 or more
+UNIT = 2.0**40
 
 
 def cut(x: int, bits: int) -> int:
@@ -26,7 +27,8 @@ def fourteen_bits(x: int) -> int:
 
 
 def tensor_core(a_k, b_k) -> int:
-    """Hopper's sum of products, in units of 1/UNIT: of 32 products and the sum so far only bits down to 2^-13 of the largest count."""
+    """Hopper's sum of products, in units of 1/UNIT: of 32 products and the sum so far only bits down to 2^-13 of the
+    largest count."""
     total = 0
     for start in range(0, len(a_k), 32):
         pairs = zip(a_k[start : start + 32], b_k[start : start + 32], strict=True)
@@ -40,7 +42,13 @@ def register(a_k, b_k) -> int:
     """Sums of 32 are exact; the running sum keeps 14 bits."""
     total = 0
     for start in range(0, len(a_k), 32):
-        total = fourteen_bits(total + sum(int(float(a) * float(b) * UNIT) for a, b in zip(a_k[start : start + 32], b_k[start : start + 32], strict=True)))
+        total = fourteen_bits(
+            total
+            + sum(
+                int(float(a) * float(b) * UNIT)
+                for a, b in zip(a_k[start : start + 32], b_k[start : start + 32], strict=True)
+            )
+        )
     return total
 
 
@@ -50,7 +58,9 @@ def emulated(core, a_MK, b_NK, promote_every):
     for i, a in enumerate(a_MK):
         for j, b in enumerate(b_NK):
             for start in range(0, len(a), promote_every):
-                result[i, j] += np.float32(core(a[start : start + promote_every], b[start : start + promote_every]) / UNIT)
+                result[i, j] += np.float32(
+                    core(a[start : start + promote_every], b[start : start + promote_every]) / UNIT
+                )
     return result
 
 
@@ -60,15 +70,23 @@ def plain(values) -> QTensor:
 
 
 def product(a, b, promote_every, accumulator="float32"):
-    return np.asarray(oracle.call(fp8_matmul, a, b, out_dtype=jnp.float32, accumulation=Accumulation(promote_every, accumulator)))
+    return np.asarray(
+        oracle.call(fp8_matmul, a, b, out_dtype=jnp.float32, accumulation=Accumulation(promote_every, accumulator))
+    )
 
 
 def numbers(kind, rows, depth, seed):
     rng = np.random.default_rng(seed)
     if kind == "any E4M3":
-        values = rng.integers(0, 256, size=(rows, depth), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        values = (
+            rng.integers(0, 256, size=(rows, depth), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        )
         return np.where(np.isfinite(values), values, 0)
-    values = {"normal": rng.normal(size=(rows, depth)), "uniform": rng.uniform(size=(rows, depth)), "zeros": np.zeros((rows, depth))}[kind]
+    values = {
+        "normal": rng.normal(size=(rows, depth)),
+        "uniform": rng.uniform(size=(rows, depth)),
+        "zeros": np.zeros((rows, depth)),
+    }[kind]
     return values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -85,7 +103,8 @@ def test_hopper_is_exactly_the_cut_sum_of_integers(kind, promote_every):
 def test_register_is_exactly_the_cut_sum_of_integers(promote_every):
     depth = 1056
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 16, size=(2, depth)) / 8, rng.integers(0, 16, size=(3, depth)) / 16  # sums of 32 fit into float32
+    # sums of 32 fit into float32
+    a, b = rng.integers(0, 16, size=(2, depth)) / 8, rng.integers(0, 16, size=(3, depth)) / 16
     got = product(plain(a), plain(b), promote_every, "fp22_register")
     expected = emulated(register, a, b, promote_every or depth)
     np.testing.assert_array_equal(got, expected)
@@ -115,7 +134,8 @@ def test_tiny_products_are_summed_too(accumulator):
     a, b = jnp.full((1, 256), 1e-33, jnp.float32), jnp.full((1, 256), 1e-3, jnp.float32)
     kept = product(oracle.call(quantize, a, quantizer=GRADIENT), oracle.call(quantize, b), None, accumulator)
     assert abs(kept.item() / 2.56e-34 - 1) < 0.1
-    assert product(oracle.call(quantize, a), oracle.call(quantize, b), None, accumulator) == 0  # the released clamp leaves nothing of them
+    # the released clamp leaves nothing of them
+    assert product(oracle.call(quantize, a), oracle.call(quantize, b), None, accumulator) == 0
 
 
 def relative_errors(kind, accumulator, promote_every, depths=(256, 4096)):
@@ -149,7 +169,12 @@ def test_promotion_left_out_is_caught():
     def without(a, b, accumulation, out_dtype):
         return right(a, b, Accumulation(None, accumulation.accumulator), out_dtype)
 
-    with oracle.planted(api, "MATMUL", dataclasses.replace(api.MATMUL, implementations={"xla": (without, lambda *_: None)})), pytest.raises(AssertionError):
+    with (
+        oracle.planted(
+            api, "MATMUL", dataclasses.replace(api.MATMUL, implementations={"xla": (without, lambda *_: None)})
+        ),
+        pytest.raises(AssertionError),
+    ):
         check_promotion("uniform", "hopper_fp22")
 
 
@@ -174,7 +199,12 @@ def test_scales_finer_than_the_promotion_do_not_promote(promote_every):
     """They multiply what is summed: scales are powers of two here, so that E4M3 holds the scaled numbers as well."""
     rng = np.random.default_rng(0)
     tiled = [
-        QTensor(jnp.asarray(rng.integers(8, 16, size=(3, 512)) / 8, jnp.float8_e4m3fn), 2.0 ** rng.integers(-2, 3, size=(3, 4)), (1, 128)) for _ in range(2)
+        QTensor(
+            jnp.asarray(rng.integers(8, 16, size=(3, 512)) / 8, jnp.float8_e4m3fn),
+            2.0 ** rng.integers(-2, 3, size=(3, 4)),
+            (1, 128),
+        )
+        for _ in range(2)
     ]
     scaled = [plain(oracle.exact(q)) for q in tiled]
     got = product(*tiled, promote_every, "fp22_register")
@@ -183,7 +213,12 @@ def test_scales_finer_than_the_promotion_do_not_promote(promote_every):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [(dict(accumulator="fp16"), "one of float32"), (dict(promote_every=100), "a multiple of 32"), (dict(promote_every=0), "multiple")]
+    ("fields", "message"),
+    [
+        (dict(accumulator="fp16"), "one of float32"),
+        (dict(promote_every=100), "a multiple of 32"),
+        (dict(promote_every=0), "multiple"),
+    ],
 )
 def test_an_accumulation_that_is_none_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -17,10 +17,17 @@ from kernels_pallas.matmul.tuning_sm90 import Config
 
 
 def test_shapes_are_those_of_v3():
-    assert LINEARS["q_a and kv_a"] == (1536 + 512 + 64, 7168) and LINEARS["q_b"] == (128 * 192, 1536) and LINEARS["o"] == (7168, 128 * 128)
+    assert (
+        LINEARS["q_a and kv_a"] == (1536 + 512 + 64, 7168)
+        and LINEARS["q_b"] == (128 * 192, 1536)
+        and LINEARS["o"] == (7168, 128 * 128)
+    )
     all_shapes = shapes()
     assert len(all_shapes) == len(set(all_shapes)) == 4 * 7 + 7 + 4 + 4
-    assert deepgemm(Shape("dense", "o", 4096, 7168, 16384)) == 1358 and deepgemm(Shape("dense", "o", 1, 7168, 16384)) is None
+    assert (
+        deepgemm(Shape("dense", "o", 4096, 7168, 16384)) == 1358
+        and deepgemm(Shape("dense", "o", 1, 7168, 16384)) is None
+    )
     one = Shape("grouped", "down", 8, 4, 2, groups=3)
     assert one.flops == 3 * 2 * 8 * 4 * 2 and one.bytes == 3 * ((8 + 4) * 2 + 8 * 4 * 2)
 
@@ -29,7 +36,10 @@ def test_shapes_are_those_of_v3():
     "only, names",
     [
         ("weight gradient, down", ["weight gradient, down", *2 * ["grouped weight gradient, down"]]),
-        ("quantize", ["quantize_tile", "quantize_block", "quantize_transposed", "requantize_transposed", "swiglu_quantize"]),
+        (
+            "quantize",
+            ["quantize_tile", "quantize_block", "quantize_transposed", "requantize_transposed", "swiglu_quantize"],
+        ),
         ("attention", ["attention, forward", "attention, forward and gradients"]),
     ],
 )
@@ -52,7 +62,13 @@ def fast(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "planted", [lambda y: jnp.roll(y, 1, axis=-1), lambda y: 1.02 * y, lambda y: y.at[128:, :128].set(0), lambda y: y.at[3, 5].set(jnp.nan)]
+    "planted",
+    [
+        lambda y: jnp.roll(y, 1, axis=-1),
+        lambda y: 1.02 * y,
+        lambda y: y.at[128:, :128].set(0),
+        lambda y: y.at[3, 5].set(jnp.nan),
+    ],
 )
 def test_a_wrong_product_is_reported(planted, monkeypatch):
     """Moved by one, scaled by 2%, one tile missing, one number that is none."""
@@ -70,7 +86,11 @@ def test_a_product_without_promotion_is_reported(monkeypatch):
     right, deep = measure.fp8_matmul, Shape("weight gradient", "down", 8, 8, 4096)
     for promote_every, verdict in ((128, "right"), (None, "WRONG")):
         accumulation = Accumulation(promote_every, "hopper_fp22")
-        monkeypatch.setattr(measure, "fp8_matmul", lambda *x, accumulation=accumulation, **fields: right(*x, accumulation=accumulation, **fields))
+        monkeypatch.setattr(
+            measure,
+            "fp8_matmul",
+            lambda *x, accumulation=accumulation, **fields: right(*x, accumulation=accumulation, **fields),
+        )
         assert measure.product_row(deep, LIMITS, "xla")["verdict"] == verdict
 
 
@@ -89,7 +109,9 @@ def test_a_scale_off_by_one_tile_is_reported(monkeypatch):
 def test_wrong_attention_is_reported(monkeypatch):
     fast(monkeypatch)
     right = operations.attention
-    planted = lambda *x, implementation, **fields: right(*x, implementation="xla", **fields) * (1.05 if implementation is None else 1)
+    planted = lambda *x, implementation, **fields: (
+        right(*x, implementation="xla", **fields) * (1.05 if implementation is None else 1)
+    )
     monkeypatch.setattr(operations, "attention", planted)
     assert operations.attention_row("attention, forward", True, None)["verdict"] == "WRONG"
 
@@ -108,7 +130,11 @@ def test_difference_is_that_of_the_worst_piece():
     x = jnp.ones((2, 256, 256))
     y = x.at[1, 200, 200].set(2.0)
     assert accuracy.difference(x, y) == pytest.approx(1 / (2 * 128**2 + 3), rel=1e-5)
-    assert accuracy.difference(x, x) == 0 and accuracy.difference(0 * x, 0 * x) == 0 and accuracy.difference(x, x.at[0, 0, 0].set(jnp.nan)) == jnp.inf
+    assert (
+        accuracy.difference(x, x) == 0
+        and accuracy.difference(0 * x, 0 * x) == 0
+        and accuracy.difference(x, x.at[0, 0, 0].set(jnp.nan)) == jnp.inf
+    )
 
 
 def test_the_cache_is_emptied_right_before_what_is_timed(monkeypatch):
@@ -128,7 +154,11 @@ def test_the_cache_is_emptied_right_before_what_is_timed(monkeypatch):
 @compiles
 def test_machine_code():
     (row,) = bench.main(["--aot", "--only=dense, down"])[-1:]
-    assert row["shape"] == "4096 × 7168 × 2048" and row["spilled bytes"] == 0 and row["matrix instructions"] % 4 == 0 < row["matrix instructions"]
+    assert (
+        row["shape"] == "4096 × 7168 × 2048"
+        and row["spilled bytes"] == 0
+        and row["matrix instructions"] % 4 == 0 < row["matrix instructions"]
+    )
     assert row["blocks per core"] >= 1
     others = bench.main(["--aot", "--only=bfloat16"]) + bench.main(["--aot", "--only=attention"])
     assert len(others) == 6 and all(row["spilled bytes"] == 0 < row["matrix instructions"] for row in others)
@@ -137,7 +167,9 @@ def test_machine_code():
 def test_the_fastest_configuration_is_taken_up(tmp_path, monkeypatch):
     wanted = Config(64, "n", minor=1, width=16).fitting(jnp.bfloat16)
     shape = Shape("dense", "down", 64, 256, 128)
-    operation, config, best = tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, lambda *_: 0.0)
+    operation, config, best = tune.fastest(
+        shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, lambda *_: 0.0
+    )
     assert (operation, config, best) == ("fp8_matmul", wanted, 1.0)
     wrong = lambda shape, both, run: 1.0 if run.args == (wanted,) else 0.0
     assert tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, wrong)[1] != wanted

@@ -40,7 +40,9 @@ def check_integers(sizes, num_rows=R, alignment=1, tile=(1, 128), accumulation=A
     """Bit-equal to the loop in float64, which is exact."""
     a = oracle.small_integers(num_rows, K, 0, tile)
     b = oracle.small_integers(N, K, 1, (128, 128), groups=(len(sizes),))
-    np.testing.assert_array_equal(grouped(a, b, sizes, alignment, accumulation), loop(oracle.exact(a), oracle.exact(b), sizes))
+    np.testing.assert_array_equal(
+        grouped(a, b, sizes, alignment, accumulation), loop(oracle.exact(a), oracle.exact(b), sizes)
+    )
 
 
 @pytest.mark.parametrize("sizes", RAGGED, ids=str)
@@ -66,7 +68,9 @@ def test_within_bounds_of_float64(kind):
     x, w = oracle.matrix(kind, R, K), oracle.matrix("normal", 4 * N, K, 1).reshape(4, N, K)
     a, b = oracle.call(quantize_tile, x), oracle.call(quantize_block, w)
     got, a64, b64 = grouped(a, b, sizes), oracle.exact(a), oracle.exact(b)
-    assert np.all(np.abs(got - loop(a64, b64, sizes)) <= 200 * oracle.ROUNDOFF * loop(np.abs(a64), np.abs(b64), sizes) + 1e-30)
+    assert np.all(
+        np.abs(got - loop(a64, b64, sizes)) <= 200 * oracle.ROUNDOFF * loop(np.abs(a64), np.abs(b64), sizes) + 1e-30
+    )
     meant = loop(x.astype(np.float64), w.astype(np.float64), sizes)
     for rows in oracle.slices(sizes):
         assert oracle.calc_diff(got[rows], meant[rows]) < 1e-3
@@ -88,7 +92,9 @@ def check_weight_gradient_integers(sizes, accumulation=Accumulation(), tile=(1, 
     np.testing.assert_array_equal(weight_gradient(x, dy, sizes, accumulation), expected)
 
 
-@pytest.mark.parametrize("accumulation", [Accumulation(), Accumulation(None), Accumulation(256, "fp22_register")], ids=str)
+@pytest.mark.parametrize(
+    "accumulation", [Accumulation(), Accumulation(None), Accumulation(256, "fp22_register")], ids=str
+)
 @pytest.mark.parametrize("sizes", ALIGNED, ids=str)
 def test_weight_gradient_of_small_integers_is_exact(sizes, accumulation):
     check_weight_gradient_integers(sizes, accumulation)
@@ -110,7 +116,11 @@ def test_weight_gradient_within_bounds_of_float64():
 def test_a_nan_stays_in_its_group(promote_every):
     x, dy = oracle.matrix("normal", 256, 30), oracle.matrix("normal", 256, 20, 1)
     x[130, 3], dy[200, 5] = np.nan, np.inf
-    spoilt = np.isnan(weight_gradient(*(oracle.call(quantize_transposed, z) for z in (x, dy)), [128, 128], Accumulation(promote_every)))
+    spoilt = np.isnan(
+        weight_gradient(
+            *(oracle.call(quantize_transposed, z) for z in (x, dy)), [128, 128], Accumulation(promote_every)
+        )
+    )
     assert not spoilt[0].any() and spoilt[1, 3].all() and spoilt[1, :, 5].all() and spoilt[1].sum() == 30 + 20 - 1
     y = grouped(oracle.call(quantize_tile, x), oracle.call(quantize_block, np.ones((2, 8, 30), np.float32)), [131, 100])
     assert np.isnan(y[130]).all() and np.isfinite(np.delete(y, 130, axis=0)).all() and not y[231:].any()
@@ -143,7 +153,10 @@ def test_rows_keep_their_scales_where_they_go(scope):
 
 def test_group_boundaries_off_by_one_are_caught():
     pad, right = layout.pad_groups, layout.group_of
-    with oracle.planted(reference, "pad_groups", lambda sizes, *args: pad(sizes.at[0].add(1).at[2].add(-1), *args)), pytest.raises(AssertionError):
+    with (
+        oracle.planted(reference, "pad_groups", lambda sizes, *args: pad(sizes.at[0].add(1).at[2].add(-1), *args)),
+        pytest.raises(AssertionError),
+    ):
         check_integers(RAGGED[0])
     with oracle.planted(reference, "group_of", lambda rows, sizes: right(rows + 128, sizes)):
         with pytest.raises(AssertionError):

@@ -33,18 +33,25 @@ SMALL = SHAPES["ragged"]
 RAGGED, GROUPED_SHAPE = [[50, 0, 57, 23], [0, 0, 1, 149], [0, 0, 0, 0], [150, 0, 0, 0]], (150, 200, 130)
 E5M6 = Quantizer(format="e5m6", power_of_two=True)  # what V3 keeps of the attention's output
 
-# E4M3 rounds an evenly spread number with a relative error of 2.6% rms, so that each rounding adds 3.4e-4 to `calc_diff`: forward and input
-# gradient have two. x is rounded a second time, along rows, for the weight gradient: three are 1.02e-3, and a few per cent are left for chance.
+# E4M3 rounds an evenly spread number with a relative error of 2.6% rms, so that each rounding adds 3.4e-4 to
+# `calc_diff`: forward and input gradient have two. x is rounded a second time, along rows, for the weight gradient:
+# three are 1.02e-3, and a few per cent are left for chance.
 TWO_ROUNDINGS, THREE_ROUNDINGS = 1e-3, 1.15e-3
-# SwiGLU: gate and up are kept rounded, the gradients are products of what depends on both; W's has hidden and dy rounded as well.
+# SwiGLU: gate and up are kept rounded, the gradients are products of what depends on both; W's has hidden and dy
+# rounded as well.
 SWIGLU_GRADIENT, SWIGLU_WEIGHT_GRADIENT = 2e-3, 2.2e-3
 
 
 def operands(shape, groups=None, seed=0):
     """x [N, D], W [D, F] or [G, D, F], dy [N, F]; dy as small as gradients of a mean over many tokens are."""
     rows, width, features = shape
-    x, dy = oracle.matrix("normal", rows, width, seed), oracle.matrix("normal", rows, features, seed + 2) * np.float32(1e-9)
-    w = oracle.matrix("normal", (groups or 1) * width, features, seed + 1).reshape(*([groups] if groups else []), width, features)
+    x, dy = (
+        oracle.matrix("normal", rows, width, seed),
+        oracle.matrix("normal", rows, features, seed + 2) * np.float32(1e-9),
+    )
+    w = oracle.matrix("normal", (groups or 1) * width, features, seed + 1).reshape(
+        *([groups] if groups else []), width, features
+    )
     return x, w, dy
 
 
@@ -62,7 +69,11 @@ def swiglu_gradients(gate, up, w, dy, sizes=None, **static):
     """-> y, dgate, dup, dW."""
 
     def call(gate, up, w):
-        return fp8_swiglu_linear(gate, up, w, **static) if sizes is None else fp8_grouped_swiglu_linear(gate, up, w, sizes, **static)
+        return (
+            fp8_swiglu_linear(gate, up, w, **static)
+            if sizes is None
+            else fp8_grouped_swiglu_linear(gate, up, w, sizes, **static)
+        )
 
     y, pull = jax.vjp(call, gate, up, w)
     return y, *pull(dy)
@@ -91,20 +102,27 @@ def exact_swiglu_gradients(gate, up, w, dy, sizes=None):
 
 
 def check(got, expected, bounds):
-    for name, array, exact, bound in zip(("y", "first gradient", "second gradient", "third gradient"), got, expected, bounds, strict=False):
+    for name, array, exact, bound in zip(
+        ("y", "first gradient", "second gradient", "third gradient"), got, expected, bounds, strict=False
+    ):
         assert array.shape == exact.shape and np.all(np.isfinite(array))
         assert oracle.calc_diff(array, exact) < bound, name
 
 
 def check_linear(shape, sizes=None, format=LinearFormat(), alignment=1):
-    """y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on its own."""
+    """y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on its
+    own."""
     x, w, dy = operands(shape, None if sizes is None else len(sizes))
     static = {"format": format} | ({} if sizes is None else {"alignment": alignment})
     got = oracle.call(gradients, x, w, dy, None if sizes is None else jnp.asarray(sizes), **static)
     expected = exact_gradients(x, w, dy, sizes)
     check(got, expected, (TWO_ROUNDINGS, TWO_ROUNDINGS, THREE_ROUNDINGS))
     x, w, dy, y, dx, dw = as_float64((x, w, dy, *got))
-    groups = [(np.s_[:], w, dw, expected[2])] if sizes is None else zip(oracle.slices(sizes), w, dw, expected[2], strict=True)
+    groups = (
+        [(np.s_[:], w, dw, expected[2])]
+        if sizes is None
+        else zip(oracle.slices(sizes), w, dw, expected[2], strict=True)
+    )
     for rows, weight, gradient, exact in groups:
         assert np.all(np.abs(y[rows] - expected[0][rows]) <= oracle.six_deviations(x[rows], weight.T, 2))
         assert np.all(np.abs(dx[rows] - expected[1][rows]) <= oracle.six_deviations(dy[rows], weight, 2))
@@ -125,7 +143,9 @@ def test_gradients_of_ragged_groups(sizes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes", "alignment"), [((384, 256, 64), [128, 0, 256], 128), ((1, 130, 70), [0, 1], 1), ((24, 576, 40), [8, 0, 16], 8)], ids=str
+    ("shape", "sizes", "alignment"),
+    [((384, 256, 64), [128, 0, 256], 128), ((1, 130, 70), [0, 1], 1), ((24, 576, 40), [8, 0, 16], 8)],
+    ids=str,
 )
 def test_gradients_of_aligned_groups_of_one_row_and_of_cut_off_tiles(shape, sizes, alignment):
     check_linear(shape, sizes, alignment=alignment)
@@ -133,11 +153,20 @@ def test_gradients_of_aligned_groups_of_one_row_and_of_cut_off_tiles(shape, size
 
 def test_gradients_of_groups_with_coarse_scales():
     """The rows of a group are moved with the scales they share with others."""
-    check_linear(GROUPED_SHAPE, RAGGED[0], LinearFormat(input=Quantizer("block"), gradient=Quantizer("tensor", min_amax=1e-30)))
+    check_linear(
+        GROUPED_SHAPE, RAGGED[0], LinearFormat(input=Quantizer("block"), gradient=Quantizer("tensor", min_amax=1e-30))
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes"), [(SHAPES["aligned"], None), (SMALL, None), (SHAPES["one row"], None), (GROUPED_SHAPE, RAGGED[0]), (GROUPED_SHAPE, RAGGED[1])]
+    ("shape", "sizes"),
+    [
+        (SHAPES["aligned"], None),
+        (SMALL, None),
+        (SHAPES["one row"], None),
+        (GROUPED_SHAPE, RAGGED[0]),
+        (GROUPED_SHAPE, RAGGED[1]),
+    ],
 )
 def test_gradients_of_swiglu(shape, sizes):
     gate, w, dy = operands(shape, sizes and len(sizes))
@@ -145,13 +174,19 @@ def test_gradients_of_swiglu(shape, sizes):
     got = oracle.call(swiglu_gradients, gate, up, w, dy, sizes and jnp.asarray(sizes))
     expected = exact_swiglu_gradients(gate, up, w, dy, sizes)
     few = 1.5 if len(gate) == 1 else 1  # rows: the largest of a handful of numbers decides, and may be rounded badly
-    check(got, expected, [few * bound for bound in (TWO_ROUNDINGS, SWIGLU_GRADIENT, SWIGLU_GRADIENT, SWIGLU_WEIGHT_GRADIENT)])
+    check(
+        got,
+        expected,
+        [few * bound for bound in (TWO_ROUNDINGS, SWIGLU_GRADIENT, SWIGLU_GRADIENT, SWIGLU_WEIGHT_GRADIENT)],
+    )
 
 
 SUBSETS = [tuple(product for i, product in enumerate(PRODUCTS) if chosen >> i & 1) for chosen in range(8)]
 
 
-@pytest.mark.parametrize(("sizes", "products"), [(None, p) for p in SUBSETS] + [([9, 0, 20], p) for p in SUBSETS if len(p) < 2], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "products"), [(None, p) for p in SUBSETS] + [([9, 0, 20], p) for p in SUBSETS if len(p) < 2], ids=str
+)
 def test_each_product_runs_in_the_precision_that_is_asked_for(sizes, products):
     x, w, dy = operands((37, 130, 40), sizes and len(sizes))
     got = oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=LinearFormat(products=products))
@@ -169,10 +204,15 @@ def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
     assert ("forward" in products) == (oracle.calc_diff(got[0], expected[0]) > 1e-4)
 
 
-# Roundings of x for the weight gradient beside that to E4M3 along rows and that of dy: E5M6's has a variance 64 times smaller, E5M2's 4 times larger.
+# Roundings of x for the weight gradient beside that to E4M3 along rows and that of dy: E5M6's has a variance 64 times
+# smaller, E5M2's 4 times larger.
 @pytest.mark.parametrize(
     ("saved", "least", "most"),
-    [(Quantizer(power_of_two=True), 0.9e-3, 1.15e-3), (E5M6, 0.6e-3, 0.8e-3), (Quantizer(format="float8_e5m2"), 1.7e-3, 2.4e-3)],
+    [
+        (Quantizer(power_of_two=True), 0.9e-3, 1.15e-3),
+        (E5M6, 0.6e-3, 0.8e-3),
+        (Quantizer(format="float8_e5m2"), 1.7e-3, 2.4e-3),
+    ],
     ids=lambda value: getattr(value, "format", ""),
 )
 def test_what_is_saved_for_the_weight_gradient_may_have_another_format(saved, least, most):
@@ -197,11 +237,23 @@ def test_the_backward_pass_holds_x_in_eight_bits():
     in_e4m3 = [((48, 2), "float32"), ((48, 256), "float8_e4m3fn"), ((256, 96), "float32")]
     assert kept(fp8_linear, x, jnp.asarray(w)) == in_e4m3
     sizes = jnp.array([48])
-    assert kept(lambda x, w: fp8_grouped_linear(x, w, sizes), x, jnp.asarray(w[None])) == sorted([((1,), "int32"), *in_e4m3[:2], ((1, 256, 96), "float32")])
-    for format, dtype in ((LinearFormat(saved=E5M6), "bfloat16"), (LinearFormat(saved=Quantizer(format="float8_e5m2")), "float8_e5m2")):
-        assert kept(lambda x, w, format=format: fp8_linear(x, w, format=format), x, jnp.asarray(w)) == [in_e4m3[0], ((48, 256), dtype), in_e4m3[2]]
+    assert kept(lambda x, w: fp8_grouped_linear(x, w, sizes), x, jnp.asarray(w[None])) == sorted(
+        [((1,), "int32"), *in_e4m3[:2], ((1, 256, 96), "float32")]
+    )
+    for format, dtype in (
+        (LinearFormat(saved=E5M6), "bfloat16"),
+        (LinearFormat(saved=Quantizer(format="float8_e5m2")), "float8_e5m2"),
+    ):
+        assert kept(lambda x, w, format=format: fp8_linear(x, w, format=format), x, jnp.asarray(w)) == [
+            in_e4m3[0],
+            ((48, 256), dtype),
+            in_e4m3[2],
+        ]
     without = LinearFormat(products=PRODUCTS[:2])  # the weight gradient wants x as it was
-    assert kept(lambda x, w: fp8_linear(x, w, format=without), x, jnp.asarray(w)) == [((48, 256), "bfloat16"), in_e4m3[2]]
+    assert kept(lambda x, w: fp8_linear(x, w, format=without), x, jnp.asarray(w)) == [
+        ((48, 256), "bfloat16"),
+        in_e4m3[2],
+    ]
 
 
 def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
@@ -217,7 +269,10 @@ def test_each_product_sums_as_it_is_asked_to(sizes):
     """Numbers of one sign, so that a sum which is never promoted comes out smaller than one in float32."""
     x, w, dy = (np.abs(z) for z in operands((37, 130, 40), sizes and len(sizes)))
     narrow = LinearFormat(accumulation=Accumulation(None, "fp22_register"))
-    got, exact = (oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=format) for format in (narrow, LinearFormat()))
+    got, exact = (
+        oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=format)
+        for format in (narrow, LinearFormat())
+    )
     for product, cut, whole in zip(PRODUCTS, got, exact, strict=True):
         assert 1e-5 < 1 - np.sum(cut) / np.sum(whole) < 1e-3, product
 
@@ -238,10 +293,17 @@ def test_weights_may_come_quantised(forward, format):
     inputs = (x, x) if forward is fp8_swiglu_linear else (x,)
     q = oracle.call(quantize_block, w)
     same = w if format.products else np.float32(oracle.exact(q))
-    np.testing.assert_array_equal(oracle.call(forward, *inputs, q, *more, format=format), oracle.call(forward, *inputs, same, *more, format=format))
+    np.testing.assert_array_equal(
+        oracle.call(forward, *inputs, q, *more, format=format),
+        oracle.call(forward, *inputs, same, *more, format=format),
+    )
 
 
-@pytest.mark.parametrize("format", [LinearFormat(), LinearFormat(products=("forward", "weight_gradient"))], ids=["FP8", "plain input gradient"])
+@pytest.mark.parametrize(
+    "format",
+    [LinearFormat(), LinearFormat(products=("forward", "weight_gradient"))],
+    ids=["FP8", "plain input gradient"],
+)
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
 def test_weights_may_be_prepared(forward, format):
     """The same numbers, forward and backward; the master copy is not kept."""
@@ -262,10 +324,13 @@ def test_weights_may_be_prepared(forward, format):
     assert keeps == ("input_gradient" not in format.products)
 
 
-@pytest.mark.parametrize("products", [PRODUCTS, ("forward",), ("weight_gradient",)], ids=["FP8", "forward", "weight gradient"])
+@pytest.mark.parametrize(
+    "products", [PRODUCTS, ("forward",), ("weight_gradient",)], ids=["FP8", "forward", "weight gradient"]
+)
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear])
 def test_rows_may_be_prepared_and_then_moved(forward, products):
-    """Quantised where there is one row for each token, then copied: the numbers of copying first, forward and backward."""
+    """Quantised where there is one row for each token, then copied: the numbers of copying first, forward and
+    backward."""
     format = LinearFormat(products=products)
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     rows = np.random.default_rng(1).integers(0, 25, 37)
@@ -297,17 +362,32 @@ def test_zeros_give_zeros_and_a_nan_stays_in_its_row():
     assert dw[:128].all() and dw[:, 2].all() and not np.delete(dw[128:], 2, axis=1).any()  # x was kept in tiles of 128
 
 
-@pytest.mark.parametrize("planted", ["scales off by one tile", "groups off by one block", "released clamp of gradients", "x not scaled again"])
+@pytest.mark.parametrize(
+    "planted",
+    ["scales off by one tile", "groups off by one block", "released clamp of gradients", "x not scaled again"],
+)
 def test_planted_errors_are_caught(planted):
     spread, group_of, quantize = reference.spread, grouped_reference.group_of, vjp.quantize
 
     def not_again(q, quantizer, **how):  # the tiles of the other axis, with the largest scale there is
-        return QTensor(requantize_transposed(q, quantizer, **how).values, jnp.full((q.shape[1], -(-q.shape[0] // 128)), jnp.max(q.scales)), (1, 128))
+        return QTensor(
+            requantize_transposed(q, quantizer, **how).values,
+            jnp.full((q.shape[1], -(-q.shape[0] // 128)), jnp.max(q.scales)),
+            (1, 128),
+        )
 
     wrong = {
-        "scales off by one tile": (reference, "spread", lambda scales, *tile: spread(jnp.roll(scales, 1, axis=-1), *tile)),
+        "scales off by one tile": (
+            reference,
+            "spread",
+            lambda scales, *tile: spread(jnp.roll(scales, 1, axis=-1), *tile),
+        ),
         "groups off by one block": (grouped_reference, "group_of", lambda rows, sizes: group_of(rows + 16, sizes)),
-        "released clamp of gradients": (vjp, "quantize", lambda x, q, **how: quantize(x, dataclasses.replace(q, min_amax=1e-4), **how)),
+        "released clamp of gradients": (
+            vjp,
+            "quantize",
+            lambda x, q, **how: quantize(x, dataclasses.replace(q, min_amax=1e-4), **how),
+        ),
         "x not scaled again": (vjp, "requantize_transposed", not_again),
     }[planted]
     with oracle.planted(*wrong), pytest.raises(AssertionError):

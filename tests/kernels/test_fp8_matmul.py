@@ -6,7 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas import Accumulation, QTensor, Quantizer, Unsupported, fp8_matmul, quantize, quantize_block, quantize_tile
+from kernels_pallas import (
+    Accumulation,
+    QTensor,
+    Quantizer,
+    Unsupported,
+    fp8_matmul,
+    quantize,
+    quantize_block,
+    quantize_tile,
+)
 from kernels_pallas.matmul import reference
 
 SHAPES = [(1, 128, 128), (7, 130, 576), (3, 5, 100), (1, 64, 1)]
@@ -36,7 +45,8 @@ def test_small_integers_are_exact_however_they_are_summed(accumulator, promote_e
 
 
 def check_against_float64(x, w, quantizers=(Quantizer(), Quantizer("block")), accumulation=Accumulation()):
-    """Within rounding of the quantised product, within the sum of all half steps of the product that was meant; and `calc_diff`."""
+    """Within rounding of the quantised product, within the sum of all half steps of the product that was meant; and
+    `calc_diff`."""
     a, b = (oracle.call(quantize, z, quantizer=quantizer) for z, quantizer in zip((x, w), quantizers, strict=True))
     got = product(a, b, accumulation).astype(np.float64)
     a64, b64, parts = oracle.exact(a), oracle.exact(b), -(-x.shape[1] // 32)
@@ -58,7 +68,9 @@ def test_within_bounds_of_float64(kind, other):
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 130, 128), (17, 40, 1000), (17, 40, 4096), (1, 40, 16384)])
 def test_depth_and_rows(rows, columns, depth):
-    assert check_against_float64(oracle.matrix("normal", rows, depth), oracle.matrix("normal", columns, depth, 1)) < 1e-3
+    assert (
+        check_against_float64(oracle.matrix("normal", rows, depth), oracle.matrix("normal", columns, depth, 1)) < 1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,11 +87,20 @@ def test_depth_and_rows(rows, columns, depth):
     ids=range(7),
 )
 def test_other_scales(quantizers, promote_every):
-    assert check_against_float64(oracle.matrix("normal", 33, 576), oracle.matrix("normal", 130, 576, 1), quantizers, Accumulation(promote_every)) < 1e-3
+    assert (
+        check_against_float64(
+            oracle.matrix("normal", 33, 576),
+            oracle.matrix("normal", 130, 576, 1),
+            quantizers,
+            Accumulation(promote_every),
+        )
+        < 1e-3
+    )
 
 
 def test_fine_scales_save_small_numbers_beside_outliers_and_coarse_ones_do_not():
-    """Rows of which each third is 1e5 times larger: the error of the others, which the whole matrix's `calc_diff` does not see."""
+    """Rows of which each third is 1e5 times larger: the error of the others, which the whole matrix's `calc_diff` does
+    not see."""
     x, w = oracle.matrix("normal", 33, 256), oracle.matrix("normal", 64, 256, 1)
     x[::3] *= 1e5
     expected = x[1::3].astype(np.float64) @ w.T.astype(np.float64)
@@ -101,7 +122,10 @@ def test_what_is_not_a_number_spoils_what_depends_on_it(bad):
 
 
 def test_the_result_is_rounded_once():
-    a, b = oracle.call(quantize_tile, oracle.matrix("normal", 9, 300)), oracle.call(quantize_block, oracle.matrix("normal", 20, 300, 1))
+    a, b = (
+        oracle.call(quantize_tile, oracle.matrix("normal", 9, 300)),
+        oracle.call(quantize_block, oracle.matrix("normal", 20, 300, 1)),
+    )
     exact = product(a, b)
     for dtype, as_numpy in ((jnp.bfloat16, ml_dtypes.bfloat16), (jnp.float16, np.float16)):
         np.testing.assert_array_equal(product(a, b, out_dtype=dtype), exact.astype(as_numpy))
@@ -110,12 +134,16 @@ def test_the_result_is_rounded_once():
 def test_an_operand_may_lie_the_other_way():
     w = oracle.matrix("normal", 300, 130, 1)  # [K, N], as a Linear keeps it
     a = oracle.call(quantize_tile, oracle.matrix("normal", 4, 300))
-    np.testing.assert_array_equal(product(a, oracle.call(quantize_block, w).mT), product(a, oracle.call(quantize_block, w.T.copy())))
+    np.testing.assert_array_equal(
+        product(a, oracle.call(quantize_block, w).mT), product(a, oracle.call(quantize_block, w.T.copy()))
+    )
 
 
 def test_scales_off_by_one_tile_are_caught():
     right = reference.spread
-    with oracle.planted(reference, "spread", lambda scales, tile, shape: right(jnp.roll(scales, 1, axis=-1), tile, shape)):
+    with oracle.planted(
+        reference, "spread", lambda scales, tile, shape: right(jnp.roll(scales, 1, axis=-1), tile, shape)
+    ):
         with pytest.raises(AssertionError):
             check_integers((7, 130, 576), ((1, 128), (128, 128)), Accumulation())
         for kind in ("normal", "outlier_channels"):
@@ -128,7 +156,11 @@ def test_a_wrong_sum_is_caught(planted):
     right = reference.partial_product
 
     def wrong(a_Mk, b_Nk, accumulator):
-        return right(a_Mk.at[:, -1].set(0), b_Nk, accumulator) if planted == "a part left out" else 2 * right(a_Mk, b_Nk, accumulator)
+        return (
+            right(a_Mk.at[:, -1].set(0), b_Nk, accumulator)
+            if planted == "a part left out"
+            else 2 * right(a_Mk, b_Nk, accumulator)
+        )
 
     with oracle.planted(reference, "partial_product", wrong), pytest.raises(AssertionError):
         check_against_float64(oracle.matrix("normal", 33, 576), oracle.matrix("normal", 130, 576, 1))

@@ -1,4 +1,5 @@
-"""Attention against jax.nn.softmax in float32 and its derivative by JAX: XLA's, Hopper's and TPUs', the latter two interpreted and compiled."""
+"""Attention against jax.nn.softmax in float32 and its derivative by JAX: XLA's, Hopper's and TPUs', the latter two
+interpreted and compiled."""
 
 import functools
 
@@ -28,9 +29,15 @@ TPU_CASES = [
 
 def operands(B, T, S, H, width, values, first, documents=3):
     rng = np.random.default_rng(0)
-    q, k, v, do = (rng.normal(size=shape) for shape in ((B, T, H, width), (B, S, H, width), (B, S, H, values), (B, T, H, values)))
+    q, k, v, do = (
+        rng.normal(size=shape) for shape in ((B, T, H, width), (B, S, H, width), (B, S, H, values), (B, T, H, values))
+    )
     segments = np.sort(rng.integers(0, documents, (B, S)).astype(np.int32))
-    return [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (q, k, v, do)], segments[:, first : first + T], segments
+    return (
+        [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (q, k, v, do)],
+        segments[:, first : first + T],
+        segments,
+    )
 
 
 def exact(numbers, query_segments, segments, first):
@@ -51,7 +58,9 @@ def forward_and_backward(numbers, query_segments, segments, first, implementatio
     *qkv, do = (jnp.asarray(x, jnp.bfloat16) for x in numbers)
 
     def call(do, *qkv):
-        attend = functools.partial(attention, scale=qkv[0].shape[-1] ** -0.5, first=first, implementation=implementation)
+        attend = functools.partial(
+            attention, scale=qkv[0].shape[-1] ** -0.5, first=first, implementation=implementation
+        )
         o, pull = jax.vjp(lambda *qkv: attend(*qkv, query_segments, segments), *qkv)
         return o, *pull(do)
 
@@ -106,7 +115,9 @@ def test_planted_errors_on_tpu_are_seen(error, monkeypatch):
         monkeypatch.setattr(mosaic_tpu.Sizes, "last_keys", lambda self, i, first_ref: i - 1)
     else:
         iota = jax.lax.broadcasted_iota
-        monkeypatch.setattr(mosaic_tpu.lax, "broadcasted_iota", lambda dtype, shape, axis: iota(dtype, shape, axis) + axis)
+        monkeypatch.setattr(
+            mosaic_tpu.lax, "broadcasted_iota", lambda dtype, shape, axis: iota(dtype, shape, axis) + axis
+        )
     with tpu_cases.pltpu.force_tpu_interpret_mode(tpu_cases.EVALUATED):
         results = forward_and_backward(*given, "mosaic_tpu")
     with pytest.raises(AssertionError):
@@ -120,7 +131,9 @@ def test_compiles_for_tpus(topology):
     segments = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
     def function(q, k, v, segments):
-        o, pull = jax.vjp(lambda *qkv: attention(*qkv, segments, segments, scale=0.1, implementation="mosaic_tpu"), q, k, v)
+        o, pull = jax.vjp(
+            lambda *qkv: attention(*qkv, segments, segments, scale=0.1, implementation="mosaic_tpu"), q, k, v
+        )
         return o, *pull(o)
 
     program = tpu_cases.lower(topology, function, q, q, v, segments, sharded=4)
@@ -142,7 +155,9 @@ def test_planted_errors_are_seen(error, monkeypatch):
         def wrong(first_query, first_key, query_segments, segments, shape, queries):
             if error == "sees the next key":
                 return visible(first_query + 1, first_key, query_segments, segments, shape, queries)
-            return visible(first_query, first_key, segments if queries == 0 else query_segments, segments, shape, queries)
+            return visible(
+                first_query, first_key, segments if queries == 0 else query_segments, segments, shape, queries
+            )
 
         monkeypatch.setattr(mosaic_gpu_sm90, "visible", wrong)
     with hopper.interpreted():
@@ -158,11 +173,16 @@ def test_race_detector_sees_a_missing_fence(monkeypatch):
     numbers, query_segments, segments = operands(1, 8, 200, 1, 64, 64, 192)
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in numbers)
     with hopper.interpreted(races=True):
-        jax.block_until_ready(attention(q, k, v, query_segments, segments, scale=1.0, first=192, implementation=hopper.SM90))
+        jax.block_until_ready(
+            attention(q, k, v, query_segments, segments, scale=1.0, first=192, implementation=hopper.SM90)
+        )
 
 
 @hopper.compiles
-@pytest.mark.parametrize("name, depth", [("forward", 192 + 64), ("query_gradient", 192 + 128 + 64), ("key_and_value_gradients", 192 + 128 + 2 * 32)])
+@pytest.mark.parametrize(
+    "name, depth",
+    [("forward", 192 + 64), ("query_gradient", 192 + 128 + 64), ("key_and_value_gradients", 192 + 128 + 2 * 32)],
+)
 def test_machine_code(name, depth):
     """MLA's heads: as many matrix instructions, each 16 deep, as the products of one step take, and nothing spilled."""
     B, T, H, struct = 2, 4096, 16, jax.ShapeDtypeStruct
@@ -176,7 +196,10 @@ def test_machine_code(name, depth):
     kernel = hopper.compiled(targets.H200, function, q, q, v, segments, segments, *backward)
     assert kernel.bf16_products == depth // 16
     if kernel.instructions is not None:
-        assert kernel.instructions["HGMMA"] == depth // 16 and kernel.instructions["LDL"] == kernel.instructions["STL"] == 0
+        assert (
+            kernel.instructions["HGMMA"] == depth // 16
+            and kernel.instructions["LDL"] == kernel.instructions["STL"] == 0
+        )
 
 
 SHAPES = dict(q=(1, 16, 2, 192), k=(1, 24, 2, 192), v=(1, 24, 2, 128), query_segments=(1, 16), segments=(1, 24))
@@ -185,14 +208,21 @@ SHAPES = dict(q=(1, 16, 2, 192), k=(1, 24, 2, 192), v=(1, 24, 2, 128), query_seg
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        (dict(v=(1, 16, 2, 128)), ValueError, r"v bfloat16\[1, 16, 2, 128\].* must be \[B, T, H, k\], \[B, S, H, k\], \[B, S, H, v\]"),
+        (
+            dict(v=(1, 16, 2, 128)),
+            ValueError,
+            r"v bfloat16\[1, 16, 2, 128\].* must be \[B, T, H, k\], \[B, S, H, k\], \[B, S, H, v\]",
+        ),
         (dict(segments=(1, 16)), ValueError, r"segments int32\[1, 16\]"),
         (dict(v=(1, 24, 2, 96)), Unsupported, "of 64 or 128 for values, not 192 and 96.*These would do it: xla"),
         (dict(q=(1, 15, 2, 192), query_segments=(1, 15)), Unsupported, "multiples of 8, not 15 and 24"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, error, message):
-    given = {name: jnp.zeros(shape, jnp.int32 if "segments" in name else jnp.bfloat16) for name, shape in (SHAPES | changes).items()}
+    given = {
+        name: jnp.zeros(shape, jnp.int32 if "segments" in name else jnp.bfloat16)
+        for name, shape in (SHAPES | changes).items()
+    }
     with pytest.raises(error, match=message):
         attention(**given, scale=1.0, implementation=hopper.SM90)
 
@@ -202,7 +232,12 @@ def test_what_does_not_fit_is_refused(changes, error, message):
     [
         (hopper.SM90, (1, 8, 1, 64), jnp.float32, "attends in bfloat16, not float32"),
         ("mosaic_tpu", (1, 128, 1, 64), jnp.float32, "attends in bfloat16, not float32"),
-        ("mosaic_tpu", (1, 192, 1, 64), jnp.bfloat16, "multiples of 128, not 192 and 192.*These would do it: xla, mosaic_gpu_sm90"),
+        (
+            "mosaic_tpu",
+            (1, 192, 1, 64),
+            jnp.bfloat16,
+            "multiples of 128, not 192 and 192.*These would do it: xla, mosaic_gpu_sm90",
+        ),
         ("mosaic_tpu", (1, 128, 1, 96), jnp.bfloat16, "multiples of 64 up to 256, not 96 and 96"),
     ],
 )

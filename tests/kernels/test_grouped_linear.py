@@ -1,4 +1,5 @@
-"""Linears of groups in bfloat16: against a loop in float64 on numbers whose sums are exact, XLA's and Hopper's; and Hopper's machine code."""
+"""Linears of groups in bfloat16: against a loop in float64 on numbers whose sums are exact, XLA's and Hopper's; and
+Hopper's machine code."""
 
 import functools
 
@@ -32,7 +33,13 @@ def forward_and_backward(x, w, dy, sizes, alignment, implementation):
     """y, dx and dw in float64."""
 
     def call(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.asarray(sizes, jnp.int32), alignment=alignment, implementation=implementation), x, w)
+        y, pull = jax.vjp(
+            lambda x, w: grouped_linear(
+                x, w, jnp.asarray(sizes, jnp.int32), alignment=alignment, implementation=implementation
+            ),
+            x,
+            w,
+        )
         return y, *pull(dy)
 
     return [np.asarray(result, np.float64) for result in jax.jit(call)(x, w, dy)]
@@ -81,10 +88,16 @@ def test_planted_errors_are_seen(error, monkeypatch):
     given = operands(sizes, rows)
     if error == "a_group_boundary_off_by_one":
         pad = mosaic_gpu_sm90.pad_groups
-        monkeypatch.setattr(mosaic_gpu_sm90, "pad_groups", lambda sizes, *rest: pad(sizes + jnp.array([1, -1], sizes.dtype), *rest))
+        monkeypatch.setattr(
+            mosaic_gpu_sm90, "pad_groups", lambda sizes, *rest: pad(sizes + jnp.array([1, -1], sizes.dtype), *rest)
+        )
     else:
         tile = mosaic_gpu_sm90.Tile
-        monkeypatch.setattr(mosaic_gpu_sm90, "Tile", lambda *place, first=0, **rest: tile(*place, first=jnp.maximum(first - 1, 0), **rest))
+        monkeypatch.setattr(
+            mosaic_gpu_sm90,
+            "Tile",
+            lambda *place, first=0, **rest: tile(*place, first=jnp.maximum(first - 1, 0), **rest),
+        )
     with hopper.interpreted():
         results = forward_and_backward(*given, sizes, 1, hopper.SM90)
     wrong = [not np.array_equal(got, expected) for got, expected in zip(results, loop(*given, sizes), strict=True)]
@@ -96,7 +109,9 @@ def test_race_detector_sees_a_missing_fence(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_sm90.plgpu, "commit_smem", lambda: None)
     x, w, _ = operands([8], 8)
     with hopper.interpreted(races=True):
-        jax.block_until_ready(jax.jit(functools.partial(grouped_linear, implementation=hopper.SM90))(x, w, jnp.asarray([8], jnp.int32)))
+        jax.block_until_ready(
+            jax.jit(functools.partial(grouped_linear, implementation=hopper.SM90))(x, w, jnp.asarray([8], jnp.int32))
+        )
 
 
 @hopper.compiles
@@ -119,14 +134,24 @@ def test_machine_code(name):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (dict(w=jnp.zeros((2, 5, 8), jnp.bfloat16)), ValueError, r"x bfloat16\[8, 16\], w bfloat16\[2, 5, 8\], group_sizes \[2\] must be"),
+        (
+            dict(w=jnp.zeros((2, 5, 8), jnp.bfloat16)),
+            ValueError,
+            r"x bfloat16\[8, 16\], w bfloat16\[2, 5, 8\], group_sizes \[2\] must be",
+        ),
         (dict(w=jnp.zeros((2, 16, 8))), ValueError, "x and w of one dtype"),
         (dict(alignment=3), ValueError, "alignment=3 does not divide the 8 rows"),
-        (dict(x=jnp.zeros((8, 16)), w=jnp.zeros((2, 16, 8))), Unsupported, "multiplies bfloat16, not float32 and float32.*These would do it: xla"),
+        (
+            dict(x=jnp.zeros((8, 16)), w=jnp.zeros((2, 16, 8))),
+            Unsupported,
+            "multiplies bfloat16, not float32 and float32.*These would do it: xla",
+        ),
         (dict(x=jnp.zeros((0, 16), jnp.bfloat16)), Unsupported, "multiplies no empty arrays"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, error, message):
     given = dict(x=jnp.zeros((8, 16), jnp.bfloat16), w=jnp.zeros((2, 16, 8), jnp.bfloat16), alignment=1) | arguments
     with pytest.raises(error, match=message):
-        grouped_linear(given["x"], given["w"], jnp.array([4, 4]), alignment=given["alignment"], implementation=hopper.SM90)
+        grouped_linear(
+            given["x"], given["w"], jnp.array([4, 4]), alignment=given["alignment"], implementation=hopper.SM90
+        )

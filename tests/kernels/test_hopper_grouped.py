@@ -1,4 +1,5 @@
-"""The Hopper products of groups: bit for bit the reference's on exact inputs for any sizes, and what their machine code consists of."""
+"""The Hopper products of groups: bit for bit the reference's on exact inputs for any sizes, and what their machine code
+consists of."""
 
 import functools
 
@@ -17,7 +18,11 @@ BLOCK, ROW = (128, 128), (1, 128)
 
 def both(function, a, b, sizes, **fields):
     """-> the kernel's result and the reference's."""
-    run = lambda implementation: np.asarray(jax.jit(functools.partial(function, implementation=implementation, **fields))(a, b, jnp.asarray(sizes, jnp.int32)))
+    run = lambda implementation: np.asarray(
+        jax.jit(functools.partial(function, implementation=implementation, **fields))(
+            a, b, jnp.asarray(sizes, jnp.int32)
+        )
+    )
     with hopper.interpreted():
         y = run(hopper.SM90)
     return y, run("xla")
@@ -77,7 +82,9 @@ def test_a_group_boundary_off_by_one_is_seen(monkeypatch):
     x, dy = hopper.integers((8, 384), ROW), hopper.integers((64, 384), ROW, seed=1)
     tile = mosaic_gpu_sm90.Tile
     with monkeypatch.context() as patch:
-        patch.setattr(mosaic_gpu_sm90, "Tile", lambda *place, first, **rest: tile(*place, first=jnp.maximum(first - 1, 0), **rest))
+        patch.setattr(
+            mosaic_gpu_sm90, "Tile", lambda *place, first, **rest: tile(*place, first=jnp.maximum(first - 1, 0), **rest)
+        )
         y, reference = both(fp8_grouped_weight_gradient, x, dy, [128, 256])
     assert np.array_equal(y[0], reference[0]) and not np.array_equal(y[1], reference[1])
 
@@ -89,23 +96,31 @@ SIZES = jax.ShapeDtypeStruct((8,), jnp.int32)
 @pytest.mark.parametrize("target", [targets.H100, targets.H200], ids=lambda target: target.kind)
 def test_machine_code_of_grouped_matmul(target):
     function = functools.partial(fp8_grouped_matmul, alignment=128, implementation=hopper.SM90)
-    kernel = hopper.compiled(target, function, hopper.struct((8 * 4096, 7168), ROW), hopper.struct((8, 4096, 7168), BLOCK), SIZES)
+    kernel = hopper.compiled(
+        target, function, hopper.struct((8 * 4096, 7168), ROW), hopper.struct((8, 4096, 7168), BLOCK), SIZES
+    )
     assert kernel.fp8_products == 4
     if kernel.instructions is not None:
-        assert kernel.instructions["QGMMA"] == 4 and kernel.instructions["FFMA"] == 64 and kernel.instructions["LDL"] == 0
+        assert (
+            kernel.instructions["QGMMA"] == 4 and kernel.instructions["FFMA"] == 64 and kernel.instructions["LDL"] == 0
+        )
 
 
 @hopper.compiles
 def test_machine_code_of_few_rows_for_each_group():
     function = functools.partial(fp8_grouped_matmul, implementation=hopper.SM90)
-    kernel = hopper.compiled(targets.H200, function, hopper.struct((192, 2048), ROW), hopper.struct((8, 7168, 2048), BLOCK), SIZES)
+    kernel = hopper.compiled(
+        targets.H200, function, hopper.struct((192, 2048), ROW), hopper.struct((8, 7168, 2048), BLOCK), SIZES
+    )
     assert kernel.fp8_products == 4
 
 
 @hopper.compiles
 def test_machine_code_of_the_weight_gradient():
     function = functools.partial(fp8_grouped_weight_gradient, implementation=hopper.SM90)
-    kernel = hopper.compiled(targets.H200, function, hopper.struct((7168, 32768), ROW), hopper.struct((4096, 32768), ROW), SIZES)
+    kernel = hopper.compiled(
+        targets.H200, function, hopper.struct((7168, 32768), ROW), hopper.struct((4096, 32768), ROW), SIZES
+    )
     assert kernel.fp8_products == 4
     if kernel.instructions is not None:
         assert kernel.instructions["QGMMA"] == 4 and kernel.instructions["FFMA"] == kernel.instructions["FMUL"] == 64
@@ -114,12 +129,26 @@ def test_machine_code_of_the_weight_gradient():
 @pytest.mark.parametrize(
     "function, arguments, message",
     [
-        (fp8_grouped_weight_gradient, dict(alignment=64), "fp8_grouped_weight_gradient: .* groups of multiples of 128 columns, not of alignment=64"),
+        (
+            fp8_grouped_weight_gradient,
+            dict(alignment=64),
+            "fp8_grouped_weight_gradient: .* groups of multiples of 128 columns, not of alignment=64",
+        ),
         (fp8_grouped_weight_gradient, dict(out_dtype=jnp.float16), "writes bfloat16 or float32, not float16"),
-        (fp8_grouped_matmul, dict(out_dtype=jnp.float16), "fp8_grouped_matmul: .* writes bfloat16 or float32, not float16"),
+        (
+            fp8_grouped_matmul,
+            dict(out_dtype=jnp.float16),
+            "fp8_grouped_matmul: .* writes bfloat16 or float32, not float16",
+        ),
     ],
 )
 def test_unsupported(function, arguments, message):
     b_shape = (2, 64, 128) if function is fp8_grouped_matmul else (64, 128)
     with pytest.raises(Unsupported, match=message):
-        function(hopper.integers((8, 128), ROW), hopper.integers(b_shape, ROW), jnp.array([0, 0]), implementation=hopper.SM90, **arguments)
+        function(
+            hopper.integers((8, 128), ROW),
+            hopper.integers(b_shape, ROW),
+            jnp.array([0, 0]),
+            implementation=hopper.SM90,
+            **arguments,
+        )

@@ -1,4 +1,5 @@
-"""The network's attention and experts in bfloat16 as they run on Hopper, interpreted, against themselves as they run elsewhere."""
+"""The network's attention and experts in bfloat16 as they run on Hopper, interpreted, against themselves as they run
+elsewhere."""
 
 import functools
 
@@ -68,15 +69,23 @@ def test_experts():
     rng = np.random.default_rng(0)
     ids, gates = rng.integers(0, 3, (1, 40, 2)), rng.random((1, 40, 2)).astype(np.float32)
     x = jax.random.normal(jax.random.key(2), (1, 40, 32), jnp.bfloat16)
-    check(functools.partial(Experts, MoEConfig(4, 2, 16), 0.3, HALF), x, jnp.asarray(ids, jnp.int32), jnp.asarray(gates))
+    check(
+        functools.partial(Experts, MoEConfig(4, 2, 16), 0.3, HALF), x, jnp.asarray(ids, jnp.int32), jnp.asarray(gates)
+    )
 
 
 @pytest.mark.skipif(plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)")
 @pytest.mark.parametrize(
-    "sizes, of_a_device", [({"fsdp": 2, "tensor": 4}, (2, 64, 2, 192)), ({"fsdp": 2, "context": 4}, (2, 16, 8, 192)), ({"expert": 8}, (4, 64, 8, 192))]
+    "sizes, of_a_device",
+    [
+        ({"fsdp": 2, "tensor": 4}, (2, 64, 2, 192)),
+        ({"fsdp": 2, "context": 4}, (2, 16, 8, 192)),
+        ({"expert": 8}, (4, 64, 8, 192)),
+    ],
 )
 def test_a_mesh_divides_sequences_and_heads(sizes, of_a_device, monkeypatch):
-    """Traced only: each device's kernel gets its sequences, its queries and its heads; four sequences do not divide among eight."""
+    """Traced only: each device's kernel gets its sequences, its queries and its heads; four sequences do not divide
+    among eight."""
     seen = []
 
     def noted(q, *rest, **options):

@@ -23,7 +23,9 @@ def results(function, implementation, args):
     @jax.jit
     def call(*args):
         floats = [arg for arg in args if arg.dtype != jnp.int32]
-        y, pull_back = jax.vjp(lambda *floats: function(*floats, *args[len(floats) :], implementation=implementation), *floats)
+        y, pull_back = jax.vjp(
+            lambda *floats: function(*floats, *args[len(floats) :], implementation=implementation), *floats
+        )
         return y, *pull_back(normal(9, y.shape))
 
     return jax.tree.map(np.asarray, call(*args))

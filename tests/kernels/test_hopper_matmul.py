@@ -76,7 +76,9 @@ def test_a_nan_stays_in_its_row():
 def test_planted_errors_are_seen(error, monkeypatch):
     a, b = hopper.integers((16, 256), ROW), hopper.integers((192, 256), BLOCK, seed=1)
     if error == "scales_of_a_skipped":
-        monkeypatch.setattr(mosaic_gpu_sm90, "load", lambda ref, layout, load=mosaic_gpu_sm90.load: load(ref, layout) * 0 + 1)
+        monkeypatch.setattr(
+            mosaic_gpu_sm90, "load", lambda ref, layout, load=mosaic_gpu_sm90.load: load(ref, layout) * 0 + 1
+        )
     original = mosaic_gpu_sm90.operand
 
     def operand(q, multiple):
@@ -114,7 +116,8 @@ def test_race_detector_sees_a_missing_fence(monkeypatch):
     ],
 )
 def test_machine_code(target, m, n, k, b_tile, out_dtype):
-    """Per step of 128: four tensor-core instructions; an FFMA for each number that a thread holds; per-column scales cost one FMUL more each."""
+    """Per step of 128: four tensor-core instructions; an FFMA for each number that a thread holds; per-column scales
+    cost one FMUL more each."""
     function = functools.partial(fp8_matmul, out_dtype=out_dtype, implementation=hopper.SM90)
     kernel = hopper.compiled(target, function, hopper.struct((m, k), ROW), hopper.struct((n, k), b_tile))
     columns = tuning_sm90.rule(m, n, target.cores).columns
@@ -129,7 +132,10 @@ def test_machine_code(target, m, n, k, b_tile, out_dtype):
 def test_compiling_for_another_generation_fails():
     with pytest.raises(Exception, match="Pass pipeline failed"):
         targets.compile_for(
-            targets.B200, functools.partial(fp8_matmul, implementation=hopper.SM90), hopper.struct((128, 512), ROW), hopper.struct((128, 512), BLOCK)
+            targets.B200,
+            functools.partial(fp8_matmul, implementation=hopper.SM90),
+            hopper.struct((128, 512), ROW),
+            hopper.struct((128, 512), BLOCK),
         )
 
 
@@ -141,7 +147,10 @@ def test_compiling_for_another_generation_fails():
         (dict(accumulation=Accumulation(128, "hopper_fp22")), "adds as the tensor cores do"),
         (dict(out_dtype=jnp.float16), "writes bfloat16 or float32, not float16"),
         (dict(b=hopper.integers((8, 256), (1, 64))), r"multiples of 128 numbers of K, not tiles \(1, 64\)"),
-        (dict(b=QTensor(jnp.zeros((8, 256), jnp.float8_e5m2), jnp.ones((8, 2)), ROW)), "multiplies float8_e4m3fn, not float8_e5m2"),
+        (
+            dict(b=QTensor(jnp.zeros((8, 256), jnp.float8_e5m2), jnp.ones((8, 2)), ROW)),
+            "multiplies float8_e4m3fn, not float8_e5m2",
+        ),
         (dict(b=hopper.integers((0, 256), ROW)), "no empty matrices"),
     ],
 )
@@ -164,10 +173,14 @@ def test_configurations():
 
 
 def test_measured_configurations_come_from_the_table_of_the_device(tmp_path, monkeypatch):
-    (tmp_path / "nvidia_h200.json").write_text('{"fp8_matmul": {"64x2112x7168": {"columns": 64, "split": "n", "stages": 5}}}')
+    (tmp_path / "nvidia_h200.json").write_text(
+        '{"fp8_matmul": {"64x2112x7168": {"columns": 64, "split": "n", "stages": 5}}}'
+    )
     monkeypatch.setattr(tuning_sm90, "TABLES", tmp_path)
     monkeypatch.setattr(tuning_sm90, "device", lambda: ("NVIDIA H200 141GB HBM3e", 132))
     tuning_sm90._table.cache_clear()
     assert tuning_sm90.choose_config("fp8_matmul", 64, 2112, 7168, jnp.bfloat16) == Config(64, "n", 5)
-    assert tuning_sm90.choose_config("fp8_matmul", 64, 2112, 512, jnp.bfloat16) == tuning_sm90.rule(64, 2112, 132).fitting(jnp.bfloat16)
+    assert tuning_sm90.choose_config("fp8_matmul", 64, 2112, 512, jnp.bfloat16) == tuning_sm90.rule(
+        64, 2112, 132
+    ).fitting(jnp.bfloat16)
     tuning_sm90._table.cache_clear()

@@ -1,4 +1,5 @@
-"""The Hopper quantisers: bit for bit the reference's, interpreted, whatever is in the tile; and what their machine code consists of."""
+"""The Hopper quantisers: bit for bit the reference's, interpreted, whatever is in the tile; and what their machine code
+consists of."""
 
 import functools
 import re
@@ -9,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import QTensor, Quantizer, Unsupported, dequantize, quantize, quantize_transposed, requantize_transposed, swiglu_quantize, targets
+from kernels_pallas import (
+    QTensor,
+    Quantizer,
+    Unsupported,
+    dequantize,
+    quantize,
+    quantize_transposed,
+    requantize_transposed,
+    swiglu_quantize,
+    targets,
+)
 from kernels_pallas.quantize import mosaic_gpu_sm90
 
 TILE, BLOCK = Quantizer(), Quantizer("block")
@@ -17,7 +28,8 @@ POWER, WIDE = Quantizer(power_of_two=True), Quantizer(size=256, power_of_two=Tru
 
 
 def adversarial(rows, columns, dtype=jnp.bfloat16):
-    """Rows of every kind: ordinary, with an outlier, zero, denormal, about the largest E4M3 number, near overflow, with NaN and with infinity."""
+    """Rows of every kind: ordinary, with an outlier, zero, denormal, about the largest E4M3 number, near overflow, with
+    NaN and with infinity."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, columns)).astype(np.float32)
     x[1, ::97] *= 1e4
@@ -27,22 +39,31 @@ def adversarial(rows, columns, dtype=jnp.bfloat16):
     x[5] = rng.choice([3e38, -1e38, 1], size=columns)
     x[6, columns // 2], x[7, columns // 3] = np.nan, -np.inf
     x[8] = 2.0 ** rng.integers(-12, 12, size=columns)  # amax / 448 at powers of two, and beside them
-    x[9:12, 0] = 448 * 4, np.nextafter(np.float32(448 * 4), np.float32(1e9)), np.nextafter(np.float32(448 * 4), np.float32(0))
+    x[9:12, 0] = (
+        448 * 4,
+        np.nextafter(np.float32(448 * 4), np.float32(1e9)),
+        np.nextafter(np.float32(448 * 4), np.float32(0)),
+    )
     return jnp.asarray(x, dtype)
 
 
 def same(function, *arguments):
-    run = lambda implementation: jax.tree.map(np.asarray, jax.jit(functools.partial(function, implementation=implementation))(*arguments))
+    run = lambda implementation: jax.tree.map(
+        np.asarray, jax.jit(functools.partial(function, implementation=implementation))(*arguments)
+    )
     with hopper.interpreted():
         got = run(hopper.SM90)
     want = run("xla")
     assert got.tile == want.tile
     np.testing.assert_array_equal(got.values.view(np.uint8), want.values.view(np.uint8))
-    np.testing.assert_array_equal(got.scales.view(np.int32) & 0x7FFFFFFF, want.scales.view(np.int32) & 0x7FFFFFFF)  # a NaN's sign is free
+    # a NaN's sign is free
+    np.testing.assert_array_equal(got.scales.view(np.int32) & 0x7FFFFFFF, want.scales.view(np.int32) & 0x7FFFFFFF)
 
 
 @hopper.interprets
-@pytest.mark.parametrize("quantizer", [TILE, POWER, WIDE, BLOCK, Quantizer("block", power_of_two=True), Quantizer(min_amax=1e-30)], ids=str)
+@pytest.mark.parametrize(
+    "quantizer", [TILE, POWER, WIDE, BLOCK, Quantizer("block", power_of_two=True), Quantizer(min_amax=1e-30)], ids=str
+)
 def test_quantize(quantizer):
     same(functools.partial(quantize, quantizer=quantizer), adversarial(71, 200))
 
@@ -50,7 +71,10 @@ def test_quantize(quantizer):
 @hopper.interprets
 @pytest.mark.parametrize("quantizer", [TILE, BLOCK], ids=str)
 def test_quantize_float32_stacked(quantizer):
-    same(functools.partial(quantize, quantizer=quantizer), jnp.stack([adversarial(24, 128, jnp.float32), adversarial(24, 128, jnp.float32)[::-1]]))
+    same(
+        functools.partial(quantize, quantizer=quantizer),
+        jnp.stack([adversarial(24, 128, jnp.float32), adversarial(24, 128, jnp.float32)[::-1]]),
+    )
 
 
 @hopper.interprets
@@ -69,13 +93,17 @@ def test_requantize_transposed(before, after):
 def test_swiglu_quantize_exact():
     """From 32 on silu is the identity in float32; powers of two and small integers multiply exactly."""
     rng = np.random.default_rng(0)
-    gate, up = jnp.asarray(rng.integers(32, 64, (40, 200)), jnp.bfloat16), jnp.asarray(2.0 ** rng.integers(-4, 5, (40, 200)), jnp.bfloat16)
+    gate, up = (
+        jnp.asarray(rng.integers(32, 64, (40, 200)), jnp.bfloat16),
+        jnp.asarray(2.0 ** rng.integers(-4, 5, (40, 200)), jnp.bfloat16),
+    )
     same(functools.partial(swiglu_quantize, quantizer=POWER), gate, up)
 
 
 @hopper.interprets
 def test_swiglu_quantize_random():
-    """Within half a unit of bfloat16 (2^-9, on both sides) and one of E4M3 (2^-3), the latter if roundings fall differently; most do not."""
+    """Within half a unit of bfloat16 (2^-9, on both sides) and one of E4M3 (2^-3), the latter if roundings fall
+    differently; most do not."""
     rng = np.random.default_rng(0)
     gate, up = (jnp.asarray(rng.normal(size=(40, 128)), jnp.bfloat16) for _ in range(2))
     with hopper.interpreted():
@@ -91,7 +119,11 @@ def test_swiglu_quantize_random():
 def test_planted_errors_are_seen(monkeypatch):
     x = adversarial(16, 128)
     with pytest.raises(AssertionError), monkeypatch.context() as patch:
-        patch.setattr(mosaic_gpu_sm90, "scale_of", lambda amax, quantizer, of=mosaic_gpu_sm90.scale_of: of(amax, Quantizer(min_amax=1e-30)))
+        patch.setattr(
+            mosaic_gpu_sm90,
+            "scale_of",
+            lambda amax, quantizer, of=mosaic_gpu_sm90.scale_of: of(amax, Quantizer(min_amax=1e-30)),
+        )
         same(quantize, x)
     with pytest.raises(AssertionError), monkeypatch.context() as patch:
         patch.setattr(mosaic_gpu_sm90, "FRACTION", 0x7FFFFE)  # rounds a power of two up, where it should stay
@@ -106,7 +138,11 @@ OPERATIONS = {
     "tile": (functools.partial(quantize, implementation=hopper.SM90), (X,), 1),
     "block": (functools.partial(quantize, quantizer=BLOCK, implementation=hopper.SM90), (X,), 2),
     "transposed": (functools.partial(quantize_transposed, implementation=hopper.SM90), (X,), 1),
-    "requantised": (functools.partial(requantize_transposed, implementation=hopper.SM90), (hopper.struct((4096, 7168), (1, 128)),), 1),
+    "requantised": (
+        functools.partial(requantize_transposed, implementation=hopper.SM90),
+        (hopper.struct((4096, 7168), (1, 128)),),
+        1,
+    ),
     "swiglu": (functools.partial(swiglu_quantize, implementation=hopper.SM90), (X, X), 1),
 }
 
@@ -130,14 +166,30 @@ def test_machine_code(name):
 @pytest.mark.parametrize(
     "function, arguments, message",
     [
-        (quantize, (jnp.zeros((8, 128), jnp.float16),), "quantize: mosaic_gpu_sm90 quantises bfloat16 or float32, not float16"),
+        (
+            quantize,
+            (jnp.zeros((8, 128), jnp.float16),),
+            "quantize: mosaic_gpu_sm90 quantises bfloat16 or float32, not float16",
+        ),
         (quantize, (jnp.zeros((8, 128)), Quantizer("tensor")), 'takes the scopes "tile" and "block", not "tensor"'),
         (quantize, (jnp.zeros((8, 128)), Quantizer(format="e5m6")), "makes float8_e4m3fn, not e5m6"),
         (quantize, (jnp.zeros((8, 256)), Quantizer("block", 256)), "makes blocks of 128, not of 256"),
         (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantises no empty arrays"),
-        (swiglu_quantize, (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(format="float8_e5m2")), "swiglu_quantize: .* not float8_e5m2"),
-        (requantize_transposed, (hopper.integers((8, 128), (1, 64)),), r"scales for multiples of 128 columns, not tiles \(1, 64\)"),
-        (requantize_transposed, (QTensor(jnp.zeros((8, 128), jnp.bfloat16), jnp.ones((8, 1)), (1, 128)),), "requantises float8_e4m3fn, not bfloat16"),
+        (
+            swiglu_quantize,
+            (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(format="float8_e5m2")),
+            "swiglu_quantize: .* not float8_e5m2",
+        ),
+        (
+            requantize_transposed,
+            (hopper.integers((8, 128), (1, 64)),),
+            r"scales for multiples of 128 columns, not tiles \(1, 64\)",
+        ),
+        (
+            requantize_transposed,
+            (QTensor(jnp.zeros((8, 128), jnp.bfloat16), jnp.ones((8, 1)), (1, 128)),),
+            "requantises float8_e4m3fn, not bfloat16",
+        ),
     ],
 )
 def test_unsupported(function, arguments, message):

@@ -1,4 +1,5 @@
-"""Inside `shard_map` with its check on, what the kernels give differs along the mesh axes along which their operands do. Traced only."""
+"""Inside `shard_map` with its check on, what the kernels give differs along the mesh axes along which their operands
+do. Traced only."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 import kernels_pallas as kp
 from kernels_pallas._compat import plgpu, varying_axes
 
-pytestmark = pytest.mark.skipif(plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)")
+pytestmark = pytest.mark.skipif(
+    plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)"
+)
 X, W = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 512), jnp.float32)
 ORDER = (SM90, "xla")  # what V3 keeps in E5M6 is quantised without a kernel
 

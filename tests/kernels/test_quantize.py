@@ -1,4 +1,5 @@
-"""The quantisers against numpy and ml_dtypes, whose casts to eight bits nobody here wrote, and against torch's where there is torch."""
+"""The quantisers against numpy and ml_dtypes, whose casts to eight bits nobody here wrote, and against torch's where
+there is torch."""
 
 import math
 
@@ -28,7 +29,8 @@ AS_NUMPY = {"float8_e4m3fn": (448, E4M3), "float8_e5m2": (57344, ml_dtypes.float
 
 
 def released(x, tile, largest, dtype, power_of_two=False, min_amax=1e-4):
-    """The released quantiser, one tile after another, in numpy's float32; amax times 1/448, as compilers and torch on a GPU divide by a constant."""
+    """The released quantiser, one tile after another, in numpy's float32; amax times 1/448, as compilers and torch on a
+    GPU divide by a constant."""
     rows, columns = x.shape
     values, scales = np.zeros(x.shape, dtype), np.zeros((-(-rows // tile[0]), -(-columns // tile[1])), np.float32)
     for i in range(scales.shape[0]):
@@ -63,7 +65,9 @@ def test_equals_the_released_quantiser_bit_for_bit(kind, fields):
     q = oracle.call(quantize, x, quantizer=quantizer)
     if kind == "denormals":
         x = x * 0  # which XLA takes for zeros
-    values, scales = released(x, quantizer.tile(x.shape), *AS_NUMPY[quantizer.format], quantizer.power_of_two, quantizer.min_amax)
+    values, scales = released(
+        x, quantizer.tile(x.shape), *AS_NUMPY[quantizer.format], quantizer.power_of_two, quantizer.min_amax
+    )
     np.testing.assert_array_equal(q.scales, scales)
     assert q.values.dtype == values.dtype
     np.testing.assert_array_equal(np.asarray(q.values).astype(np.float32), values.astype(np.float32))
@@ -73,7 +77,11 @@ def test_equals_the_released_quantiser_bit_for_bit(kind, fields):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_any_float_dtype_is_taken_as_float32(dtype):
     x = jnp.asarray(oracle.matrix("normal", 3, 200), dtype)
-    for got, expected in zip(jax.tree.leaves(oracle.call(quantize, x)), jax.tree.leaves(oracle.call(quantize, x.astype(jnp.float32))), strict=True):
+    for got, expected in zip(
+        jax.tree.leaves(oracle.call(quantize, x)),
+        jax.tree.leaves(oracle.call(quantize, x.astype(jnp.float32))),
+        strict=True,
+    ):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -159,7 +167,9 @@ def test_e5m6_is_rounded_to_six_fraction_bits():
     expected = np.where(np.abs(expected) < 2.0**-14, 0, expected)
     np.testing.assert_array_equal(np.asarray(q.values).astype(np.float64), expected)
     assert q.values.dtype == jnp.bfloat16 and np.abs(expected).max() <= 65024
-    largest = oracle.call(quantize, np.full((16, 256), 65024, np.float32), quantizer=Quantizer(format="e5m6", power_of_two=True))
+    largest = oracle.call(
+        quantize, np.full((16, 256), 65024, np.float32), quantizer=Quantizer(format="e5m6", power_of_two=True)
+    )
     assert np.all(np.asarray(largest.values).astype(np.float32) == 65024)
 
 
@@ -174,8 +184,16 @@ def test_leading_axes_are_matrices_of_their_own():
 
 def test_names_for_tiles_and_blocks():
     x = jnp.ones((130, 257))
-    tiles, wide, blocks = (jax.eval_shape(f, x) for f in (quantize_tile, lambda x: quantize_tile(x, size=256), lambda x: quantize_block(x, power_of_two=True)))
-    assert tiles.scales.shape == (130, 3) and wide.scales.shape == (130, 2) and blocks.scales.shape == (2, 3) and blocks.tile == (128, 128)
+    tiles, wide, blocks = (
+        jax.eval_shape(f, x)
+        for f in (quantize_tile, lambda x: quantize_tile(x, size=256), lambda x: quantize_block(x, power_of_two=True))
+    )
+    assert (
+        tiles.scales.shape == (130, 3)
+        and wide.scales.shape == (130, 2)
+        and blocks.scales.shape == (2, 3)
+        and blocks.tile == (128, 128)
+    )
 
 
 def test_transposed_tiles_run_along_rows():
@@ -191,7 +209,9 @@ def test_requantised_numbers_are_within_half_a_step_of_what_was_kept():
         kept = oracle.call(quantize, oracle.matrix("outlier_channels", 200, 131), quantizer=saved)
         again = oracle.call(requantize_transposed, kept)
         assert again.tile == (1, 128) and again.shape == (131, 200)
-        assert np.all(np.abs(oracle.exact(again) - oracle.exact(kept).T) <= oracle.quantization_bound(oracle.exact(kept).T, again))
+        assert np.all(
+            np.abs(oracle.exact(again) - oracle.exact(kept).T) <= oracle.quantization_bound(oracle.exact(kept).T, again)
+        )
 
 
 def test_dequantize_and_transpose():
@@ -217,7 +237,10 @@ def test_swiglu_is_computed_in_float32_and_rounded_to_the_dtype_of_its_inputs():
     hidden = gate64 / (1 + np.exp(-gate64)) * up64
     assert np.all(np.abs(np.asarray(swiglu(gate, up)).astype(np.float64) - hidden) <= np.abs(hidden) * 2.0**-8 * 1.001)
     q = oracle.call(swiglu_quantize, gate, up)
-    assert np.all(np.abs(oracle.exact(q) - hidden) <= oracle.quantization_bound(hidden, q) * (1 + 2.0**-7) + np.abs(hidden) * 2.0**-8)
+    assert np.all(
+        np.abs(oracle.exact(q) - hidden)
+        <= oracle.quantization_bound(hidden, q) * (1 + 2.0**-7) + np.abs(hidden) * 2.0**-8
+    )
     with pytest.raises(ValueError, match="must be alike"):
         swiglu_quantize(gate, up.astype(jnp.float32))
 
@@ -238,5 +261,7 @@ def test_a_quantiser_that_is_none_is_refused(fields, message):
 
 
 def test_an_implementation_that_is_none_is_refused():
-    with pytest.raises(Unsupported, match=r"quantize: there is no implementation 'cublas', but .*These would do it: .*xla"):
+    with pytest.raises(
+        Unsupported, match=r"quantize: there is no implementation 'cublas', but .*These would do it: .*xla"
+    ):
         quantize(jnp.ones((4, 128)), implementation="cublas")

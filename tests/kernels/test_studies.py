@@ -1,4 +1,5 @@
-"""What the paper claims of accumulation and of tiles for gradients holds where it is measured, and the notebook that shows it is whole."""
+"""What the paper claims of accumulation and of tiles for gradients holds where it is measured, and the notebook that
+shows it is whole."""
 
 import ast
 import importlib
@@ -20,7 +21,9 @@ NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks" / "fp8.ipynb"
 def test_promotion_cures_the_growth_of_the_error(accumulator, distribution, definition):
     """Not for each normal number relative to itself: those near zero have any error."""
     narrow, promoted = (
-        accumulation_errors(distribution, ACCUMULATIONS[f"{accumulator}, {how}"], depths=(256, 4096), size=16)[:, definition]
+        accumulation_errors(distribution, ACCUMULATIONS[f"{accumulator}, {how}"], depths=(256, 4096), size=16)[
+            :, definition
+        ]
         for how in ("never promoted", "promoted every 128")
     )
     assert narrow[1] > 4 * narrow[0]
@@ -43,7 +46,10 @@ def test_float32_needs_no_promotion():
 
 def losses(kind, ratio=1e5):
     """(array, product) by tile and by block."""
-    return [quantization_losses(OUTLIERS[kind], scope, ratio, tokens=128, channels=256, width=64) for scope in ("tile", "block")]
+    return [
+        quantization_losses(OUTLIERS[kind], scope, ratio, tokens=128, channels=256, width=64)
+        for scope in ("tile", "block")
+    ]
 
 
 def test_outlier_tokens_need_tiles():
@@ -70,7 +76,9 @@ def test_without_outliers_blocks_do_as_well():
 
 
 def test_outliers_lie_where_they_are_said_to():
-    plain, tokens, channels = (imbalanced(np.random.default_rng(0), 64, 96, *how) for how in (("token", 1.0), ("token", 8.0), ("channel", 8.0)))
+    plain, tokens, channels = (
+        imbalanced(np.random.default_rng(0), 64, 96, *how) for how in (("token", 1.0), ("token", 8.0), ("channel", 8.0))
+    )
     np.testing.assert_array_equal(np.unique(np.nonzero(tokens != plain)[0]), [0, 32])
     np.testing.assert_array_equal(np.unique(np.nonzero(channels != plain)[1]), [0, 32, 64])
     np.testing.assert_array_equal(tokens[32], 8 * plain[32])
@@ -78,7 +86,11 @@ def test_outliers_lie_where_they_are_said_to():
 
 def test_losses_by_hand():
     got = loss(np.array([[3.0, 4.0], [0.0, 1.0]]), np.array([[0.0, 4.0], [0.0, 0.0]]))
-    assert math.isclose(got.error, math.sqrt(10 / 26)) and math.isclose(got.error_per_token, (3 / 5 + 1) / 2) and math.isclose(got.underflow, 2 / 3)
+    assert (
+        math.isclose(got.error, math.sqrt(10 / 26))
+        and math.isclose(got.error_per_token, (3 / 5 + 1) / 2)
+        and math.isclose(got.underflow, 2 / 3)
+    )
 
 
 def test_the_notebook_is_whole_and_was_run_from_top_to_bottom():

@@ -18,7 +18,9 @@ def both(product: str, a: QTensor, b: QTensor, sizes: list[int], alignment: int,
     """The kernel's result and the definition's."""
 
     def multiply(name):
-        return lambda a, b, sizes: PRODUCTS[product](a, b, sizes, alignment=alignment, out_dtype=jnp.float32, implementation=name)
+        return lambda a, b, sizes: PRODUCTS[product](
+            a, b, sizes, alignment=alignment, out_dtype=jnp.float32, implementation=name
+        )
 
     return [run(multiply(name), a, b, jnp.array(sizes, jnp.int32), **options) for name in ("mosaic_tpu", "xla")]
 
@@ -48,7 +50,8 @@ def test_rows_by_their_groups_matrices_are_exact(small_blocks, sizes, alignment,
 @pytest.mark.parametrize(
     "sizes, alignment, shape, tile",
     [
-        ([0, 128, 0, 256, 0], 128, (40, 200, 640), TILE),  # empty ones first, between and last; rows past the last group
+        # empty ones first, between and last; rows past the last group
+        ([0, 128, 0, 256, 0], 128, (40, 200, 640), TILE),
         ([512, 512], 512, (72, 40, 1024), TILE_256),
         ([0, 0], 128, (8, 8, 256), TILE),
     ],
@@ -72,12 +75,19 @@ def test_exact_in_a_simulated_tpu(small_blocks):
 def random_numbers(seed: int, shape: tuple[int, ...], tile: tuple[int, int]) -> QTensor:
     whole, random = whole_numbers(seed, shape, tile), np.random.default_rng(seed)
     values = random.standard_normal(shape) * 100
-    return QTensor(jnp.asarray(values, whole.values.dtype), jnp.asarray(random.uniform(0.5, 2, whole.scales.shape), jnp.float32), tile)
+    return QTensor(
+        jnp.asarray(values, whole.values.dtype),
+        jnp.asarray(random.uniform(0.5, 2, whole.scales.shape), jnp.float32),
+        tile,
+    )
 
 
 @pytest.mark.parametrize(
     "product, a_shape, b_shape, b_tile, sizes, alignment",
-    [("matmul", (60, 512), (3, 72, 512), BLOCK, [20, 0, 40], 1), ("weight gradient", (40, 512), (72, 512), TILE, [128, 0, 384], 128)],
+    [
+        ("matmul", (60, 512), (3, 72, 512), BLOCK, [20, 0, 40], 1),
+        ("weight gradient", (40, 512), (72, 512), TILE, [128, 0, 384], 128),
+    ],
 )
 def test_random_numbers_differ_by_the_order_of_sums(small_blocks, product, a_shape, b_shape, b_tile, sizes, alignment):
     """Any two orders of a float32 sum of K products differ by at most 2 K 2⁻²⁴ Σ|a b|."""
@@ -91,11 +101,15 @@ def test_random_numbers_differ_by_the_order_of_sums(small_blocks, product, a_sha
 def test_a_group_boundary_off_by_one_is_caught(small_blocks, monkeypatch):
     """One row, or one block of K, goes to the next group."""
     pad_groups, steps = mosaic_tpu.pad_groups, mosaic_tpu._steps
-    monkeypatch.setattr(mosaic_tpu, "pad_groups", lambda sizes, *others: pad_groups(sizes + jnp.array([-1, 1, 0]), *others))
+    monkeypatch.setattr(
+        mosaic_tpu, "pad_groups", lambda sizes, *others: pad_groups(sizes + jnp.array([-1, 1, 0]), *others)
+    )
     a, b = whole_numbers(0, (50, 256), TILE), whole_numbers(1, (3, 72, 256), BLOCK)
     y, expected = both("matmul", a, b, [10, 0, 40], 1)
     assert np.flatnonzero(np.any(y != expected, axis=1)).tolist() == [9]
-    monkeypatch.setattr(mosaic_tpu, "_steps", lambda sizes, depth, block: steps(sizes + jnp.array([-block, block, 0]), depth, block))
+    monkeypatch.setattr(
+        mosaic_tpu, "_steps", lambda sizes, depth, block: steps(sizes + jnp.array([-block, block, 0]), depth, block)
+    )
     x, dy = whole_numbers(0, (40, 1024), TILE), whole_numbers(1, (72, 1024), TILE)
     y, expected = both("weight gradient", x, dy, [512, 0, 512], 128)
     assert np.any(y != expected, axis=(1, 2)).tolist() == [True, True, False]
@@ -105,7 +119,9 @@ def test_a_group_boundary_off_by_one_is_caught(small_blocks, monkeypatch):
     "call, message",
     [
         (
-            lambda a, b, sizes, **name: fp8_grouped_matmul(a, b, sizes, accumulation=Accumulation(accumulator="hopper_fp22"), **name),
+            lambda a, b, sizes, **name: fp8_grouped_matmul(
+                a, b, sizes, accumulation=Accumulation(accumulator="hopper_fp22"), **name
+            ),
             "fp8_grouped_matmul: mosaic_tpu adds in float32, not in hopper_fp22",
         ),
         (
@@ -156,4 +172,6 @@ def test_compiles_where_groups_are_moved_apart():
     def multiply(a, sizes, b):
         return fp8_grouped_matmul(a, b, sizes, implementation="mosaic_tpu")
 
-    lower("tpu7x:2x2x1", multiply, described((256, 512), TILE), SIZES, described((8, 576, 512), BLOCK), sharded=2).compile()
+    lower(
+        "tpu7x:2x2x1", multiply, described((256, 512), TILE), SIZES, described((8, 576, 512), BLOCK), sharded=2
+    ).compile()

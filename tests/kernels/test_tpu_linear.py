@@ -1,4 +1,5 @@
-"""Linears whose every step is a TPU kernel: interpreted against XLA, inside `shard_map`, and compiled for each generation of TPU."""
+"""Linears whose every step is a TPU kernel: interpreted against XLA, inside `shard_map`, and compiled for each
+generation of TPU."""
 
 import functools
 
@@ -42,15 +43,23 @@ def test_forward_and_backward(function, args):
 def test_swiglu_forward():
     """silu may differ in its last bit, and so a number in E4M3 by its last of four: of 72 such, rarely one."""
     args = normal(0, (45, 72)), normal(1, (45, 72)), normal(2, (3, 72, 130)), SIZES
-    kernel, expected = (run(functools.partial(fp8_grouped_swiglu_linear, implementation=name), *args) for name in ("mosaic_tpu", "xla"))
+    kernel, expected = (
+        run(functools.partial(fp8_grouped_swiglu_linear, implementation=name), *args) for name in ("mosaic_tpu", "xla")
+    )
     assert np.linalg.norm(kernel - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("split, out_spec, accepted", [((0, 1), "data", True), ((), None, True), ((0,), None, False), ((1,), None, False)])
+@pytest.mark.parametrize(
+    "split, out_spec, accepted", [((0, 1), "data", True), ((), None, True), ((0,), None, False), ((1,), None, False)]
+)
 def test_results_vary_where_operands_do(split, out_spec, accepted):
-    """What a kernel makes of an operand that differs between devices is not taken to be the same on all of them. Lowered for any TPU."""
+    """What a kernel makes of an operand that differs between devices is not taken to be the same on all of them.
+    Lowered for any TPU."""
     a, b = whole_numbers(0, (64, 256), (1, 128)), whole_numbers(1, (64, 256), (1, 128))
-    specs = dict(in_specs=tuple(PartitionSpec("data" if index in split else None) for index in range(2)), out_specs=PartitionSpec(out_spec))
+    specs = dict(
+        in_specs=tuple(PartitionSpec("data" if index in split else None) for index in range(2)),
+        out_specs=PartitionSpec(out_spec),
+    )
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
     multiply = jax.shard_map(lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), mesh=mesh, **specs)
     if accepted:
@@ -63,10 +72,16 @@ def test_results_vary_where_operands_do(split, out_spec, accepted):
 @on_every_chip
 def test_compiles_forward_and_backward(topology):
     """Four experts on each device, their tokens split: two quantisations forward and four back, and three products."""
-    x, sizes, w = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 2048, 512), jnp.float32)
+    x, sizes, w = (
+        jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+        jax.ShapeDtypeStruct((4, 2048, 512), jnp.float32),
+    )
 
     def linear(x, sizes, w):
-        y, pull_back = jax.vjp(lambda x, w: fp8_grouped_linear(x, w, sizes, alignment=128, implementation="mosaic_tpu"), x, w)
+        y, pull_back = jax.vjp(
+            lambda x, w: fp8_grouped_linear(x, w, sizes, alignment=128, implementation="mosaic_tpu"), x, w
+        )
         dx, dw = pull_back(y)
         return dx, jax.lax.pcast(dw, "data", to="varying")
 

@@ -72,7 +72,8 @@ def test_many_tiles_of_k():
 
 
 def test_random_numbers_differ_by_the_order_of_sums(small_blocks):
-    """Any two orders of a float32 sum of K products differ by at most 2 K 2⁻²⁴ Σ|a b|; and the quantised product is close to the exact one."""
+    """Any two orders of a float32 sum of K products differ by at most 2 K 2⁻²⁴ Σ|a b|; and the quantised product is
+    close to the exact one."""
     x, w = normal(0, (70, 1024)), normal(1, (300, 1024))
     a, b = quantize_tile(x), quantize_block(w)
     y, absolute = kernel(a, b), QTensor(jnp.abs(a.values.astype(jnp.float32)), a.scales, a.tile)
@@ -118,13 +119,23 @@ def test_unsupported_says_why(changes, message):
 @on_every_chip
 @pytest.mark.parametrize(
     "shape, a_tile, b_tile",
-    [((4096, 2112, 7168), TILE, BLOCK), ((1, 576, 7168), TILE, BLOCK), ((2112, 7168, 4096), TILE, TILE), ((4096, 7168, 2048), TILE_256, BLOCK_256)],
+    [
+        ((4096, 2112, 7168), TILE, BLOCK),
+        ((1, 576, 7168), TILE, BLOCK),
+        ((2112, 7168, 4096), TILE, TILE),
+        ((4096, 7168, 2048), TILE_256, BLOCK_256),
+    ],
 )
 def test_compiles_and_multiplies_what_the_chip_does(topology, shape, a_tile, b_tile):
-    """Of a shape in V3, its rows split over the mesh; the compiler refuses kernels that need more VMEM than there is."""
+    """Of a shape in V3, its rows split over the mesh; the compiler refuses kernels that need more VMEM than there
+    is."""
     rows, columns, depth = shape
     program = lower(
-        topology, lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"), described((rows, depth), a_tile), described((columns, depth), b_tile), sharded=1
+        topology,
+        lambda a, b: fp8_matmul(a, b, implementation="mosaic_tpu"),
+        described((rows, depth), a_tile),
+        described((columns, depth), b_tile),
+        sharded=1,
     )
     assert multiplied(program) == {MULTIPLIED[topology]}
     program.compile()

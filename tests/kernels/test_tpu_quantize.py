@@ -1,4 +1,5 @@
-"""Quantising on TPUs, and SwiGLU with it: interpreted against the definition, and compiled for each generation of TPU."""
+"""Quantising on TPUs, and SwiGLU with it: interpreted against the definition, and compiled for each generation of
+TPU."""
 
 import functools
 
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 from tpu_cases import SIMULATED, described, kernel_texts, lower, normal, on_every_chip, run, whole_numbers
 
-from kernels_pallas import QTensor, Quantizer, Unsupported, dequantize, quantize, quantize_transposed, requantize_transposed, swiglu_quantize
+from kernels_pallas import (
+    QTensor,
+    Quantizer,
+    Unsupported,
+    dequantize,
+    quantize,
+    quantize_transposed,
+    requantize_transposed,
+    swiglu_quantize,
+)
 from kernels_pallas.quantize import mosaic_tpu
 
 TILE, BLOCK = Quantizer("tile"), Quantizer("block")
@@ -18,7 +28,9 @@ POWERS = Quantizer("tile", power_of_two=True)
 def both(function, *args, **options) -> tuple[QTensor, QTensor]:
     """What the kernel makes of `args`, and the definition."""
     reference = jax.jit(functools.partial(function, implementation="xla"))(*args)
-    return run(functools.partial(function, implementation="mosaic_tpu"), *args, **options), jax.tree.map(np.asarray, reference)
+    return run(functools.partial(function, implementation="mosaic_tpu"), *args, **options), jax.tree.map(
+        np.asarray, reference
+    )
 
 
 def same(kernel: QTensor, reference: QTensor) -> None:
@@ -81,7 +93,11 @@ def test_requantize_transposed(shape, tile, quantizer):
 
 @pytest.mark.parametrize(
     "function, spoilt",
-    [(functools.partial(quantize, quantizer=BLOCK), np.s_[:128, 128:]), (quantize, np.s_[40, 128:]), (quantize_transposed, np.s_[140, :128])],
+    [
+        (functools.partial(quantize, quantizer=BLOCK), np.s_[:128, 128:]),
+        (quantize, np.s_[40, 128:]),
+        (quantize_transposed, np.s_[140, :128]),
+    ],
 )
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_spoils_its_tile_and_no_other(function, spoilt, bad):
@@ -103,7 +119,8 @@ def test_in_a_simulated_tpu():
 
 @pytest.mark.parametrize("dtype, quantizer", [(jnp.float32, TILE), (jnp.bfloat16, POWERS)])
 def test_swiglu(dtype, quantizer):
-    """Whole numbers of `gate` large enough that silu(gate) is gate or 0, so that no two ways to compute it differ; then any, close."""
+    """Whole numbers of `gate` large enough that silu(gate) is gate or 0, so that no two ways to compute it differ; then
+    any, close."""
     gate = jnp.asarray(np.random.default_rng(0).choice([-200.0, 0.0, 30.0, 64.0], (70, 300)), dtype)
     up = jnp.asarray(np.random.default_rng(1).integers(-8, 9, (70, 300)), dtype)
     function = functools.partial(swiglu_quantize, quantizer=quantizer)
@@ -117,7 +134,9 @@ def test_swiglu(dtype, quantizer):
 
 def test_an_amax_of_the_wrong_tile_is_caught(monkeypatch):
     quantized = mosaic_tpu._quantized
-    monkeypatch.setattr(mosaic_tpu, "_quantized", lambda x, axes, quantizer: quantized(jnp.roll(x, 1, axis=0), axes, quantizer))
+    monkeypatch.setattr(
+        mosaic_tpu, "_quantized", lambda x, axes, quantizer: quantized(jnp.roll(x, 1, axis=0), axes, quantizer)
+    )
     kernel, reference = both(quantize, extreme((40, 200)))
     assert np.mean(kernel.scales != reference.scales) > 0.5
 
@@ -131,7 +150,12 @@ def test_an_amax_of_the_wrong_tile_is_caught(monkeypatch):
         (quantize, jnp.zeros((0, 128)), TILE, "quantises no empty array"),
         (quantize_transposed, jnp.zeros((8, 128)), BLOCK, "scales tiles where it transposes, not blocks"),
         (requantize_transposed, whole_numbers(0, (8, 128), (1, 64)), TILE, "takes scales for multiples of 128 columns"),
-        (lambda x, quantizer, **name: swiglu_quantize(x, x, quantizer, **name), jnp.zeros((8, 128)), Quantizer("tensor"), "scales tiles"),
+        (
+            lambda x, quantizer, **name: swiglu_quantize(x, x, quantizer, **name),
+            jnp.zeros((8, 128)),
+            Quantizer("tensor"),
+            "scales tiles",
+        ),
     ],
 )
 def test_unsupported_says_why(function, argument, quantizer, message):
@@ -146,8 +170,14 @@ def test_compiles(topology):
     gate = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
 
     def everything(x, gate, up, kept):
-        quantized = [quantize(x, implementation="mosaic_tpu"), quantize(x.astype(jnp.float32), BLOCK, implementation="mosaic_tpu")]
-        quantized += [quantize_transposed(x, implementation="mosaic_tpu"), requantize_transposed(kept, POWERS, implementation="mosaic_tpu")]
+        quantized = [
+            quantize(x, implementation="mosaic_tpu"),
+            quantize(x.astype(jnp.float32), BLOCK, implementation="mosaic_tpu"),
+        ]
+        quantized += [
+            quantize_transposed(x, implementation="mosaic_tpu"),
+            requantize_transposed(kept, POWERS, implementation="mosaic_tpu"),
+        ]
         return [*quantized, swiglu_quantize(gate, up, implementation="mosaic_tpu")]
 
     program = lower(topology, everything, x, gate, gate, described((4096, 2112), (1, 128)), sharded=4)

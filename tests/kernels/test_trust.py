@@ -1,4 +1,5 @@
-"""A kernel is compared with its reference before its first use: wrong ones are planted under every operation, and right ones left alone."""
+"""A kernel is compared with its reference before its first use: wrong ones are planted under every operation, and right
+ones left alone."""
 
 import functools
 import json
@@ -48,23 +49,44 @@ SEGMENTS = jnp.asarray(np.repeat([[1, 2]], 64, axis=1), jnp.int32)
 # Operation and a call of it; the last two come at a gradient alone.
 CASES = {
     "matmul": (matmul_api.MATMUL, lambda i=None: kp.fp8_matmul(tiles(0, 40, 256), tiles(1, 24, 256), implementation=i)),
-    "grouped": (grouped_api.GROUPED_MATMUL, lambda i=None: kp.fp8_grouped_matmul(tiles(0, 128, 256), tiles(1, 3, 24, 256), SIZES, implementation=i)),
+    "grouped": (
+        grouped_api.GROUPED_MATMUL,
+        lambda i=None: kp.fp8_grouped_matmul(tiles(0, 128, 256), tiles(1, 3, 24, 256), SIZES, implementation=i),
+    ),
     "grouped weight gradient": (
         grouped_api.GROUPED_WEIGHT_GRADIENT,
-        lambda i=None: kp.fp8_grouped_weight_gradient(tiles(0, 24, 256), tiles(1, 40, 256), jnp.asarray([128, 128]), implementation=i),
+        lambda i=None: kp.fp8_grouped_weight_gradient(
+            tiles(0, 24, 256), tiles(1, 40, 256), jnp.asarray([128, 128]), implementation=i
+        ),
     ),
     "quantize": (quantize_api.QUANTIZE, lambda i=None: kp.quantize_block(x(0, 130, 200), implementation=i)),
-    "quantize transposed": (quantize_api.QUANTIZE_TRANSPOSED, lambda i=None: kp.quantize_transposed(x(0, 130, 200), implementation=i)),
-    "requantize transposed": (quantize_api.REQUANTIZE_TRANSPOSED, lambda i=None: kp.requantize_transposed(tiles(0, 130, 200), implementation=i)),
-    "swiglu": (swiglu_api.SWIGLU_QUANTIZE, lambda i=None: kp.swiglu_quantize(x(0, 130, 200), x(1, 130, 200), implementation=i)),
-    "grouped linear": (grouped_linear_api.GROUPED_PRODUCT, lambda i=None: kp.grouped_linear(x(0, 128, 32), x(1, 3, 32, 24), SIZES, implementation=i)),
+    "quantize transposed": (
+        quantize_api.QUANTIZE_TRANSPOSED,
+        lambda i=None: kp.quantize_transposed(x(0, 130, 200), implementation=i),
+    ),
+    "requantize transposed": (
+        quantize_api.REQUANTIZE_TRANSPOSED,
+        lambda i=None: kp.requantize_transposed(tiles(0, 130, 200), implementation=i),
+    ),
+    "swiglu": (
+        swiglu_api.SWIGLU_QUANTIZE,
+        lambda i=None: kp.swiglu_quantize(x(0, 130, 200), x(1, 130, 200), implementation=i),
+    ),
+    "grouped linear": (
+        grouped_linear_api.GROUPED_PRODUCT,
+        lambda i=None: kp.grouped_linear(x(0, 128, 32), x(1, 3, 32, 24), SIZES, implementation=i),
+    ),
     "grouped linear's gradient": (
         grouped_linear_api.GROUPED_WEIGHT_GRADIENT,
-        lambda i=None: jax.grad(lambda w: jnp.sum(kp.grouped_linear(x(0, 128, 32), w, SIZES, implementation=i) ** 2))(x(1, 3, 32, 24)),
+        lambda i=None: jax.grad(lambda w: jnp.sum(kp.grouped_linear(x(0, 128, 32), w, SIZES, implementation=i) ** 2))(
+            x(1, 3, 32, 24)
+        ),
     ),
     "attention": (
         attention_api.ATTENTION,
-        lambda i=None: kp.attention(*(x(j, 1, 128, 2, 64) for j in range(3)), SEGMENTS, SEGMENTS, scale=0.1, implementation=i),
+        lambda i=None: kp.attention(
+            *(x(j, 1, 128, 2, 64) for j in range(3)), SEGMENTS, SEGMENTS, scale=0.1, implementation=i
+        ),
     ),
 }
 on_every_operation = pytest.mark.parametrize("case", CASES)
@@ -93,7 +115,9 @@ def corner(y):
 
 
 def same(got, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), got, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), got, wanted
+    )
 
 
 @on_every_operation
@@ -116,9 +140,15 @@ def test_a_wrong_kernel_is_replaced_and_reported(case, change, monkeypatch, capl
     for _ in range(2):
         same(jax.jit(lambda: call())(), wanted)
     assert len(calls) == 1
-    (said,) = [record for record in caplog.records if record.getMessage().startswith(f"WARNING: {operation.name}: {KERNEL}")]
+    (said,) = [
+        record for record in caplog.records if record.getMessage().startswith(f"WARNING: {operation.name}: {KERNEL}")
+    ]
     assert said.levelno == logging.WARNING and "off by" in said.getMessage() or "inf" in said.getMessage()
-    assert f"jax {jax.__version__}" in said.getMessage() and "report" in said.getMessage() and "DEEPSEEK_JAX_KERNEL_CHECK=0" in said.getMessage()
+    assert (
+        f"jax {jax.__version__}" in said.getMessage()
+        and "report" in said.getMessage()
+        and "DEEPSEEK_JAX_KERNEL_CHECK=0" in said.getMessage()
+    )
 
 
 def test_a_kernel_that_fails_is_replaced(monkeypatch, caplog):
@@ -153,7 +183,8 @@ def test_a_gradient_alone_that_is_wrong_is_found(monkeypatch, caplog):
 
 
 def test_inside_a_mesh_and_a_gradient(monkeypatch):
-    """Compared while a `shard_map` under `jit` and `grad` is traced, on the CPU's own first device; a scan's body too."""
+    """Compared while a `shard_map` under `jit` and `grad` is traced, on the CPU's own first device; a scan's body
+    too."""
     calls = plant(monkeypatch, matmul_api.MATMUL)
     for operation in (quantize_api.QUANTIZE, quantize_api.QUANTIZE_TRANSPOSED, quantize_api.REQUANTIZE_TRANSPOSED):
         plant(monkeypatch, operation)
@@ -236,14 +267,17 @@ def test_a_kernel_that_is_passed_over_is_said_once(monkeypatch, caplog):
     q = kp.quantize(x(0, 40, 256), kp.Quantizer(scope="tensor"))
     kp.quantize(x(0, 40, 256), kp.Quantizer(scope="tensor"))
     assert q.tile == (40, 256)
-    assert caplog.text.count("quantize: mosaic_tpu scales tiles and blocks, not whole tensors. XLA quantizes instead") == 1
+    assert (
+        caplog.text.count("quantize: mosaic_tpu scales tiles and blocks, not whole tensors. XLA quantizes instead") == 1
+    )
     kp.quantize(x(0, 40, 256), kp.Quantizer(scope="tensor"), implementation="xla")
     assert len(caplog.records) == 1
 
 
 @on_every_operation
 def test_the_real_kernels_pass(case, monkeypatch, caplog):
-    """Interpreted: no false alarm on the inputs made for them, which they all take. `grouped_linear` has no kernel on TPUs."""
+    """Interpreted: no false alarm on the inputs made for them, which they all take. `grouped_linear` has no kernel on
+    TPUs."""
     operation, call = CASES[case]
     if KERNEL not in operation.implementations:
         pytest.skip("no kernel of ours there")
@@ -254,21 +288,44 @@ def test_the_real_kernels_pass(case, monkeypatch, caplog):
     assert "WARNING" not in caplog.text
 
 
-V3 = kp.QTensor(jax.ShapeDtypeStruct((65537, 7168), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((65537, 56), jnp.float32), (1, 128))
+V3 = kp.QTensor(
+    jax.ShapeDtypeStruct((65537, 7168), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((65537, 56), jnp.float32), (1, 128)
+)
 
 
 def test_inputs_are_small_and_keep_widths():
     """Of a call with V3's shapes: a few hundred rows, a last tile cut off as there, K as there."""
     a, b, *_ = matmul_api.MATMUL.small(V3, V3, None, jnp.bfloat16)
-    assert a.shape == (513, 7168) and a.scales.shape == (513, 56) and b.shape == (2049, 7168) and a.values.dtype == jnp.float8_e4m3fn
-    assert len({piece.tobytes() for piece in np.split(np.asarray(a.values[:512], np.float32), 56, axis=1)}) == 56  # no two tiles alike
-    q, k, v, do, query_segments, segments = attention_api.ATTENTION.small(*(jax.ShapeDtypeStruct((8, n, 128, w), jnp.bfloat16) for n, w in ((1024, 192), (4096, 192), (4096, 128))))
-    assert (q.shape, k.shape, v.shape, do.shape) == ((1, 256, 2, 192), (1, 256, 2, 192), (1, 256, 2, 128), (1, 256, 2, 128))
+    assert (
+        a.shape == (513, 7168)
+        and a.scales.shape == (513, 56)
+        and b.shape == (2049, 7168)
+        and a.values.dtype == jnp.float8_e4m3fn
+    )
+    # no two tiles alike
+    assert len({piece.tobytes() for piece in np.split(np.asarray(a.values[:512], np.float32), 56, axis=1)}) == 56
+    q, k, v, do, query_segments, segments = attention_api.ATTENTION.small(
+        *(jax.ShapeDtypeStruct((8, n, 128, w), jnp.bfloat16) for n, w in ((1024, 192), (4096, 192), (4096, 128)))
+    )
+    assert (q.shape, k.shape, v.shape, do.shape) == (
+        (1, 256, 2, 192),
+        (1, 256, 2, 192),
+        (1, 256, 2, 128),
+        (1, 256, 2, 128),
+    )
     np.testing.assert_array_equal(query_segments, segments)
     assert set(segments.ravel()) == {1, 2}
     for alignment, count, rows in ((1, 256, 4096), (128, 8, 65536), (128, 1, 128), (128, 2, 256), (1, 3, 5)):
         x_RK, w, sizes, *_ = grouped_linear_api.GROUPED_PRODUCT.small(
-            jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16), jax.ShapeDtypeStruct((count, 64, 32), jnp.bfloat16), None, alignment, False
+            jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16),
+            jax.ShapeDtypeStruct((count, 64, 32), jnp.bfloat16),
+            None,
+            alignment,
+            False,
         )
-        assert w.shape[0] == len(sizes) == min(count, 3) and x_RK.shape[0] >= sizes.sum() > 0 and not np.any(sizes % alignment)
+        assert (
+            w.shape[0] == len(sizes) == min(count, 3)
+            and x_RK.shape[0] >= sizes.sum() > 0
+            and not np.any(sizes % alignment)
+        )
         assert x_RK.shape[0] <= 640 and x_RK.shape[0] % alignment == 0

@@ -1,4 +1,5 @@
-"""What the tests of the TPU kernels share: exact operands, running without a TPU, the chips to compile for, and the kernels' text."""
+"""What the tests of the TPU kernels share: exact operands, running without a TPU, the chips to compile for, and the
+kernels' text."""
 
 import base64
 import re
@@ -14,8 +15,11 @@ from kernels_pallas import QTensor
 
 # What the matrix unit is to be given, in the kernel's text.
 MULTIPLIED = {"v5e:2x4": "bf16", "v5p:2x2x1": "bf16", "v6e:2x4": "bf16", "tpu7x:2x2x1": "f8E4M3FN"}
-on_every_chip = pytest.mark.parametrize("topology", [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in MULTIPLIED])
-SIMULATED = pltpu.InterpretParams()  # copies, memory that was never written, reads past an end: everything a TPU does, slowly
+on_every_chip = pytest.mark.parametrize(
+    "topology", [pytest.param(name, marks=pytest.mark.aot(chip=name.partition(":")[0])) for name in MULTIPLIED]
+)
+# copies, memory that was never written, reads past an end: everything a TPU does, slowly
+SIMULATED = pltpu.InterpretParams()
 EVALUATED = True  # block by block, three times as fast
 
 
@@ -26,7 +30,8 @@ def run(function, *args, interpreter=EVALUATED):
 
 
 def whole_numbers(seed: int, shape: tuple[int, ...], tile: tuple[int, int]) -> QTensor:
-    """Small whole numbers with scales of 1/2, 1 or 2: every sum of products of a thousand is exact in float32, in any order."""
+    """Small whole numbers with scales of 1/2, 1 or 2: every sum of products of a thousand is exact in float32, in any
+    order."""
     random = np.random.default_rng(seed)
     scales = (*shape[:-2], *(-(-size // part) for size, part in zip(shape[-2:], tile, strict=True)))
     values = jnp.asarray(random.integers(-4, 5, shape), jnp.float8_e4m3fn)
@@ -44,8 +49,8 @@ def described(shape: tuple[int, ...], tile: tuple[int, int]) -> QTensor:
 
 
 def lower(name: str, function, *specs, sharded: int = 0) -> jax.stages.Lowered:
-    """`function` as it runs on each device of the topology `name`, in a `shard_map` that checks what varies; the first `sharded` arguments and the
-    result are split along their first axis, the shapes given being a device's."""
+    """`function` as it runs on each device of the topology `name`, in a `shard_map` that checks what varies; the first
+    `sharded` arguments and the result are split along their first axis, the shapes given being a device's."""
     devices = np.array(topology(name).devices)
     mesh = jax.sharding.Mesh(devices, ("data",))
     split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -56,7 +61,9 @@ def lower(name: str, function, *specs, sharded: int = 0) -> jax.stages.Lowered:
 
     specs = [jax.tree.map(lambda spec, index=index: place(spec, index), arg) for index, arg in enumerate(specs)]
     in_specs = tuple(split.spec if index < sharded else whole.spec for index in range(len(specs)))
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=split.spec if sharded else whole.spec)).lower(*specs)
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=split.spec if sharded else whole.spec)
+    ).lower(*specs)
 
 
 def kernel_texts(lowered: jax.stages.Lowered) -> list[str]:

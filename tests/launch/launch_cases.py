@@ -11,7 +11,8 @@ from deepseek_jax.launch.jobs import Job
 ROOT = Path(__file__).parents[2]
 BASE = str(ROOT / "experiments" / "v3_style_tiny.py")
 
-# Does what the run's name says, in the folder that --workdir names. "slow" waits to be told to stop, saves, and is quick the next time.
+# Does what the run's name says, in the folder that --workdir names. "slow" waits to be told to stop, saves, and is
+# quick the next time.
 STAND_IN = r"""
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir="))
@@ -44,4 +45,6 @@ def stand_in(tmp_path: Path) -> tuple[str, str]:
 
 def jobs_of(folder: Path, *names: str, overrides=None, resources=Resources()) -> list[Job]:
     runs = [Run(name, overrides or {"seed": i}, resources) for i, name in enumerate(names)]
-    return [Job(run, folder / run.name, "experiment.py", ConfigDict({"seed": 0}), ("pretrain",), 1000, 1e9) for run in runs]
+    return [
+        Job(run, folder / run.name, "experiment.py", ConfigDict({"seed": 0}), ("pretrain",), 1000, 1e9) for run in runs
+    ]

@@ -5,8 +5,8 @@ import pytest
 from launch_cases import BASE, ROOT, jobs_of
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.launch import Resources
 from deepseek_jax.experiment import build_experiment, read_flags
+from deepseek_jax.launch import Resources
 from deepseek_jax.launch.__main__ import choose, main
 from deepseek_jax.launch.metric_names import check_metric
 from deepseek_jax.launch.state import read_status
@@ -43,15 +43,37 @@ def test_a_sweep_and_again(sweep, tmp_path, capsys):
     command = [f"--sweep={sweep}", f"--workdir={tmp_path / 'runs'}", "--slots=2"]
     assert main(command) == 1
     shown = capsys.readouterr().out
-    assert "2 runs in" in shown and "good done" in shown and "bad failed" in shown and "nowhere.txt" in shown and "1 done, 1 failed" in shown
+    assert (
+        "2 runs in" in shown
+        and "good done" in shown
+        and "bad failed" in shown
+        and "nowhere.txt" in shown
+        and "1 done, 1 failed" in shown
+    )
     good = read_status(tmp_path / "runs" / "good")
     first = pyarrow.parquet.read_table(tmp_path / "runs" / "results.parquet").to_pylist()
     assert [row["status"] for row in first] == ["done", "failed"]
-    assert 4 < first[0]["pretrain.bits_per_byte"] < 9 and first[0]["pretrain.tokens_per_second"] > 0 and first[0]["pretrain.step"] == 2
+    assert (
+        4 < first[0]["pretrain.bits_per_byte"] < 9
+        and first[0]["pretrain.tokens_per_second"] > 0
+        and first[0]["pretrain.step"] == 2
+    )
     assert first[1]["pretrain.bits_per_byte"] is None
-    stages = [stage for stage in build_stages(build_experiment(*read_flags([f"--config={BASE}"])[:2], tmp_path)) if stage.name == "pretrain"]
-    logged = [name for name, value in first[0].items() if name.startswith("pretrain.") and isinstance(value, (int, float)) and "data.sources" not in name]
-    for name in (name for name in logged if name.removeprefix("pretrain.") not in ("seq_len", "batch_size") and not name.startswith("pretrain.train.")):
+    stages = [
+        stage
+        for stage in build_stages(build_experiment(*read_flags([f"--config={BASE}"])[:2], tmp_path))
+        if stage.name == "pretrain"
+    ]
+    logged = [
+        name
+        for name, value in first[0].items()
+        if name.startswith("pretrain.") and isinstance(value, (int, float)) and "data.sources" not in name
+    ]
+    for name in (
+        name
+        for name in logged
+        if name.removeprefix("pretrain.") not in ("seq_len", "batch_size") and not name.startswith("pretrain.train.")
+    ):
         check_metric(name, stages)  # whatever a run logs may be drawn
     assert (tmp_path / "runs" / "results.png").stat().st_size > 5000
 
@@ -71,17 +93,31 @@ def test_plan_and_results_start_nothing(sweep, tmp_path, capsys):
     assert "2 of 2 runs to do" in capsys.readouterr().out and not workdir.exists()
     assert main([f"--sweep={sweep}", f"--workdir={workdir}", "--results"]) == 0
     shown = capsys.readouterr().out
-    assert "2 missing" in shown and "pretrain.bits_per_byte, mean ± standard deviation" in shown and "1 missing" in shown and sorted(path.name for path in workdir.iterdir()) == ["results.csv", "results.parquet"]
+    assert (
+        "2 missing" in shown
+        and "pretrain.bits_per_byte, mean ± standard deviation" in shown
+        and "1 missing" in shown
+        and sorted(path.name for path in workdir.iterdir()) == ["results.csv", "results.parquet"]
+    )
 
 
 def test_the_plan_of_a_pod_asks_the_dry_run(tmp_path, capsys):
     path = tmp_path / "pod.py"
-    path.write_text(f"from deepseek_jax.launch import *\ndef get_sweep():\n    return Sweep({BASE!r}, [Run('pod', {{'seed': 1}}, Resources('v5p:4x4x4'))])\n")
+    path.write_text(
+        f"from deepseek_jax.launch import *\ndef get_sweep():\n    return Sweep({BASE!r}, [Run('pod', {{'seed': 1}}, "
+        "Resources('v5p:4x4x4'))])\n"
+    )
     asked = []
 
     def dry_run(config, name, topology, **options):
         asked.append((config.seed, name, topology, options))
-        return {"hours_lower_bound": 2.0, "dollars_lower_bound": 538.0, "fits": True, "memory_bytes_per_device": {"total": 10**10}, "hbm_capacity": 95 * 10**9}
+        return {
+            "hours_lower_bound": 2.0,
+            "dollars_lower_bound": 538.0,
+            "fits": True,
+            "memory_bytes_per_device": {"total": 10**10},
+            "hbm_capacity": 95 * 10**9,
+        }
 
     assert main([f"--sweep={path}", f"--workdir={tmp_path}", "--plan", "--dollars_per_chip_hour=4.2"], dry_run) == 0
     assert asked == [(1, "pod", "v5p:4x4x4", {"dollars_per_chip_hour": 4.2})]

@@ -21,7 +21,10 @@ def states(jobs):
 
 
 def spans(jobs):
-    return [(float((job.folder / "starts").read_text().split()[0]), float((job.folder / "ends").read_text())) for job in jobs]
+    return [
+        (float((job.folder / "starts").read_text().split()[0]), float((job.folder / "ends").read_text()))
+        for job in jobs
+    ]
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -31,10 +34,15 @@ def test_as_many_at_a_time_as_there_are_slots(slots, tmp_path):
     times = spans(jobs)
     together = max(sum(begin <= at < end for begin, end in times) for at, _ in times)
     assert together == slots
-    assert {(job.folder / "starts").read_text().split(maxsplit=1)[1].strip() for job in jobs} == {f"slot {i}" for i in range(slots)}
+    assert {(job.folder / "starts").read_text().split(maxsplit=1)[1].strip() for job in jobs} == {
+        f"slot {i}" for i in range(slots)
+    }
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores that can be divided")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores that can be divided",
+)
 def test_slots_share_the_cores(tmp_path):
     jobs = jobs_of(tmp_path, "while_a", "while_b")
     LocalLauncher(2, program=stand_in(tmp_path), poll_seconds=0.02).launch(jobs)
@@ -47,13 +55,28 @@ def test_every_run_says_how_far_it_is(tmp_path, capsys):
     LocalLauncher(2, program=stand_in(tmp_path), poll_seconds=0.02, report_seconds=0.05).launch(jobs)
     shown = capsys.readouterr().out.splitlines()
     for number, name in ((1, "while_a"), (2, "while_b")):
-        steps = [int(found[1]) for line in shown if (found := re.match(rf"\[{number}/3\] {name}: pretrain (\d)/7  loss 2.5  \d s, \d s left", line))]
+        steps = [
+            int(found[1])
+            for line in shown
+            if (found := re.match(rf"\[{number}/3\] {name}: pretrain (\d)/7  loss 2.5  \d s, \d s left", line))
+        ]
         assert steps and steps == sorted(set(steps))  # a line that has not changed is not shown again
     left = [line for line in shown if "runs have ended" in line]
     assert len(left) == 2 and left[0].startswith("1 of 3 runs have ended, about ") and left[1].startswith("2 of 3 ")
 
 
-@pytest.mark.parametrize("text", ['{"state": "do', "[]", "null", '{"state": "finished"}', '{"state": "done", "seconds": "x"}', '{"state": "done", "seconds": -1}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"state": "do',
+        "[]",
+        "null",
+        '{"state": "finished"}',
+        '{"state": "done", "seconds": "x"}',
+        '{"state": "done", "seconds": -1}',
+        "\udcff",
+    ],
+)
 def test_a_torn_status_is_refused_in_words(text, tmp_path):
     (tmp_path / "status.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match="status.json is damaged.*remove it"):
@@ -84,7 +107,9 @@ cli.run(lambda _: LocalLauncher(2, program=stand_in(Path({folder!r}))).launch(jo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_the_runs_save_and_go_on_the_next_time(number, tmp_path):
     code = LAUNCH.format(tests=str(ROOT / "tests" / "launch"), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+    )
     jobs = jobs_of(tmp_path, "slow_a", "slow_b", "later")
     wait_for(lambda: all((job.folder / "ready").exists() for job in jobs[:2]), process)
     process.send_signal(number)
@@ -136,7 +161,9 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("deepseek_jax.locks.fcntl.flock", flock)
     assert execute([sys.executable, "-c", "pass"], tmp_path / "a") == 0
-    assert "is on a file system without locks" in capsys.readouterr().out and read_status(tmp_path / "a").state == "done"
+    assert (
+        "is on a file system without locks" in capsys.readouterr().out and read_status(tmp_path / "a").state == "done"
+    )
 
 
 def test_a_lock_is_held_once(tmp_path):

@@ -39,7 +39,8 @@ def statuses(jobs):
 
 
 def test_tokens_and_flops_of_a_run(tmp_path):
-    """By hand: 6 FLOPs for a parameter and token, and attention over half a sequence, for every head 2·(24 + 16) forward for a pair."""
+    """By hand: 6 FLOPs for a parameter and token, and attention over half a sequence, for every head 2·(24 + 16)
+    forward for a pair."""
     (job,) = build_jobs(Sweep(BASE, [Run("a", {"pretrain.train.steps": 100})]), tmp_path)
     assert job.tokens == 100 * 16 * 128
     active = count_parameters(ModelConfig.from_dict(job.config.model)).activated()
@@ -47,15 +48,25 @@ def test_tokens_and_flops_of_a_run(tmp_path):
 
 
 def test_tokens_with_a_growing_batch(tmp_path):
-    ramp = {"pretrain.batch_size": 8, "pretrain.train.batch_size": {"kind": "ramp", "start": 4, "end": 8, "steps": 50}, "pretrain.train.steps": 100, "pretrain.train.microbatch": 4}
+    ramp = {
+        "pretrain.batch_size": 8,
+        "pretrain.train.batch_size": {"kind": "ramp", "start": 4, "end": 8, "steps": 50},
+        "pretrain.train.steps": 100,
+        "pretrain.train.microbatch": 4,
+    }
     (job,) = build_jobs(Sweep(BASE, [Run("a", ramp)]), tmp_path)
     sizes = [round(min(4 + 4 * step / 50, 8) / 4) * 4 for step in range(100)]
     assert job.tokens == sum(sizes) * 128
 
 
 def test_tokens_of_a_batch_that_a_mesh_divides(tmp_path):
-    """The training loop rounds to what the mesh's 64 parts and the microbatch divide; the run is for machines that are not here."""
-    ramp = {"pretrain.batch_size": 256, "pretrain.train.batch_size": {"kind": "ramp", "start": 64, "end": 256, "steps": 50}, "pretrain.train.steps": 100}
+    """The training loop rounds to what the mesh's 64 parts and the microbatch divide; the run is for machines that are
+    not here."""
+    ramp = {
+        "pretrain.batch_size": 256,
+        "pretrain.train.batch_size": {"kind": "ramp", "start": 64, "end": 256, "steps": 50},
+        "pretrain.train.steps": 100,
+    }
     (job,) = build_jobs(Sweep(BASE, [Run("a", ramp | {"mesh.fsdp": 64}, Resources("v5p:4x4x4"))]), tmp_path)
     sizes = [max(64, round(min(64 + 192 * step / 50, 256) / 64) * 64) for step in range(100)]
     assert job.tokens == sum(sizes) * 128 and set(sizes) == {64, 128, 192, 256}
@@ -63,11 +74,21 @@ def test_tokens_of_a_batch_that_a_mesh_divides(tmp_path):
 
 @pytest.mark.parametrize("kl, passes", [(0.0, 3), (0.01, 4)])
 def test_reinforcement_learning_is_work_too(kl, passes, tmp_path):
-    """By hand, two epochs: forward and backward over prompts and completions, the reference's forward pass where the KL counts, and drawing twice the
-    groups that are trained on, each prompt read once for its group."""
-    changes = {"steps": 6, "num_minibatches": 1, "inner_epochs": 2, "kl_coefficient": kl, "prompts_per_rollout": 4, "group_size": 8, "oversampling": 2}
+    """By hand, two epochs: forward and backward over prompts and completions, the reference's forward pass where the KL
+    counts, and drawing twice the groups that are trained on, each prompt read once for its group."""
+    changes = {
+        "steps": 6,
+        "num_minibatches": 1,
+        "inner_epochs": 2,
+        "kl_coefficient": kl,
+        "prompts_per_rollout": 4,
+        "group_size": 8,
+        "oversampling": 2,
+    }
     overrides = {"stages": ("grpo",), **{f"grpo.grpo.{name}": value for name, value in changes.items()}}
-    (job,) = build_jobs(Sweep(str(ROOT / "experiments" / "r1_tiny.py"), [Run("a", overrides)], metric="grpo.rollout_seconds"), tmp_path)
+    (job,) = build_jobs(
+        Sweep(str(ROOT / "experiments" / "r1_tiny.py"), [Run("a", overrides)], metric="grpo.rollout_seconds"), tmp_path
+    )
     config, rows = ModelConfig.from_dict(job.config.model), 4 * 8
     prompt, drawn = prompt_and_completion(job)
     assert job.tokens == 3 * rows * drawn  # two steps a rollout
@@ -97,7 +118,12 @@ def test_the_last_value_of_every_metric(tmp_path):
 
 
 def test_the_table_has_a_row_for_every_run(tmp_path):
-    runs = [Run("a", {PEAK: 1e-3, "seed": 0}), Run("b", {PEAK: 1e-3, "seed": 1}), Run("c", {"precision": "bfloat16", "seed": 2}), Run("d", {})]
+    runs = [
+        Run("a", {PEAK: 1e-3, "seed": 0}),
+        Run("b", {PEAK: 1e-3, "seed": 1}),
+        Run("c", {"precision": "bfloat16", "seed": 2}),
+        Run("d", {}),
+    ]
     jobs = build_jobs(Sweep(BASE, runs), tmp_path)
     finish(jobs[0], 12.5, [{"step": 400, "bits_per_byte": 3.25}])
     finish(jobs[1], 7.0, [{"step": 10, "loss": 2.0}], state="failed", exit_status=1)
@@ -117,12 +143,19 @@ def test_the_table_has_a_row_for_every_run(tmp_path):
 def test_a_column_of_several_types_is_text(tmp_path):
     rows = [{"name": "a", "x": 1, "y": 1, "z": (1, 2)}, {"name": "b", "x": 1.5, "y": "one", "z": None}]
     table = pyarrow.parquet.read_table(write_table(rows, tmp_path)[0])
-    assert table["x"].to_pylist() == [1.0, 1.5] and table["y"].to_pylist() == ["1", "one"] and table["z"].to_pylist() == ["(1, 2)", None]
+    assert (
+        table["x"].to_pylist() == [1.0, 1.5]
+        and table["y"].to_pylist() == ["1", "one"]
+        and table["z"].to_pylist() == ["(1, 2)", None]
+    )
 
 
 def rows_of(sweep, value):
     """Rows as if every run had finished with `value(overrides)`."""
-    return [{"name": r.name, "status": "done", "flops": 1e9, "seed": 0, **r.overrides, sweep.metric: value(r.overrides)} for r in sweep.runs]
+    return [
+        {"name": r.name, "status": "done", "flops": 1e9, "seed": 0, **r.overrides, sweep.metric: value(r.overrides)}
+        for r in sweep.runs
+    ]
 
 
 def drawn(tmp_path, sweep, rows):
@@ -148,7 +181,10 @@ def test_seeds_are_a_mean_and_a_spread(tmp_path):
 def test_paired_seeds_show_the_spread_of_their_differences(tmp_path):
     """Seed 1 is worse by 10 everywhere, and the two seeds differ by 0.2 and -0.2 about the mean besides."""
     sweep = Sweep("x.py", paired_seeds(grid({PEAK: (1e-3, 1e-2)}), (0, 1)), x=PEAK)
-    rows = rows_of(sweep, lambda o: 10 * o["seed"] + {(1e-3, 0): 1.1, (1e-3, 1): 0.9, (1e-2, 0): 1.9, (1e-2, 1): 2.1}[o[PEAK], o["seed"]])
+    rows = rows_of(
+        sweep,
+        lambda o: 10 * o["seed"] + {(1e-3, 0): 1.1, (1e-3, 1): 0.9, (1e-2, 0): 1.9, (1e-2, 1): 2.1}[o[PEAK], o["seed"]],
+    )
     (panel,) = drawn(tmp_path, sweep, rows).axes
     line, _, (bars,) = panel.containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(1e-3, 6.0), (1e-2, 7.0)])
@@ -158,7 +194,13 @@ def test_paired_seeds_show_the_spread_of_their_differences(tmp_path):
 
 @pytest.mark.parametrize(("best", "framed"), [("lowest", (0, 1)), ("highest", (1, 0))])
 def test_two_fields_are_curves_and_a_map(best, framed, tmp_path):
-    sweep = Sweep("x.py", paired_seeds(grid({PEAK: (1e-3, 1e-2), "pretrain.batch_size": (8, 16)}), (0, 1)), x=PEAK, by="pretrain.batch_size", best=best)
+    sweep = Sweep(
+        "x.py",
+        paired_seeds(grid({PEAK: (1e-3, 1e-2), "pretrain.batch_size": (8, 16)}), (0, 1)),
+        x=PEAK,
+        by="pretrain.batch_size",
+        best=best,
+    )
     figure = drawn(tmp_path, sweep, rows_of(sweep, lambda o: o["pretrain.batch_size"] - np.log10(o[PEAK]) * 2))
     curves, heat, _ = figure.axes
     assert [text.get_text() for text in curves.get_legend().get_texts()] == ["batch size 8", "batch size 16"]
@@ -169,14 +211,18 @@ def test_two_fields_are_curves_and_a_map(best, framed, tmp_path):
 
 def test_a_ladder_is_drawn_over_compute_with_its_names(tmp_path):
     sweep = Sweep("x.py", [Run("small", {"a": 1}), Run("large", {"a": 2})])
-    rows = [{"name": n, "status": "done", "flops": f, "seed": 0, "pretrain.bits_per_byte": v} for n, f, v in (("small", 1e12, 3.0), ("large", 1e14, 2.0))]
+    rows = [
+        {"name": n, "status": "done", "flops": f, "seed": 0, "pretrain.bits_per_byte": v}
+        for n, f, v in (("small", 1e12, 3.0), ("large", 1e14, 2.0))
+    ]
     (panel,) = drawn(tmp_path, sweep, rows).axes
     np.testing.assert_allclose(panel.containers[0][0].get_xydata(), [(1e12, 3.0), (1e14, 2.0)])
     assert [text.get_text() for text in panel.texts] == ["small", "large"] and panel.get_xlabel() == "training FLOPs"
 
 
 def test_runs_that_differ_in_a_third_field_are_not_one_point(tmp_path):
-    """Twelve runs: two sizes and two losses at one x each with three seeds; without `by` the curves are told apart all the same, in words."""
+    """Twelve runs: two sizes and two losses at one x each with three seeds; without `by` the curves are told apart all
+    the same, in words."""
     losses, experts = "pretrain.train.objective.balance", "model.moe.num_experts"
     runs = paired_seeds(grid({experts: (8, 16), losses: ("none", "batch")}), (0, 1, 2))
     value = lambda o: o[experts] + (o[losses] == "batch") + o["seed"] / 10  # noqa: E731
@@ -189,7 +235,9 @@ def test_runs_that_differ_in_a_third_field_are_not_one_point(tmp_path):
         np.testing.assert_allclose([c[0].get_ydata() for c in curves.containers], [[8.1, 16.1], [9.1, 17.1]])
     by_flops = Sweep("x.py", runs)
     curves = drawn(tmp_path, by_flops, rows_of(by_flops, value)).axes[0]
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == [f"num experts {n}, balance: {loss}" for n in (8, 16) for loss in ("none", "batch")]
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+        f"num experts {n}, balance: {loss}" for n in (8, 16) for loss in ("none", "batch")
+    ]
     twins = Sweep("x.py", [Run("one", {"a": 1}), Run("two", {"a": 1})])
     assert {curve for _, curve in group(twins, rows_of(twins, lambda o: 1.0))} == {"one", "two"}
 
@@ -203,9 +251,18 @@ def test_runs_that_diverged_or_lack_the_metric_are_counted_and_not_averaged(tmp_
     base, mine = variants(sweep, rows)
     assert (base.name, base.values, base.mean, base.deviation) == ("base", (1.0,), 1.0, None)
     assert base.left_out == {"diverged": 1, "without the metric": 1, "failed": 1}
-    assert (mine.name, mine.mean) == ("mine", pytest.approx(6.5 / 3)) and mine.deviation == pytest.approx(np.std([2.0, 2.2, 2.3], ddof=1))
+    assert (mine.name, mine.mean) == ("mine", pytest.approx(6.5 / 3)) and mine.deviation == pytest.approx(
+        np.std([2.0, 2.2, 2.3], ddof=1)
+    )
     shown = text(results_table(sweep, rows, "title"))
-    for part in ("base", "1.0000", "1 diverged, 1 without the metric, 1 failed", "mine", "2.1667 ± 0.1528", "1 diverged"):
+    for part in (
+        "base",
+        "1.0000",
+        "1 diverged, 1 without the metric, 1 failed",
+        "mine",
+        "2.1667 ± 0.1528",
+        "1 diverged",
+    ):
         assert part in shown
     assert "left out: 2 diverged, 1 without the metric, 1 failed" in drawn(tmp_path, sweep, rows).get_suptitle()
 
@@ -238,12 +295,22 @@ def test_plots_leave_matplotlibs_backend_alone():
 
 def test_nothing_finished_nothing_drawn(tmp_path):
     sweep = Sweep("x.py", [Run("a", {"seed": 0})])
-    assert not plot(sweep, [{"name": "a", "status": "missing", "flops": 1.0, "seed": 0}], tmp_path / "results.png", "title")
+    assert not plot(
+        sweep, [{"name": "a", "status": "missing", "flops": 1.0, "seed": 0}], tmp_path / "results.png", "title"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def job(name, topology, flops=1e15, seed=0, **config):
-    return Job(Run(name, {}, Resources(topology)), None, "x.py", ConfigDict({"seed": seed, **config}), ("pretrain",), int(1e9), flops)
+    return Job(
+        Run(name, {}, Resources(topology)),
+        None,
+        "x.py",
+        ConfigDict({"seed": seed, **config}),
+        ("pretrain",),
+        int(1e9),
+        flops,
+    )
 
 
 def test_the_plan_asks_the_dry_run_once_for_runs_that_differ_in_seed_alone():
@@ -255,17 +322,34 @@ def test_the_plan_asks_the_dry_run_once_for_runs_that_differ_in_seed_alone():
             raise ConfigError("no such slice")
         big = config.get("size") == 2
         return {
-            **{"hours_lower_bound": 30.0 if big else 0.4, "dollars_lower_bound": None if big else 1234.5},
-            **{"fits": not big, "memory_bytes_per_device": {"temporaries": 1, "total": int(20e9)}, "hbm_capacity": int(16e9) if big else int(95e9)},
+            "hours_lower_bound": 30.0 if big else 0.4,
+            "dollars_lower_bound": None if big else 1234.5,
+            "fits": not big,
+            "memory_bytes_per_device": {"temporaries": 1, "total": int(20e9)},
+            "hbm_capacity": int(16e9) if big else int(95e9),
         }
 
-    jobs = [job("a0", "v5p:2x2x1"), job("a1", "v5p:2x2x1", seed=1), job("big", "v5e:4x4", size=2), job("odd", "v4:4x4x4"), job("done", "v5p:2x2x1", seed=2)]
+    jobs = [
+        job("a0", "v5p:2x2x1"),
+        job("a1", "v5p:2x2x1", seed=1),
+        job("big", "v5e:4x4", size=2),
+        job("odd", "v4:4x4x4"),
+        job("done", "v5p:2x2x1", seed=2),
+    ]
     states = {j.name: Status("done" if j.name == "done" else "missing") for j in jobs}
     estimates = plan(jobs, states, dry_run, dollars_per_chip_hour=4.2)
     assert calls == [("a0", "v5p:2x2x1", 4.2), ("big", "v5e:4x4", 4.2), ("odd", "v4:4x4x4", 4.2)]
     assert [e.hours for e in estimates] == [0.4, 0.4, 30.0, None, 0.4]
     shown = text(plan_table("sweep", estimates))
-    for part in ("4 of 5 runs to do", "24 min", "$1,234", "30.0 h", "20.0 of 16.0 GB: does not fit", "20.0 of 95.0 GB", "no dry run: no such slice"):
+    for part in (
+        "4 of 5 runs to do",
+        "24 min",
+        "$1,234",
+        "30.0 h",
+        "20.0 of 16.0 GB: does not fit",
+        "20.0 of 95.0 GB",
+        "no dry run: no such slice",
+    ):
         assert part in shown
     assert "30.8 h + unknown" in shown and "$2,469 + unknown" in shown  # what is done costs nothing more
     assert "no price known for v5e: pass --dollars_per_hour" in shown
@@ -279,13 +363,19 @@ def test_the_plan_says_what_a_launcher_asks_for():
     assert "h100:16: SLURM, 2 nodes × 8 GPUs, 24 h a job" in text(plan_table("sweep", estimates, "slurm"))
     assert "cpu: SLURM, 1 node, 24 h a job" in text(plan_table("sweep", estimates, "slurm"))
     sky = text(plan_table("sweep", estimates, "skypilot"))
-    assert "h100:16: SkyPilot, 2 × H100:8, spot" in sky and "prices: h100: AWS (on demand; spot machines cost less)" in sky
+    assert (
+        "h100:16: SkyPilot, 2 × H100:8, spot" in sky and "prices: h100: AWS (on demand; spot machines cost less)" in sky
+    )
     assert "this machine's" in text(plan_table("sweep", estimates)) and "this machine's" not in sky
 
 
 BIG_DRY_RUN = {
-    **{"hours_lower_bound": 2.0, "dollars_lower_bound": 10.0, "price_source": "AWS", "fits": True},
-    **{"memory_bytes_per_device": {"total": 1}, "hbm_capacity": 2},
+    "hours_lower_bound": 2.0,
+    "dollars_lower_bound": 10.0,
+    "price_source": "AWS",
+    "fits": True,
+    "memory_bytes_per_device": {"total": 1},
+    "hbm_capacity": 2,
 }
 
 

@@ -1,4 +1,5 @@
-"""SkyPilot task files: every field is a documented one, the scripts say what they should, and only what is missing is launched."""
+"""SkyPilot task files: every field is a documented one, the scripts say what they should, and only what is missing is
+launched."""
 
 import json
 import os
@@ -42,7 +43,9 @@ def check(fields, documented):
 
 
 def write(tmp_path, topology, **options):
-    (job,) = jobs_of(tmp_path, "run", overrides={"seed": 1, "pretrain.data.sources": SOURCES}, resources=Resources(topology))
+    (job,) = jobs_of(
+        tmp_path, "run", overrides={"seed": 1, "pretrain.data.sources": SOURCES}, resources=Resources(topology)
+    )
     return SkyPilotLauncher("ladder", tmp_path, "gs://bucket/", **options)._write(job)
 
 
@@ -61,7 +64,11 @@ def test_the_task_file(topology, num_nodes, accelerators, extra, tmp_path):
     path = write(tmp_path, topology)
     task = yaml.safe_load(path.read_text())
     check(task, DOCUMENTED)
-    assert (task["name"], task["num_nodes"], task["resources"].get("accelerators")) == ("ladder-run", num_nodes, accelerators)
+    assert (task["name"], task["num_nodes"], task["resources"].get("accelerators")) == (
+        "ladder-run",
+        num_nodes,
+        accelerators,
+    )
     assert task["resources"]["use_spot"] and 143 in task["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert task["file_mounts"] == {"/runs": {"source": "gs://bucket", "mode": "MOUNT"}}
     assert f"-e '{extra}'" in task["setup"] or f"-e {extra}" in task["setup"]
@@ -83,8 +90,15 @@ def test_the_run_script_hands_every_flag_over(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
     python.chmod(0o755)
-    told = {"HOME": str(tmp_path), "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
-    shown = subprocess.run(["bash", "-c", task["run"]], env=os.environ | told, capture_output=True, text=True, check=True).stdout.splitlines()
+    told = {
+        "HOME": str(tmp_path),
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
+    shown = subprocess.run(
+        ["bash", "-c", task["run"]], env=os.environ | told, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert shown[: shown.index("--")] == ["-m", "deepseek_jax.launch.execute", "--folder=/runs/ladder/run", "--rank=1"]
     assert shown[shown.index("--") + 2 :] == [
         *("-m", "deepseek_jax", "--config=experiment.py", "--workdir=/runs/ladder/run"),
@@ -95,7 +109,9 @@ def test_the_run_script_hands_every_flag_over(tmp_path):
 
 
 def test_where_and_what_can_be_chosen(tmp_path):
-    task = yaml.safe_load(write(tmp_path, "v5e:4x4", infra="gcp/us-west4", install="git+https://example.org/x.git").read_text())
+    task = yaml.safe_load(
+        write(tmp_path, "v5e:4x4", infra="gcp/us-west4", install="git+https://example.org/x.git").read_text()
+    )
     assert task["resources"]["infra"] == "gcp/us-west4" and "git+https://example.org/x.git" in task["setup"]
 
 
@@ -109,9 +125,15 @@ def test_only_the_missing_is_launched(tmp_path, monkeypatch, capsys):
     fake_sky(tmp_path, monkeypatch, json.dumps(queue))
     assert SkyPilotLauncher("ladder", tmp_path, "gs://bucket").launch(jobs_of(tmp_path, "a", "b", "c", "d")) == 1
     launched = (tmp_path / "launched").read_text().splitlines()
-    assert launched == [f"jobs launch --yes --detach-run --name ladder-{name} {tmp_path}/{name}/skypilot.yaml" for name in "bd"]
+    assert launched == [
+        f"jobs launch --yes --detach-run --name ladder-{name} {tmp_path}/{name}/skypilot.yaml" for name in "bd"
+    ]
     shown = capsys.readouterr().out
-    assert "ladder-a is succeeded" in shown and "ladder-c is recovering" in shown and f"gs://bucket/ladder {tmp_path}" in shown
+    assert (
+        "ladder-a is succeeded" in shown
+        and "ladder-c is recovering" in shown
+        and f"gs://bucket/ladder {tmp_path}" in shown
+    )
 
 
 def test_a_queue_that_cannot_be_read_launches_nothing(tmp_path, monkeypatch):
@@ -126,7 +148,10 @@ def fake_sky(tmp_path, monkeypatch, queue):
     (tmp_path / "queue").write_text(queue)
     path = tmp_path / "bin" / "sky"
     path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\ncase "$2" in\nqueue) cat {tmp_path}/queue;;\nlaunch) echo "$@" >> {tmp_path}/launched; test "$6" != ladder-d;;\nesac\n')
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in\nqueue) cat {tmp_path}/queue;;\nlaunch) echo "$@" >> {tmp_path}/launched; test "$6" '
+        "!= ladder-d;;\nesac\n"
+    )
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 

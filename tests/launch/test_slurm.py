@@ -79,14 +79,30 @@ def test_what_slurm_is_asked_for(tmp_path, monkeypatch):
     """With an sbatch that keeps what it is given: an array for the runs that want the same machines."""
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name, script in {"sbatch": f'n=$(ls {commands} | wc -l); cp "$1" {commands}/batch$n; echo "Submitted batch job $n"', "srun": "", "sacct": ""}.items():
+    for name, script in {
+        "sbatch": f'n=$(ls {commands} | wc -l); cp "$1" {commands}/batch$n; echo "Submitted batch job $n"',
+        "srun": "",
+        "sacct": "",
+    }.items():
         (commands / name).write_text(f"#!/bin/sh\n{script}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    large, small = (jobs_of(tmp_path, *names, resources=r) for names, r in ((("a", "b"), Resources("h100:64", hours=12)), (("c",), Resources())))
+    large, small = (
+        jobs_of(tmp_path, *names, resources=r)
+        for names, r in ((("a", "b"), Resources("h100:64", hours=12)), (("c",), Resources()))
+    )
     SlurmLauncher(tmp_path, {"slurm_partition": "gpu"}).launch([*large, *small])
     on_cpu, on_gpus = (path.read_text() for path in sorted(commands.glob("batch*")))
-    for line in ("nodes=8", "ntasks-per-node=1", "gpus-per-node=8", "time=720", "requeue", "signal=USR2@300", "array=0-1%2", "partition=gpu"):
+    for line in (
+        "nodes=8",
+        "ntasks-per-node=1",
+        "gpus-per-node=8",
+        "time=720",
+        "requeue",
+        "signal=USR2@300",
+        "array=0-1%2",
+        "partition=gpu",
+    ):
         assert f"#SBATCH --{line}\n" in on_gpus
     assert "#SBATCH --nodes=1\n" in on_cpu and "array" not in on_cpu and "gpus" not in on_cpu
     assert [(job.folder / "slurm_job").read_text() for job in (*large, *small)] == ["4_0", "4_1", "3"]

@@ -16,8 +16,14 @@ PEAK = "pretrain.train.optimizer.learning_rate.peak"
 
 def test_grid_is_the_product():
     runs = grid({PEAK: (1e-3, 3e-3), "pretrain.batch_size": (4, 8, 16)})
-    assert [run.name for run in runs[:3]] == ["peak_0.001-batch_size_4", "peak_0.001-batch_size_8", "peak_0.001-batch_size_16"]
-    assert [tuple(run.overrides.values()) for run in runs] == [(peak, size) for peak in (1e-3, 3e-3) for size in (4, 8, 16)]
+    assert [run.name for run in runs[:3]] == [
+        "peak_0.001-batch_size_4",
+        "peak_0.001-batch_size_8",
+        "peak_0.001-batch_size_16",
+    ]
+    assert [tuple(run.overrides.values()) for run in runs] == [
+        (peak, size) for peak in (1e-3, 3e-3) for size in (4, 8, 16)
+    ]
 
 
 def test_grid_over_fields_with_the_same_last_part():
@@ -51,7 +57,9 @@ def test_a_metric_that_no_run_will_have_is_refused_before_the_first_one(metric, 
         build_jobs(Sweep(BASE, [Run("a", {"seed": 1})], metric=metric), tmp_path)
 
 
-@pytest.mark.parametrize("metric", ["pretrain.loss", "pretrain.max_violation_mean", "pretrain.tokens_per_second", "pretrain.grad_norm"])
+@pytest.mark.parametrize(
+    "metric", ["pretrain.loss", "pretrain.max_violation_mean", "pretrain.tokens_per_second", "pretrain.grad_norm"]
+)
 def test_metrics_that_a_run_has(metric, tmp_path):
     assert len(build_jobs(Sweep(BASE, [Run("a", {"seed": 1})], metric=metric), tmp_path)) == 1
 
@@ -76,7 +84,9 @@ def test_crossed_runs_must_agree():
 def test_a_rung_becomes_the_model_it_names(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     tiny = importlib.import_module("v3_style_tiny").tiny
-    rungs = [Rung(f"d{d}", tiny(2, d, 16, 2), 64, 4, 10, 1e-2, 2, overrides={"precision": "bfloat16"}) for d in (24, 48)]
+    rungs = [
+        Rung(f"d{d}", tiny(2, d, 16, 2), 64, 4, 10, 1e-2, 2, overrides={"precision": "bfloat16"}) for d in (24, 48)
+    ]
     for rung, job in zip(rungs, build_jobs(Sweep(BASE, ladder(rungs)), tmp_path), strict=True):
         assert ModelConfig.from_dict(job.config.model) == rung.model
         assert (job.config.precision, job.config.pretrain.train.steps, job.tokens) == ("bfloat16", 10, 10 * 4 * 64)
@@ -88,7 +98,10 @@ def test_a_rung_becomes_the_model_it_names(tmp_path, monkeypatch):
         ({"runs": []}, "at least one run"),
         ({"runs": [Run("a", {}), Run("a", {})]}, "several runs are called 'a'"),
         ({"runs": [Run("a", {"seed": 1})], "x": "sead"}, "'sead' is no overridden field: seed"),
-        ({"runs": [Run("a", {"p": {"kind": "constant"}})], "by": "p"}, "'p' has a value of several parts, {'kind': 'constant'}"),
+        (
+            {"runs": [Run("a", {"p": {"kind": "constant"}})], "by": "p"},
+            "'p' has a value of several parts, {'kind': 'constant'}",
+        ),
         ({"runs": [Run("a", {"p": 1}), Run("b", {"p": (1, 2)})], "x": "p"}, "'p' has a value of several parts"),
         ({"runs": [Run("a", {"seed": 1})], "best": "smallest"}, "'lowest' or 'highest'"),
     ],
@@ -140,7 +153,14 @@ def test_every_run_is_checked_before_anything_starts(tmp_path):
     ]
     with pytest.raises(ConfigError) as error:
         build_jobs(Sweep(BASE, runs), tmp_path)
-    for part in ("3 of 4 runs", "typo: config.pretrain: unknown field train.step: did you mean 'steps'", "value: ", "top_k=65 exceeds", "type: ", "nothing was started"):
+    for part in (
+        "3 of 4 runs",
+        "typo: config.pretrain: unknown field train.step: did you mean 'steps'",
+        "value: ",
+        "top_k=65 exceeds",
+        "type: ",
+        "nothing was started",
+    ):
         assert part in str(error.value)
     assert "good" not in str(error.value) and not list(tmp_path.iterdir())
 
@@ -173,7 +193,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (job,) = build_jobs(Sweep(BASE, [Run("a", {"seed": 1})]), tmp_path)
     job.folder.mkdir()
     (job.folder / "config.json").write_text(job.config.to_json())
-    (job.folder / job.stages[0] / "checkpoints" / "1").mkdir(parents=True)  # a folder that holds no results may become another run's
+    # a folder that holds no results may become another run's
+    (job.folder / job.stages[0] / "checkpoints" / "1").mkdir(parents=True)
     build_jobs(Sweep(BASE, [Run("a", {"seed": 1})]), tmp_path)
     with pytest.raises(ConfigError, match=r"config.seed \(1 -> 2\)"):
         build_jobs(Sweep(BASE, [Run("a", {"seed": 2})]), tmp_path)

@@ -49,14 +49,17 @@ def test_published_recipes(name, ladder):
     job, counts = ladder[name], count_parameters(ModelConfig.from_dict(ladder[name].config.model))
     assert float(f"{counts.total:.3g}") == total
     assert counts.activated() == pytest.approx(active, rel=2e-3)  # the head counted, the embedding not
-    assert counts.activated(embedding=True) > 1.05 * active > counts.activated(head=False) * 1.1  # the other conventions are far off
+    # the other conventions are far off
+    assert counts.activated(embedding=True) > 1.05 * active > counts.activated(head=False) * 1.1
     assert job.tokens == pytest.approx(tokens, rel=3e-3)
     pretrain = job.config.pretrain
     train = TrainConfig.from_dict(pretrain.train.to_dict())
     assert (pretrain.seq_len, pretrain.batch_size, train.steps) == (4096, batch_size, steps)
     optimizer = train.optimizer
     assert (optimizer.b1, optimizer.b2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-20, 0.1)
-    rates = [float(optimizer.learning_rate(step)) for step in (2000, 0.79 * steps, 0.81 * steps, 0.89 * steps, 0.91 * steps)]
+    rates = [
+        float(optimizer.learning_rate(step)) for step in (2000, 0.79 * steps, 0.81 * steps, 0.89 * steps, 0.91 * steps)
+    ]
     np.testing.assert_allclose(rates, np.array([1, 1, 0.316, 0.316, 0.1]) * peak, rtol=2e-3)
 
 
@@ -67,7 +70,9 @@ def test_every_rung_divides_over_its_topology(ladder):
         rows = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
         step = pretrain.train.microbatch or pretrain.batch_size
         assert step % rows == 0 and pretrain.batch_size % step == 0, job.name
-        assert experts % mesh.get("expert", 1) == 0 and job.config.model.attention.num_heads % mesh.get("tensor", 1) == 0, job.name
+        assert (
+            experts % mesh.get("expert", 1) == 0 and job.config.model.attention.num_heads % mesh.get("tensor", 1) == 0
+        ), job.name
 
 
 def test_rungs_grow_in_compute(ladder):

@@ -131,8 +131,8 @@ def test_cached_equals_expanded_at_every_position(case):
 
 @pytest.mark.parametrize("known", [True, False], ids=["first known", "first traced"])
 def test_query_chunks_change_nothing(known):
-    """Seven queries in chunks of three, two and two of them in another segment or in padding; five when they are a later part of
-    the sequence."""
+    """Seven queries in chunks of three, two and two of them in another segment or in padding; five when they are a
+    later part of the sequence."""
     rng = np.random.default_rng(1)
     q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((B, T, 2, 2, 4), (B, T, 2, 4), (B, T, 2, 3)))
     weight = jnp.float32(rng.normal(size=(B, T, 2, 2, 3)))
@@ -144,7 +144,9 @@ def test_query_chunks_change_nothing(known):
         return jnp.sum(out * weight[:, first:]), out
 
     def run(chunk, known):
-        return jit(jax.value_and_grad(functools.partial(loss, chunk, known), argnums=(0, 1, 2), has_aux=True))(q, k, v, jnp.int32(first))
+        return jit(jax.value_and_grad(functools.partial(loss, chunk, known), argnums=(0, 1, 2), has_aux=True))(
+            q, k, v, jnp.int32(first)
+        )
 
     ((_, whole), whole_gradients), ((_, out), gradients) = run(0, True), run(3, known)
     np.testing.assert_allclose(out, whole, atol=1e-6)
@@ -166,7 +168,9 @@ def test_heads_at_once_change_nothing():
         return jnp.sum(jnp.sin(out)), out
 
     def run(heads_at_once):
-        return jit(jax.value_and_grad(functools.partial(loss, heads_at_once), argnums=(0, 1, 2, 3), has_aux=True))(*arguments)
+        return jit(jax.value_and_grad(functools.partial(loss, heads_at_once), argnums=(0, 1, 2, 3), has_aux=True))(
+            *arguments
+        )
 
     ((_, whole), whole_gradients), ((_, out), gradients) = run(0), run(6)
     assert out.shape == (B, T, 4, 3)

@@ -53,7 +53,9 @@ def stats_of(scores, ids, valid):
 def test_losses_are_the_published_sums_and_ignore_padding(top_k):
     scores, ids, valid = routed(top_k)
     stats = stats_of(scores, ids, valid)
-    by_sequence = [[eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for b in range(2)] for layer in range(2)]
+    by_sequence = [
+        [eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for b in range(2)] for layer in range(2)
+    ]
     np.testing.assert_allclose(sequence_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
     np.testing.assert_allclose(expert_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
     by_batch = [eqs_17_to_20(scores[layer][valid], ids[layer][valid]) for layer in range(2)]
@@ -78,7 +80,9 @@ def test_collapse_onto_one_expert_costs_more():
     scores = np.full((1, 1, 7, E), 0.01, np.float32)
     scores[..., 2] = 1.0
     ids = np.full((1, 1, 7, 1), 2, np.int32)
-    np.testing.assert_allclose(sequence_balance_loss(stats_of(scores, ids, np.ones((1, 7), bool)), 1), [E / 1.05], rtol=1e-5)
+    np.testing.assert_allclose(
+        sequence_balance_loss(stats_of(scores, ids, np.ones((1, 7), bool)), 1), [E / 1.05], rtol=1e-5
+    )
 
 
 def test_a_token_whose_scores_are_all_zero_breaks_nothing():
@@ -90,13 +94,17 @@ def test_a_token_whose_scores_are_all_zero_breaks_nothing():
         T, frequencies = length, np.bincount(ids[0, row, :length].ravel(), minlength=E)
         shares = [s / s.sum() if s.sum() else np.zeros(E) for s in scores[0, row, :length].astype(np.float64)]
         by_sequence[row] = np.sum(E * frequencies / (2 * T) * np.sum(shares, axis=0) / T)
-    np.testing.assert_allclose(sequence_balance_loss(stats_of(scores, ids, valid), 2)[0], np.mean(by_sequence), rtol=1e-5)
+    np.testing.assert_allclose(
+        sequence_balance_loss(stats_of(scores, ids, valid), 2)[0], np.mean(by_sequence), rtol=1e-5
+    )
 
     def probs(scores):
         return jnp.sum(jnp.sin(routing_sums(scores, jnp.asarray(ids[0]), jnp.asarray(valid))[1]))
 
     def gates(scores):
-        return jnp.sum(jnp.sin(gate_values(scores, jnp.asarray(ids[0]), MoEConfig(num_experts=E, top_k=2, intermediate_size=4))))
+        return jnp.sum(
+            jnp.sin(gate_values(scores, jnp.asarray(ids[0]), MoEConfig(num_experts=E, top_k=2, intermediate_size=4)))
+        )
 
     for function in (probs, gates):
         assert np.all(np.isfinite(jax.grad(function)(jnp.asarray(scores[0])))), function.__name__

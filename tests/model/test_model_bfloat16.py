@@ -17,7 +17,9 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_counts():
     # Sums that bfloat16 could not hold: of 11 tokens, and of those with a token one and two places on.
     for routing, tokens_L1 in ((rounded.routing, [[11]]), (rounded.mtp_routing, [[10], [9]])):
         assert routing.counts_LBE.dtype == routing.probs_LBE.dtype == routing.tokens_LB.dtype == jnp.float32
-        np.testing.assert_allclose(jnp.sum(routing.probs_LBE, axis=-1), np.broadcast_to(tokens_L1, routing.tokens_LB.shape), rtol=1e-6)
+        np.testing.assert_allclose(
+            jnp.sum(routing.probs_LBE, axis=-1), np.broadcast_to(tokens_L1, routing.tokens_LB.shape), rtol=1e-6
+        )
     error = np.asarray(logits - exact_logits)
     assert 1e-4 < np.sqrt(np.mean(error**2)) < 0.03 * np.std(exact_logits)
 

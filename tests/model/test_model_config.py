@@ -12,7 +12,10 @@ from deepseek_jax.model.config import PRESETS, GQAConfig, ModelConfig, RopeConfi
 
 REFUSED = [
     (lambda: YarnConfig(factor=0.5), "YarnConfig.factor=0.5: must be at least 1"),
-    (lambda: YarnConfig(original_max_position_embeddings=0), "YarnConfig.original_max_position_embeddings=0: must be an integer"),
+    (
+        lambda: YarnConfig(original_max_position_embeddings=0),
+        "YarnConfig.original_max_position_embeddings=0: must be an integer",
+    ),
     (lambda: tiny_mla(num_heads=0), "MLAConfig.num_heads=0: must be an integer, at least 1"),
     (lambda: tiny_mla(v_head_dim=2.5), "MLAConfig.v_head_dim=2.5: must be an integer, at least 1"),
     (lambda: tiny_mla(qk_rope_head_dim=7), "MLAConfig.qk_rope_head_dim=7: rotary dimensions come in pairs"),
@@ -50,7 +53,9 @@ def test_what_does_not_fit_is_refused_in_words(make, message):
         make()
 
 
-CONFIGS = {name: make() for name, make in PRESETS.items()} | {"gqa": tiny_config(attention=GQA, moe=None, rope=RopeConfig())}
+CONFIGS = {name: make() for name, make in PRESETS.items()} | {
+    "gqa": tiny_config(attention=GQA, moe=None, rope=RopeConfig())
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -53,7 +53,11 @@ class Ragged(Recipe):
 
 
 float32 = recipe("float32")
-RECIPES = {"dense": float32, "grouped": float32, "ragged": Ragged("ragged", *(jnp.dtype("float32"),) * 2, float32.matmul_precision)}
+RECIPES = {
+    "dense": float32,
+    "grouped": float32,
+    "ragged": Ragged("ragged", *(jnp.dtype("float32"),) * 2, float32.matmul_precision),
+}
 
 
 def experts_call(implementation):
@@ -62,7 +66,9 @@ def experts_call(implementation):
     module = Experts(config, 0.1, RECIPES[implementation], Placement())
 
     def call(params, x, ids, gates, dy):
-        y, pull = jax.vjp(lambda p, x, g: module.apply({"params": p}, x[None], ids[None], g[None])[0][0], params, x, gates)
+        y, pull = jax.vjp(
+            lambda p, x, g: module.apply({"params": p}, x[None], ids[None], g[None])[0][0], params, x, gates
+        )
         return y, pull(dy)
 
     return jit(call)
@@ -96,11 +102,16 @@ def test_dense_and_grouped_equal_a_loop_over_tokens(n):
 
 @pytest.mark.parametrize(("precision", "apart"), [("bfloat16", 0.01), ("fp8_deepseek", 0.04)])
 def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
-    """As far as rounding goes: grouped keeps SwiGLU's inputs in E4M3, dense its result. Neither is more than one rounding from the other."""
+    """As far as rounding goes: grouped keeps SwiGLU's inputs in E4M3, dense its result. Neither is more than one
+    rounding from the other."""
     rng = np.random.default_rng(0)
     shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
     params = {"params": {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}}
-    x, ids, gates = jnp.bfloat16(rng.normal(size=(1, 9, D))), jnp.int32(rng.integers(0, E, (1, 9, K))), jnp.float32(rng.random((1, 9, K)))
+    x, ids, gates = (
+        jnp.bfloat16(rng.normal(size=(1, 9, D))),
+        jnp.int32(rng.integers(0, E, (1, 9, K))),
+        jnp.float32(rng.random((1, 9, K))),
+    )
 
     def gradients(implementation):
         module = Experts(MoEConfig(E, K, F, implementation=implementation), 0.1, recipe(precision), Placement())

@@ -1,4 +1,5 @@
-"""Multi-token prediction: which tokens a position sees, the order of its two inputs, borders of documents, parameters."""
+"""Multi-token prediction: which tokens a position sees, the order of its two inputs, borders of documents,
+parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +49,20 @@ def test_the_projection_reads_the_embedding_first(zeroed):
 
 
 def test_the_chain_is_the_reports_equation_for_equation():
-    """Eqs. 21-23 at depth 2, norms' scales unlike 1 and unlike each other: module 1 reads the main state after its final norm (as released weights
-    do), module 2 the state of module 1 before its own; each projection reads both inputs through their norms."""
+    """Eqs. 21-23 at depth 2, norms' scales unlike 1 and unlike each other: module 1 reads the main state after its
+    final norm (as released weights do), module 2 the state of module 1 before its own; each projection reads both
+    inputs through their norms."""
     tokens, segments, positions = batch(3)
     params = variables(CONFIG)["params"]
     model, projections = Transformer(CONFIG), lambda module, _: module.path[-1:] == ("proj",)
     output, seen = model.apply(
-        variables(CONFIG), tokens, segment_ids_BT=segments, positions_BT=positions, mtp=True, capture_intermediates=projections, mutable="intermediates"
+        variables(CONFIG),
+        tokens,
+        segment_ids_BT=segments,
+        positions_BT=positions,
+        mtp=True,
+        capture_intermediates=projections,
+        mutable="intermediates",
     )
     state_BTD, table = output.hidden_BTD, np.asarray(params["embed"]["embedding"])
     for k in (1, 2):
@@ -62,22 +70,33 @@ def test_the_chain_is_the_reports_equation_for_equation():
 
         def normed(x, name, module=module):
             x = np.asarray(x, np.float64)
-            return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.rms_norm_eps) * np.asarray(module[name]["scale"])
+            return (
+                x
+                / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.rms_norm_eps)
+                * np.asarray(module[name]["scale"])
+            )
 
         assert np.abs(np.asarray(module["embed_norm"]["scale"]) - module["hidden_norm"]["scale"]).min() > 0
-        ahead = table[np.asarray(shift_left(tokens, k))] * (np.arange(11) + k < 11)[:, None] + table[0] * (np.arange(11) + k >= 11)[:, None]
+        ahead = (
+            table[np.asarray(shift_left(tokens, k))] * (np.arange(11) + k < 11)[:, None]
+            + table[0] * (np.arange(11) + k >= 11)[:, None]
+        )
         joined = np.concatenate([normed(ahead, "embed_norm"), normed(state_BTD, "hidden_norm")], axis=-1)
         projected = seen["intermediates"][f"mtp_{k - 1}"]["proj"]["__call__"][0]
         np.testing.assert_allclose(projected, joined @ np.asarray(module["proj"]["kernel"]), rtol=1e-4, atol=1e-4)
         valid = jnp.where(shift_left(segments, k) == segments, segments, 0)
         block = Block(CONFIG, CONFIG.moe, model.precision, model.placement)
-        collections = {"params": module["block"], "router_bias": variables(CONFIG)["router_bias"][f"mtp_{k - 1}"]["block"]}
+        collections = {
+            "params": module["block"],
+            "router_bias": variables(CONFIG)["router_bias"][f"mtp_{k - 1}"]["block"],
+        }
         state_BTD = block.apply(collections, projected, Tokens(positions, valid), None, None)[0]
         np.testing.assert_allclose(output.mtp_hidden[k - 1], normed(state_BTD, "final_norm"), rtol=1e-4, atol=1e-4)
 
 
 def documents():
-    """Two documents of 6 and 4 tokens, each alone in a row, and both packed into one (another row repeats the first)."""
+    """Two documents of 6 and 4 tokens, each alone in a row, and both packed into one (another row repeats the
+    first)."""
     tokens = np.random.default_rng(5).integers(1, 37, 10).astype(np.int32)
     alone, packed = (np.zeros((3, 2, 11), np.int32) for _ in range(2))
     for row, (start, stop) in enumerate(((0, 6), (6, 10))):
@@ -107,7 +126,8 @@ def test_nothing_crosses_a_border():
 
 
 def test_a_router_counts_the_positions_that_its_equation_has():
-    """Documents of 6 and 4 tokens, packed or alone: all 10 in the main layers, 5 + 3 in the first module and 4 + 2 in the second (V3 eq. 22)."""
+    """Documents of 6 and 4 tokens, packed or alone: all 10 in the main layers, 5 + 3 in the first module and 4 + 2 in
+    the second (V3 eq. 22)."""
     alone, packed = documents()
     for arrays, rows in ((packed, [range(10), range(10)]), (alone, [range(6), range(4)])):
         output, _ = forward(CONFIG)(variables(CONFIG), *arrays)
@@ -118,13 +138,16 @@ def test_a_router_counts_the_positions_that_its_equation_has():
                     counted = [t for t in tokens if t + ahead < 11 and segments[t + ahead] == segments[t]]
                     assert len(counted) == len(tokens) - ahead * len(set(segments[list(tokens)]))
                     chosen = routing.expert_ids_LBTK[layer, row, np.array(counted)]
-                    np.testing.assert_array_equal(routing.counts_LBE[layer, row], np.bincount(np.ravel(chosen), minlength=8))
+                    np.testing.assert_array_equal(
+                        routing.counts_LBE[layer, row], np.bincount(np.ravel(chosen), minlength=8)
+                    )
                     assert routing.tokens_LB[layer, row] == len(counted)
                     np.testing.assert_allclose(np.sum(routing.probs_LBE[layer, row]), len(counted), rtol=1e-5)
 
 
 def test_parameters_of_a_module():
-    """V3's module with its projection and norms (papers: 11,610,068,224), and nothing duplicated from the main model."""
+    """V3's module with its projection and norms (papers: 11,610,068,224), and nothing duplicated from the main
+    model."""
     v3 = preset("v3_671b").replace(num_layers=4)
     with_mtp, without = (abstract_variables(Transformer(v3.replace(mtp_depth=depth))) for depth in (1, 0))
     module = [collection.pop("mtp_0") for collection in with_mtp.values()]

@@ -54,7 +54,8 @@ def test_magnitude_is_mscale_where_all_dim_is_unset():
 
 
 def test_yarn_frequencies():
-    """Fast pairs keep their frequency, slow ones are divided by 40, in between it is a linear ramp (low 10, high 23)."""
+    """Fast pairs keep their frequency, slow ones are divided by 40, in between it is a linear ramp (low 10, high
+    23)."""
     plain, yarn = inverse_frequencies(RopeConfig(), 64), inverse_frequencies(V3, 64)
     for i in range(32):
         assert plain[i] == pytest.approx(10_000 ** (-2 * i / 64))
@@ -77,7 +78,11 @@ def test_equals_complex_multiplication(interleaved):
     x = rng.normal(size=(4, 16))
     first, second = (x[:, 0::2], x[:, 1::2]) if interleaved else (x[:, :8], x[:, 8:])
     turned = (first + 1j * second) * np.exp(1j * positions[:, None] * 10_000.0 ** (-np.arange(8) / 8))
-    expected = np.stack([turned.real, turned.imag], -1).reshape(4, 16) if interleaved else np.concatenate([turned.real, turned.imag], -1)
+    expected = (
+        np.stack([turned.real, turned.imag], -1).reshape(4, 16)
+        if interleaved
+        else np.concatenate([turned.real, turned.imag], -1)
+    )
     np.testing.assert_allclose(rotated(interleaved, positions, x), expected, atol=2e-5)
 
 

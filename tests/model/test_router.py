@@ -11,7 +11,14 @@ from deepseek_jax.model.router import Router, choose_experts, gate_values, score
 
 V3 = MoEConfig(num_experts=32, top_k=4, intermediate_size=8, num_groups=8, topk_groups=4, routed_scaling_factor=2.5)
 V2 = MoEConfig(
-    num_experts=24, top_k=5, intermediate_size=8, num_groups=6, topk_groups=2, group_score="max", scoring="softmax", norm_topk_prob=False
+    num_experts=24,
+    top_k=5,
+    intermediate_size=8,
+    num_groups=6,
+    topk_groups=2,
+    group_score="max",
+    scoring="softmax",
+    norm_topk_prob=False,
 )
 PLAIN = MoEConfig(num_experts=16, top_k=3, intermediate_size=8)
 ALL_GROUPS = MoEConfig(num_experts=16, top_k=3, intermediate_size=8, num_groups=4, topk_groups=4)
@@ -88,7 +95,8 @@ def test_the_bias_chooses_in_float32_and_stays_out_of_the_gates(dtype):
 @pytest.mark.parametrize("config", [V3, V2, PLAIN])
 @pytest.mark.parametrize("where", ["score", "bias", "infinite bias"])
 def test_what_is_not_a_number_never_routes_in_silence(config, where):
-    """A NaN wins every top-k, and a bias never enters a gate: the token's gates are NaN, so that its loss is and the update counts it."""
+    """A NaN wins every top-k, and a bias never enters a gate: the token's gates are NaN, so that its loss is and the
+    update counts it."""
     x_NE, bias_E = np.zeros((2, config.num_experts), np.float32), np.zeros(config.num_experts, np.float32)
     if where == "score":
         x_NE[1, 3] = np.nan
@@ -102,7 +110,9 @@ def test_what_is_not_a_number_never_routes_in_silence(config, where):
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 def test_gate_values(normalise, factor):
-    config = MoEConfig(num_experts=6, top_k=2, intermediate_size=4, norm_topk_prob=normalise, routed_scaling_factor=factor)
+    config = MoEConfig(
+        num_experts=6, top_k=2, intermediate_size=4, norm_topk_prob=normalise, routed_scaling_factor=factor
+    )
     scores_E = jnp.asarray([0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
     gates = gate_values(scores_E, jnp.asarray([3, 1]), config)
     expected = np.array([0.6, 0.2]) / (0.8 if normalise else 1.0) * factor

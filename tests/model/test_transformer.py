@@ -30,7 +30,9 @@ def loss_and_gradients(config):
     segments[1, 8:] = 0
 
     def loss(params):
-        output = model.apply({**variables(STACK), "params": params}, tokens, segment_ids_BT=segments, positions_BT=positions, mtp=True)
+        output = model.apply(
+            {**variables(STACK), "params": params}, tokens, segment_ids_BT=segments, positions_BT=positions, mtp=True
+        )
         balance = sum(jnp.mean(sequence_balance_loss(routing, 3)) for routing in (output.routing, output.mtp_routing))
         return jnp.mean(jnp.sin(output.hidden_BTD)) + jnp.mean(jnp.cos(output.mtp_hidden[0])) + balance, output
 
@@ -96,7 +98,8 @@ def test_padding_is_never_seen():
 
 
 def test_cached_equals_whole_sequences():
-    """Prefill of five tokens, then two at a time, through the model's cache; one row starts with two slots of padding."""
+    """Prefill of five tokens, then two at a time, through the model's cache; one row starts with two slots of
+    padding."""
     model, tokens = Transformer(CONFIG), batch()[0]
     lead = np.array([0, 2])
     positions = np.arange(11)[None] - lead[:, None]
@@ -129,7 +132,9 @@ def test_tied_embeddings():
     assert "head" not in params and "head" in abstract_variables(Transformer(CONFIG))["params"]
     hidden = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     logits = Transformer(config).apply(variables(config), hidden, method="unembed")
-    np.testing.assert_allclose(logits, hidden @ np.asarray(variables(config)["params"]["embed"]["embedding"]).T, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, hidden @ np.asarray(variables(config)["params"]["embed"]["embedding"]).T, atol=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +161,8 @@ def test_initial_values(initial):
     everything = np.concatenate(drawn)
     assert len(everything) > 10_000 and len(np.unique(everything)) > 0.99 * len(everything)  # no two layers alike
     kurtosis = np.mean(everything**4) / np.mean(everything**2) ** 2
-    assert abs(everything.std() / 0.02 - 1) < 0.03 and abs(kurtosis - 3) < 0.15  # a normal distribution, not a truncated one
+    # a normal distribution, not a truncated one
+    assert abs(everything.std() / 0.02 - 1) < 0.03 and abs(kurtosis - 3) < 0.15
 
 
 def test_abstract_variables_and_logical_axes_have_the_tree_of_the_variables(initial):
@@ -164,7 +170,9 @@ def test_abstract_variables_and_logical_axes_have_the_tree_of_the_variables(init
     abstract, axes = abstract_variables(Transformer(config)), logical_axes(Transformer(config))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract) == jax.tree.map(lambda a: (a.shape, a.dtype), initial)
     spec = jax.sharding.PartitionSpec
-    ranks = jax.tree.map(lambda a, shape: (len(a), len(shape.shape)), axes, abstract, is_leaf=lambda a: isinstance(a, spec))
+    ranks = jax.tree.map(
+        lambda a, shape: (len(a), len(shape.shape)), axes, abstract, is_leaf=lambda a: isinstance(a, spec)
+    )
     for names, rank in jax.tree.leaves(ranks, is_leaf=lambda a: isinstance(a, tuple)):
         assert names == rank
     assert axes["params"]["moe_layers"]["ffn"]["experts"]["down"] == spec("layers", "experts", "expert_ffn", "embed")
@@ -174,7 +182,9 @@ def test_abstract_variables_and_logical_axes_have_the_tree_of_the_variables(init
 def test_router_biases_live_in_a_collection_of_their_own(initial):
     _, initial = initial
     assert set(initial) == {"params", "router_bias"}
-    assert not any("bias" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(initial["params"]))
+    assert not any(
+        "bias" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(initial["params"])
+    )
     assert initial["router_bias"]["moe_layers"]["ffn"]["router"]["bias"].shape == (2, 8)
     assert initial["router_bias"]["mtp_0"]["block"]["ffn"]["router"]["bias"].shape == (8,)
     for config in (CONFIG.replace(moe=None), CONFIG.replace(moe=tiny_moe(correction_bias=False))):
@@ -188,8 +198,12 @@ def test_no_model_name_decides_anything(monkeypatch):
     for package in (deepseek_jax.model, deepseek_jax.precision):
         for path in pathlib.Path(package.__file__).parent.glob("*.py"):
             if path.name != "config.py":
-                assert not any(name in path.read_text() for name in (*PRESETS, "model_type", "deepseek_v3", "deepseek_v2")), path
+                assert not any(
+                    name in path.read_text() for name in (*PRESETS, "model_type", "deepseek_v3", "deepseek_v2")
+                ), path
 
 
 def test_models_are_static_arguments():
-    assert Transformer(CONFIG) == Transformer(tiny_config()) and hash(Transformer(CONFIG)) == hash(Transformer(tiny_config()))
+    assert Transformer(CONFIG) == Transformer(tiny_config()) and hash(Transformer(CONFIG)) == hash(
+        Transformer(tiny_config())
+    )

@@ -1,4 +1,5 @@
-"""Tiny networks for the tests of `model`: configs, random variables without a compile, and compiled calls shared by modules."""
+"""Tiny networks for the tests of `model`: configs, random variables without a compile, and compiled calls shared by
+modules."""
 
 import functools
 import zlib
@@ -31,12 +32,15 @@ def tiny_moe(**changes) -> MoEConfig:
 
 def tiny_config(**changes) -> ModelConfig:
     """One dense and two MoE layers under MLA with YaRN, two MTP modules: every architectural piece of V3."""
-    fields = dict(vocab_size=37, hidden_size=16, num_layers=3, intermediate_size=24, attention=tiny_mla(), moe=tiny_moe())
+    fields = dict(
+        vocab_size=37, hidden_size=16, num_layers=3, intermediate_size=24, attention=tiny_mla(), moe=tiny_moe()
+    )
     return ModelConfig(**(fields | dict(first_k_dense=1, rope=YARN, mtp_depth=2) | changes))
 
 
 def random_like(tree, seed: int = 0):
-    """Numbers for a tree of shapes (boxed or not), each leaf drawn from its own path: norms near 1, biases near 0, weights of std 0.3."""
+    """Numbers for a tree of shapes (boxed or not), each leaf drawn from its own path: norms near 1, biases near 0,
+    weights of std 0.3."""
 
     def leaf(path, shape):
         name = jax.tree_util.keystr(path)

@@ -1,7 +1,7 @@
 """An experiment that a test runs in one process and in two: a network that compiles in seconds, on eight devices.
 
-The mesh has one axis. With several, two CPU processes may start collectives over different axes in different orders and wait for
-each other for ever (jaxlib 0.10.2 with Gloo).
+The mesh has one axis. With several, two CPU processes may start collectives over different axes in different orders and
+wait for each other for ever (jaxlib 0.10.2 with Gloo).
 
 The data comes from $HOSTS_TEST_DATA, a file of JSON lines.
 """
@@ -30,7 +30,13 @@ def get_config() -> ConfigDict:
             "stages": ("pretrain",),
             "pretrain": {
                 "kind": "pretrain",
-                "train": {"steps": 60, "log_every": 1, "eval_every": 20, "checkpoint_every": 5, "optimizer": {"learning_rate": 0.02}},
+                "train": {
+                    "steps": 60,
+                    "log_every": 1,
+                    "eval_every": 20,
+                    "checkpoint_every": 5,
+                    "optimizer": {"learning_rate": 0.02},
+                },
                 "data": {"sources": ({"name": os.environ["HOSTS_TEST_DATA"], "validation_fraction": 0.1},)},
                 "seq_len": 16,
                 "batch_size": 8,

@@ -32,8 +32,18 @@ CONFIG = ModelConfig(
     hidden_size=16,
     num_layers=2,
     intermediate_size=24,
-    attention=MLAConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, q_lora_rank=16),
-    moe=MoEConfig(num_experts=8, top_k=3, intermediate_size=6, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5),
+    attention=MLAConfig(
+        num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, q_lora_rank=16
+    ),
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=3,
+        intermediate_size=6,
+        num_shared_experts=1,
+        num_groups=4,
+        topk_groups=2,
+        routed_scaling_factor=2.5,
+    ),
     first_k_dense=1,
     rope=RopeConfig(theta=1000.0),
     mtp_depth=1,
@@ -42,12 +52,16 @@ CONFIG = ModelConfig(
 MODEL = Transformer(CONFIG)
 
 
-def placement(sizes: dict | None, dcn: Mapping = MappingProxyType({}), rules: Mapping = MappingProxyType({}), **dispatch) -> Placement:
+def placement(
+    sizes: dict | None, dcn: Mapping = MappingProxyType({}), rules: Mapping = MappingProxyType({}), **dispatch
+) -> Placement:
     """On one device (None) or on a mesh of eight."""
     if sizes is None:
         return Placement()
     resolved = resolve(MeshConfig(**sizes), 8)
-    return MeshPlacement(build_mesh(resolved, dcn, jax.devices()), build_rules(tuple(rules.items())), DispatchConfig(**dispatch))
+    return MeshPlacement(
+        build_mesh(resolved, dcn, jax.devices()), build_rules(tuple(rules.items())), DispatchConfig(**dispatch)
+    )
 
 
 def on(sizes: dict | None, model: Transformer = MODEL, **options) -> Transformer:
@@ -85,4 +99,3 @@ def assert_close(got, want, tolerance: float = 1e-5):
         x, y = np.asarray(x), np.asarray(y)
         error = np.max(np.abs(x - y), initial=0.0) / max(np.max(np.abs(y), initial=0.0), 1e-30)
         assert error < tolerance or np.array_equal(x, y), f"{jax.tree_util.keystr(path)}: {error:.2e}"
-

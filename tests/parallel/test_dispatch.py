@@ -20,7 +20,11 @@ from kernels_pallas import dequantize, quantize_tile
 B, T, D, E, K, F = 8, 5, 128, 8, 3, 4
 CONFIG = MoEConfig(E, K, F)
 RNG = np.random.default_rng(0)
-WEIGHTS = {"gate": RNG.normal(size=(E, D, F)) / 8, "up": RNG.normal(size=(E, D, F)) / 8, "down": RNG.normal(size=(E, F, D))}
+WEIGHTS = {
+    "gate": RNG.normal(size=(E, D, F)) / 8,
+    "up": RNG.normal(size=(E, D, F)) / 8,
+    "down": RNG.normal(size=(E, F, D)),
+}
 X, GATES, DY = (jnp.float32(RNG.normal(size=shape)) for shape in ((B, T, D), (B, T, K), (B, T, D)))
 IDS = {
     "random": np.argsort(RNG.random((B, T, E)), axis=-1)[..., :K],
@@ -31,7 +35,8 @@ IDS = {
 
 
 def ragged_on_cpu(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`lax.ragged_all_to_all` from its documentation, for a backend that has none: peer p's slice for me, where p says."""
+    """`lax.ragged_all_to_all` from its documentation, for a backend that has none: peer p's slice for me, where p
+    says."""
     me = jax.lax.axis_index(axis_name)
     everything = [jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)]
     row = jnp.arange(output.shape[0])
@@ -70,15 +75,17 @@ def reference():
 def test_every_exchange_is_the_same_function(exchange, experts, reference, monkeypatch):
     """Experts divided by one axis of the mesh, or by two, whichever comes first."""
     monkeypatch.setattr(dispatch.lax, "ragged_all_to_all", ragged_on_cpu)
-    call = experts_call(placement({"fsdp": 2, "expert": 4}, rules={"experts": experts}, exchange=exchange, buffer_factor=1.0))
+    call = experts_call(
+        placement({"fsdp": 2, "expert": 4}, rules={"experts": experts}, exchange=exchange, buffer_factor=1.0)
+    )
     overflowed = {}
     for name, ids in IDS.items():
         y, overflows, gradients = call(ids)
         want, _, want_gradients = reference(ids)
         assert_close((y, gradients), (want, want_gradients), 2e-6)
         overflowed[name] = int(overflows)
-    # Five tokens on a device, fifteen pairs: a padded buffer has room for all of them, a ragged one on the device they all go to
-    # has room for four times fifteen.
+    # Five tokens on a device, fifteen pairs: a padded buffer has room for all of them, a ragged one on the device they
+    # all go to has room for four times fifteen.
     assert overflowed == dict.fromkeys(IDS, 0)
 
 
@@ -93,7 +100,8 @@ def test_buffers_that_overflow_take_rounds_and_lose_nothing(exchange, rows, refe
         want, _, want_gradients = reference(ids)
         assert_close((y, gradients), (want, want_gradients), 2e-6)
         if name.startswith("all to one"):
-            assert int(overflows) == (8 if exchange == "padded" else 2)  # every sender, or the receiver in each of two groups
+            # every sender, or the receiver in each of two groups
+            assert int(overflows) == (8 if exchange == "padded" else 2)
 
 
 def test_tokens_that_are_not_divided(reference):
@@ -103,7 +111,9 @@ def test_tokens_that_are_not_divided(reference):
     def call(place):
         module = Experts(CONFIG, 0.1, recipe("float32"), place)
         params = jax.tree.map(jnp.float32, WEIGHTS)
-        grad = jax.value_and_grad(lambda params, x: jnp.sum(module.apply({"params": params}, x, ids, gates)[0] * DY[:3]), argnums=(0, 1))
+        grad = jax.value_and_grad(
+            lambda params, x: jnp.sum(module.apply({"params": params}, x, ids, gates)[0] * DY[:3]), argnums=(0, 1)
+        )
         return jit(grad)(params, x)
 
     assert_close(call(placement({"fsdp": 2, "tensor": 2, "expert": 2})), call(Placement()), 5e-6)
@@ -121,14 +131,18 @@ def test_tiles_are_e4m3_with_powers_of_two():
             part = x[row, tile * 128 : tile * 128 + 128].astype(np.float64)
             scale = 2.0 ** np.ceil(np.log2(max(np.abs(part).max(), 1e-4) / 448))
             assert float(scales[row, tile]) == scale
-            np.testing.assert_array_equal(values[row, tile * 128 : tile * 128 + 128].astype(np.float32), (part / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+            np.testing.assert_array_equal(
+                values[row, tile * 128 : tile * 128 + 128].astype(np.float32),
+                (part / scale).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float32),
+            )
     back = np.asarray(dequantize(q))
     tiles = np.abs(x).reshape(6, 3, 128).max(-1).repeat(128, -1).reshape(6, 384)
     assert np.all(np.abs(back - x) <= np.maximum(tiles, 1e-4) * 2**-4)
 
 
 def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
-    """Forward: the experts see rounded tokens. Backward: they see rounded gradients, and the tokens' gradient comes back exact."""
+    """Forward: the experts see rounded tokens. Backward: they see rounded gradients, and the tokens' gradient comes
+    back exact."""
     call = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"))
     ids = IDS["random"]
     y, _, gradients = call(ids)
@@ -141,30 +155,39 @@ def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
 
     assert_close(y, jit(exact)(rounded), 2e-6)
     assert np.abs(np.asarray(y - want)).max() > 1e-3
-    relative = [float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w)) for g, w in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True)]
+    relative = [
+        float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w))
+        for g, w in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True)
+    ]
     assert max(relative) < 0.06 and min(relative) > 1e-4
 
 
 def test_fp8_dispatch_of_gradients_is_rounded_once_on_their_way_to_the_experts():
-    """Each pair's gradient, gate times dy, arrives in E4M3 at its expert, where weights' and tokens' gradients are made of it; nothing else is rounded."""
+    """Each pair's gradient, gate times dy, arrives in E4M3 at its expert, where weights' and tokens' gradients are made
+    of it; nothing else is rounded."""
     ids = IDS["random"].reshape(B * T, K)
     _, _, (d_weights, dx, d_gates) = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"))(IDS["random"])
 
     def oracle(weights, x_ND, gates_NK, dy_ND):
         rounded = dequantize(quantize_tile(x_ND, power_of_two=True))
-        y_NKD, pull_back = jax.vjp(lambda w, x: moe.dense_experts(recipe("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded)
+        y_NKD, pull_back = jax.vjp(
+            lambda w, x: moe.dense_experts(recipe("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded
+        )
         pairs = (gates_NK[..., None] * dy_ND[:, None]).reshape(-1, D)
         sent = dequantize(quantize_tile(pairs, power_of_two=True, min_amax=1e-30)).reshape(y_NKD.shape)
         return *pull_back(sent), jnp.einsum("NKD,ND->NK", y_NKD, dy_ND)
 
     weights = tuple(jnp.float32(WEIGHTS[name]) for name in ("gate", "up", "down"))
-    (gate, up, down), dx_ND, d_gates_NK = jit(oracle)(weights, X.reshape(-1, D), GATES.reshape(-1, K), DY.reshape(-1, D))
+    (gate, up, down), dx_ND, d_gates_NK = jit(oracle)(
+        weights, X.reshape(-1, D), GATES.reshape(-1, K), DY.reshape(-1, D)
+    )
     wanted = {"gate": gate, "up": up, "down": down}, dx_ND.reshape(X.shape), d_gates_NK.reshape(GATES.shape)
     assert_close((d_weights, dx, d_gates), wanted, 1e-5)
 
 
 def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
-    """V3 §3.3.3: what is sent in E4M3 is what the first products read; it is not rounded a second time, to scales that are no powers of two."""
+    """V3 §3.3.3: what is sent in E4M3 is what the first products read; it is not rounded a second time, to scales that
+    are no powers of two."""
 
     def first_operand(precision, kind, weights, x_ND, ids_NK):
         x = precision.rows(x_ND, lambda x: x, kind)

@@ -44,7 +44,12 @@ def test_attention_says_why_its_scores_lie_in_memory(changes, why, said):
     for _ in range(2):
         assert "pallas_call" not in attend("tpu", **changes)
     (note,) = said()
-    assert note.startswith("attention: mosaic_tpu ") and why in note and "The scores lie in memory instead" in note and "avoid it" in note
+    assert (
+        note.startswith("attention: mosaic_tpu ")
+        and why in note
+        and "The scores lie in memory instead" in note
+        and "avoid it" in note
+    )
 
 
 def test_attention_with_a_kernel_or_where_there_is_none_for_anybody_says_nothing(said):
@@ -53,12 +58,16 @@ def test_attention_with_a_kernel_or_where_there_is_none_for_anybody_says_nothing
     assert not said()
 
 
-@pytest.mark.parametrize("kind, told", [("sm80", True), ("sm100", True), ("cpu", False), ("tpu", False), ("sm90", False)])
+@pytest.mark.parametrize(
+    "kind, told", [("sm80", True), ("sm100", True), ("cpu", False), ("tpu", False), ("sm90", False)]
+)
 def test_fp8_says_where_it_is_emulated(kind, told, said):
     for _ in range(2):
         recipe("fp8_deepseek").has_kernels(kind)
     assert len(said()) == told
-    assert not told or (f"this kind of device, {kind}, so XLA emulates" in said()[0] and "config.precision=bfloat16" in said()[0])
+    assert not told or (
+        f"this kind of device, {kind}, so XLA emulates" in said()[0] and "config.precision=bfloat16" in said()[0]
+    )
 
 
 class Other(Block):
@@ -74,7 +83,10 @@ def through(block, rows):
     """The block on some rows, with MeshPlacement's schedule and as it is."""
     place = placement({"fsdp": 2, "expert": 2, "tensor": 2}, overlap=True)
     positions = jnp.broadcast_to(jnp.arange(12), (rows, 12))
-    x, tokens = jax.random.normal(jax.random.key(0), (rows, 12, CONFIG.hidden_size)), Tokens(positions, jnp.ones_like(positions))
+    x, tokens = (
+        jax.random.normal(jax.random.key(0), (rows, 12, CONFIG.hidden_size)),
+        Tokens(positions, jnp.ones_like(positions)),
+    )
     params = {"params": jax.tree.map(lambda w: w[0], variables()["params"]["dense_layers"])}
     call = lambda kind, where: kind(CONFIG, None, MODEL.precision, where).apply(params, x, tokens, None, None)[0]
     return call(place.schedule(block), place), call(block, Placement())
@@ -83,7 +95,11 @@ def through(block, rows):
 def test_dual_batch_runs_the_block_it_is_given(said):
     halves, plain = through(Other, 8)
     np.testing.assert_allclose(halves, plain, rtol=1e-5, atol=1e-5)
-    assert two_microbatches(Block) is TwoMicrobatches and two_microbatches(Other) is two_microbatches(Other) and two_microbatches(Other).of is Other
+    assert (
+        two_microbatches(Block) is TwoMicrobatches
+        and two_microbatches(Other) is two_microbatches(Other)
+        and two_microbatches(Other).of is Other
+    )
     assert not said()
 
 
@@ -96,7 +112,9 @@ def test_dual_batch_that_cannot_halve_says_so(said):
 
 def test_a_dimension_that_stays_whole_is_said(said):
     for _ in range(2):
-        variables_sharding(on({"fsdp": 4, "tensor": 2}, MODEL.clone(config=CONFIG.replace(vocab_size=41, hidden_size=18))))
+        variables_sharding(
+            on({"fsdp": 4, "tensor": 2}, MODEL.clone(config=CONFIG.replace(vocab_size=41, hidden_size=18)))
+        )
     (note,) = said()
     assert "embed of 18 by fsdp of 4" in note and "vocab of 41 by tensor of 2" in note and "ffn" not in note
     variables_sharding(on({"fsdp": 4, "tensor": 2}))  # divides evenly
@@ -105,5 +123,7 @@ def test_a_dimension_that_stays_whole_is_said(said):
 
 def test_a_dimension_is_divided_as_far_as_what_is_left_of_it_divides():
     whole = set()
-    assert divide({"embed": ("fsdp", "expert")}, {"fsdp": 4, "expert": 2}, ("embed",), (12,), whole=whole) == (("fsdp",),)
+    assert divide({"embed": ("fsdp", "expert")}, {"fsdp": 4, "expert": 2}, ("embed",), (12,), whole=whole) == (
+        ("fsdp",),
+    )
     assert whole == {"embed of 12 by fsdp and expert of 8"}

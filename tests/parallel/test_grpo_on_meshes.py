@@ -27,7 +27,9 @@ MODEL = Transformer(
         hidden_size=16,
         num_layers=1,
         intermediate_size=24,
-        attention=MLAConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16),
+        attention=MLAConfig(
+            num_heads=2, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16
+        ),
         moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=8, num_shared_experts=1, num_groups=4, topk_groups=2),
         rope=RopeConfig(theta=1000.0),
         init_std=0.2,
@@ -96,12 +98,15 @@ def generated(name: str | None, temperature: float):
     lengths = jnp.asarray([4, 3, 4, 1, 2, 4, 4, 0], jnp.int32)
     model = MODEL.clone(placement=placement(None if name is None else MESHES[name]))
     weights = jax.device_put(init_variables(MODEL, jax.random.key(0)), variables_sharding(model))
-    made = jit(functools.partial(generate, model, sampling=sampling, return_experts=True))(weights, prompts, lengths, jax.random.key(1))
+    made = jit(functools.partial(generate, model, sampling=sampling, return_experts=True))(
+        weights, prompts, lengths, jax.random.key(1)
+    )
     return jax.tree.map(np.asarray, (made.tokens_BN, made.lengths_B, made.expert_ids_LBTK))
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature"), [("fsdp2 expert4", 0.0), ("fsdp2 expert4", 1.0), ("fsdp2 tensor2 expert2", 1.0), ("context4 fsdp2", 1.0)]
+    ("name", "temperature"),
+    [("fsdp2 expert4", 0.0), ("fsdp2 expert4", 1.0), ("fsdp2 tensor2 expert2", 1.0), ("context4 fsdp2", 1.0)],
 )
 def test_generation_gives_the_same_tokens(name, temperature):
     one_device = generated(None, temperature)
@@ -117,7 +122,9 @@ def test_a_whole_iteration_is_the_same(variables):
         places = jax.tree.map(lambda x: x.sharding, state)
         state, metrics, samples, rewards_B = grpo.iteration(state)
         if sizes is not None:
-            assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places))
+            assert jax.tree.all(
+                jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, places)
+            )
         np.testing.assert_allclose(metrics["first_ratio_error"], 0, atol=1e-5)
         results.append((samples.trajectories.completions_BN, rewards_B, state.params, metrics["grad_norm"]))
     np.testing.assert_array_equal(results[0][0], results[1][0])

@@ -1,4 +1,5 @@
-"""Products that are kernels: each device multiplies its rows, and where `tensor` divides whole tiles, its part of the product."""
+"""Products that are kernels: each device multiplies its rows, and where `tensor` divides whole tiles, its part of the
+product."""
 
 import dataclasses
 import functools
@@ -44,11 +45,13 @@ def call(where: Placement, names, x, w):
 @pytest.mark.parametrize("names", [("embed", "heads"), ("ffn", "embed")])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_equals_one_device(mesh, names):
-    """The weights' gradient scales 128 rows together, of which each device has others: it is near, and the rest is equal."""
+    """The weights' gradient scales 128 rows together, of which each device has others: it is near, and the rest is
+    equal."""
     x = X if mesh == "sequences" else X.reshape(-1, 256)
     (y, dx, dw), (one_y, one_dx, one_dw) = call(placement(MESHES[mesh]), names, x, W), call(Placement(), names, x, W)
     np.testing.assert_allclose(y, one_y, atol=2e-4)
-    np.testing.assert_allclose(dx, one_dx, atol=0.02 * np.abs(one_dx).max())  # sin turns the last bit of y into another E4M3 number of dy
+    # sin turns the last bit of y into another E4M3 number of dy
+    np.testing.assert_allclose(dx, one_dx, atol=0.02 * np.abs(one_dx).max())
     assert jnp.linalg.norm(dw - one_dw) < 0.06 * jnp.linalg.norm(one_dw)
 
 
@@ -69,9 +72,12 @@ def gathered(fn, *args) -> dict[str, int]:
     return largest
 
 
-@pytest.mark.parametrize("name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("linear", {"fsdp": 8}), ("experts", {"fsdp": 2, "expert": 4})])
+@pytest.mark.parametrize(
+    "name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("linear", {"fsdp": 8}), ("experts", {"fsdp": 2, "expert": 4})]
+)
 def test_weights_travel_in_eight_bits(name, sizes):
-    """Each device quantises its part before it is gathered, to the same numbers, be its part whole blocks or a quarter of one."""
+    """Each device quantises its part before it is gathered, to the same numbers, be its part whole blocks or a quarter
+    of one."""
     x, (ids, gates) = X.reshape(8, 8, 256), (jnp.arange(8 * 8 * 2).reshape(8, 8, 2) % 5, jnp.full((8, 8, 2), 0.5))
 
     def call(where):
@@ -81,19 +87,27 @@ def test_weights_travel_in_eight_bits(name, sizes):
                 multiply = functools.partial(FP8.linear, role="linear")
                 w = FP8.weight(w, "linear", where.part(w.shape, names))
                 return jnp.sum(jnp.sin(where.multiply(multiply, w, names, x.reshape(-1, 256))))
-            y, _ = Experts(MoEConfig(num_experts=8, top_k=2, intermediate_size=256), 0.1, FP8, where).apply({"params": w}, x, ids, gates)
+            y, _ = Experts(MoEConfig(num_experts=8, top_k=2, intermediate_size=256), 0.1, FP8, where).apply(
+                {"params": w}, x, ids, gates
+            )
             return jnp.sum(jnp.sin(y))
 
         into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
-        w = {key: 0.1 * jax.random.normal(jax.random.key(i), (8, 256, 256)) for i, key in enumerate(("gate", "up", "down"))}
+        w = {
+            key: 0.1 * jax.random.normal(jax.random.key(i), (8, 256, 256))
+            for i, key in enumerate(("gate", "up", "down"))
+        }
         if where is not ONE:
-            w = {key: jax.device_put(x, where.sharding(out if key == "down" else into, x.shape)) for key, x in w.items()}
+            w = {
+                key: jax.device_put(x, where.sharding(out if key == "down" else into, x.shape)) for key, x in w.items()
+            }
         step = jax.value_and_grad(loss, argnums=(0, 1))
         return jit(step)(w, x), gathered(step, w, x)
 
     ((loss, (dw, dx)), moved), ((one_loss, (one_dw, one_dx)), _) = call(placement(sizes)), call(ONE)
     matrices = 1 if name == "linear" else 8 // sizes.get("expert", 1)
-    eight_bits = moved.pop("f8e4m3fn", 0) or moved.pop("f16")  # XLA has no collectives in eight bits on CPU and widens them
+    # XLA has no collectives in eight bits on CPU and widens them
+    eight_bits = moved.pop("f8e4m3fn", 0) or moved.pop("f16")
     assert eight_bits == matrices * 256 * 256 and moved["f32"] <= matrices * 4
     np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
     np.testing.assert_allclose(dx, one_dx, atol=0.02 * np.abs(one_dx).max())
@@ -116,4 +130,6 @@ def test_quantised_experts_are_not_cut_within_a_tile(width, tile):
 
     one = call(ONE)
     assert np.isfinite(one).all()
-    np.testing.assert_allclose(call(placement({"expert": 2, "tensor": 2, "fsdp": 2})), one, atol=1e-4 * np.abs(one).max())
+    np.testing.assert_allclose(
+        call(placement({"expert": 2, "tensor": 2, "fsdp": 2})), one, atol=1e-4 * np.abs(one).max()
+    )

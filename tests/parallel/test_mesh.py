@@ -43,9 +43,27 @@ def test_impossible_meshes_are_refused(fields, message):
     ("sizes", "rows", "lengths", "message", "hint"),
     [
         ({"expert": 16}, {}, {}, "expert of 16 in all does not divide model.moe.num_experts=8", "fsdp 2 × expert 8"),
-        ({"tensor": 4, "fsdp": 4}, {}, {}, "tensor of 4 in all does not divide the attention heads=2", "fsdp 8 × tensor 2"),
-        ({"fsdp": 16}, {"pretrain.batch_size": 24}, {}, "fsdp of 16 in all does not divide pretrain.batch_size=24", "8"),
-        ({"context": 16}, {}, {"pretrain.seq_len": 24}, "context of 16 in all does not divide pretrain.seq_len=24", "context 8"),
+        (
+            {"tensor": 4, "fsdp": 4},
+            {},
+            {},
+            "tensor of 4 in all does not divide the attention heads=2",
+            "fsdp 8 × tensor 2",
+        ),
+        (
+            {"fsdp": 16},
+            {"pretrain.batch_size": 24},
+            {},
+            "fsdp of 16 in all does not divide pretrain.batch_size=24",
+            "8",
+        ),
+        (
+            {"context": 16},
+            {},
+            {"pretrain.seq_len": 24},
+            "context of 16 in all does not divide pretrain.seq_len=24",
+            "context 8",
+        ),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_nearest_mesh_that_works(sizes, rows, lengths, message, hint):
@@ -65,7 +83,9 @@ def test_a_mesh_over_a_slow_network_keeps_slices_together():
     np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
     with pytest.raises(ConfigError, match="multiplies to 2, but the devices form 3 slices"):
         build_mesh(
-            {"data": 6, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}, {"data": 2}, [_Device(i, slice_index=i // 2) for i in range(6)]
+            {"data": 6, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
+            {"data": 2},
+            [_Device(i, slice_index=i // 2) for i in range(6)],
         )
 
 
@@ -78,7 +98,8 @@ class _Device:
 
 
 def test_a_token_crosses_the_slow_network_to_at_most_its_groups_places():
-    """Eight groups of experts over eight nodes: whole groups on each, so that a token reaches at most topk_groups of them."""
+    """Eight groups of experts over eight nodes: whole groups on each, so that a token reaches at most topk_groups of
+    them."""
     config = dataclasses.replace(preset("v3_671b").moe, topk_groups=2)
     scores = jax.random.uniform(jax.random.key(0), (512, config.num_experts))
     chosen = np.asarray(choose_experts(scores, config))
@@ -93,20 +114,33 @@ def test_a_token_crosses_the_slow_network_to_at_most_its_groups_places():
 def test_rules_divide_dimensions_in_order_as_far_as_they_go():
     sizes = {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 2}
     rules = dict(build_rules())
-    assert divide(rules, sizes, ("layers", "experts", "embed", "expert_ffn"), (3, 8, 16, 6)) == ((), ("expert",), ("fsdp",), ("tensor",))
+    assert divide(rules, sizes, ("layers", "experts", "embed", "expert_ffn"), (3, 8, 16, 6)) == (
+        (),
+        ("expert",),
+        ("fsdp",),
+        ("tensor",),
+    )
     assert divide(rules, sizes, ("embed", "heads"), (16, 6)) == (("fsdp", "expert"), ("tensor",))
-    assert divide(rules, sizes, ("embed", "heads"), (6, 5)) == (("fsdp",), ())  # 4 does not divide 3, 2 does not divide 5
+    # 4 does not divide 3, 2 does not divide 5
+    assert divide(rules, sizes, ("embed", "heads"), (6, 5)) == (("fsdp",), ())
     zero1 = dict(build_rules((("embed", None), ("optimizer.embed", "fsdp"))))
     assert divide(zero1, sizes, ("embed",), (16,)) == ((),)
     assert divide(zero1, sizes, ("embed",), (16,), "optimizer.") == (("fsdp",),)
     assert divide(zero1, sizes, ("heads",), (16,), "optimizer.") == (("tensor",),)
-    for changes, message in (((("embedd", None),), "did you mean 'embed'"), ((("embed", "fsd"),), "did you mean 'fsdp'")):
+    for changes, message in (
+        ((("embedd", None),), "did you mean 'embed'"),
+        ((("embed", "fsd"),), "did you mean 'fsdp'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             build_rules(changes)
 
 
 def test_every_logical_axis_of_the_network_has_a_rule():
-    names = {name for spec in jax.tree.leaves(dict(logical_axes(MODEL)), is_leaf=lambda x: isinstance(x, jax.P)) for name in spec}
+    names = {
+        name
+        for spec in jax.tree.leaves(dict(logical_axes(MODEL)), is_leaf=lambda x: isinstance(x, jax.P))
+        for name in spec
+    }
     assert names - {None} <= set(dict(build_rules()))
 
 

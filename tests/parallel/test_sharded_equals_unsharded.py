@@ -25,7 +25,9 @@ def loss_and_gradients(model):
 
     def call(params, router_bias, batch):
         loss = functools.partial(loss_fn, model, OBJECTIVE)
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, router_bias, batch, jnp.zeros((), jnp.int32))
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, router_bias, batch, jnp.zeros((), jnp.int32)
+        )
         return value, aux.parts, aux.loads, aux.overflows, grads
 
     return jit(call)(variables["params"], variables["router_bias"], placed_batch(model))
@@ -45,7 +47,10 @@ CASES = {
         {"fsdp": 2, "expert": 2, "tensor": 2},
         {"rules": {"experts": ("expert", "tensor"), "expert_ffn": ("fsdp", "tensor"), "vocab": ("tensor", "fsdp")}},
     ),
-    "an axis of length and heads": ({"fsdp": 2, "tensor": 2, "context": 2}, {"rules": {"length": ("context", "tensor")}}),
+    "an axis of length and heads": (
+        {"fsdp": 2, "tensor": 2, "context": 2},
+        {"rules": {"length": ("context", "tensor")}},
+    ),
     "experts across nodes": ({"data": 2, "expert": 4}, {"dcn": {"data": 2, "expert": 2}}),
 }
 
@@ -66,7 +71,8 @@ def test_loss_and_every_gradient(name, one_device):
 
 
 def test_fp8():
-    """The same choices, scales and roundings; only the gradients of experts' weights take scales over rows, which lie in another order."""
+    """The same choices, scales and roundings; only the gradients of experts' weights take scales over rows, which lie
+    in another order."""
     precision = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
     model = MODEL.clone(config=CONFIG.replace(mtp_depth=0), precision=precision)
     got, want = (loss_and_gradients(on(sizes, model)) for sizes in ({"fsdp": 2, "expert": 4}, None))
@@ -78,11 +84,15 @@ def test_fp8():
 
 
 def test_no_token_is_lost_where_everything_goes_to_one_expert():
-    """Biases that force every token to the same experts: buffers overflow on every device, and nothing changes but the time."""
+    """Biases that force every token to the same experts: buffers overflow on every device, and nothing changes but the
+    time."""
 
     def forced(model):
         variables = placed(model)
-        biases = jax.tree.map(lambda b: jnp.zeros_like(b).at[..., 0].set(30.0).at[..., 1].set(20.0).at[..., 2].set(10.0), variables["router_bias"])
+        biases = jax.tree.map(
+            lambda b: jnp.zeros_like(b).at[..., 0].set(30.0).at[..., 1].set(20.0).at[..., 2].set(10.0),
+            variables["router_bias"],
+        )
         call = jit(jax.value_and_grad(functools.partial(loss_fn, model, OBJECTIVE), has_aux=True))
         (value, aux), grads = call(variables["params"], biases, placed_batch(model), jnp.zeros((), jnp.int32))
         return value, aux, grads
@@ -137,4 +147,8 @@ def test_a_step_in_microbatches_keeps_every_array_in_its_place(rules, one_device
     assert moment.sharding.shard_shape(moment.shape)[1] == CONFIG.hidden_size // 4
     assert weight.sharding.is_fully_replicated == bool(rules)
     _, one, reported = one_device_step
-    assert_close((metrics["loss"], metrics["grad_norm"], state.params, state.router_bias), (reported["loss"], reported["grad_norm"], one.params, one.router_bias), 2e-5)
+    assert_close(
+        (metrics["loss"], metrics["grad_norm"], state.params, state.router_bias),
+        (reported["loss"], reported["grad_norm"], one.params, one.router_bias),
+        2e-5,
+    )

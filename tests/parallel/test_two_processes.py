@@ -1,4 +1,5 @@
-"""Two real processes of four devices against one of eight: the same numbers, and what happens when one is killed or told to stop."""
+"""Two real processes of four devices against one of eight: the same numbers, and what happens when one is killed or
+told to stop."""
 
 import contextlib
 import json
@@ -41,7 +42,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(root):
-    """start(devices, *arguments): a process with so many CPU devices, in the background; its stdout and stderr as files."""
+    """start(devices, *arguments): a process with so many CPU devices, in the background; its stdout and stderr as
+    files."""
     running = []
 
     def start(devices, *arguments):
@@ -57,7 +59,10 @@ def start(root):
         number = len(running)
         with (root / f"{number}.out").open("w") as out, (root / f"{number}.err").open("w") as err:
             process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=out, stderr=err)
-        process.out, process.err = (lambda: (root / f"{number}.out").read_text()), (lambda: (root / f"{number}.err").read_text())
+        process.out, process.err = (
+            (lambda: (root / f"{number}.out").read_text()),
+            (lambda: (root / f"{number}.err").read_text()),
+        )
         running.append(process)
         return process
 
@@ -98,7 +103,9 @@ def losses(workdir):
     """{step: losses and held-out numbers}, without the timing."""
     lines = {}
     for line in read_metrics(workdir / "pretrain"):
-        lines.setdefault(line["step"], {}).update({name: line[name] for name in line if not name.endswith("per_second")})
+        lines.setdefault(line["step"], {}).update(
+            {name: line[name] for name in line if not name.endswith("per_second")}
+        )
     return lines
 
 
@@ -115,11 +122,15 @@ def assert_same(workdir, alone, steps=STEPS):
     for step, values in theirs.items():
         for name, value in values.items():
             np.testing.assert_allclose(ours[step][name], value, rtol=1e-5, err_msg=f"{name} of step {step}")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *(load_variables(w / "pretrain")[1] for w in (workdir, alone)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        *(load_variables(w / "pretrain")[1] for w in (workdir, alone)),
+    )
 
 
 def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
-    """Two processes; the second is killed. Both again; the second gets SIGTERM. One process with eight devices ends it."""
+    """Two processes; the second is killed. Both again; the second gets SIGTERM. One process with eight devices ends
+    it."""
     workdir = root / "interrupted"
     first, second = train(start, workdir, 2)
     until_line(workdir, 12, (first, second))
@@ -138,7 +149,8 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
     stopped = max(int(folder.name) for folder in (workdir / "pretrain/checkpoints").iterdir())
     assert f"SIGTERM: saved step {stopped} of {STEPS}" in first.out() and reached < stopped < STEPS
     assert "going on from step" in first.out()
-    spoken = {line for line in first.out().splitlines() if line and "[Gloo]" not in line}  # process 0 alone prints; Gloo has a voice of its own
+    # process 0 alone prints; Gloo has a voice of its own
+    spoken = {line for line in first.out().splitlines() if line and "[Gloo]" not in line}
     assert len(spoken) > 2 and not spoken & set(second.out().splitlines())
 
     finish(train(start, workdir, 1))
@@ -146,7 +158,13 @@ def test_killed_told_to_stop_and_at_last_one_process(root, start, alone):
     goodput = json.loads((workdir / "pretrain/goodput.json").read_text())
     lines = read_json_lines(workdir / "pretrain/goodput.jsonl")
     starts = [line["start"] for line in lines if "start" in line]
-    assert len(starts) == 3 and starts[0] == 0 and starts[1] % EVERY == 0 and starts[2] == stopped and goodput["restarts"] == 2
+    assert (
+        len(starts) == 3
+        and starts[0] == 0
+        and starts[1] % EVERY == 0
+        and starts[2] == stopped
+        and goodput["restarts"] == 2
+    )
     assert goodput["wall_seconds"] == pytest.approx(lines[-1]["time"] - lines[0]["time"])
     assert goodput["seconds"]["down"] > 0 and (goodput["seconds"]["lost"] > 0) == (starts[1] < reached)
 
@@ -166,7 +184,9 @@ def test_they_agree_and_the_loss_of_the_first_ends_the_second(root, start):
     first, second = pair(start, HERE / "hosts_worker.py", folder, "120")
     deadline = time.monotonic() + 2 * MINUTES
     while not all((folder / f"{i}.json").exists() for i in range(2)):
-        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None, first.err() + second.err()
+        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None, (
+            first.err() + second.err()
+        )
         time.sleep(0.05)
     for i in range(2):
         assert json.loads((folder / f"{i}.json").read_text()) == ["from 0, é", True, False]
@@ -174,11 +194,22 @@ def test_they_agree_and_the_loss_of_the_first_ends_the_second(root, start):
     assert "process 0 speaks" in first.out() and "speaks" not in second.out()
     first.kill()
     finish([second], LOST, within=60)
-    assert "process 1 of 2 stops because another process" in second.err() and "Step 7 is safe. Start all 2 processes again" in second.err()
+    assert (
+        "process 1 of 2 stops because another process" in second.err()
+        and "Step 7 is safe. Start all 2 processes again" in second.err()
+    )
 
 
 def test_nobody_at_the_coordinators_address(root, start):
-    process = start(1, HERE / "hosts_worker.py", root, "3", f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--process_id=1")
+    process = start(
+        1,
+        HERE / "hosts_worker.py",
+        root,
+        "3",
+        f"--coordinator=localhost:{free_port()}",
+        "--num_processes=2",
+        "--process_id=1",
+    )
     finish([process], 2)
     assert "process 1 of 2 could not join the others at localhost:" in process.err() and "within 3 s" in process.err()
     assert "Traceback" not in process.err()

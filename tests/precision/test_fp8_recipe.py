@@ -21,7 +21,9 @@ CONFIG = ModelConfig(
     hidden_size=32,
     num_layers=2,
     intermediate_size=48,
-    attention=MLAConfig(num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=24),
+    attention=MLAConfig(
+        num_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=24
+    ),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=16, num_shared_experts=1),
     first_k_dense=1,
     mtp_depth=1,
@@ -42,13 +44,18 @@ def loss_and_gradients(recipe):
         log_probs = jax.nn.log_softmax(model.apply(variables, hidden, method="unembed"))
         return -jnp.mean(jnp.take_along_axis(log_probs, TOKENS[..., None], axis=-1))
 
-    ids = jnp.tile(jnp.array([0, 3]), (1, *TOKENS.shape, 1)).at[:, :, ::2].set(jnp.array([1, 3]))  # expert 2 gets nothing
-    return jax.jit(jax.value_and_grad(loss), compiler_options={"xla_backend_optimization_level": 0})(VARIABLES["params"], ids)
+    # expert 2 gets nothing
+    ids = jnp.tile(jnp.array([0, 3]), (1, *TOKENS.shape, 1)).at[:, :, ::2].set(jnp.array([1, 3]))
+    return jax.jit(jax.value_and_grad(loss), compiler_options={"xla_backend_optimization_level": 0})(
+        VARIABLES["params"], ids
+    )
 
 
 def test_gradients_stand_a_little_further_off_than_those_of_bfloat16():
     """E4M3 has 3 fraction bits and bfloat16 has 7: two dozen tokens average little of the difference away."""
-    (exact, exact_grads), (half, half_grads), (eight, eight_grads) = (loss_and_gradients(recipe(name)) for name in ("float32", "bfloat16", "fp8_deepseek"))
+    (exact, exact_grads), (half, half_grads), (eight, eight_grads) = (
+        loss_and_gradients(recipe(name)) for name in ("float32", "bfloat16", "fp8_deepseek")
+    )
 
     def apart(grads):
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True)
@@ -67,10 +74,12 @@ def test_without_any_role_it_is_bfloat16():
 
 
 def eight_bit_casts(spec) -> int:
-    """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows; and one in each
-    attention for the latents that a cache keeps, which the compiler drops where there is none."""
+    """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows;
+    and one in each attention for the latents that a cache keeps, which the compiler drops where there is none."""
     model = Transformer(CONFIG, recipe(spec))
-    program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(abstract_variables(Transformer(CONFIG)))
+    program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(
+        abstract_variables(Transformer(CONFIG))
+    )
     return len(re.findall(r"new_dtype=float8_e4m3fn", str(program)))
 
 
@@ -84,12 +93,16 @@ def test_weights_that_stay_are_not_rounded_where_their_gradients_are_summed():
 
 
 def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
-    """In a layer: q_a, q_b, kv_a, kv_b, o; gate, up, down of the dense layer; and three of the experts' and the shared expert's."""
+    """In a layer: q_a, q_b, kv_a, kv_b, o; gate, up, down of the dense layer; and three of the experts' and the shared
+    expert's."""
     attention, dense, moe = 5, 3, 6
     layers = (attention + dense) + (attention + moe) + (attention + moe)  # a dense layer, a MoE layer, the MTP module's
     shared, latents = 2, 3  # of two MoE layers; of three attentions
     assert eight_bit_casts("fp8_deepseek") == 2 * layers - shared + latents
-    assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": ["experts", "mtp_projection"]}) == 2 * (layers - 6) + latents
+    assert (
+        eight_bit_casts({"name": "fp8_deepseek", "high_precision": ["experts", "mtp_projection"]})
+        == 2 * (layers - 6) + latents
+    )
     without_output = {"name": "fp8_deepseek", "high_precision": ["attention_output", "mtp_projection"]}
     assert eight_bit_casts(without_output) == 2 * (layers - 3) - shared + latents
     assert eight_bit_casts({"name": "fp8_deepseek", "high_precision": []}) == 2 * (layers + 1) - shared + latents
@@ -115,7 +128,11 @@ def test_what_is_kept_for_the_backward_pass():
     r, x, w = recipe("fp8_deepseek"), jnp.ones((8, 256), jnp.bfloat16), jnp.ones((256, 128))
     assert kept(lambda x: r.linear(x, w), x) == ["float32[256, 128]", "float32[8, 2]", "float8_e4m3fn[8, 256]"]
     # the attention's output in E5M6, which bfloat16 holds
-    assert kept(lambda x: r.linear(x, w, "attention_output"), x) == ["bfloat16[8, 256]", "float32[256, 128]", "float32[8, 2]"]
+    assert kept(lambda x: r.linear(x, w, "attention_output"), x) == [
+        "bfloat16[8, 256]",
+        "float32[256, 128]",
+        "float32[8, 2]",
+    ]
     gate_and_up = ["float32[256, 128]", *2 * ["float32[8, 2]"], *2 * ["float8_e4m3fn[8, 256]"]]
     assert kept(lambda gate, up: r.swiglu_linear(gate, up, w), x, x) == gate_and_up
     sizes = jnp.array([3, 5])
@@ -126,7 +143,10 @@ def test_what_is_kept_for_the_backward_pass():
 
 def test_scales_of_the_attention_output_are_powers_of_two():
     r = recipe("fp8_deepseek")
-    _, pull_back = jax.vjp(lambda x: r.linear(x, jnp.ones((256, 128)), "attention_output"), jax.random.normal(jax.random.key(0), (8, 256), jnp.bfloat16))
+    _, pull_back = jax.vjp(
+        lambda x: r.linear(x, jnp.ones((256, 128)), "attention_output"),
+        jax.random.normal(jax.random.key(0), (8, 256), jnp.bfloat16),
+    )
     scales = next(x for x in jax.tree.leaves(pull_back) if x.shape == (8, 2))
     np.testing.assert_array_equal(np.frexp(np.asarray(scales))[0], 0.5)
 
@@ -136,15 +156,25 @@ def test_released_weights_are_multiplied_as_they_are():
     q, r = quantize_block(w.T).mT, recipe("fp8_deepseek")
     assert isinstance(q, QTensor)
     y = r.linear(x.astype(jnp.bfloat16), q)
-    np.testing.assert_allclose(y.astype(jnp.float32), r.linear(x.astype(jnp.bfloat16), w).astype(jnp.float32), atol=0.05)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), r.linear(x.astype(jnp.bfloat16), w).astype(jnp.float32), atol=0.05
+    )
     assert jnp.linalg.norm(y - x @ dequantize(q)) < 0.04 * jnp.linalg.norm(y)
 
 
 def test_a_file_changes_single_choices():
-    changed = recipe({"name": "fp8_deepseek", "format": {"gradient": {"format": "float8_e5m2"}, "accumulation": {"promote_every": None}}})
+    changed = recipe(
+        {
+            "name": "fp8_deepseek",
+            "format": {"gradient": {"format": "float8_e5m2"}, "accumulation": {"promote_every": None}},
+        }
+    )
     assert changed.format.gradient.format == "float8_e5m2" and changed.format.gradient.scope == "tile"
     assert changed.format.gradient.min_amax == recipe("fp8_deepseek").format.gradient.min_amax
-    assert changed.format.accumulation.promote_every is None and changed.attention_output == recipe("fp8_deepseek").attention_output
+    assert (
+        changed.format.accumulation.promote_every is None
+        and changed.attention_output == recipe("fp8_deepseek").attention_output
+    )
     assert recipe({"name": "fp8_deepseek", "format": {"saved": {"format": "e5m6"}}}).format.saved.format == "e5m6"
     assert hash(changed) != hash(recipe("fp8_deepseek")) and isinstance(changed, FP8Recipe)
     assert recipe({"name": "fp8_deepseek"}) == recipe("fp8_deepseek")
@@ -156,10 +186,22 @@ def test_a_file_changes_single_choices():
     [
         ("fp8", "unknown precision 'fp8': allowed: bfloat16, float32, fp8_deepseek"),
         ({"name": "fp8_deepseek", "formats": {}}, "unknown field config.precision.formats: did you mean 'format'"),
-        ({"name": "fp8_deepseek", "format": {"gradient": {"scop": "tile"}}}, "config.precision.format.gradient.scop: did you mean 'scope'"),
-        ({"name": "fp8_deepseek", "format": {"gradient": {"scope": "row"}}}, "config.precision.format.gradient: scope='row': one of tile, block, tensor"),
-        ({"name": "fp8_deepseek", "format": {"products": ["backward"]}}, "'backward' is none of forward, input_gradient, weight_gradient"),
-        ({"name": "fp8_deepseek", "high_precision": ["head"]}, "'head' is none of linear, attention_output, experts, mtp_projection"),
+        (
+            {"name": "fp8_deepseek", "format": {"gradient": {"scop": "tile"}}},
+            "config.precision.format.gradient.scop: did you mean 'scope'",
+        ),
+        (
+            {"name": "fp8_deepseek", "format": {"gradient": {"scope": "row"}}},
+            "config.precision.format.gradient: scope='row': one of tile, block, tensor",
+        ),
+        (
+            {"name": "fp8_deepseek", "format": {"products": ["backward"]}},
+            "'backward' is none of forward, input_gradient, weight_gradient",
+        ),
+        (
+            {"name": "fp8_deepseek", "high_precision": ["head"]},
+            "'head' is none of linear, attention_output, experts, mtp_projection",
+        ),
         ({"name": "bfloat16", "compute_dtype": "float16"}, "unknown field config.precision.compute_dtype"),
     ],
 )

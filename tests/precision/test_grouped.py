@@ -16,7 +16,9 @@ def product(request):
     """Compiled (x, w, sizes, dy) -> (y, dx, dw)."""
 
     def call(x_RD, w_EDF, sizes_E, dy_RF):
-        y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, request.param, jax.lax.Precision.HIGHEST), x_RD, w_EDF)
+        y_RF, pull = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, sizes_E, request.param, jax.lax.Precision.HIGHEST), x_RD, w_EDF
+        )
         return y_RF, *pull(dy_RF)
 
     return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
@@ -28,7 +30,9 @@ def test_equals_a_loop_over_groups(product, sizes):
     x, w, dy = rng.normal(size=(R, D)), rng.normal(size=(4, D, F)), rng.normal(size=(R, F))
     used = sum(sizes)
     dy[used:], x[used:] = 0, 0  # rows past the last group hold nothing
-    y, dx, dw = (np.asarray(a, np.float64) for a in product(*(np.float32(a) for a in (x, w)), np.int32(sizes), np.float32(dy)))
+    y, dx, dw = (
+        np.asarray(a, np.float64) for a in product(*(np.float32(a) for a in (x, w)), np.int32(sizes), np.float32(dy))
+    )
     start = 0
     for group, size in enumerate(sizes):
         rows = slice(start, start + size)
@@ -67,10 +71,16 @@ def test_blocks(rows, groups, kind, dtype, block):
 
 def test_products_that_share_rows_keep_them_once():
     """Gate and up read the same rows: a second copy would be the largest thing that a layer of experts keeps."""
-    x, w, sizes = jax.ShapeDtypeStruct((64, 48), jnp.float32), jax.ShapeDtypeStruct((4, 48, 24), jnp.float32), jnp.full(4, 16)
+    x, w, sizes = (
+        jax.ShapeDtypeStruct((64, 48), jnp.float32),
+        jax.ShapeDtypeStruct((4, 48, 24), jnp.float32),
+        jnp.full(4, 16),
+    )
 
     def pull_back(x, gate, up):
-        return jax.vjp(lambda gate, up: grouped_matmul(x, gate, sizes, 8) + grouped_matmul(x, up, sizes, 8), gate, up)[1]
+        return jax.vjp(lambda gate, up: grouped_matmul(x, gate, sizes, 8) + grouped_matmul(x, up, sizes, 8), gate, up)[
+            1
+        ]
 
     kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull_back, x, w, w))]
     assert sum(np.prod(shape) == 64 * 48 for shape in kept) == 1

@@ -46,8 +46,12 @@ def products(jaxpr):
 
 
 def test_gradients_of_einsum_multiply_in_the_compute_dtype_too():
-    """Matrix units take twice as long over float32 as over bfloat16, and jax's own rule would multiply float32. Sums are float32, rounded nowhere."""
-    x, w, dy = (jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate([(4, 8, 64), (64, 16), (4, 8, 16)]))
+    """Matrix units take twice as long over float32 as over bfloat16, and jax's own rule would multiply float32. Sums
+    are float32, rounded nowhere."""
+    x, w, dy = (
+        jax.random.normal(jax.random.key(i), shape, jnp.float32)
+        for i, shape in enumerate([(4, 8, 64), (64, 16), (4, 8, 16)])
+    )
 
     def gradients(name):
         return jax.grad(lambda x, w: jnp.sum(recipe(name).einsum("...D,DV->...V", x, w) * dy), argnums=(0, 1))
@@ -71,10 +75,12 @@ def swiglu_operands():
 
 
 def test_swiglu_is_rounded_once_in_every_product():
-    """Linear, experts group by group, and experts by definition: float32 between, not one rounding for each operation."""
+    """Linear, experts group by group, and experts by definition: float32 between, not one rounding for each
+    operation."""
     gate, up, rounded_once = swiglu_operands()
     gate64 = np.asarray(gate, np.float64)
-    squared = (gate64 / (1 + np.exp(-gate64)) * gate64).astype(ml_dtypes.bfloat16)  # of an expert whose weights are the identity
+    # of an expert whose weights are the identity
+    squared = (gate64 / (1 + np.exp(-gate64)) * gate64).astype(ml_dtypes.bfloat16)
     r, identity, size = recipe("bfloat16"), jnp.eye(128, dtype=jnp.bfloat16), jnp.asarray([64])
     outputs = {
         "linear": r.swiglu_linear(gate, up, identity),
@@ -88,7 +94,8 @@ def test_swiglu_is_rounded_once_in_every_product():
 
 
 def test_swiglu_is_the_same_number_in_bfloat16_and_in_fp8():
-    """So that FP8's curve against bfloat16's compares products alone. In FP8 two ways lead to the down projection's input."""
+    """So that FP8's curve against bfloat16's compares products alone. In FP8 two ways lead to the down projection's
+    input."""
     gate, up, rounded_once = swiglu_operands()
     fp8, w = recipe("fp8_deepseek"), jax.random.normal(jax.random.key(2), (128, 16), jnp.float32)
     expected = dataclasses.replace(fp8, keep_swiglu_input=False).linear(jnp.asarray(rounded_once), w)
@@ -101,8 +108,12 @@ def test_swiglu_keeps_its_operands_alone():
     """The gradient is that of the float32 function, and nothing in float32 is kept for it."""
     gate, up, _ = swiglu_operands()
     h, pull_back = jax.vjp(swiglu, gate, up)
-    assert {(x.dtype.name, x.shape) for x in jax.tree.leaves(pull_back)} == {("bfloat16", (64, 128))} and h.dtype == jnp.bfloat16
-    exact = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *(x.astype(jnp.float32) for x in (gate, up)))[1](jnp.ones((64, 128)))
+    assert {(x.dtype.name, x.shape) for x in jax.tree.leaves(pull_back)} == {
+        ("bfloat16", (64, 128))
+    } and h.dtype == jnp.bfloat16
+    exact = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *(x.astype(jnp.float32) for x in (gate, up)))[1](
+        jnp.ones((64, 128))
+    )
     for ours, theirs in zip(pull_back(jnp.ones_like(h)), exact, strict=True):
         np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
 

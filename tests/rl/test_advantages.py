@@ -30,7 +30,9 @@ def test_other_normalisations():
     rewards = jnp.array([0.0, 1.0, 2.0, 5.0])
     np.testing.assert_allclose(group_advantages(rewards, 2, "none").advantages_B, [-0.5, 0.5, -1.5, 1.5], rtol=1e-6)
     batch = group_advantages(rewards, 2, "batch_std", eps=0.0).advantages_B
-    np.testing.assert_allclose(batch, np.array([-0.5, 0.5, -1.5, 1.5]) / statistics.pstdev([0.0, 1.0, 2.0, 5.0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        batch, np.array([-0.5, 0.5, -1.5, 1.5]) / statistics.pstdev([0.0, 1.0, 2.0, 5.0]), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("normalisation", ["group_std", "none", "batch_std"])
@@ -66,7 +68,8 @@ def test_metrics_count_and_explain():
 
 
 def test_what_was_not_judged_enters_no_metric():
-    """NaN is neither right nor wrong, and a group without a reward has no deviation; with none at all there is no mean."""
+    """NaN is neither right nor wrong, and a group without a reward has no deviation; with none at all there is no
+    mean."""
     rewards = jnp.array([1.0, 3.0, jnp.nan, jnp.nan, jnp.inf, 2.0])
     correct = jnp.array([jnp.nan, 1.0, jnp.nan, jnp.nan, 0.0, jnp.nan])
     metrics = {name: float(value) for name, value in group_metrics(rewards, 2, correct).items()}

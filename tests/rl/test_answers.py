@@ -9,9 +9,39 @@ from deepseek_jax.rl.answers import boxed, fold, read_answer, same_answer
 
 SAME = {
     "decimals": [".5", "0.5", "0.50", "+.5", "1/2", "½", "2/4", r"\frac{1}{2}", r"\dfrac12", "٠٫٥"],
-    "thousands": ["1000", "1,000", "1,000.0", "1000.", "１，０００", "１０００", "1\u202f000", "1’000", r"1{,}000", r"1\,000", "1.000,0", "١٬٠٠٠"],
+    "thousands": [
+        "1000",
+        "1,000",
+        "1,000.0",
+        "1000.",
+        "１，０００",
+        "１０００",
+        "1\u202f000",
+        "1’000",
+        r"1{,}000",
+        r"1\,000",
+        "1.000,0",
+        "١٬٠٠٠",
+    ],
     "millions": ["1000000", "1,000,000", "1.000.000", "10,00,000", "१०,००,०००"],
-    "digits": ["12", "12.0", "012", "１２", "१२", "١٢", "۱۲", "๑๒", "১২", "𝟏𝟐", "\u200f12\u200e", "12.", "12。", " 12 ", "24/2", "11 2/2"],
+    "digits": [
+        "12",
+        "12.0",
+        "012",
+        "１２",
+        "१२",
+        "١٢",
+        "۱۲",
+        "๑๒",
+        "১২",
+        "𝟏𝟐",
+        "\u200f12\u200e",
+        "12.",
+        "12。",
+        " 12 ",
+        "24/2",
+        "11 2/2",
+    ],
     "negative": ["-3", "−3", "－3", "- 3", "–3", "-3.0", r"$-3$", r"\(-3\)"],
     "mixed": ["1.5", "1½", "1 1/2", r"1\frac{1}{2}", "3/2", r"\boxed{\frac32}", r"so it is \boxed{1.5}"],
     "money": ["$5", "5", r"\$5", "5 $", "$5.00", "＄5"],
@@ -52,11 +82,20 @@ def test_answers_that_differ(given, expected):
 
 
 def test_percentages_are_hundredths_or_the_number_before_the_sign():
-    assert same_answer("50%", "0.5") and same_answer("50%", "50") and same_answer("1/2", "50%") and not same_answer("0.5%", "50")
+    assert (
+        same_answer("50%", "0.5")
+        and same_answer("50%", "50")
+        and same_answer("1/2", "50%")
+        and not same_answer("0.5%", "50")
+    )
 
 
 def test_read():
     assert read_answer("-1,234.50") == read_answer(" −1234.5. ").__class__("-1,234.50", Fraction(-2469, 2))
     assert read_answer("12 apples").unit == "apples" and read_answer("$12").unit == "$"
-    assert read_answer(r"\boxed{1} or \boxed{2}").value == 2 and boxed(r"\boxed{a{b}c}d") == "a{b}c" and boxed("none") is None
+    assert (
+        read_answer(r"\boxed{1} or \boxed{2}").value == 2
+        and boxed(r"\boxed{a{b}c}d") == "a{b}c"
+        and boxed("none") is None
+    )
     assert fold("ｶﾞ Ａ１ ٣") == "ガ A1 3" and fold("plain") == "plain" and fold("1½") == "1 1/2"

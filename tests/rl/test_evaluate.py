@@ -1,7 +1,9 @@
-"""Evaluation on completions that are known: a stand-in for the network answers by rules that depend on the problem alone.
+"""Evaluation on completions that are known: a stand-in for the network answers by rules that depend on the problem
+alone.
 
 Greedily it is right on held-out problems that don't begin with 11, and wrong on all others. Of four samples as many are
-right as there are ones among the first three bits; the others are wrong, cut off with the right answer, empty, or broken.
+right as there are ones among the first three bits; the others are wrong, cut off with the right answer, empty, or
+broken.
 """
 
 import collections
@@ -20,7 +22,9 @@ from deepseek_jax.rl.loop import held_out_metrics
 from deepseek_jax.rl.tasks import base
 from deepseek_jax.rl.tasks.parity import Bits
 
-CONFIG = EvalConfig(problems=48, sampled_problems=20, samples=4, temperature=0.9, max_completion_length=8, show=3, seed=5)
+CONFIG = EvalConfig(
+    problems=48, sampled_problems=20, samples=4, temperature=0.9, max_completion_length=8, show=3, seed=5
+)
 RIGHT, LONG, WRONG, CUT_OFF, EMPTY, BROKEN = range(6)
 TEXTS = ["<think></think><answer>{}</answer>", "<think>1</think><answer>{}</answer>", "<think></think><answer>{}</answer>",
          "<think></think><answer>{}</answer>", "<think></think><answer></answer>", "<think></think>"]  # fmt: skip
@@ -33,7 +37,9 @@ def kind(bits, sample, heldout, temperature):
     right = xp.where(bits[..., 0] > 0, LONG, RIGHT)
     if temperature == 0:
         return xp.where(heldout & ~((bits[..., 0] > 0) & (bits[..., 1] > 0)), right, WRONG)
-    other = xp.where(bits[..., 3] > 0, xp.where(bits[..., 4] > 0, BROKEN, EMPTY), xp.where(bits[..., 5] > 0, CUT_OFF, WRONG))
+    other = xp.where(
+        bits[..., 3] > 0, xp.where(bits[..., 4] > 0, BROKEN, EMPTY), xp.where(bits[..., 5] > 0, CUT_OFF, WRONG)
+    )
     other = xp.where(sample % 2 > 0, other, WRONG)
     return xp.where(sample < bits[..., :3].sum(-1), right, other)
 
@@ -93,7 +99,9 @@ def test_sampled_answers_are_counted_in_one_way(result):
     right = (kinds == RIGHT) | (kinds == LONG)
     majorities = []
     for row in kinds:  # a vote for the right answer, for the wrong one, or none: cut off, empty or broken
-        votes = collections.Counter("right" if k in (RIGHT, LONG) else "wrong" for k in row if k in (RIGHT, LONG, WRONG))
+        votes = collections.Counter(
+            "right" if k in (RIGHT, LONG) else "wrong" for k in row if k in (RIGHT, LONG, WRONG)
+        )
         majorities.append(0.5 if votes["right"] == votes["wrong"] else float(votes["right"] > votes["wrong"]))
     assert 0.5 in majorities
     expected = {

@@ -21,6 +21,7 @@ from deepseek_jax.rl.rollout import completion_log_probs
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables
 
+
 @pytest.fixture(scope="module")
 def variables():
     return random_variables()
@@ -49,14 +50,16 @@ def test_first_ratio_is_one_with_and_without_replay(first, grpo, variables):
 
 
 def test_an_iteration_in_fp8(variables):
-    """Sampling, both passes and the update in FP8. Sampler and update round differently, so that first ratios are near one on
-    average, and nowhere near what another seed's completions would have."""
+    """Sampling, both passes and the update in FP8. Sampler and update round differently, so that first ratios are near
+    one on average, and nowhere near what another seed's completions would have."""
     grpo = grpo_of(model=MODEL.clone(precision=recipe("fp8_deepseek")))
     state, metrics, samples, _ = grpo.iteration(grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(2)))
     assert int(state.step) == 1 and int(state.skipped) == 0
     assert 1e-5 < float(metrics["log_ratio_abs_mean"]) < 0.1 and float(metrics["grad_norm"]) > 0
     assert int(samples.trajectories.mask_BN.sum()) > 16
-    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(variables["params"]), strict=True):
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(variables["params"]), strict=True
+    ):
         assert new.dtype == old.dtype == jnp.float32 and jnp.isfinite(new).all()
         assert jnp.any(new != old) or "mtp" in jax.tree_util.keystr(path), path
 
@@ -82,7 +85,10 @@ def test_loss_starts_at_zero_and_the_gradient_does_not(first):
 def test_an_iteration_changes_weights_bias_and_counters(first, variables):
     state = first[0]
     assert int(state.step) == 1 and int(state.rollouts) == 1 and int(state.skipped) == 0
-    bias = state.router_bias["moe_layers"]["ffn"]["router"]["bias"] - variables["router_bias"]["moe_layers"]["ffn"]["router"]["bias"]
+    bias = (
+        state.router_bias["moe_layers"]["ffn"]["router"]["bias"]
+        - variables["router_bias"]["moe_layers"]["ffn"]["router"]["bias"]
+    )
     assert 0 < float(jnp.abs(bias).max()) <= 1e-3 + 1e-6
     assert float(jnp.abs(state.params["head"]["kernel"] - variables["params"]["head"]["kernel"]).max()) > 0
     same_mtp = jax.tree.map(lambda a, b: bool((a == b).all()), state.params["mtp_0"], variables["params"]["mtp_0"])
@@ -97,7 +103,9 @@ def test_reference_is_refreshed_when_due(first, grpo, variables):
     second = grpo.iteration(jax.tree.map(jnp.copy, state))[0]
     chex.assert_trees_all_equal(second.reference, second.variables)
     third = grpo.iteration(jax.tree.map(jnp.copy, second))[0]
-    np.testing.assert_array_equal(third.reference["params"]["head"]["kernel"], second.reference["params"]["head"]["kernel"])
+    np.testing.assert_array_equal(
+        third.reference["params"]["head"]["kernel"], second.reference["params"]["head"]["kernel"]
+    )
     assert float(jnp.abs(third.params["head"]["kernel"] - second.params["head"]["kernel"]).max()) > 0
 
 
@@ -107,8 +115,12 @@ def test_python_rewards_give_what_in_graph_rewards_give(first, grpo, variables):
     samples = host.sample(state)
     texts = to_texts(samples.trajectories.completions_BN, samples.trajectories.mask_BN)
     parts = host.rewards.text_parts([""] * len(texts), texts, [""] * len(texts))
-    in_graph = np.asarray(digit_share_in_graph(TASK, samples.instances, samples.trajectories.completions_BN, samples.trajectories.mask_BN))
-    assert np.array_equal(np.asarray(samples.trajectories.completions_BN), np.asarray(first[2].trajectories.completions_BN))
+    in_graph = np.asarray(
+        digit_share_in_graph(TASK, samples.instances, samples.trajectories.completions_BN, samples.trajectories.mask_BN)
+    )
+    assert np.array_equal(
+        np.asarray(samples.trajectories.completions_BN), np.asarray(first[2].trajectories.completions_BN)
+    )
     state, metrics, _, rewards_B = host.learn(state, samples, {"digits": jnp.asarray(in_graph)})
     np.testing.assert_allclose(rewards_B, first[3], atol=1e-6)
     chex.assert_trees_all_close(state.params, first[0].params, atol=1e-6)
@@ -166,8 +178,12 @@ def test_a_failing_reward_saves_what_was_reached(grpo, variables, tmp_path):
         return len(completion)
 
     host = grpo_of(rewards=rewards_of(fails_later, False))
-    with pytest.raises(RewardError, match="(?s)'digits' raised ZeroDivisionError: too much.*completion: .*on_reward_error='skip'"):
-        loop.train_grpo(host, loop.LoopConfig(eval_every=0, checkpoint_every=0), EvalConfig(), variables, tmp_path, seed=5)
+    with pytest.raises(
+        RewardError, match="(?s)'digits' raised ZeroDivisionError: too much.*completion: .*on_reward_error='skip'"
+    ):
+        loop.train_grpo(
+            host, loop.LoopConfig(eval_every=0, checkpoint_every=0), EvalConfig(), variables, tmp_path, seed=5
+        )
     config, saved = load_variables(tmp_path)
     assert config == MODEL.config
     moved = jnp.abs(saved["params"]["head"]["kernel"] - variables["params"]["head"]["kernel"]).max()
@@ -193,10 +209,15 @@ def test_an_evaluation_that_fails_loses_no_rollout(grpo, variables, tmp_path, mo
     state = loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
     assert int(state.rollouts) == 4
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["held_out_accuracy"]) for r in records if "held_out_accuracy" in r] == [(0, 0.25), (2, 0.5), (4, 0.75)]
+    assert [(r["step"], r["held_out_accuracy"]) for r in records if "held_out_accuracy" in r] == [
+        (0, 0.25),
+        (2, 0.5),
+        (4, 0.75),
+    ]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
     assert [(r["step"], r["held_out_maj@2"]) for r in records if "held_out_pass@2" in r] == [(0, 0.25), (4, 0.25)]
-    assert loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5).rollouts == 4  # asks for no evaluation
+    # asks for no evaluation
+    assert loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5).rollouts == 4
 
 
 def test_an_update_that_fails_hides_neither_its_error_nor_what_is_safe(grpo, variables, tmp_path, monkeypatch, capsys):
@@ -211,10 +232,14 @@ def test_an_update_that_fails_hides_neither_its_error_nor_what_is_safe(grpo, var
 
     monkeypatch.setattr(loop, "iterate", out_of_memory_in_the_third)
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        loop.train_grpo(grpo, loop.LoopConfig(eval_every=0, checkpoint_every=0), EvalConfig(), variables, tmp_path / "none", seed=5)
+        loop.train_grpo(
+            grpo, loop.LoopConfig(eval_every=0, checkpoint_every=0), EvalConfig(), variables, tmp_path / "none", seed=5
+        )
     assert "rollouts 1 to 2 are lost, nothing was saved yet" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        loop.train_grpo(grpo, loop.LoopConfig(eval_every=0, checkpoint_every=1), EvalConfig(), variables, tmp_path / "two", seed=5)
+        loop.train_grpo(
+            grpo, loop.LoopConfig(eval_every=0, checkpoint_every=1), EvalConfig(), variables, tmp_path / "two", seed=5
+        )
     assert "nothing is lost, the newest checkpoint is that of step 2" in capsys.readouterr().out
 
 
@@ -249,7 +274,14 @@ def test_lengths_of_answers_that_there_were_none_of_are_not_logged():
 
 
 def test_the_headline_has_what_was_measured():
-    values = {"reward_mean": 1.5, "reward_std": 0.1, "reward_digits": 0.25, "length_mean": 6.0, "entropy": 1.0, "grad_norm": 2.0}
+    values = {
+        "reward_mean": 1.5,
+        "reward_std": 0.1,
+        "reward_digits": 0.25,
+        "length_mean": 6.0,
+        "entropy": 1.0,
+        "grad_norm": 2.0,
+    }
     assert loop.headline(values) == "reward 1.500  digits 0.250  length 6.0  entropy 1.000  grad 2.00"
     assert "kl 0.0100  grad 2.00  held-out 0.500" in loop.headline(values | {"kl": 0.01, "held_out_accuracy": 0.5})
 
@@ -280,14 +312,21 @@ def test_dynamic_sampling_trains_on_live_groups_alone(variables):
     one = grpo_of(CONFIG.replace(kl_coefficient=0.0), rewards_of(digit_share, False))
     state = grpo_state(MODEL, variables, two.optimizer, jax.random.key(2), has_reference=False)
     samples = two.sample(state)
-    live, rewards = np.array([1, 3, 4, 6]), np.tile(np.array([[1.0], [0.0], [5.0], [0.5], [0.0], [2.0], [1.0], [3.0]]), 4)
+    live, rewards = (
+        np.array([1, 3, 4, 6]),
+        np.tile(np.array([[1.0], [0.0], [5.0], [0.5], [0.0], [2.0], [1.0], [3.0]]), 4),
+    )
     rewards[live, 0] += [1.0, 2.0, -1.0, 0.5]
     rows = (live[:, None] * 4 + np.arange(4)).reshape(-1)
-    alone, _, _, _ = one.learn(jax.tree.map(jnp.copy, state), jax.tree.map(lambda x: x[rows], samples), {"digits": rewards.reshape(-1)[rows]})
+    alone, _, _, _ = one.learn(
+        jax.tree.map(jnp.copy, state), jax.tree.map(lambda x: x[rows], samples), {"digits": rewards.reshape(-1)[rows]}
+    )
     after, metrics, kept, rewards_B = two.learn(state, samples, {"digits": jnp.asarray(rewards.reshape(-1))})
     np.testing.assert_array_equal(rewards_B, rewards[live].reshape(-1))
     np.testing.assert_array_equal(kept.trajectories.completions_BN, samples.trajectories.completions_BN[rows])
-    assert float(metrics["zero_variance_fraction"]) == 0.5 and float(metrics["reward_mean"]) == pytest.approx(rewards.mean())
+    assert float(metrics["zero_variance_fraction"]) == 0.5 and float(metrics["reward_mean"]) == pytest.approx(
+        rewards.mean()
+    )
     assert "kl" not in metrics and after.reference is None
     chex.assert_trees_all_close(after.params, alone.params, atol=1e-6)
     assert float(jnp.abs(after.params["head"]["kernel"] - variables["params"]["head"]["kernel"]).max()) > 1e-4
@@ -297,7 +336,9 @@ def test_completions_of_a_network_whose_numbers_break_train_nothing(first, grpo,
     """The embedding of one token is NaN: completions that drew it are emptied and counted, the others train."""
     drawn = np.asarray(first[2].trajectories.completions_BN)
     prompts = set(np.asarray(first[2].trajectories.prompts_BP).reshape(-1).tolist())
-    token = next(int(token) for token in drawn[:, 1] if token not in prompts and token not in drawn[:, -1] and token != 258)
+    token = next(
+        int(token) for token in drawn[:, 1] if token not in prompts and token not in drawn[:, -1] and token != 258
+    )
     broken_B = (drawn == token).any(1)
     embedding = variables["params"]["embed"]["embedding"].at[token].set(jnp.nan)
     params = variables["params"] | {"embed": {"embedding": embedding}}
@@ -308,7 +349,9 @@ def test_completions_of_a_network_whose_numbers_break_train_nothing(first, grpo,
     assert 0 < broken_B.sum() < 16 and float(metrics["non_finite_completions"]) == broken_B.sum()
     np.testing.assert_array_equal(np.isnan(rewards_B), broken_B)
     assert float(metrics["reward_mean"]) == pytest.approx(float(first[3][~broken_B].mean()), abs=1e-6)
-    assert float(metrics["length_mean"]) == pytest.approx(np.asarray(first[2].trajectories.mask_BN)[~broken_B].sum(1).mean())
+    assert float(metrics["length_mean"]) == pytest.approx(
+        np.asarray(first[2].trajectories.mask_BN)[~broken_B].sum(1).mean()
+    )
     assert int(state.skipped) == 0 and float(metrics["grad_norm"]) > 1e-3
     same = jnp.isnan(state.params["embed"]["embedding"]).any(1)
     np.testing.assert_array_equal(same, np.arange(272) == token)  # the update itself is finite
@@ -323,12 +366,16 @@ def test_rollouts_differ_and_stay_in_the_training_split(first, grpo):
 
 
 def test_in_graph_rewards_of_the_task_run_in_one_call(variables):
-    """Random weights never hold the format: reward 0, zero variance, and the weights stay (KL of the reference is 0)."""
+    """Random weights never hold the format: reward 0, zero variance, and the weights stay (KL of the reference is
+    0)."""
     grpo = grpo_of(CONFIG.replace(oversampling=2, num_minibatches=2, replay_experts=False), build_rewards(CONFIG, TASK))
     state, metrics, samples, rewards_B = grpo.iteration(grpo_state(MODEL, variables, grpo.optimizer, jax.random.key(3)))
     assert int(state.step) == 2 and float(metrics["first_ratio_error"]) < 1e-5
     assert rewards_B.shape == (16,) and float(rewards_B.max()) == 0
     assert float(metrics["zero_variance_fraction"]) == 1 and float(metrics["all_wrong_fraction"]) == 1
     assert samples.trajectories.expert_ids_BLTK is None
-    drift = max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(variables["params"]), strict=True))
+    drift = max(
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(variables["params"]), strict=True)
+    )
     assert drift < 1e-4

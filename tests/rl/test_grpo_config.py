@@ -12,10 +12,22 @@ def fields(name, *names):
 
 
 def test_r1():
-    sizes = ("prompts_per_rollout", "group_size", "num_minibatches", "inner_epochs", "minibatch_size", "completions_per_rollout")
+    sizes = (
+        "prompts_per_rollout",
+        "group_size",
+        "num_minibatches",
+        "inner_epochs",
+        "minibatch_size",
+        "completions_per_rollout",
+    )
     for name in ("r1_zero", "r1_stage1", "r1_stage2"):
         assert fields(name, *sizes) == (512, 16, 16, 1, 512, 8192)
-        assert fields(name, "learning_rate", "kl_coefficient", "reference_refresh_every", "ref_mix") == (3e-6, 0.001, 400, 1.0)
+        assert fields(name, "learning_rate", "kl_coefficient", "reference_refresh_every", "ref_mix") == (
+            3e-6,
+            0.001,
+            400,
+            1.0,
+        )
         assert fields(name, "clip_epsilon", "kl_estimator", "aggregation") == ((10.0, 10.0), "k3", "sequence_mean")
         assert fields(name, "advantage_normalisation", "max_completion_length") == ("group_std", 32_768)
     assert fields("r1_zero", "steps", "temperature", "rollouts") == (10_400, 1.0, 650)
@@ -28,7 +40,11 @@ def test_r1():
 def test_deepseekmath():
     assert fields("deepseekmath", "group_size", "completions_per_rollout", "steps_per_rollout") == (64, 1024, 1)
     assert fields("deepseekmath", "learning_rate", "kl_coefficient", "max_completion_length") == (1e-6, 0.04, 1024)
-    assert fields("deepseekmath", "aggregation", "kl_estimator", "advantage_normalisation") == ("sequence_mean", "k3", "group_std")
+    assert fields("deepseekmath", "aggregation", "kl_estimator", "advantage_normalisation") == (
+        "sequence_mean",
+        "k3",
+        "group_std",
+    )
 
 
 def test_v32():
@@ -38,15 +54,35 @@ def test_v32():
 
 
 def test_dapo():
-    assert fields("dapo", "clip_epsilon", "aggregation", "kl_coefficient", "learning_rate") == ((0.2, 0.28), "token_mean", 0.0, 1e-6)
-    assert fields("dapo", "prompts_per_rollout", "group_size", "num_minibatches", "minibatch_size") == (512, 16, 16, 512)
-    assert fields("dapo", "max_completion_length", "overlong_buffer", "wrong_reward", "warmup_steps") == (20_480, 4_096, -1.0, 320)
+    assert fields("dapo", "clip_epsilon", "aggregation", "kl_coefficient", "learning_rate") == (
+        (0.2, 0.28),
+        "token_mean",
+        0.0,
+        1e-6,
+    )
+    assert fields("dapo", "prompts_per_rollout", "group_size", "num_minibatches", "minibatch_size") == (
+        512,
+        16,
+        16,
+        512,
+    )
+    assert fields("dapo", "max_completion_length", "overlong_buffer", "wrong_reward", "warmup_steps") == (
+        20_480,
+        4_096,
+        -1.0,
+        320,
+    )
     assert preset("dapo").oversampling > 1
 
 
 def test_dr_grpo():
     assert fields("dr_grpo", "advantage_normalisation", "aggregation", "kl_coefficient") == ("none", "constant", 0.0)
-    assert fields("dr_grpo", "group_size", "minibatch_size", "max_completion_length", "learning_rate") == (8, 128, 3_000, 1e-6)
+    assert fields("dr_grpo", "group_size", "minibatch_size", "max_completion_length", "learning_rate") == (
+        8,
+        128,
+        3_000,
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,8 +92,15 @@ def test_dictionary_round_trip(name):
 
 
 def test_from_dict_starts_from_a_preset():
-    config = GRPOConfig.from_dict({"preset": "r1_stage2", "group_size": 8, "clip_epsilon": 0.2, "rewards": {"accuracy": 2}})
-    assert (config.group_size, config.temperature, config.clip_epsilon, config.rewards) == (8, 0.7, (0.2, 0.2), (("accuracy", 2.0),))
+    config = GRPOConfig.from_dict(
+        {"preset": "r1_stage2", "group_size": 8, "clip_epsilon": 0.2, "rewards": {"accuracy": 2}}
+    )
+    assert (config.group_size, config.temperature, config.clip_epsilon, config.rewards) == (
+        8,
+        0.7,
+        (0.2, 0.2),
+        (("accuracy", 2.0),),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Two GRPO rollouts against a plain reading of the equations (DeepSeekMath §4.1; the definitions are TRL's too).
 
-From the sampled tokens and the weights before: log-probabilities of whole sequences without gaps, advantages and Adam in
-numpy, and the loss written down once more. Prompts differ in length, the temperature is 0.7, and the reference stays what
-the policy was at the start.
+From the sampled tokens and the weights before: log-probabilities of whole sequences without gaps, advantages and Adam
+in numpy, and the loss written down once more. Prompts differ in length, the temperature is 0.7, and the reference stays
+what the policy was at the start.
 """
 
 import dataclasses
@@ -39,7 +39,9 @@ def length_in_graph(task, instances, completions_BN, mask_BN):
     return mask_BN.sum(1) / mask_BN.shape[1]
 
 
-REWARDS = RewardSet((Reward("digits", digit_share_in_graph, True), Reward("length", length_in_graph, True)), (1.0, 0.25))
+REWARDS = RewardSet(
+    (Reward("digits", digit_share_in_graph, True), Reward("length", length_in_graph, True)), (1.0, 0.25)
+)
 GRPO = grpo_of(
     CONFIG.replace(
         num_minibatches=2,
@@ -70,7 +72,10 @@ def sequences(t, rows):
         L, n = int(t.prompt_lengths_B[row]), int(t.mask_BN[row].sum())
         tokens[i, : L + n] = [*t.prompts_BP[row, :L], *t.completions_BN[row, :n]]
         segments[i, : L + n] = 1
-        experts[:, i, :L], experts[:, i, L : L + n] = t.expert_ids_BLTK[row, :, :L], t.expert_ids_BLTK[row, :, P : P + n]
+        experts[:, i, :L], experts[:, i, L : L + n] = (
+            t.expert_ids_BLTK[row, :, :L],
+            t.expert_ids_BLTK[row, :, P : P + n],
+        )
         fed[i, : L + n - 1] = True  # the last token was drawn, and nothing after it
     where = np.asarray(t.prompt_lengths_B)[rows, None] - 1 + np.arange(N)
     return tokens, segments, np.broadcast_to(np.arange(P + N), tokens.shape), experts, fed, where
@@ -94,7 +99,13 @@ def loss_and_gradient(params, router_bias, arrays, where, drawn, mask, old, ref,
         pg_loss, kl = (jnp.sum(jnp.where(mask, x, 0.0)) / jnp.sum(mask) for x in (-surrogate, kl))
         entropy = jnp.sum(jnp.where(mask, -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, -1), 0.0)) / jnp.sum(mask)
         loss = pg_loss + BETA * kl
-        return loss, {"loss": loss, "pg_loss": pg_loss, "kl": kl, "entropy": entropy, "ratio": jnp.where(mask, ratio, 1.0)}
+        return loss, {
+            "loss": loss,
+            "pg_loss": pg_loss,
+            "kl": kl,
+            "entropy": entropy,
+            "ratio": jnp.where(mask, ratio, 1.0),
+        }
 
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return metrics, grads
@@ -122,9 +133,13 @@ class Oracle:
         *arrays, experts, fed, where = sequences(t, rows)
         drawn, mask = np.asarray(t.completions_BN)[rows], np.asarray(t.mask_BN)[rows] > 0
         ref_BTV = log_softmax(self.reference, *arrays)
-        ref = np.take_along_axis(np.take_along_axis(np.asarray(ref_BTV), where[..., None], 1), drawn[..., None], -1)[..., 0]
+        ref = np.take_along_axis(np.take_along_axis(np.asarray(ref_BTV), where[..., None], 1), drawn[..., None], -1)[
+            ..., 0
+        ]
         old = np.asarray(t.old_logp_BN)[rows]
-        metrics, grads = loss_and_gradient(self.params, self.bias, (*arrays, experts), where, drawn, mask, old, ref, A[rows])
+        metrics, grads = loss_and_gradient(
+            self.params, self.bias, (*arrays, experts), where, drawn, mask, old, ref, A[rows]
+        )
         metrics["grad_norm"] = norm = np.sqrt(sum(float(np.sum(np.float64(g) ** 2)) for g in jax.tree.leaves(grads)))
         self.count += 1
         grads = jax.tree.map(lambda g: np.asarray(g) / max(norm, 1.0), grads)
@@ -142,7 +157,8 @@ class Oracle:
 
 @pytest.fixture(scope="module")
 def rollouts():
-    """For each of two rollouts: (state before, state after, metrics, samples, rewards), and what the oracle makes of it."""
+    """For each of two rollouts: (state before, state after, metrics, samples, rewards), and what the oracle makes of
+    it."""
     variables = random_variables()
     head = variables["params"]["head"]["kernel"]
     variables["params"]["head"]["kernel"] = head.at[:, base.EOS].multiply(4.0)  # some completions end early
@@ -152,7 +168,12 @@ def rollouts():
         state, metrics, samples, rewards_B = GRPO.iteration(state)
         key = jax.random.fold_in(jax.random.key(2), len(made))
         order, minibatches = oracle.rollout(key, jax.tree.map(np.asarray, samples.trajectories), rewards_B)
-        expected = {"order": order, "minibatches": minibatches, "params": oracle.params, "bias": jax.tree.map(np.copy, oracle.bias)}
+        expected = {
+            "order": order,
+            "minibatches": minibatches,
+            "params": oracle.params,
+            "bias": jax.tree.map(np.copy, oracle.bias),
+        }
         made.append((before, jax.tree.map(jnp.copy, state), metrics, samples, rewards_B, expected))
     return made
 
@@ -169,7 +190,11 @@ def test_metrics_and_update_are_those_of_the_equations(rollouts, rollout):
     for ours, theirs, old in zip(*map(jax.tree.leaves, (after.params, expected["params"], before.params)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
         assert np.abs(theirs - old).max() > 20 * 1e-5 or not np.any(theirs - old), "far more than the tolerance"
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7), after.router_bias, expected["bias"])
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7),
+        after.router_bias,
+        expected["bias"],
+    )
 
 
 def test_the_policy_leaves_its_reference_and_shuffles_anew(rollouts):
@@ -186,10 +211,17 @@ def test_completions_are_drawn_with_a_key_of_their_own(rollouts):
     problem_key, sample_key = jax.random.split(jax.random.split(rollout_key)[0])
     np.testing.assert_array_equal(samples.instances.bits_BK[::4], GRPO.task.sample(problem_key, 4, "train").bits_BK)
     sampling = SamplingConfig(max_new_tokens=6, eos_id=base.EOS, pad_id=base.PAD, temperature=TEMPERATURE)
-    drawn = generate(MODEL, before.variables, t.prompts_BP[::4], t.prompt_lengths_B[::4], sample_key, sampling, samples_per_prompt=4)
+    drawn = generate(
+        MODEL, before.variables, t.prompts_BP[::4], t.prompt_lengths_B[::4], sample_key, sampling, samples_per_prompt=4
+    )
     np.testing.assert_array_equal(drawn.tokens_BN, t.completions_BN)
     assert len(set(t.prompt_lengths_B.tolist())) > 1
-    keys = [problem_key, sample_key, *(jax.random.fold_in(sample_key, row) for row in range(16)), jax.random.split(rollout_key)[1]]
+    keys = [
+        problem_key,
+        sample_key,
+        *(jax.random.fold_in(sample_key, row) for row in range(16)),
+        jax.random.split(rollout_key)[1],
+    ]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 

@@ -52,7 +52,11 @@ def reference_loss(config, logp, old, ref, advantages, mask, finished, live):
             policy.append(-term)
             q = math.exp(ref[i, t] - logp[i, t])
             k3 = q - math.log(q) - 1
-            kl.append({"k1": -math.log(q), "k2": math.log(q) ** 2 / 2, "k3": k3, "unbiased_k3": token_ratio * k3}[config.kl_estimator])
+            kl.append(
+                {"k1": -math.log(q), "k2": math.log(q) ** 2 / 2, "k3": k3, "unbiased_k3": token_ratio * k3}[
+                    config.kl_estimator
+                ]
+            )
         sequences.append((policy, kl, live[i]))
 
     def combine(part, counted):
@@ -77,9 +81,13 @@ def check(config, batch):
     for i, t in itertools.product(*map(range, logp.shape)):
         bump = np.zeros_like(logp)
         bump[i, t] = step
-        gradient[i, t] = (reference_loss(config, logp + bump, *fixed) - reference_loss(config, logp - bump, *fixed)) / (2 * step)
+        gradient[i, t] = (reference_loss(config, logp + bump, *fixed) - reference_loss(config, logp - bump, *fixed)) / (
+            2 * step
+        )
 
-    old, ref, advantages, mask, finished, live = (jnp.asarray(x, jnp.float32 if x.dtype == float else bool) for x in fixed)
+    old, ref, advantages, mask, finished, live = (
+        jnp.asarray(x, jnp.float32 if x.dtype == float else bool) for x in fixed
+    )
 
     def loss(logp):
         return losses.grpo_loss(config, logp, old, advantages, mask, ref, finished, live)
@@ -96,7 +104,9 @@ COMBINATIONS = list(itertools.product(AGGREGATIONS, ("token", "sequence"), ("k1"
 
 @pytest.mark.parametrize("aggregation,ratio,estimator", COMBINATIONS)
 def test_loss_and_gradient(batch, aggregation, ratio, estimator):
-    config = GRPOConfig(aggregation=aggregation, ratio=ratio, kl_estimator=estimator, kl_coefficient=0.3, clip_epsilon=(0.2, 0.28))
+    config = GRPOConfig(
+        aggregation=aggregation, ratio=ratio, kl_estimator=estimator, kl_coefficient=0.3, clip_epsilon=(0.2, 0.28)
+    )
     check(config, batch)
 
 
@@ -128,12 +138,16 @@ def test_the_first_update_has_no_loss_but_a_gradient(batch):
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(logp)
     assert abs(float(value)) < 1e-6 and float(jnp.abs(grads).max()) > 0.01
     assert float(metrics["ratio_min"]) == float(metrics["ratio_max"]) == 1.0 and float(metrics["kl"]) == 0.0
-    assert (np.sign(grads) == -np.sign(advantages)[:, None]).all(), "descent must raise the probability of what was better than its group"
+    assert (np.sign(grads) == -np.sign(advantages)[:, None]).all(), (
+        "descent must raise the probability of what was better than its group"
+    )
 
 
 def test_dead_completions_have_no_gradient(batch):
     def loss(logp):
-        return losses.grpo_loss(GRPOConfig(kl_coefficient=0.0), logp, batch["old"], jnp.asarray(batch["advantages"]), batch["mask"])[0]
+        return losses.grpo_loss(
+            GRPOConfig(kl_coefficient=0.0), logp, batch["old"], jnp.asarray(batch["advantages"]), batch["mask"]
+        )[0]
 
     grads = jax.grad(loss)(jnp.asarray(batch["logp"], jnp.float32))
     assert not np.asarray(grads)[4].any() and np.asarray(grads)[0].any()
@@ -144,7 +158,9 @@ def test_nothing_outside_the_mask_reaches_loss_or_gradient(batch):
     mask = jnp.asarray(batch["mask"], jnp.float32)
 
     def run(outside):
-        spoilt = [jnp.where(mask > 0, jnp.asarray(batch[name], jnp.float32), outside) for name in ("logp", "old", "ref")]
+        spoilt = [
+            jnp.where(mask > 0, jnp.asarray(batch[name], jnp.float32), outside) for name in ("logp", "old", "ref")
+        ]
         return jax.value_and_grad(
             lambda logp: losses.grpo_loss(config, logp, spoilt[1], jnp.asarray(batch["advantages"]), mask, spoilt[2])[0]
         )(spoilt[0])
@@ -158,7 +174,9 @@ def test_a_batch_of_truncated_completions_gives_nothing_and_harms_nothing(batch)
     config = GRPOConfig(mask_truncated=True, denominator="live")
     arrays = [jnp.asarray(batch[name], jnp.float32) for name in ("logp", "old", "advantages", "mask", "ref")]
     none = jnp.zeros(len(LENGTHS), bool)
-    (value, metrics), grads = jax.value_and_grad(lambda x: losses.grpo_loss(config, x, *arrays[1:], none, none), has_aux=True)(arrays[0])
+    (value, metrics), grads = jax.value_and_grad(
+        lambda x: losses.grpo_loss(config, x, *arrays[1:], none, none), has_aux=True
+    )(arrays[0])
     assert float(value) == 0.0 and not np.asarray(grads).any() and all(np.isfinite(m) for m in metrics.values())
 
 
@@ -166,7 +184,9 @@ def test_extreme_ratios_stay_finite():
     logp, old = jnp.array([[0.0, -500.0]]), jnp.array([[-500.0, 0.0]])
     for estimator in ("k1", "k2", "k3", "unbiased_k3"):
         config = GRPOConfig(kl_estimator=estimator, clip_epsilon=(10.0, 10.0))
-        value, grads = jax.value_and_grad(lambda x, c=config: losses.grpo_loss(c, x, old, jnp.array([1.0]), jnp.ones((1, 2)), old)[0])(logp)
+        value, grads = jax.value_and_grad(
+            lambda x, c=config: losses.grpo_loss(c, x, old, jnp.array([1.0]), jnp.ones((1, 2)), old)[0]
+        )(logp)
         assert bool(jnp.isfinite(value)) and bool(jnp.isfinite(grads).all())
 
 
@@ -189,7 +209,9 @@ def test_off_policy_mask_leaves_the_kl_term(batch):
 def test_clip_fractions():
     logp, old = jnp.log(jnp.array([[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]])), jnp.zeros((2, 3))
     metrics = losses.grpo_loss(GRPOConfig(kl_coefficient=0.0), logp, old, jnp.array([1.0, -1.0]), jnp.ones((2, 3)))[1]
-    assert float(metrics["clip_high_fraction"]) == pytest.approx(1 / 6) and float(metrics["clip_low_fraction"]) == pytest.approx(1 / 6)
+    assert float(metrics["clip_high_fraction"]) == pytest.approx(1 / 6) and float(
+        metrics["clip_low_fraction"]
+    ) == pytest.approx(1 / 6)
     assert float(metrics["ratio_max"]) == pytest.approx(2.0) and float(metrics["ratio_min"]) == pytest.approx(0.5)
 
 
@@ -211,7 +233,9 @@ def test_unbiased_kl_has_the_gradient_of_the_exact_kl():
         return (jnp.exp(logp) * (logp - ref)).sum()
 
     def expected(x, estimator):
-        return (jnp.exp(old) * losses.kl_divergence(jax.nn.log_softmax(x)[None], ref[None], old[None], mask, estimator)[0]).sum()
+        return (
+            jnp.exp(old) * losses.kl_divergence(jax.nn.log_softmax(x)[None], ref[None], old[None], mask, estimator)[0]
+        ).sum()
 
     truth = jax.grad(exact)(logits)
     np.testing.assert_allclose(jax.grad(expected)(logits, "unbiased_k3"), truth, atol=1e-5)

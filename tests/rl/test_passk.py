@@ -38,7 +38,9 @@ def brute_force(answers, correct, k):
     return np.mean(values)
 
 
-@pytest.mark.parametrize("answers", [["7", "7", "3", None, "5"], ["3", "7", "3", "7"], [None, None], ["1", "1.0", "2", "2"]])
+@pytest.mark.parametrize(
+    "answers", [["7", "7", "3", None, "5"], ["3", "7", "3", "7"], [None, None], ["1", "1.0", "2", "2"]]
+)
 def test_maj_of_all_samples(answers):
     correct = [a in ("7", "1", "1.0") for a in answers]
     assert maj_at_k(answers, correct) == pytest.approx(brute_force(answers, correct, len(answers)))

@@ -1,4 +1,5 @@
-"""In-graph rewards on good, bad and malicious token sequences; the registry; the weighted sum; Python rewards that misbehave."""
+"""In-graph rewards on good, bad and malicious token sequences; the registry; the weighted sum; Python rewards that
+misbehave."""
 
 import concurrent.futures
 import importlib.util
@@ -44,7 +45,11 @@ def scores(name, task, instance, texts):
 PARITY = ParityTask(bits=8)
 BITS = Bits(np.array([1, 0, 1, 1, 0, 0, 0, 0]))  # parity 1
 
-GOOD = ["<think></think><answer>1</answer>.", "<think>11011111</think><answer>1</answer>.", "<think>anything</think><answer>1</answer>."]
+GOOD = [
+    "<think></think><answer>1</answer>.",
+    "<think>11011111</think><answer>1</answer>.",
+    "<think>anything</think><answer>1</answer>.",
+]
 HACKS = {
     "no end": "<think></think><answer>1</answer>",
     "truncated": "<think>1101",
@@ -108,7 +113,10 @@ def test_chain_answers_in_either_alphabet():
 
 def test_language_consistency_counts_symbols_of_the_chain():
     chains = ("A7B4", "AhBe", "A7Be", "", "AB")
-    texts = [f"<think>{c}</think><answer>4</answer>." for c in chains] + ["<think>7777", "<think>7</think>7<answer>4</answer>."]
+    texts = [f"<think>{c}</think><answer>4</answer>." for c in chains] + [
+        "<think>7777",
+        "<think>7</think>7<answer>4</answer>.",
+    ]
     assert scores("language_consistency", CHAIN, chain(0), texts) == [1.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0]
     assert scores("language_consistency", CHAIN, chain(1), texts) == [0.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
 
@@ -116,7 +124,7 @@ def test_language_consistency_counts_symbols_of_the_chain():
 def test_countdown_hacks():
     goal = Goal(np.array([2, 3, 5]), np.int32(16), np.array([*b"35+2*"]))
     task = CountdownTask(numbers=3, max_number=9)
-    hacks = "2**9**9 2**9* 16 82* 44*1+ 88+ 35+2*16 350/+ (3+5)*2 2,3,5=16 35+22 2".split(" ")
+    hacks = ["2**9**9", "2**9*", "16", "82*", "44*1+", "88+", "35+2*16", "350/+", "(3+5)*2", "2,3,5=16", "35+22", "2"]
     answers = {"35+2*": 1.0, "235+*": 1.0, "53+2*": 1.0, "": 0.0, **dict.fromkeys(hacks, 0.0)}
     texts = [f"<think></think><answer>{answer}</answer>." for answer in answers]
     assert dict(zip(answers, scores("accuracy", task, goal, texts), strict=True)) == answers
@@ -146,7 +154,9 @@ def test_a_reward_of_weight_zero_cannot_spoil_the_sum():
     total = reward_set.total({"accuracy": jnp.array([1.0]), "text_format": jnp.array([jnp.nan])}, jnp.array([3]), 8)
     assert float(total[0]) == 0.0, "without a format that holds, no accuracy"
     reward_set = build_rewards(GRPOConfig(rewards=(("format", 1.0), ("text_language_consistency", 0.0))), PARITY)
-    total = reward_set.total({"format": jnp.array([1.0]), "text_language_consistency": jnp.array([jnp.nan])}, jnp.array([3]), 8)
+    total = reward_set.total(
+        {"format": jnp.array([1.0]), "text_language_consistency": jnp.array([jnp.nan])}, jnp.array([3]), 8
+    )
     assert float(total[0]) == 1.0
 
 
@@ -212,7 +222,10 @@ def test_a_skipped_sample_trains_nothing_and_spoils_nothing():
     reward_set = type(reward_set)((broken,), reward_set.weights, on_error=reward_set.on_error)
     parts = reward_set.text_parts(["p"] * 4, ["a", "b", "?", "a"], [""] * 4)
     advantages = group_advantages(reward_set.total(parts, jnp.ones(4), 8), 4)
-    assert np.asarray(advantages.valid_B).tolist() == [True, True, False, True] and float(advantages.advantages_B[2]) == 0.0
+    assert (
+        np.asarray(advantages.valid_B).tolist() == [True, True, False, True]
+        and float(advantages.advantages_B[2]) == 0.0
+    )
     assert np.isfinite(advantages.advantages_B).all() and float(advantages.advantages_B[0]) > 0
 
 
@@ -244,7 +257,9 @@ def test_worker_is_killed_when_late_and_replaced():
     assert worker(600.0) is None and time.monotonic() - start < 5 and worker._process is None
     assert Worker(math.sqrt, seconds=20.0)(16.0) == 4.0
     failing = Worker(math.sqrt, seconds=20.0)
-    assert failing(-1.0) is None and failing(9.0) == 3.0, "an error in the function is no result, and the process lives on"
+    assert failing(-1.0) is None and failing(9.0) == 3.0, (
+        "an error in the function is no result, and the process lives on"
+    )
     worker.stop()
     failing.stop()
 
@@ -294,12 +309,18 @@ def test_rewards_in_threads_keep_the_order_and_the_first_error():
 
 def test_a_completion_without_its_end_has_no_format():
     """Cut off right after </answer>: its text cannot be told from a finished one's, and in-graph it scores 0 too."""
-    reward_set = build_rewards(GRPOConfig(rewards=(("text_format", 1.0), ("text_accuracy", 1.0), ("text_language_consistency", 1.0))))
+    reward_set = build_rewards(
+        GRPOConfig(rewards=(("text_format", 1.0), ("text_accuracy", 1.0), ("text_language_consistency", 1.0)))
+    )
     text = "<think>one and one</think><answer>2</answer>"
     parts = reward_set.text_parts(["how many"] * 2, [text] * 2, ["2"] * 2, [True, False])
-    assert {name: values.tolist() for name, values in parts.items()} == dict.fromkeys(parts, [1.0, 0.0]) and len(parts) == 3
+    assert {name: values.tolist() for name, values in parts.items()} == dict.fromkeys(parts, [1.0, 0.0]) and len(
+        parts
+    ) == 3
     own = RewardSet((Reward("own", own_reward, in_graph=False),), (1.0,))
-    assert (own.text_parts(["p"], [text], ["2"], [False])["own"] > 0).all(), "a function of one's own sees every completion"
+    assert (own.text_parts(["p"], [text], ["2"], [False])["own"] > 0).all(), (
+        "a function of one's own sees every completion"
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")

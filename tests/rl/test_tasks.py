@@ -1,5 +1,5 @@
-"""Tasks: the in-graph checks against independent Python, splits that can't overlap, demonstrations that are right when they
-should be."""
+"""Tasks: the in-graph checks against independent Python, splits that can't overlap, demonstrations that are right when
+they should be."""
 
 import functools
 
@@ -13,7 +13,14 @@ from deepseek_jax.rl.tasks import CountdownTask, ParityTask, base, build_task
 
 SPECS = {
     "parity": {"name": "parity", "bits": 12, "cot_probability": 0.5},
-    "chain": {"name": "chain", "operations": 6, "modulus": 97, "alphabets": 2, "leaps": [1, 2, 6], "cot_probability": 0.4},
+    "chain": {
+        "name": "chain",
+        "operations": 6,
+        "modulus": 97,
+        "alphabets": 2,
+        "leaps": [1, 2, 6],
+        "cot_probability": 0.4,
+    },
     "countdown": {"name": "countdown", "numbers": 3, "max_number": 9, "cot_probability": 0.5, "max_tries": 4},
 }
 N = 1024
@@ -64,7 +71,9 @@ def classes_of(task, instances):
 def test_hash_spreads_over_classes():
     bits = (np.arange(2**14)[:, None] >> np.arange(14)) & 1
     hashes = np.asarray(base.hash_words(jnp.asarray(bits)))
-    assert len(set(hashes.tolist())) > 2**14 - 40, "about 0.03 collisions are expected of 32 random bits, subset sums allow a few more"
+    assert len(set(hashes.tolist())) > 2**14 - 40, (
+        "about 0.03 collisions are expected of 32 random bits, subset sums allow a few more"
+    )
     frequencies = np.bincount(hashes % 8, minlength=8)
     assert (np.abs(frequencies - 2**11) < 6 * np.sqrt(2**11)).all(), frequencies
 
@@ -77,8 +86,14 @@ def test_sampling_is_reproducible_and_varied(c):
 
 def test_prompts_are_chats_of_their_text(c):
     prompts, lengths = jax.jit(c.task.prompts)(c.instances)
-    assert prompts.shape == (N, c.task.prompt_length) and prompts.dtype == jnp.int32 and (np.asarray(lengths) <= c.task.prompt_length).all()
-    for row, length, text in list(zip(np.asarray(prompts).tolist(), lengths, c.task.prompt_text(c.instances), strict=True))[:50]:
+    assert (
+        prompts.shape == (N, c.task.prompt_length)
+        and prompts.dtype == jnp.int32
+        and (np.asarray(lengths) <= c.task.prompt_length).all()
+    )
+    for row, length, text in list(
+        zip(np.asarray(prompts).tolist(), lengths, c.task.prompt_text(c.instances), strict=True)
+    )[:50]:
         assert row[:length] == base.TOKENIZER.chat([{"role": "user", "content": text}])
 
 
@@ -134,7 +149,8 @@ def corrupted(rng, tokens, mask):
 
 
 def test_accuracy_agrees_with_independent_check(c):
-    """In-graph and text verdicts on thousands of completions. A text form can't show whether <eos> came, so that is asked apart."""
+    """In-graph and text verdicts on thousands of completions. A text form can't show whether <eos> came, so that is
+    asked apart."""
     rng = np.random.default_rng(0)
     prompts = c.task.prompt_text(c.instances)
     right = total = 0
@@ -216,15 +232,35 @@ def machine(numbers):
 def judge(expressions, numbers=(3, 5, 2)):
     width = 2 * len(numbers) - 1
     rows = [[*e.encode()] + [base.PAD] * (width - len(e)) for e in expressions]
-    return np.asarray(machine(len(numbers))(jnp.array(rows), jnp.broadcast_to(jnp.array(numbers), (len(rows), len(numbers))))).tolist()
+    return np.asarray(
+        machine(len(numbers))(jnp.array(rows), jnp.broadcast_to(jnp.array(numbers), (len(rows), len(numbers))))
+    ).tolist()
 
 
 def test_countdown_machine_on_known_and_hostile_expressions():
     assert judge(["35+2*", "352+*", "235*-", "532-/", "25*3-", "53/2*", "32-5*"]) == [16, 21, -1, 5, 7, -1, 5]
-    hostile = "2**9*,35+,35+2,+35*2,35++2,33+2*,35+9*,30+2*,3522*,     ,35+2x,,35 2*,325-0,**9**".split(",")
+    hostile = [
+        "2**9*",
+        "35+",
+        "35+2",
+        "+35*2",
+        "35++2",
+        "33+2*",
+        "35+9*",
+        "30+2*",
+        "3522*",
+        "     ",
+        "35+2x",
+        "",
+        "35 2*",
+        "325-0",
+        "**9**",
+    ]
     assert judge(hostile) == [-1] * len(hostile)
     assert judge(["22-5/", "522-/"], (2, 2, 5)) == [0, -1], "0/5 is 0, 5/0 is nothing"
-    assert judge(["7522-//", "7522+//"], (2, 2, 5, 7)) == [-1, -1], "7/(5/0) is nothing either, though its fraction would be 0/5"
+    assert judge(["7522-//", "7522+//"], (2, 2, 5, 7)) == [-1, -1], (
+        "7/(5/0) is nothing either, though its fraction would be 0/5"
+    )
     assert judge(["7225*-/", "7522/*-"], (2, 2, 5, 7)) == [-1, 2]
 
 
@@ -250,6 +286,8 @@ def test_refused(fields, message):
 
 
 def test_task_is_a_static_argument():
-    assert hash(build_task(SPECS["chain"])) == hash(build_task(SPECS["chain"])) and ParityTask(bits=8) != ParityTask(bits=9)
+    assert hash(build_task(SPECS["chain"])) == hash(build_task(SPECS["chain"])) and ParityTask(bits=8) != ParityTask(
+        bits=9
+    )
     with pytest.raises(ValueError, match="heldout"):
         ParityTask().sample(jax.random.key(0), 2, "test")

@@ -5,14 +5,25 @@ import unicodedata
 
 import pytest
 
-from deepseek_jax.rl.text_rewards import accuracy_reward, format_reward, language_consistency_reward, scripts, split_completion
+from deepseek_jax.rl.text_rewards import (
+    accuracy_reward,
+    format_reward,
+    language_consistency_reward,
+    scripts,
+    split_completion,
+)
 
 GOOD = "<think>2 and 2 make 4</think><answer>4</answer>"
 
 
 @pytest.mark.parametrize(
     "completion",
-    [GOOD, "<think></think><answer>4</answer>", "<think>a\nb</think>\n\n<answer> 4 </answer>\n", "<think>a < b</think><answer>4</answer>"],
+    [
+        GOOD,
+        "<think></think><answer>4</answer>",
+        "<think>a\nb</think>\n\n<answer> 4 </answer>\n",
+        "<think>a < b</think><answer>4</answer>",
+    ],
 )
 def test_good_format(completion):
     assert format_reward("", completion, "") == 1.0 and accuracy_reward("", completion, "4") == 1.0
@@ -109,7 +120,11 @@ def test_a_boxed_answer_is_an_answer_behind_the_reasoning(prompt, completion, ri
 
 def test_long_hostile_text_is_read_in_linear_time():
     start = time.monotonic()
-    for text in ("<think>" * 100_000, "<think>" + "</think " * 100_000, "<think>" + "a<" * 500_000 + "</think><answer>4</answer>"):
+    for text in (
+        "<think>" * 100_000,
+        "<think>" + "</think " * 100_000,
+        "<think>" + "a<" * 500_000 + "</think><answer>4</answer>",
+    ):
         format_reward("", text, "4")
         language_consistency_reward("", text, "4")
     assert time.monotonic() - start < 5.0

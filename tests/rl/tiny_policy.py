@@ -1,4 +1,5 @@
-"""The policy that the tests of reinforcement learning share: MLA with q-LoRA, grouped routing, shared experts, bias and an MTP module."""
+"""The policy that the tests of reinforcement learning share: MLA with q-LoRA, grouped routing, shared experts, bias and
+an MTP module."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,18 @@ MODEL = Transformer(
         first_k_dense=1,
         mtp_depth=1,
         init_std=0.2,
-        attention=MLAConfig(num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
-        moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=16, num_shared_experts=1, num_groups=4, topk_groups=2, routed_scaling_factor=2.5),
+        attention=MLAConfig(
+            num_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
+        ),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=2,
+            intermediate_size=16,
+            num_shared_experts=1,
+            num_groups=4,
+            topk_groups=2,
+            routed_scaling_factor=2.5,
+        ),
     )
 )
 CONFIG = GRPOConfig(
@@ -58,7 +69,9 @@ def rewards_of(function, in_graph):
 
 def grpo_of(config=CONFIG, rewards=None, model=MODEL, task=TASK, eps=1e-5):
     # eps: a first step of Adam is the sign of the gradient, even of one that is rounding alone.
-    optimizer = build_optimizer(OptimizerConfig(learning_rate=constant(config.learning_rate), weight_decay=0.0, eps=eps))
+    optimizer = build_optimizer(
+        OptimizerConfig(learning_rate=constant(config.learning_rate), weight_decay=0.0, eps=eps)
+    )
     return GRPO(model, task, config, rewards or rewards_of(digit_share_in_graph, True), optimizer)
 
 

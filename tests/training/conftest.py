@@ -56,10 +56,14 @@ def variables(model):
 
 @pytest.fixture(scope="session")
 def pack():
-    """pack(rows, length): each row is a list of documents (token lists), padded to `length`; every token is trained on."""
+    """pack(rows, length): each row is a list of documents (token lists), padded to `length`; every token is trained
+    on."""
 
     def pack(rows, length):
-        batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "segment_ids", "positions", "loss_mask")}
+        batch = {
+            name: np.zeros((len(rows), length), np.int32)
+            for name in ("tokens", "segment_ids", "positions", "loss_mask")
+        }
         for row, documents in enumerate(rows):
             start = 0
             for number, document in enumerate(documents, start=1):

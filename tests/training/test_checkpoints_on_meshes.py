@@ -1,4 +1,5 @@
-"""A checkpoint saved on one mesh is restored on any other bit for bit, and what is damaged is noticed on all of them."""
+"""A checkpoint saved on one mesh is restored on any other bit for bit, and what is damaged is noticed on all of
+them."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ MESHES = {"2x4": (2, 4), "4x2": (4, 2), "8": (8, 1), "one device": None}
 
 
 def fresh():
-    """What a stage carries: float32 weights, bfloat16 and float32 moments, a key, int32 scalars. Numbers no two of which are alike."""
+    """What a stage carries: float32 weights, bfloat16 and float32 moments, a key, int32 scalars. Numbers no two of
+    which are alike."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32))
     params = {"kernel": kernel, "experts": kernel.reshape(8, 2, 24) * 3, "scale": jnp.arange(5.0).astype(jnp.bfloat16)}
     moments = optax.adam(0.1, mu_dtype=jnp.bfloat16)
@@ -39,7 +41,11 @@ def on(name):
 
 
 def abstract(name):
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), fresh(), shardings(MESHES[name]))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        fresh(),
+        shardings(MESHES[name]),
+    )
 
 
 def bits(leaf):
@@ -71,10 +77,19 @@ def test_restored_on_every_mesh_bit_for_bit(saved):
 
 def test_weights_land_in_their_shards_or_on_the_first_device(saved):
     wanted = shardings((4, 2))
-    for placing in (None, lambda config: {"params": wanted.params, "router_bias": wanted.router_bias} if config == CONFIG else 1 / 0):
+    for placing in (
+        None,
+        lambda config: {"params": wanted.params, "router_bias": wanted.router_bias} if config == CONFIG else 1 / 0,
+    ):
         variables = load_variables(saved, shardings=placing)[1]
-        assert variables["params"]["kernel"].sharding == (wanted.params["kernel"] if placing else SingleDeviceSharding(jax.devices()[0]))
-        jax.tree.map(lambda leaf, original: np.testing.assert_array_equal(bits(leaf), bits(original)), variables, fresh().variables)
+        assert variables["params"]["kernel"].sharding == (
+            wanted.params["kernel"] if placing else SingleDeviceSharding(jax.devices()[0])
+        )
+        jax.tree.map(
+            lambda leaf, original: np.testing.assert_array_equal(bits(leaf), bits(original)),
+            variables,
+            fresh().variables,
+        )
 
 
 def test_one_flipped_bit_is_noticed_on_every_mesh(tmp_path):
@@ -87,7 +102,9 @@ def test_one_flipped_bit_is_noticed_on_every_mesh(tmp_path):
     kernel = np.asarray(flipped.params["experts"]).copy()
     kernel.view(np.uint32)[-1, -1, -1] ^= 1 << 20
     store = Checkpoints(tmp_path / "flipped/checkpoints", CONFIG)
-    store.save(jax.device_put(flipped.replace(params=flipped.params | {"experts": jnp.asarray(kernel)}), shardings((8, 1))))
+    store.save(
+        jax.device_put(flipped.replace(params=flipped.params | {"experts": jnp.asarray(kernel)}), shardings((8, 1)))
+    )
     store.wait()
     (store.directory / "7/meta/metadata").write_text(meta)
     for name in MESHES:

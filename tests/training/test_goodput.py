@@ -48,13 +48,29 @@ def test_one_run(tmp_path, clock):
     line = goodput.report()
     values = json.loads((tmp_path / "goodput.json").read_text())
     # The first step, with the compilation, is part of the start.
-    assert values["seconds"] == {"step": 40, "start-up": 60, "data": 5, "evaluation": 9, "checkpoint": 6, "lost": 0, "down": 0}
-    assert values["wall_seconds"] == clock.now - 1000 == 120 and values["goodput"] == pytest.approx(40 / 120) and values["restarts"] == 0
-    assert line == "goodput 33.3% of 120 s; starting and compiling 50.0%, waiting for data 4.2%, evaluation 7.5%, checkpoints 5.0%"
+    assert values["seconds"] == {
+        "step": 40,
+        "start-up": 60,
+        "data": 5,
+        "evaluation": 9,
+        "checkpoint": 6,
+        "lost": 0,
+        "down": 0,
+    }
+    assert (
+        values["wall_seconds"] == clock.now - 1000 == 120
+        and values["goodput"] == pytest.approx(40 / 120)
+        and values["restarts"] == 0
+    )
+    assert (
+        line
+        == "goodput 33.3% of 120 s; starting and compiling 50.0%, waiting for data 4.2%, evaluation 7.5%, checkpoints 5.0%"
+    )
 
 
 def test_killed_after_a_checkpoint_and_started_again(tmp_path, clock):
-    """Killed in step 6, after the log line of step 5 and the checkpoint of step 4; 100 s until the next start; then to the end."""
+    """Killed in step 6, after the log line of step 5 and the checkpoint of step 4; 100 s until the next start; then to
+    the end."""
     killed = Goodput(tmp_path, clock)
     killed.begin(0)
     steps(clock, killed, 1, 5)
@@ -67,26 +83,58 @@ def test_killed_after_a_checkpoint_and_started_again(tmp_path, clock):
     clock.spend(20)
     again.begin(4)
     steps(clock, again, 5, 8)
-    assert again.report().startswith("goodput 26.0% of 231 s over 1 restart; ") and "steps made again 4.3%, down 43.3%" in again.report()
+    assert (
+        again.report().startswith("goodput 26.0% of 231 s over 1 restart; ")
+        and "steps made again 4.3%, down 43.3%" in again.report()
+    )
     values = json.loads((tmp_path / "goodput.json").read_text())
-    assert values["seconds"] == {"step": 30 + 30, "start-up": 10 + 30, "data": 9, "evaluation": 0, "checkpoint": 12, "lost": 10, "down": 100}
+    assert values["seconds"] == {
+        "step": 30 + 30,
+        "start-up": 10 + 30,
+        "data": 9,
+        "evaluation": 0,
+        "checkpoint": 12,
+        "lost": 10,
+        "down": 100,
+    }
     assert values["wall_seconds"] == clock.now - 1000 and values["restarts"] == 1
     assert sum(values["shares"].values()) == pytest.approx(1)
     assert killed_at == 1000 + 55 + 6
 
 
 def test_going_back_behind_the_last_start(tmp_path, clock):
-    """The newest checkpoint was damaged: steps of both runs before are made again, and a span of steps is cut in proportion."""
+    """The newest checkpoint was damaged: steps of both runs before are made again, and a span of steps is cut in
+    proportion."""
     lines = [
         {"time": 0.0, "start": 0},
-        {"time": 10.0, "step": 10, "seconds": {"step": 10.0, "start-up": 0.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0}},
+        {
+            "time": 10.0,
+            "step": 10,
+            "seconds": {"step": 10.0, "start-up": 0.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0},
+        },
         {"time": 12.0, "start": 10},
-        {"time": 17.0, "step": 15, "seconds": {"step": 4.0, "start-up": 1.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0}},
+        {
+            "time": 17.0,
+            "step": 15,
+            "seconds": {"step": 4.0, "start-up": 1.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0},
+        },
         {"time": 20.0, "start": 5},
-        {"time": 30.0, "step": 15, "seconds": {"step": 10.0, "start-up": 0.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0}},
+        {
+            "time": 30.0,
+            "step": 15,
+            "seconds": {"step": 10.0, "start-up": 0.0, "data": 0.0, "evaluation": 0.0, "checkpoint": 0.0},
+        },
     ]
     values = account(lines)
-    assert values["seconds"] == {"step": 15, "start-up": 1, "data": 0, "evaluation": 0, "checkpoint": 0, "lost": 9, "down": 5}
+    assert values["seconds"] == {
+        "step": 15,
+        "start-up": 1,
+        "data": 0,
+        "evaluation": 0,
+        "checkpoint": 0,
+        "lost": 9,
+        "down": 5,
+    }
     assert values["wall_seconds"] == 30 and values["goodput"] == 0.5 and values["restarts"] == 2
 
 

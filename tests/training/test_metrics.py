@@ -47,24 +47,49 @@ def test_tags_are_grouped_and_matrices_and_texts_have_their_place(tmp_path):
     writer = MetricsWriter(tmp_path, group="rl")
     load = np.array([[0.5, 1.5], [1.0, np.nan]])
     for step in (1, 2):
-        writer.write(step, {"reward_mean": 1.0, "held_out_accuracy": 0.5, "bits_per_byte": 2.0, "max_violation_max": 0.1, "bias_rate": 0.1, "expert_load": step * load})
+        writer.write(
+            step,
+            {
+                "reward_mean": 1.0,
+                "held_out_accuracy": 0.5,
+                "bits_per_byte": 2.0,
+                "max_violation_max": 0.1,
+                "bias_rate": 0.1,
+                "expert_load": step * load,
+            },
+        )
         writer.write_samples(step, [{"prompt": "1+1", "completion": "<answer>2</answer>", "reward": math.nan}])
     writer.close()
     tags = {tag for tag, _ in curves(tmp_path)}
-    assert tags >= {"rl/reward_mean", "eval/held_out_accuracy", "eval/bits_per_byte", "moe/max_violation_max", "moe/bias_rate", "moe/expert_load"}
+    assert tags >= {
+        "rl/reward_mean",
+        "eval/held_out_accuracy",
+        "eval/bits_per_byte",
+        "moe/max_violation_max",
+        "moe/bias_rate",
+        "moe/expert_load",
+    }
     assert any(tag.startswith("rl/samples") for tag in tags)
     assert read_json_lines(tmp_path / "expert_load.jsonl") == [
         {"step": 1, "expert_load": [[0.5, 1.5], [1.0, None]]},
         {"step": 2, "expert_load": [[1.0, 3.0], [2.0, None]]},
     ]
     assert "expert_load" not in read_metrics(tmp_path)[0]
-    assert read_json_lines(tmp_path / "samples.jsonl")[1] == {"step": 2, "prompt": "1+1", "completion": "<answer>2</answer>", "reward": None}
+    assert read_json_lines(tmp_path / "samples.jsonl")[1] == {
+        "step": 2,
+        "prompt": "1+1",
+        "completion": "<answer>2</answer>",
+        "reward": None,
+    }
     writer = MetricsWriter(tmp_path, last_step=1)
     writer.write(2, {"expert_load": load})
     writer.write_samples(2, [{"completion": "again"}])
     writer.close()
     assert [line["expert_load"][0] for line in read_json_lines(tmp_path / "expert_load.jsonl")] == [[0.5, 1.5]] * 2
-    assert [line["completion"] for line in read_json_lines(tmp_path / "samples.jsonl")] == ["<answer>2</answer>", "again"]
+    assert [line["completion"] for line in read_json_lines(tmp_path / "samples.jsonl")] == [
+        "<answer>2</answer>",
+        "again",
+    ]
 
 
 def test_a_picture_of_loads_has_the_mean_in_the_middle():
@@ -96,7 +121,9 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path, capfd):
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, limits[1]))
     try:
         for step in range(2, 40):
-            with pytest.raises(UserError, match=r"^could not write .*metrics.jsonl: .*; free some space or choose another workdir$"):
+            with pytest.raises(
+                UserError, match=r"^could not write .*metrics.jsonl: .*; free some space or choose another workdir$"
+            ):
                 writer.write(step, {"loss": 2.5})
         writer.close()
         assert capfd.readouterr().err == "" and threading.active_count() == threads
@@ -126,7 +153,12 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
         progress.report("loss 3.0")
         progress.say("a message [that] stays")
     out = capsys.readouterr().out
-    assert "7/10" in out and "pretrain 7/10  loss 3.0" in out.rstrip().splitlines()[-1] and "loss 3.0" in out and "a message [that] stays" in out
+    assert (
+        "7/10" in out
+        and "pretrain 7/10  loss 3.0" in out.rstrip().splitlines()[-1]
+        and "loss 3.0" in out
+        and "a message [that] stays" in out
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80, 100])
@@ -139,5 +171,9 @@ def test_no_number_is_cut_off_on_a_narrow_terminal(width):
     console = rich.console.Console(width=width, file=io.StringIO())
     console.print(progress.view())
     first, *below = console.file.getvalue().splitlines()
-    assert first.startswith("pretrain 200/100000 ") and " left" in first and all(len(line) <= width for line in (first, *below))
+    assert (
+        first.startswith("pretrain 200/100000 ")
+        and " left" in first
+        and all(len(line) <= width for line in (first, *below))
+    )
     assert " ".join(" ".join(below).split()) == " ".join(headline.split())

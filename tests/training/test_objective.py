@@ -38,7 +38,9 @@ def logits(model, variables):
 
     @jax.jit
     def run(batch):
-        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True)
+        output = model.apply(
+            variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True
+        )
         hidden = (output.hidden_BTD, *output.mtp_hidden)
         return [model.apply(variables, h, method="unembed") for h in hidden], output.routing, output.mtp_routing
 
@@ -64,7 +66,11 @@ def reference_cross_entropy(logits_BTV, batch, ahead):
     log_probs = np.asarray(jax.nn.log_softmax(logits_BTV.astype(jnp.float32)))
     total, count = 0.0, 0
     for b, t in np.ndindex(batch["tokens"].shape):
-        if t + ahead < LENGTH and len(set(batch["segment_ids"][b, t : t + ahead + 1])) == 1 and batch["segment_ids"][b, t]:
+        if (
+            t + ahead < LENGTH
+            and len(set(batch["segment_ids"][b, t : t + ahead + 1])) == 1
+            and batch["segment_ids"][b, t]
+        ):
             if batch["loss_mask"][b, t + ahead]:
                 total -= log_probs[b, t, batch["tokens"][b, t + ahead]]
                 count += 1
@@ -96,9 +102,14 @@ def test_targets_stay_in_their_document_and_mask():
 
 def test_two_packed_documents_are_the_two_alone(pack, document, value_and_grad):
     one, two = document(9, 5), document(7, 6)
-    packed, alone = value_and_grad(pack([[one, two], [], [], []], LENGTH)), value_and_grad(pack([[one], [two], [], []], LENGTH))
+    packed, alone = (
+        value_and_grad(pack([[one, two], [], [], []], LENGTH)),
+        value_and_grad(pack([[one], [two], [], []], LENGTH)),
+    )
     assert packed[0] == pytest.approx(alone[0], rel=1e-5)
-    assert {name: pytest.approx(float(v), rel=1e-5) for name, v in packed[1].parts.items()} == jax.tree.map(float, alone[1].parts)
+    assert {name: pytest.approx(float(v), rel=1e-5) for name, v in packed[1].parts.items()} == jax.tree.map(
+        float, alone[1].parts
+    )
     same(packed[2], alone[2])
     for name in alone[1].loads:
         np.testing.assert_array_equal(packed[1].loads[name], alone[1].loads[name])
@@ -113,7 +124,8 @@ def test_padding_adds_nothing(pack, document, value_and_grad):
     (loss, aux, grads), (noisy_loss, noisy_aux, noisy_grads) = value_and_grad(batch), value_and_grad(noisy)
     assert loss == noisy_loss
     same(noisy_grads, grads, 1e-6)
-    assert sum(float(jnp.sum(x)) for x in aux.loads.values()) == 2 * (21 + (21 - 2) + (21 - 4))  # top_k x tokens; module k has k less of each document
+    # top_k x tokens; module k has k less of each document
+    assert sum(float(jnp.sum(x)) for x in aux.loads.values()) == 2 * (21 + (21 - 2) + (21 - 4))
     same(noisy_aux.loads, aux.loads, 0)
 
 
@@ -132,20 +144,29 @@ def test_batch_without_targets_is_zero(pack, value_and_grad):
 
 @pytest.fixture(scope="module")
 def balances(model, variables, batch):
-    """Eqs. 17-20 of each router and row in numpy, float64, from what its block's norm gives it: routers x rows, NaN for a row without positions."""
+    """Eqs. 17-20 of each router and row in numpy, float64, from what its block's norm gives it: routers x rows, NaN for
+    a row without positions."""
     arguments = dict(segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True)
     of_modules = lambda module, _: "ffn_norm" in module.path and module.path[0].startswith("mtp")
-    output, seen = model.apply(variables, batch["tokens"], **arguments, capture_intermediates=of_modules, mutable="intermediates")
+    output, seen = model.apply(
+        variables, batch["tokens"], **arguments, capture_intermediates=of_modules, mutable="intermediates"
+    )
     rows = [np.sum(np.asarray(x, np.float64)[0], axis=-1) for x in (output.routing.counts_LBE,)]
     assert rows[0].tolist() == [32, 32, 10, 0]
-    main = np.asarray(output.routing.counts_LBE[0] * output.routing.probs_LBE[0], np.float64).sum(axis=-1) * 4 / (2 * np.array([16, 16, 5, 1]) ** 2)
+    main = (
+        np.asarray(output.routing.counts_LBE[0] * output.routing.probs_LBE[0], np.float64).sum(axis=-1)
+        * 4
+        / (2 * np.array([16, 16, 5, 1]) ** 2)
+    )
     values = [np.where(rows[0] > 0, main, np.nan)]
     for k in (1, 2):
         module = lambda tree, k=k: tree[f"mtp_{k - 1}"]["block"]
         x_BTD = np.asarray(module(seen["intermediates"])["ffn_norm"]["__call__"][0], np.float64)
         router = module(variables["params"])["ffn"]["router"]["kernel"]
         scores_BTE = 1 / (1 + np.exp(-x_BTD @ np.asarray(router, np.float64)))
-        chosen_BTK = np.argsort(-(scores_BTE + np.asarray(module(variables["router_bias"])["ffn"]["router"]["bias"])), axis=-1)[..., :2]
+        chosen_BTK = np.argsort(
+            -(scores_BTE + np.asarray(module(variables["router_bias"])["ffn"]["router"]["bias"])), axis=-1
+        )[..., :2]
         values.append(np.full(4, np.nan))
         for b, segments in enumerate(batch["segment_ids"]):
             places = [t for t in range(LENGTH - k) if segments[t] and segments[t] == segments[t + k]]
@@ -157,7 +178,9 @@ def balances(model, variables, batch):
 
 
 @pytest.mark.parametrize("reduction, over_routers", [("sum", np.sum), ("mean", np.mean)])
-def test_balance_loss_is_alpha_times_the_equations_of_every_router(model, variables, batch, value_and_grad, balances, reduction, over_routers):
+def test_balance_loss_is_alpha_times_the_equations_of_every_router(
+    model, variables, batch, value_and_grad, balances, reduction, over_routers
+):
     """Mean over the rows that hold positions, then over layers as released code does (sum) or as the mean."""
     objective = dataclasses.replace(BALANCED, balance_reduction=reduction)
     arguments = (variables["params"], variables["router_bias"], batch, 0)
@@ -172,15 +195,22 @@ def test_layers_are_summed_as_in_released_code_by_default():
 
 
 def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variables, pack, document, logits):
-    """Each router's mean is over the rows that it has a position in, of which rows of one and of two tokens are none for a module; microbatches of
-    one row each add up to the batch."""
+    """Each router's mean is over the rows that it has a position in, of which rows of one and of two tokens are none
+    for a module; microbatches of one row each add up to the batch."""
     batch = pack([[document(16, 1)], [document(2, 2)], [document(1, 3)], [document(9, 4), document(2, 5)]], LENGTH)
     loss = jax.jit(functools.partial(loss_fn, model, BALANCED))
     whole = denominators(batch, 2)
     assert whole.sequences_K.tolist() == [4, 3, 2]
-    parts = [loss(variables["params"], variables["router_bias"], jax.tree.map(lambda x, b=b: x[b : b + 1], batch), 0, whole)[1] for b in range(4)]
+    parts = [
+        loss(variables["params"], variables["router_bias"], jax.tree.map(lambda x, b=b: x[b : b + 1], batch), 0, whole)[
+            1
+        ]
+        for b in range(4)
+    ]
     together = loss(variables["params"], variables["router_bias"], batch, 0)[1]
-    assert sum(float(part.parts["balance"]) for part in parts) == pytest.approx(float(together.parts["balance"]), rel=1e-5)
+    assert sum(float(part.parts["balance"]) for part in parts) == pytest.approx(
+        float(together.parts["balance"]), rel=1e-5
+    )
     expected = 0.0
     for routing, rows in zip(logits(batch)[1:], ([[0, 1, 2, 3]], [[0, 1, 3], [0, 3]]), strict=True):
         for layer, held in enumerate(rows):
@@ -203,10 +233,15 @@ def test_alpha_zero_is_no_balance_loss_at_all(model, variables, batch):
 def test_mtp_weight_follows_the_step_and_zero_runs_no_module(model, variables, batch):
     def outputs(weight):
         objective = ObjectiveConfig(mtp_weight=weight)
-        return jax.eval_shape(functools.partial(loss_fn, model, objective), variables["params"], variables["router_bias"], batch, 0)[1]
+        return jax.eval_shape(
+            functools.partial(loss_fn, model, objective), variables["params"], variables["router_bias"], batch, 0
+        )[1]
 
     assert set(outputs(deepseek_v3_mtp_weight()).loads) == {"moe_layers", "mtp_0", "mtp_1"}
-    assert set(outputs(Schedule(0.0)).loads) == {"moe_layers"} and set(outputs(Schedule(0.0)).parts) == {"cross_entropy", "balance"}
+    assert set(outputs(Schedule(0.0)).loads) == {"moe_layers"} and set(outputs(Schedule(0.0)).parts) == {
+        "cross_entropy",
+        "balance",
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 24, 1000])
@@ -216,7 +251,9 @@ def test_chunked_log_probs_and_their_gradients(model, variables, chunk):
 
     def whole(hidden_BTD):
         log_probs = jax.nn.log_softmax(model.apply(variables, hidden_BTD, method="unembed"))
-        return jnp.take_along_axis(log_probs, targets_BT[..., None], -1)[..., 0], -jnp.sum(jnp.exp(log_probs) * log_probs, -1)
+        return jnp.take_along_axis(log_probs, targets_BT[..., None], -1)[..., 0], -jnp.sum(
+            jnp.exp(log_probs) * log_probs, -1
+        )
 
     def chunked(hidden_BTD):
         return token_log_probs(model, variables, hidden_BTD, targets_BT, chunk)
@@ -226,7 +263,9 @@ def test_chunked_log_probs_and_their_gradients(model, variables, chunk):
 
     for ours, theirs in zip(jax.jit(chunked)(hidden_BTD), whole(hidden_BTD), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(jax.grad(scalar(chunked)))(hidden_BTD), jax.grad(scalar(whole))(hidden_BTD), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(scalar(chunked)))(hidden_BTD), jax.grad(scalar(whole))(hidden_BTD), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [24, 1000])
@@ -237,7 +276,9 @@ def test_a_temperature_divides_float32_logits_not_bfloat16_hidden_states(model, 
     logits_BTV = np.asarray(model.apply(variables, hidden_BTD, method="unembed"), np.float64) / 0.7
     expected_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     logp_BT, entropy_BT = token_log_probs(model, variables, hidden_BTD, targets_BT, chunk, 0.7)
-    np.testing.assert_allclose(logp_BT, np.take_along_axis(expected_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        logp_BT, np.take_along_axis(expected_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0], atol=1e-5
+    )
     np.testing.assert_allclose(entropy_BT, -(np.exp(expected_BTV) * expected_BTV).sum(-1), atol=1e-5)
 
 
@@ -256,7 +297,8 @@ def largest_with_vocabulary(jaxpr, vocab):
 
 @pytest.mark.parametrize("chunk", [8, 16, 64])
 def test_no_array_of_tokens_by_vocabulary(model, variables, batch, chunk):
-    """With 64 tokens: `chunk` of them at a time. The whole batch at once is the control that the search finds the array."""
+    """With 64 tokens: `chunk` of them at a time. The whole batch at once is the control that the search finds the
+    array."""
     vocab, head = model.config.vocab_size, variables["params"]["head"]["kernel"].size
     objective = ObjectiveConfig(loss_chunk=chunk)
     loss = jax.grad(lambda params: loss_fn(model, objective, params, variables["router_bias"], batch, 0)[0])

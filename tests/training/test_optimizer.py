@@ -64,7 +64,9 @@ def test_matrices_decay_and_norms_do_not(model):
 
 
 def test_bfloat16_moments_are_stored_small_and_change_little():
-    (full, full_state), (half, half_state) = (run(OptimizerConfig(Schedule(0.01), moment_dtype=d)) for d in ("float32", "bfloat16"))
+    (full, full_state), (half, half_state) = (
+        run(OptimizerConfig(Schedule(0.01), moment_dtype=d)) for d in ("float32", "bfloat16")
+    )
     dtypes = {x.dtype for x in jax.tree.leaves((half_state[1].mu, half_state[1].nu))}
     assert dtypes == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves((full_state[1].mu, full_state[1].nu))} == {jnp.dtype("float32")}
@@ -74,7 +76,8 @@ def test_bfloat16_moments_are_stored_small_and_change_little():
 
 
 def test_bfloat16_moments_decay_in_float32():
-    """A step reads what is stored, computes in float32 and rounds once: decayed in bfloat16, a moment would be rounded twice."""
+    """A step reads what is stored, computes in float32 and rounds once: decayed in bfloat16, a moment would be rounded
+    twice."""
     grads = np.random.default_rng(0).normal(size=(4, 16, 16)).astype(np.float32)
     optimizer = build_optimizer(OptimizerConfig(Schedule(0.01), moment_dtype="bfloat16", clip_norm=float("inf")))
     params = {"kernel": jnp.zeros((16, 16))}
@@ -88,7 +91,9 @@ def test_bfloat16_moments_decay_in_float32():
         assert np.mean(np.asarray(ours["kernel"], np.float32) != theirs) < 0.02
 
 
-@pytest.mark.parametrize(("field", "value"), [("moment_dtype", "bf16"), ("b2", 1.0), ("weight_decay", -0.1), ("clip_norm", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("moment_dtype", "bf16"), ("b2", 1.0), ("weight_decay", -0.1), ("clip_norm", 0.0)]
+)
 def test_bad_optimizers_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"optimizer.{field}"):
         OptimizerConfig(**{field: value})

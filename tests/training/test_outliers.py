@@ -13,7 +13,9 @@ CONFIG = ModelConfig(
     hidden_size=16,
     num_layers=2,
     intermediate_size=24,
-    attention=MLAConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, q_lora_rank=12),
+    attention=MLAConfig(
+        num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, q_lora_rank=12
+    ),
     moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=6, num_shared_experts=1),
     first_k_dense=1,
     mtp_depth=1,
@@ -21,7 +23,10 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, CONFIG.replace(attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8), moe=None, mtp_depth=0)])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, CONFIG.replace(attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8), moe=None, mtp_depth=0)],
+)
 def test_the_function_stays_to_the_bit(config):
     model = Transformer(config)
     variables = init_variables(model, jax.random.key(0))

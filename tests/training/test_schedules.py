@@ -23,7 +23,7 @@ def test_v3_batches_reach_14_8_trillion_tokens():
     assert tokens == pytest.approx(469e9, rel=1e-3)
     half = V3_BATCH.step_at(200e9)
     assert 4096 * sum(V3_BATCH.size(step) for step in range(half)) == pytest.approx(200e9, rel=1e-3)
-    assert 4096 * 15_360 == pytest.approx(62.9e6, rel=1e-3)
+    assert pytest.approx(62.9e6, rel=1e-3) == 4096 * 15_360
 
 
 def test_other_published_batches():
@@ -37,7 +37,19 @@ def test_other_published_batches():
 def test_v3_learning_rate():
     schedule = schedules.deepseek_v3()
     constant_end, cosine_end, low_end, end = (V3_BATCH.step_at(t) for t in (10e12, 14.3e12, 14.633e12, 14.8e12))
-    values = at(schedule, 0, 1000, 2000, constant_end, (constant_end + cosine_end) // 2, cosine_end, low_end - 1, low_end, end, end + 10)
+    values = at(
+        schedule,
+        0,
+        1000,
+        2000,
+        constant_end,
+        (constant_end + cosine_end) // 2,
+        cosine_end,
+        low_end - 1,
+        low_end,
+        end,
+        end + 10,
+    )
     expected = [0, 1.1e-4, 2.2e-4, 2.2e-4, 1.21e-4, 2.2e-5, 2.2e-5, 7.3e-6, 7.3e-6, 7.3e-6]
     np.testing.assert_allclose(values, expected, rtol=1e-4)
     assert sum(segment.steps for segment in schedule.segments) == end
@@ -46,7 +58,9 @@ def test_v3_learning_rate():
 def test_v3_mtp_weight_and_bias_speed():
     ten, fourteen = V3_BATCH.step_at(10e12), V3_BATCH.step_at(14.3e12)
     np.testing.assert_allclose(at(schedules.deepseek_v3_mtp_weight(), 0, ten - 1, ten, 10 * ten), [0.3, 0.3, 0.1, 0.1])
-    np.testing.assert_allclose(at(schedules.deepseek_v3_bias_rate(), 0, fourteen - 1, fourteen, 240_000), [1e-3, 1e-3, 0, 0])
+    np.testing.assert_allclose(
+        at(schedules.deepseek_v3_bias_rate(), 0, fourteen - 1, fourteen, 240_000), [1e-3, 1e-3, 0, 0]
+    )
     np.testing.assert_allclose(at(schedules.deepseek_v3_mtp_weight(1480), 999, 1000), [0.3, 0.1])
 
 
@@ -66,8 +80,12 @@ def test_moonlight_learning_rate():
 
 
 def test_plain_schedules_squeezed_into_a_short_run():
-    np.testing.assert_allclose(at(schedules.cosine(1.0, 110, 10), 0, 5, 10, 60, 110, 200), [0, 0.5, 1, 0.55, 0.1, 0.1], rtol=1e-5)
-    np.testing.assert_allclose(at(schedules.step_decay(1.0, 100, 10), 10, 59, 60, 90), [1, 1, 0.316, 0.316**2], rtol=1e-5)
+    np.testing.assert_allclose(
+        at(schedules.cosine(1.0, 110, 10), 0, 5, 10, 60, 110, 200), [0, 0.5, 1, 0.55, 0.1, 0.1], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        at(schedules.step_decay(1.0, 100, 10), 10, 59, 60, 90), [1, 1, 0.316, 0.316**2], rtol=1e-5
+    )
     np.testing.assert_allclose(at(schedules.constant(0.5), 0, 9), [0.5, 0.5])
     np.testing.assert_allclose(at(schedules.ramp(1, 5, 4), 0, 2, 4, 9), [1, 3, 5, 5])
     short = schedules.deepseek_v3(1.0, steps=1480, warmup_steps=20)

@@ -82,7 +82,9 @@ def test_learns_in_fp8(small, optimizer, batch):
     """The whole step, MTP and AdamW included; master weights stay float32."""
     config = small.config.replace(moe=dataclasses.replace(small.config.moe, implementation="grouped"))
     model = Transformer(config, recipe("fp8_deepseek"))
-    step = make_train_step(model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2)
+    step = make_train_step(
+        model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2
+    )
     state, losses = create_state(model, optimizer, jax.random.key(0)), []
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -103,7 +105,11 @@ def test_learns_and_moves_every_bias(steps, state, batch):
 
 
 def test_bias_update_opposes_the_load():
-    bias = {"moe_layers": {"ffn": {"router": {"bias": jnp.zeros((2, 3))}}}, "mtp_0": {"bias": jnp.zeros(3)}, "mtp_1": {"bias": jnp.ones(3)}}
+    bias = {
+        "moe_layers": {"ffn": {"router": {"bias": jnp.zeros((2, 3))}}},
+        "mtp_0": {"bias": jnp.zeros(3)},
+        "mtp_1": {"bias": jnp.ones(3)},
+    }
     loads = {"moe_layers": jnp.array([[6.0, 3.0, 0.0], [1.0, 1.0, 4.0]]), "mtp_0": jnp.array([2.0, 5.0, 2.0])}
     new = update_router_bias(bias, loads, 0.25)
     assert new["moe_layers"]["ffn"]["router"]["bias"].tolist() == [[-0.25, 0, 0.25], [0.25, 0.25, -0.25]]
@@ -149,16 +155,27 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(steps, small, state, o
 
 @pytest.mark.parametrize(
     ("loss", "gradient", "counts"),
-    [(1.0, 1.0, True), (1.0, jnp.nan, False), (1.0, -jnp.inf, False), (jnp.nan, 1.0, False), (jnp.inf, 1.0, False), (1.0, 3e38, False)],
+    [
+        (1.0, 1.0, True),
+        (1.0, jnp.nan, False),
+        (1.0, -jnp.inf, False),
+        (jnp.nan, 1.0, False),
+        (jnp.inf, 1.0, False),
+        (1.0, 3e38, False),
+    ],
 )
 def test_loss_and_gradient_have_to_be_finite_each(loss, gradient, counts):
     """One bad number in one gradient is enough; 3e38 is finite and its square, in the norm, is not."""
     optimizer = optax.adam(0.1)
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    state = TrainState(jnp.int32(7), params, {"r": jnp.zeros(2)}, optimizer.init(params), jax.random.key(0), jnp.int32(2))
+    state = TrainState(
+        jnp.int32(7), params, {"r": jnp.zeros(2)}, optimizer.init(params), jax.random.key(0), jnp.int32(2)
+    )
     gradients = {"a": jnp.ones(3), "b": jnp.array([1.0, gradient])}
     before = copies((state.params, state.router_bias, state.opt_state))
-    new, _ = guarded_update(state, optimizer, jnp.float32(loss), gradients, {"r": jnp.array([1.0, 3.0])}, jnp.float32(0.5))
+    new, _ = guarded_update(
+        state, optimizer, jnp.float32(loss), gradients, {"r": jnp.array([1.0, 3.0])}, jnp.float32(0.5)
+    )
     assert (int(new.step), int(new.skipped)) == (8, 2 if counts else 3)
     if counts:
         assert new.router_bias["r"].tolist() == [0.5, -0.5] and not np.array_equal(new.params["a"], before[0]["a"])

@@ -30,7 +30,9 @@ def state_at(step, width=300):
     """A state of three arrays that depend on the step, as training would leave it."""
     numbers = np.random.default_rng(step).normal(size=(width, 40)).astype(np.float32)
     params = {"a": {"kernel": jnp.asarray(numbers)}, "b": {"scale": jnp.ones(3, jnp.bfloat16)}}
-    state = state_of(Transformer(CONFIG), {"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step))
+    state = state_of(
+        Transformer(CONFIG), {"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step)
+    )
     return state.replace(step=jnp.int32(step))
 
 
@@ -92,12 +94,17 @@ def test_newest_and_best_are_kept(tmp_path):
     store.save(state_at(6, 2))
     store.wait()
     assert store.steps() == [1, 4, 6]
-    assert float(load_variables(tmp_path, best=True)[1]["params"]["a"]["kernel"][0, 0]) == float(state_at(1, 2).params["a"]["kernel"][0, 0])
+    assert float(load_variables(tmp_path, best=True)[1]["params"]["a"]["kernel"][0, 0]) == float(
+        state_at(1, 2).params["a"]["kernel"][0, 0]
+    )
     same(load_variables(tmp_path)[1]["params"], state_at(6, 2).params)
     store.close()
 
 
-@pytest.mark.parametrize("values", [(float("nan"), 2.0, 1.0), (2.0, float("nan"), 1.0), (float("-inf"), 1.0, float("nan")), (1.0, float("inf"), 2.0)])
+@pytest.mark.parametrize(
+    "values",
+    [(float("nan"), 2.0, 1.0), (2.0, float("nan"), 1.0), (float("-inf"), 1.0, float("nan")), (1.0, float("inf"), 2.0)],
+)
 def test_what_is_not_a_number_is_never_the_best(tmp_path, values):
     store = Checkpoints(tmp_path, CONFIG, keep_last=1, keep_best=1)
     for step, value in enumerate(values):
@@ -120,7 +127,8 @@ def test_an_evaluation_that_is_not_a_number_is_kept_as_one(tmp_path):
     assert np.isnan(store.restore(state_at(0, 2)).metrics["bits_per_byte"])
     text = (tmp_path / "1" / "metrics.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"bits_per_byte": None, "held_out_loss": 3.0}
-    (tmp_path / "1" / "metrics.json").write_text('{"bits_per_')  # the weights are worth more than what was noted about them
+    # the weights are worth more than what was noted about them
+    (tmp_path / "1" / "metrics.json").write_text('{"bits_per_')
     restored = store.restore(state_at(0, 2))
     assert restored.metrics == {} and int(restored.state.step) == 1
     store.close()
@@ -161,7 +169,9 @@ def test_a_runs_folder_stands_for_its_last_stage_with_weights(saved, caplog):
 
 def numpy_checksum(x):
     """Word i of each axis counts a different odd number of times; written out for one array on one host."""
-    words = np.frombuffer(np.ascontiguousarray(x).tobytes(), f"u{min(x.dtype.itemsize, 4)}").reshape(x.shape).astype(object)
+    words = (
+        np.frombuffer(np.ascontiguousarray(x).tobytes(), f"u{min(x.dtype.itemsize, 4)}").reshape(x.shape).astype(object)
+    )
     weight = np.ones(x.shape, object)
     for axis, size in enumerate(x.shape):
         for i in range(size):
@@ -228,7 +238,9 @@ def test_another_model_is_refused_by_its_first_field(saved):
     other = CONFIG.replace(moe=dataclasses.replace(CONFIG.moe, top_k=4))
     with pytest.raises(CheckpointError, match=r"another model: model.moe.top_k is 6 in the checkpoint and 4 here"):
         Checkpoints(saved.directory, other).restore(state_at(0))
-    computed_otherwise = CONFIG.replace(remat="none", scan_unroll=3, moe=dataclasses.replace(CONFIG.moe, implementation="dense"))
+    computed_otherwise = CONFIG.replace(
+        remat="none", scan_unroll=3, moe=dataclasses.replace(CONFIG.moe, implementation="dense")
+    )
     assert Checkpoints(saved.directory, computed_otherwise).restore(state_at(0)) is not None
 
 

@@ -33,7 +33,8 @@ STEPS, VOCAB = 40, 61
 
 
 class Counting:
-    """Batches of sequences that count upwards, from a random number on. `pause` seconds each; `signal_at` raises SIGTERM."""
+    """Batches of sequences that count upwards, from a random number on. `pause` seconds each; `signal_at` raises
+    SIGTERM."""
 
     def __init__(self, pause=0.0, signal_at=None, rows=4):
         self.position, self.pause, self.signal_at, self.rows = 0, pause, signal_at, rows
@@ -116,7 +117,14 @@ def test_learns_evaluates_and_leaves_its_files(uninterrupted):
     assert result.metrics["bits_per_byte"] == lines[-1]["bits_per_byte"] < lines[10]["bits_per_byte"]
     assert lines[-2]["mfu"] == pytest.approx(lines[-2]["tokens_per_second"] * 1e-3)
     assert lines[-2]["tokens"] == 48 and len(lines[-2]["max_violation_per_layer"]) == 1
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "expert_load.jsonl", "goodput.json", "goodput.jsonl", "metrics.jsonl", "tensorboard"]
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        "checkpoints",
+        "expert_load.jsonl",
+        "goodput.json",
+        "goodput.jsonl",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
     assert int(result.state.step) == STEPS
 
 
@@ -138,7 +146,9 @@ def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tm
     child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)], env=environment)
     lines = random.randrange(4, 16)  # each is two steps; the first checkpoint is at step 5
     deadline = time.monotonic() + 300
-    while len(read_metrics(tmp_path)) < lines or not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()):
+    while len(read_metrics(tmp_path)) < lines or not any(
+        path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()
+    ):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     child.kill()
@@ -196,14 +206,17 @@ def saved_steps(workdir):
 
 
 def test_killed_between_a_save_and_its_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
-    """At step 20 before the evaluation, then before it is noted, and the same at the last step, which has no step after it."""
+    """At step 20 before the evaluation, then before it is noted, and the same at the last step, which has no step after
+    it."""
     result = None
     for at, step in ((1, 20), (None, 20), (2, 40), (None, 40)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if at is None:
                 patch.setattr(Checkpoints, "note", raises(Killed()))
             run(tmp_path, Counting(), held_out=passes(raises(Killed()), at))
-        assert saved_steps(tmp_path)[-1] == step and not (tmp_path / "checkpoints" / str(step) / "metrics.json").exists()
+        assert (
+            saved_steps(tmp_path)[-1] == step and not (tmp_path / "checkpoints" / str(step) / "metrics.json").exists()
+        )
     result = run(tmp_path, Bad(ends))  # every step is made: asks for no data
     assert result.metrics == uninterrupted[1].metrics
     assert load_variables(tmp_path, best=True)[0] == load_variables(uninterrupted[0], best=True)[0]
@@ -211,7 +224,9 @@ def test_killed_between_a_save_and_its_evaluation_goes_on_bit_for_bit(uninterrup
     same_results(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize(("where", "step"), [("a batch", 12), ("an evaluation", 20), ("the log", 13), ("the last evaluation", 40)])
+@pytest.mark.parametrize(
+    ("where", "step"), [("a batch", 12), ("an evaluation", 20), ("the log", 13), ("the last evaluation", 40)]
+)
 def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys, where, step):
     """It ends the run, after what was reached is saved and said; the run goes on from there, bit for bit."""
     error, loader, passing = DataError("file.jsonl line 7: bad"), Counting(), held_out
@@ -220,12 +235,15 @@ def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys
             loader = Fails(error, after=12)
         elif where == "the log":
             write = MetricsWriter.write
-            patch.setattr(MetricsWriter, "write", lambda self, at, values: raises(error)() if at > 11 else write(self, at, values))
+            patch.setattr(
+                MetricsWriter, "write", lambda self, at, values: raises(error)() if at > 11 else write(self, at, values)
+            )
         else:
             passing = passes(raises(error), 1 if step == 20 else 2)
         run(tmp_path, loader, held_out=passing)
     assert saved_steps(tmp_path)[-1] == step and loader.closed
-    assert ("start again to go on from there" in capsys.readouterr().out) == (step % 5 != 0)  # else it was saved before the exception
+    # else it was saved before the exception
+    assert ("start again to go on from there" in capsys.readouterr().out) == (step % 5 != 0)
     run(tmp_path, Counting())
     same_results(tmp_path, uninterrupted, missing=(12,) if where == "the log" else ())
 
@@ -237,7 +255,7 @@ def test_held_out_data_is_looked_at_before_the_first_step(tmp_path):
     outside = held_out()[0]["tokens"] + 60
     for trouble, message in (
         (raises(DataError("held.jsonl line 1")), "held.jsonl line 1"),
-        (lambda: [], "the held-out data gives no batch"),
+        (list, "the held-out data gives no batch"),
         (wrong(tokens=outside), "outside the model's vocabulary of 61"),
         (wrong(tokens=outside - 100), "is negative: ids go from 0 to 60"),
         (wrong(tokens=outside / 2), "a batch has tokens of dtype float64: token ids are integers"),
@@ -256,7 +274,8 @@ def test_without_held_out_data(tmp_path):
 
 
 def test_a_longer_stage_and_a_shorter_one_again(uninterrupted, tmp_path):
-    """Twenty steps, then forty: the same as forty at once. The twenty are still there afterwards, and asking for them changes nothing."""
+    """Twenty steps, then forty: the same as forty at once. The twenty are still there afterwards, and asking for them
+    changes nothing."""
     run(tmp_path, Counting(), steps=20, keep_last=9)
     first = results(tmp_path)
     run(tmp_path, Counting(), keep_last=9)
@@ -266,7 +285,10 @@ def test_a_longer_stage_and_a_shorter_one_again(uninterrupted, tmp_path):
     assert int(again.state.step) == 20 and again.metrics["bits_per_byte"] == first[0][-1]["bits_per_byte"]
     jax.tree.map(np.testing.assert_array_equal, again.state.variables, first[1])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    with pytest.raises(CheckpointError, match=r"has gone beyond step 19, and has checkpoints of steps \[5, 10, 15, 20, 25, 30, 35, 40\] alone"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"has gone beyond step 19, and has checkpoints of steps \[5, 10, 15, 20, 25, 30, 35, 40\] alone",
+    ):
         run(tmp_path, Bad(ends), steps=19)
 
 
@@ -287,7 +309,9 @@ def test_batch_size_follows_its_schedule(tmp_path):
 
 
 def test_scheduled_batches_are_whole_microbatches():
-    config = TrainConfig.from_dict({"steps": 9, "microbatch": 4, "batch_size": {"kind": "ramp", "start": 1, "end": 17, "steps": 8}})
+    config = TrainConfig.from_dict(
+        {"steps": 9, "microbatch": 4, "batch_size": {"kind": "ramp", "start": 1, "end": 17, "steps": 8}}
+    )
     sizes = [len(batch["tokens"]) for batch in itertools.islice(step_batches(Counting(), config, VOCAB, 0), 9)]
     assert sizes[0] == 4 and sizes[-1] == 16 and sizes == sorted(sizes) and not any(size % 4 for size in sizes)
 
@@ -297,7 +321,9 @@ def test_bits_per_byte_is_the_mean_over_everything(model, variables, pack, docum
     batches = [pack([[document(12, 1)], [document(3, 2)]], 12), pack([[document(5, 3), document(4, 4)], []], 12)]
     nats = count = 0
     for batch in batches:
-        output = model.apply(variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"])
+        output = model.apply(
+            variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"]
+        )
         log_probs = jax.nn.log_softmax(model.apply(variables, output.hidden_BTD, method="unembed"))
         tokens, mask = (np.asarray(x) for x in targets(batch, 1))
         nats -= np.sum(np.take_along_axis(np.asarray(log_probs), tokens[..., None], -1)[..., 0] * mask)
@@ -344,7 +370,10 @@ def ends(_):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda batch: batch | {"tokens": batch["tokens"] + 5}, "is outside the model's vocabulary of 61: raise model.vocab_size"),
+        (
+            lambda batch: batch | {"tokens": batch["tokens"] + 5},
+            "is outside the model's vocabulary of 61: raise model.vocab_size",
+        ),
         (lambda batch: batch | {"tokens": batch["tokens"] - 5}, "is negative: ids go from 0 to 60"),
         (lambda batch: batch | {"tokens": batch["tokens"] * 1.0}, "a batch has tokens of dtype float64"),
         (lambda batch: {"tokens": batch["tokens"]}, "a batch lacks segment_ids, positions, loss_mask"),

@@ -14,7 +14,8 @@ TASKS: dict[str, type[Task]] = {"parity": ParityTask, "chain": ChainTask, "count
 
 
 def build_task(fields: Mapping[str, Any]) -> Task:
-    """The task called fields["name"] with the other fields as its settings; ConfigError names what is unknown or can't work."""
+    """The task called fields["name"] with the other fields as its settings; ConfigError names what is unknown or can't
+    work."""
     if not is_mapping(fields):
         raise ConfigError(f"task={fields!r}: must be a mapping such as {{'name': 'parity', 'bits': 20}}")
     fields = dict(fields.items())

@@ -39,8 +39,8 @@ class Parsed:
 
 
 def parse(completions_BN: jax.Array, mask_BN: jax.Array) -> Parsed:
-    """Strict reading of <think>…</think><answer>…</answer><eos>. A truncated completion, a tag too many, a special token
-    inside: not ok."""
+    """Strict reading of <think>…</think><answer>…</answer><eos>. A truncated completion, a tag too many, a special
+    token inside: not ok."""
     tokens_BN = jnp.where(mask_BN > 0, completions_BN, PAD)
     lengths_B = (mask_BN > 0).sum(1)
 
@@ -115,8 +115,8 @@ class Task(abc.ABC):
     """A family of problems with exact answers; frozen, so that it can be a static argument of jit.
 
     A problem belongs to the held-out split if its hash falls into class 0 of `split_classes`, to the training split
-    otherwise: which one is a property of the problem, so the splits can't overlap. `cot_probability` is the share of long
-    chains among demonstrations, `corrupt_probability` the share of wrong ones.
+    otherwise: which one is a property of the problem, so the splits can't overlap. `cot_probability` is the share of
+    long chains among demonstrations, `corrupt_probability` the share of wrong ones.
     """
 
     split_classes: int = 8
@@ -159,9 +159,11 @@ class Task(abc.ABC):
         """(prompts_BP int32, right-padded; lengths_B int32)."""
 
     @abc.abstractmethod
-    def demonstrations(self, key: jax.Array, instances: Instance, good: jax.Array | bool | None = None) -> tuple[jax.Array, jax.Array]:
-        """The cold-start writer: (completions_BN, mask_BN). Where `good` is false the reasoning goes wrong; None draws it
-        with `corrupt_probability`."""
+    def demonstrations(
+        self, key: jax.Array, instances: Instance, good: jax.Array | bool | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The cold-start writer: (completions_BN, mask_BN). Where `good` is false the reasoning goes wrong; None draws
+        it with `corrupt_probability`."""
 
     @abc.abstractmethod
     def accuracy(self, instances: Instance, completions_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
@@ -177,14 +179,16 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check_text(self, prompt: str, completion: str) -> bool:
-        """Whether `completion` answers `prompt`, both as text, by code that shares nothing with `accuracy`. Host only."""
+        """Whether `completion` answers `prompt`, both as text, by code that shares nothing with `accuracy`. Host
+        only."""
 
     def heldout(self, instances: Instance) -> jax.Array:
         """bool[n]: the problem belongs to the held-out split."""
         return hash_words(self.hashed(instances)) % jnp.uint32(self.split_classes) == 0
 
     def sample(self, key: jax.Array, n: int, split: str = "train") -> Instance:
-        """`n` problems of one split, "train" or "heldout": those in the wrong one are drawn again until none is left."""
+        """`n` problems of one split, "train" or "heldout": those in the wrong one are drawn again until none is
+        left."""
         if split not in ("train", "heldout"):
             raise ValueError(f"split={split!r}: 'train' or 'heldout'")
 
@@ -202,10 +206,12 @@ class Task(abc.ABC):
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: self.draw(key, n)))
         return jax.lax.while_loop(lambda state: state[2].any(), redraw, (key, nothing, jnp.ones(n, bool)))[1]
 
-    def documents(self, key: jax.Array, n: int, split: str = "train", completion_only: bool = False) -> dict[str, jax.Array]:
-        """`n` prompts with their demonstrations: tokens_BT, mask_BT (1 on real tokens) and loss_mask_BT (1 on the tokens
-        that are trained on: the completion's, or all of them), int32 with T = prompt_length + completion_length; for
-        cold-start SFT and for mixing into pre-training.
+    def documents(
+        self, key: jax.Array, n: int, split: str = "train", completion_only: bool = False
+    ) -> dict[str, jax.Array]:
+        """`n` prompts with their demonstrations: tokens_BT, mask_BT (1 on real tokens) and loss_mask_BT (1 on the
+        tokens that are trained on: the completion's, or all of them), int32 with T = prompt_length + completion_length;
+        for cold-start SFT and for mixing into pre-training.
         """
         sample_key, write_key = jax.random.split(key)
         instances = self.sample(sample_key, n, split)

@@ -1,8 +1,8 @@
 """Chains of modular arithmetic, reasoned in steps of variable size, in one or two digit alphabets.
 
 A long chain writes down every intermediate value; a leap of g writes every g-th and must do g operations in the head.
-Ladder: 4, 6, 8, 10, 14, 20 operations modulo 10, then modulo 97. With two alphabets a language token in the prompt asks for
-'0'-'9' or 'a'-'j', demonstrations mix both, and the language-consistency reward (R1 eq. 7) has something to do.
+Ladder: 4, 6, 8, 10, 14, 20 operations modulo 10, then modulo 97. With two alphabets a language token in the prompt asks
+for '0'-'9' or 'a'-'j', demonstrations mix both, and the language-consistency reward (R1 eq. 7) has something to do.
 """
 
 import dataclasses
@@ -29,11 +29,12 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainTask(base.Task):
-    """Prompt: [language] start, then `operations` times an operator and a digit, applied from left to right modulo `modulus`.
+    """Prompt: [language] start, then `operations` times an operator and a digit, applied from left to right modulo
+    `modulus`.
 
     Chain: for every g-th operation its index as a capital letter and the value after it, zero-padded. Answer: the last
-    value. g is drawn from `leaps`: the first with `cot_probability`, the others in equal shares; g >= `operations` is an
-    empty chain. With two `alphabets` each digit of a demonstrated chain is in the wrong one with
+    value. g is drawn from `leaps`: the first with `cot_probability`, the others in equal shares; g >= `operations` is
+    an empty chain. With two `alphabets` each digit of a demonstrated chain is in the wrong one with
     `wrong_alphabet_probability`; an answer may be in either.
     """
 
@@ -50,7 +51,9 @@ class ChainTask(base.Task):
         self.require(2 <= self.modulus <= 100, "modulus", "from 2 to 100, values have one or two digits")
         self.require(self.alphabets in (1, 2), "alphabets", "1 or 2")
         self.require(len(self.leaps) > 0 and min(self.leaps) >= 1, "leaps", "at least one leap, each 1 or more")
-        self.require(0 <= self.wrong_alphabet_probability <= 1, "wrong_alphabet_probability", "a probability, from 0 to 1")
+        self.require(
+            0 <= self.wrong_alphabet_probability <= 1, "wrong_alphabet_probability", "a probability, from 0 to 1"
+        )
 
     @property
     def width(self) -> int:
@@ -82,7 +85,9 @@ class ChainTask(base.Task):
 
         def step(value_B, operation):
             operator_B, operand_B, slip_B = operation
-            value_B = jnp.select([operator_B == 0, operator_B == 1], [value_B + operand_B, value_B * operand_B], value_B - operand_B)
+            value_B = jnp.select(
+                [operator_B == 0, operator_B == 1], [value_B + operand_B, value_B * operand_B], value_B - operand_B
+            )
             value_B = (value_B + slip_B) % self.modulus
             return value_B, value_B
 
@@ -112,7 +117,9 @@ class ChainTask(base.Task):
         values_BK = self.values(instances, slips_BK)
 
         digits_BKW = base.digits(values_BK, self.width)
-        wrong_BKW = jax.random.bernoulli(alphabet_key, self.wrong_alphabet_probability, digits_BKW.shape) & (self.alphabets == 2)
+        wrong_BKW = jax.random.bernoulli(alphabet_key, self.wrong_alphabet_probability, digits_BKW.shape) & (
+            self.alphabets == 2
+        )
         letters_BKW = (instances.language_B[:, None, None] == 1) ^ wrong_BKW
         symbols_BKW = digits_BKW + jnp.where(letters_BKW, LETTER_A, ZERO)
         number_K = jnp.arange(1, operations + 1)
@@ -122,7 +129,11 @@ class ChainTask(base.Task):
         keep_BKX = jnp.broadcast_to(written_BK[:, :, None], chain_BKX.shape)
         answer_BW = digits_BKW[:, -1] + jnp.where(instances.language_B[:, None] == 1, LETTER_A, ZERO)
         return base.completion(
-            chain_BKX.reshape(n, -1), keep_BKX.reshape(n, -1), answer_BW, jnp.ones(answer_BW.shape, bool), self.completion_length
+            chain_BKX.reshape(n, -1),
+            keep_BKX.reshape(n, -1),
+            answer_BW,
+            jnp.ones(answer_BW.shape, bool),
+            self.completion_length,
         )
 
     def accuracy(self, instances, completions_BN, mask_BN):
@@ -151,7 +162,9 @@ class ChainTask(base.Task):
         values = np.asarray(self.values(instances))[:, -1].tolist()
         texts = [f"{value:0{self.width}d}" for value in values]
         languages = np.asarray(instances.language_B).tolist()
-        return [text.translate(TO_LETTERS) if language else text for text, language in zip(texts, languages, strict=True)]
+        return [
+            text.translate(TO_LETTERS) if language else text for text, language in zip(texts, languages, strict=True)
+        ]
 
     def check_text(self, prompt, completion):
         answer = base.answer_in(completion)
@@ -169,4 +182,7 @@ TO_LETTERS = str.maketrans("0123456789", "abcdefghij")
 
 
 def _lists(instances: Chain) -> list[list]:
-    return [np.asarray(x).tolist() for x in (instances.start_B, instances.operators_BK, instances.operands_BK, instances.language_B)]
+    return [
+        np.asarray(x).tolist()
+        for x in (instances.start_B, instances.operators_BK, instances.operands_BK, instances.language_B)
+    ]

@@ -1,7 +1,7 @@
 """Countdown: reach a target with the given numbers, each used once. Many right answers, found by search.
 
-Expressions are written in reverse Polish notation without separators, numbers with a fixed count of digits: 35+2* is (3 +
-5) * 2. They are only ever run on the stack machine below, in exact fractions: there is no text that makes it evaluate
+Expressions are written in reverse Polish notation without separators, numbers with a fixed count of digits: 35+2* is (3
++ 5) * 2. They are only ever run on the stack machine below, in exact fractions: there is no text that makes it evaluate
 anything else.
 """
 
@@ -31,10 +31,11 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountdownTask(base.Task):
-    """Prompt: the numbers and the target, as in `2,3,5=16`. Answer: an expression over all numbers that is exactly the target.
+    """Prompt: the numbers and the target, as in `2,3,5=16`. Answer: an expression over all numbers that is exactly the
+    target.
 
-    Long chain: up to `max_tries` expressions with their values, `352*+=13,…`, until one hits (`x` stands for a value that
-    is no integer from 0 to `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
+    Long chain: up to `max_tries` expressions with their values, `352*+=13,…`, until one hits (`x` stands for a value
+    that is no integer from 0 to `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
     """
 
     numbers: int = 3
@@ -98,9 +99,9 @@ class CountdownTask(base.Task):
         return jnp.take_along_axis(jnp.concatenate([number_bytes_BX, operators_BX], 1), layout_BA, 1)
 
     def value(self, expression_BA: jax.Array, numbers_BM: jax.Array) -> jax.Array:
-        """The integer an expression over exactly these numbers is worth; -1 for anything else: another value, a division by
-        zero, a number missing, repeated or made up, a stack that under- or overflows, a byte that belongs to no expression.
-        int32[B].
+        """The integer an expression over exactly these numbers is worth; -1 for anything else: another value, a
+        division by zero, a number missing, repeated or made up, a stack that under- or overflows, a byte that belongs
+        to no expression. int32[B].
 
         Fractions stay below 2^(M-1) * max_number^M, which the constructor keeps below 2^31.
         """
@@ -121,7 +122,9 @@ class CountdownTask(base.Task):
             ok_B &= is_digit_B | (pending_digits_B == 0)
             ok_B &= ~complete_B | ((pushed_B < count) & (number_B >= 1) & (number_B <= self.max_number))
             push_B = complete_B & ok_B
-            used_BM = used_BM.at[rows_B, pushed_B].set(jnp.where(push_B, number_B, used_BM[rows_B, pushed_B]), mode="drop")
+            used_BM = used_BM.at[rows_B, pushed_B].set(
+                jnp.where(push_B, number_B, used_BM[rows_B, pushed_B]), mode="drop"
+            )
             pushed_B += push_B
 
             ok_B &= ~is_operator_B | (depth_B >= 2)
@@ -146,7 +149,11 @@ class CountdownTask(base.Task):
         state = (empty_B2M, jnp.zeros((n, count), jnp.int32), zeros_B, zeros_B, zeros_B, zeros_B, jnp.ones(n, bool))
         stack_B2M, used_BM, depth_B, _, _, pending_digits_B, ok_B = jax.lax.scan(step, state, expression_BA.T)[0]
         numerator_B, denominator_B = stack_B2M[:, 0, 0], stack_B2M[:, 1, 0]
-        ok_B &= (depth_B == 1) & (pending_digits_B == 0) & (jnp.sort(used_BM, axis=1) == jnp.sort(numbers_BM, axis=1)).all(1)
+        ok_B &= (
+            (depth_B == 1)
+            & (pending_digits_B == 0)
+            & (jnp.sort(used_BM, axis=1) == jnp.sort(numbers_BM, axis=1)).all(1)
+        )
         quotient_B = numerator_B // denominator_B
         whole_B = (quotient_B * denominator_B == numerator_B) & (quotient_B >= 0)
         return jnp.where(ok_B & whole_B, quotient_B, -1)
@@ -160,8 +167,8 @@ class CountdownTask(base.Task):
         return base.prompt(jnp.concatenate([list_BX, ZERO + base.digits(instances.target_B, self.target_width)], 1))
 
     def demonstrations(self, key, instances, good=None):
-        """Tries are random; the last one, if none hit before, is the known solution. Where it goes wrong, the last try is a
-        miss that is written down as a hit, and answered with."""
+        """Tries are random; the last one, if none hit before, is the known solution. Where it goes wrong, the last try
+        is a miss that is written down as a hit, and answered with."""
         n, tries = instances.target_B.shape[0], self.max_tries
         long_key, good_key, try_key = jax.random.split(key, 3)
         long_B = jax.random.bernoulli(long_key, self.cot_probability, (n,))
@@ -193,7 +200,11 @@ class CountdownTask(base.Task):
         digit = jnp.arange(chain_BTX.shape[2]) - self.expression_length - 1
         keep_BTX &= shown_BT[:, :, None] | (digit <= 0) | (digit >= self.target_width)  # a single x
         return base.completion(
-            chain_BTX.reshape(n, -1), keep_BTX.reshape(n, -1), final_BA, jnp.ones(final_BA.shape, bool), self.completion_length
+            chain_BTX.reshape(n, -1),
+            keep_BTX.reshape(n, -1),
+            final_BA,
+            jnp.ones(final_BA.shape, bool),
+            self.completion_length,
         )
 
     def _miss(self, instances: Goal, tries_BTA: jax.Array, hit_BT: jax.Array) -> jax.Array:

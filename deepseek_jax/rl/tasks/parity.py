@@ -1,7 +1,8 @@
-"""Bit parity: is the number of ones odd? Short answers can only guess; a chain of running parities can't go wrong by much.
+"""Bit parity: is the number of ones odd? Short answers can only guess; a chain of running parities can't go wrong by
+much.
 
-The task of "How reinforcement learning after next-token prediction facilitates learning" (arXiv 2510.11495). Ladder: 8, 12,
-16, 20, 32, 50 bits.
+The task of "How reinforcement learning after next-token prediction facilitates learning" (arXiv 2510.11495). Ladder: 8,
+12, 16, 20, 32, 50 bits.
 """
 
 import dataclasses
@@ -23,13 +24,16 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityTask(base.Task):
-    """Prompt: `bits` binary digits. Long chain: the running parities. Short chain: nothing. Answer: the parity of all."""
+    """Prompt: `bits` binary digits. Long chain: the running parities. Short chain: nothing. Answer: the parity of
+    all."""
 
     bits: int = 20
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.bits >= 8, "bits", "at least 8; fewer are learnt by heart, and leave too few problems to hold out")
+        self.require(
+            self.bits >= 8, "bits", "at least 8; fewer are learnt by heart, and leave too few problems to hold out"
+        )
 
     @property
     def prompt_length(self) -> int:
@@ -49,7 +53,8 @@ class ParityTask(base.Task):
         return base.prompt(ZERO + instances.bits_BK)
 
     def demonstrations(self, key, instances, good=None):
-        """Long with `cot_probability`. Where it goes wrong, one running parity is miscounted and the rest follows from it."""
+        """Long with `cot_probability`. Where it goes wrong, one running parity is miscounted and the rest follows from
+        it."""
         n = instances.bits_BK.shape[0]
         long_key, good_key, slip_key = jax.random.split(key, 3)
         long_B = jax.random.bernoulli(long_key, self.cot_probability, (n,))
