@@ -86,8 +86,7 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
     if mesh := experiment.config.get("mesh"):
         console.print(
-            f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.accounting.dry_run",
-            markup=False,
+            f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.dry_run", markup=False
         )
     console.print("The experiment is valid. Nothing was allocated.")
 

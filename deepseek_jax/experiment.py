@@ -3,7 +3,7 @@
 An experiment file has one function, `get_config()`, that returns a ConfigDict:
 
     model      fields of ModelConfig
-    precision  recipe name ("float32", "bfloat16", "fp8_deepseek"), or {"name": …, fields that differ from it}
+    precision  policy name ("float32", "bfloat16", "fp8_deepseek"), or {"name": …, fields that differ from it}
     tokenizer  "byte", a tokenizer.json or the folder of a checkpoint
     task       {"name": …, fields of that task}, for stages that need one
     stages     names of the stages in order; each is a section of its own, {"kind": …, fields of that stage}
@@ -38,7 +38,7 @@ from deepseek_jax.parallel.fit import fits
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import Task, build_task
 from deepseek_jax.training.config import TrainConfig
@@ -134,7 +134,7 @@ def build_experiment(
         name=name,
         model=Transformer(
             model_config,
-            recipe(fields.get("precision", "float32")),
+            get_precision(fields.get("precision", "float32")),
             place(fields, model_config, stages, devices, elsewhere),
         ),
         tokenizer=tokenizer,

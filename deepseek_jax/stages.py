@@ -32,12 +32,12 @@ from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import host_share, variables_sharding
-from deepseek_jax.precision.fp8 import FP8Recipe
+from deepseek_jax.precision.fp8 import FP8Precision
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.config import GRPOConfig
+from deepseek_jax.rl.diagnostics import DiagnosticsConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
 from deepseek_jax.rl.grpo import GRPO, learning_rate
-from deepseek_jax.rl.health import HealthConfig
 from deepseek_jax.rl.loop import LoopConfig, train_grpo
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.tasks import Task
@@ -264,7 +264,7 @@ class GRPOSection:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     loop: LoopConfig = LoopConfig()
     eval: EvalConfig = EvalConfig()
-    health: HealthConfig = HealthConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     loss_chunk: int = 4096
 
     def __post_init__(self):
@@ -282,7 +282,7 @@ class GRPOStage(Stage):
     optimizer: OptimizerConfig
     loop: LoopConfig
     evaluation: EvalConfig
-    health: HealthConfig
+    diagnostics: DiagnosticsConfig
 
     length = "grpo.steps"
 
@@ -309,7 +309,7 @@ class GRPOStage(Stage):
         program = GRPO(
             experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk
         )
-        return cls(name, experiment, program, optimizer, section.loop, section.eval, section.health)
+        return cls(name, experiment, program, optimizer, section.loop, section.eval, section.diagnostics)
 
     def summary(self) -> str:
         config = self.grpo.config
@@ -330,7 +330,14 @@ class GRPOStage(Stage):
         variables = _weights(variables, experiment)
         seed = _seed(experiment, self.name, "sampling")
         state = train_grpo(
-            self.grpo, self.loop, self.evaluation, variables, folder, health=self.health, seed=seed, name=self.name
+            self.grpo,
+            self.loop,
+            self.evaluation,
+            variables,
+            folder,
+            diagnostics=self.diagnostics,
+            seed=seed,
+            name=self.name,
         )
         _draw_curves(experiment, self.name)
         return state.variables
@@ -529,7 +536,7 @@ def _peak_flops(model: Transformer) -> float | None:
     devices = placement.mesh.devices.flat if isinstance(placement, MeshPlacement) else jax.devices()[:1]
     if precision.compute_dtype != jnp.bfloat16:
         return None
-    return peak_flops(devices, "fp8" if isinstance(precision, FP8Recipe) else "bf16")
+    return peak_flops(devices, "fp8" if isinstance(precision, FP8Precision) else "bf16")
 
 
 def _seed(experiment: Experiment, *path: str) -> int:

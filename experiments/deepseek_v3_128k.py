@@ -2,7 +2,7 @@
 7.3e-6.
 
     python -m deepseek_jax --config=experiments/deepseek_v3_128k.py --dry
-    python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v3_128k.py --topology=v5p:8x8x16
+    python -m deepseek_jax.dry_run --config=experiments/deepseek_v3_128k.py --topology=v5p:8x8x16
 
 Hardware: every sequence is divided among 32 devices, every expert layer among 32; 1,024 devices take 32 sequences at a
 time. What it needs on a v5p pod is in `deepseek_jax/parallel/README.md`; it has not been run. No stage loads the
@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
         train.steps, train.microbatch, train.batch_size = 1000, 32, None
         train.optimizer.learning_rate = 7.3e-6
         train.objective.mtp_weight = 0.1
-        train.router_bias_rate = 0.0
+        train.bias_update_speed = 0.0
     return config

@@ -1,7 +1,7 @@
-"""DeepSeek-V3's pre-training at full size: network, optimiser and schedules of the report (V3 §4.2), 14.8T tokens.
+"""DeepSeek-V3's pre-training at full size: network, optimizer and schedules of the report (V3 §4.2), 14.8T tokens.
 
     python -m deepseek_jax --config=experiments/deepseek_v3_671b.py --dry      validates and prints the plan, allocates nothing
-    python -m deepseek_jax.accounting.dry_run --config=experiments/deepseek_v3_671b.py --topology=v5p:8x8x16
+    python -m deepseek_jax.dry_run --config=experiments/deepseek_v3_671b.py --topology=v5p:8x8x16
 
 Hardware: weights, gradients and bfloat16 moments are 8.2 TB; V3 ran on 2048 H800s. The mesh is for 1,024 devices or
 more, a multiple of 64; the microbatch is one sequence for each of 1,024. It has been compiled for v5p:8x8x16 (what it
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 "balance": "sequence",
                 "balance_alpha": 1e-4,
             },
-            "router_bias_rate": {"kind": "deepseek_v3_bias_rate", "steps": None},
+            "bias_update_speed": {"kind": "deepseek_v3_bias_speed", "steps": None},
             "eval_every": 1000,
             "checkpoint_every": 1000,
         },

@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                         "moment_dtype": "bfloat16",
                     },
                     "objective": {"mtp_weight": 0.0, "balance_alpha": 1e-4},
-                    "router_bias_rate": 0.001,
+                    "bias_update_speed": 0.001,
                     "log_every": 1,
                     "eval_every": 0,
                     "eval_batches": 4,

@@ -5,7 +5,7 @@
 
 Hardware: weights, gradients and float32 moments are 255 GB: four 80 GB accelerators for the state alone, some hundreds
 to finish. It has never been run. Cost: 1.1e23 FLOPs (18.87 GFLOPs a token at 8K): 77,600 GPU-hours, $155,000 at $2 an
-hour, if each sustains V3's 385 TFLOP/s. Differences: the optimiser is AdamW, that of the report's baseline Moonlight-A
+hour, if each sustains V3's 385 TFLOP/s. Differences: the optimizer is AdamW, that of the report's baseline Moonlight-A
 (trained to 1.2T tokens); Moonlight itself uses Muon, which is not here yet. The corpus is not public, so C4 stands in,
 read with the byte tokenizer until `tokenizer` is the released checkpoint's folder. Expected result of Moonlight-A at
 1.2T tokens: MMLU 60.2, HumanEval 29.3, MBPP 49.2 (report, Table 4).
@@ -53,13 +53,13 @@ def get_config() -> ConfigDict:
             # The released config.json names a sequence-wise loss of 0.001 beside the correction bias.
             "objective": {"mtp_weight": 0.0, "balance": "sequence", "balance_alpha": 0.001},
             # γ is 0.001 up to 5.2T tokens and 0 in the cooldown (appendix C).
-            "router_bias_rate": {
+            "bias_update_speed": {
                 "kind": "switch",
                 "first": 0.001,
                 "second": 0.0,
                 "at": MOONLIGHT_BATCH.step_at(5.2e12) / steps,
             },
-            "router_bias_centred": True,
+            "bias_update_zero_sum": True,
             "eval_every": 1000,
             "checkpoint_every": 1000,
         },

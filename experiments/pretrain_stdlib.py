@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
                     "steps": 500,
                     "optimizer": {"learning_rate": {"kind": "deepseek_v3", "peak": 3e-3, "warmup_steps": 50}},
                     "objective": {"mtp_weight": {"kind": "deepseek_v3_mtp_weight"}, "balance_alpha": 1e-4},
-                    "router_bias_rate": {"kind": "deepseek_v3_bias_rate"},
+                    "bias_update_speed": {"kind": "deepseek_v3_bias_speed"},
                     "eval_every": 100,
                     "eval_batches": 8,
                     "checkpoint_every": 100,

@@ -119,7 +119,7 @@ def training(kind: str, steps: int, text: float, long_chains: float, learning_ra
             "steps": steps,
             "optimizer": {"learning_rate": learning_rate},
             "objective": {"mtp_weight": 0.3, "balance_alpha": 1e-4},
-            "router_bias_rate": 0.003,
+            "bias_update_speed": 0.003,
             "checkpoint_every": 120,
             "eval_batches": 8,
         },

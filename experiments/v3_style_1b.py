@@ -4,7 +4,7 @@ MTP), in FP8.
     python -m deepseek_jax --config=experiments/v3_style_1b.py
 
 980,922,592 parameters and 123,677,984 of MTP. It has never been run. Compiled for one H200
-(deepseek_jax.accounting.dry_run --topology=h200:1), a step of 131,072 tokens: 28 GiB, at least 0.42 s of products and
+(deepseek_jax.dry_run.dry_run --topology=h200:1), a step of 131,072 tokens: 28 GiB, at least 0.42 s of products and
 0.39 s of memory traffic; in bfloat16 23 GiB, 0.56 s and 0.35 s.
 """
 
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
                         "balance_alpha": 1e-4,
                         "loss_chunk": 32_768,
                     },
-                    "router_bias_rate": 0.001,
+                    "bias_update_speed": 0.001,
                     "eval_every": 0,
                     "checkpoint_every": 500,
                 },

@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
                         "weight_decay": 0.1,
                     },
                     "objective": {"mtp_weight": 0.0, "balance_alpha": 1e-4},
-                    "router_bias_rate": 0.001,
+                    "bias_update_speed": 0.001,
                     "eval_every": 0,
                     "eval_batches": 16,
                     "checkpoint_every": 0,

@@ -16,9 +16,9 @@ from kernels_pallas.linear.api import (
     fp8_linear,
     fp8_swiglu_linear,
     prepare,
-    prepare_weight,
+    prequantize_weight,
 )
-from kernels_pallas.linear.vjp import LinearFormat, Prepared, plain
+from kernels_pallas.linear.vjp import LinearQuantization, PreQuantized, plain
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer
@@ -34,8 +34,8 @@ from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
 
 __all__ = [
     "Accumulation",
-    "LinearFormat",
-    "Prepared",
+    "LinearQuantization",
+    "PreQuantized",
     "QTensor",
     "Quantizer",
     "Unsupported",
@@ -51,7 +51,7 @@ __all__ = [
     "grouped_linear",
     "plain",
     "prepare",
-    "prepare_weight",
+    "prequantize_weight",
     "quantize",
     "quantize_block",
     "quantize_tile",

@@ -10,11 +10,11 @@ from kernels_pallas.quantize.reference import dequantize, tiles
 
 PIECE = (128, 128)
 # Bounds of `difference`, against the float32 product of the very operands that were multiplied: against operands that
-# were not quantised, DeepGEMM's 1e-3, 6.6e-4 would be due to quantising and a wrong tile among thousands would pass.
+# were not quantized, DeepGEMM's 1e-3, 6.6e-4 would be due to quantizing and a wrong tile among thousands would pass.
 # Rounding to bfloat16 moves a number by 2^-8 of it at most: 2^-17 = 7.6e-6. Hopper's accumulator, emulated and promoted
 # every 128, adds 8.5e-9 on normal numbers, not promoted 2.6e-6 at K = 4096: the bound for float32 lies between.
 ROUNDED, SUMMED = 1e-5, 5e-7
-# a GPU's division is off by up to 2 units in the last place: one number in many thousands becomes its neighbour in E4M3
+# a GPU's division is off by up to 2 units in the last place: one number in many thousands becomes its neighbor in E4M3
 QUANTIZED = 1e-5
 ATTENDED = 1e-4  # scores, their gradients and what is saved are rounded to bfloat16 one after another
 

@@ -45,7 +45,7 @@ class Quantizer:
     size           128 in V3; 256 suits matrix units that are 256 wide
     format         "float8_e4m3fn" (V3), "float8_e5m2", or "e5m6" (what V3 keeps of the attention's output for the backward pass)
     power_of_two   round the scale up to a power of two, so that scaling is exact
-    min_amax       no tile's largest magnitude is taken to be smaller; 1e-4 in the released quantiser. Gradients of a mean over millions of
+    min_amax       no tile's largest magnitude is taken to be smaller; 1e-4 in the released quantizer. Gradients of a mean over millions of
                    tokens are all smaller than that, and would lose most of their bits
     """
 

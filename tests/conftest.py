@@ -1,7 +1,7 @@
 """Eight virtual devices for the tests of meshes; without a mesh everything runs on the first.
 
-Programs here run a few times on few numbers, so that compiling them is what takes time: XLA optimises nothing but what
-is compiled for hardware that is not here. JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes it optimise as it does for users.
+Programs here run a few times on few numbers, so that compiling them is what takes time: XLA optimizes nothing but what
+is compiled for hardware that is not here. JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes it optimize as it does for users.
 """
 
 import os
@@ -25,7 +25,7 @@ def pytest_runtest_setup(item):
     import jax
 
     from deepseek_jax.accounting.chips import CHIPS
-    from deepseek_jax.accounting.topologies import installed
+    from deepseek_jax.dry_run.topologies import installed
 
     compiled_for = [marker.kwargs["chip"] for marker in item.iter_markers("aot")]
     for chip in compiled_for:

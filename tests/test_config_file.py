@@ -54,7 +54,7 @@ def test_a_mapping_may_stand_for_a_configdict_and_its_names_may_hold_dots(tmp_pa
         assert plain(read_config(str(tmp_path / "mine.py"), [("a", "{'e.f:g': 2}")])) == {"a": {"e.f:g": 2}}
 
 
-def test_an_override_leaves_what_a_neighbour_holds_alone(tmp_path):
+def test_an_override_leaves_what_a_neighbor_holds_alone(tmp_path):
     (tmp_path / "shared_part.py").write_text(CONFIG + "SOURCES = [{'name': 'a'}]\nMODEL = ConfigDict({'width': 1})\n")
     (tmp_path / "mine.py").write_text(
         CONFIG

@@ -30,7 +30,7 @@ def built(*overrides: str, base: str = R1_TINY) -> dict:
         ("sft.task_documents.whole_document=True", "sft.task_documents.whole_document", True),
         ("pretrain.train.steps=1e3", "pretrain.train.steps", 1000),
         ("pretrain.train.eval_batches=None", "pretrain.train.eval_batches", None),
-        ("pretrain.train.router_bias_rate=0", "pretrain.train.router_bias_rate", constant(0.0)),
+        ("pretrain.train.bias_update_speed=0", "pretrain.train.bias_update_speed", constant(0.0)),
         ("pretrain.train.optimizer.learning_rate=1e-3", "pretrain.train.optimizer.learning_rate", constant(1e-3)),
         (
             "pretrain.train.optimizer.learning_rate={'kind': 'cosine', 'peak': 1}",
@@ -38,8 +38,8 @@ def built(*overrides: str, base: str = R1_TINY) -> dict:
             cosine(1.0, 240),
         ),
         (
-            "pretrain.train.router_bias_rate={'kind': 'ramp', 'start': 0, 'end': 1, 'steps': 7}",
-            "pretrain.train.router_bias_rate",
+            "pretrain.train.bias_update_speed={'kind': 'ramp', 'start': 0, 'end': 1, 'steps': 7}",
+            "pretrain.train.bias_update_speed",
             ramp(0.0, 1.0, 7),
         ),
         ("pretrain.train.optimizer.clip_norm=inf", "pretrain.train.optimizer.clip_norm", float("inf")),
@@ -47,7 +47,7 @@ def built(*overrides: str, base: str = R1_TINY) -> dict:
         ("pretrain.data.sources=[{'name': 'task', 'format': 'tokens'}]", "pretrain.data.sources[0].weight", 1.0),
         ("grpo.grpo.clip_epsilon=0.3", "grpo.grpo.config.clip_epsilon", (0.3, 0.3)),
         ("grpo.grpo.rewards={'os.path:basename': 2}", "grpo.grpo.config.rewards", (("os.path:basename", 2.0),)),
-        ("grpo.grpo.preset=dr_grpo", "grpo.grpo.config.advantage_normalisation", "none"),
+        ("grpo.grpo.preset=dr_grpo", "grpo.grpo.config.advantage_normalization", "none"),
         ("grpo.eval.problems=64", "grpo.evaluation.num_sampled", 64),
         ("grpo.loop.keep_last=3", "grpo.loop.keep_last", 3),
         ("before.eval.temperature=1", "before.eval.temperature", 1.0),
@@ -232,7 +232,7 @@ def test_a_task_asks_for_the_byte_tokenizer(tmp_path):
 def test_a_sweep_can_override_what_a_command_line_can(tmp_path):
     values = {
         "pretrain.train.optimizer.learning_rate": 1e-3,
-        "pretrain.train.router_bias_rate": {"kind": "ramp", "start": 0.0, "end": 1.0, "steps": 7},
+        "pretrain.train.bias_update_speed": {"kind": "ramp", "start": 0.0, "end": 1.0, "steps": 7},
         "pretrain.data.sources[1].name": "2024",
         "pretrain.data.shuffle": False,
         "model.attention.q_lora_rank": None,
@@ -246,6 +246,6 @@ def test_a_sweep_can_override_what_a_command_line_can(tmp_path):
         fields["pretrain"]["train"]["optimizer"] == {"learning_rate": 1e-3, "clip_norm": "inf"}
         and fields["model"]["attention"]["q_lora_rank"] is None
     )
-    assert fields["pretrain"]["train"]["router_bias_rate"] == values["pretrain.train.router_bias_rate"]
+    assert fields["pretrain"]["train"]["bias_update_speed"] == values["pretrain.train.bias_update_speed"]
     assert fields["pretrain"]["data"]["sources"][1]["name"] == "2024" and fields["pretrain"]["data"]["shuffle"] is False
     assert fields["grpo"]["grpo"]["rewards"] == {"os.path:basename": 1.0} and tuple(fields["stages"]) == ("pretrain",)

@@ -29,7 +29,7 @@ from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.parallel.mesh import MeshConfig, resolve
 from deepseek_jax.stages import build_stages
 
-sys.path.insert(0, str(ROOT / "tests" / "accounting"))
+sys.path.insert(0, str(ROOT / "tests" / "dry_run"))
 from dry_run_cases import CASES
 
 LANGUAGES = {"bash", "python", ""}  # without a language: what a program printed
@@ -185,7 +185,7 @@ def run(command: Command, monkeypatch) -> None:
     _, module, *argv = argv
     if module == "deepseek_jax":
         return _run_module(module, [*argv, *([] if "--dry" in argv else ["--dry"])])
-    if module == "deepseek_jax.accounting.dry_run":
+    if module == "deepseek_jax.dry_run":
         return _dry_run(command, argv)
     if module == "deepseek_jax.launch":
         return _sweep(command, argv, monkeypatch)

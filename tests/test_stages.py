@@ -11,7 +11,7 @@ from deepseek_jax import stages
 from deepseek_jax.__main__ import main
 from deepseek_jax.errors import UserError
 from deepseek_jax.experiment import build_experiment, read_flags
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 
 FILE = """
 from ml_collections import ConfigDict
@@ -139,7 +139,7 @@ def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, mon
     experiment = build_experiment(
         read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0], "e", tmp_path / "run"
     )
-    experiment = dataclasses.replace(experiment, model=experiment.model.clone(precision=recipe(precision)))
+    experiment = dataclasses.replace(experiment, model=experiment.model.clone(precision=get_precision(precision)))
     assert handed_to_train(monkeypatch, experiment)["peak_flops"] is None  # a CPU is not in the table
     card = types.SimpleNamespace(id=0, device_kind="NVIDIA H100 80GB HBM3", platform="gpu", process_index=0)
     monkeypatch.setattr(jax, "devices", lambda *_: [card])

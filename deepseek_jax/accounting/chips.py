@@ -26,7 +26,7 @@ class Chip:
 
     `bf16`, `fp8`, `int8` are peak operations per second, None where the matrix unit has no such mode (it then runs at
     the bf16 rate or not at all). `hbm_bytes` is what a program may use: the compiler's own limit for TPUs, the device's
-    memory for GPUs. `links` go to neighbours in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a
+    memory for GPUs. `links` go to neighbors in a torus of `torus_axes` axes, or (0 axes) to a switch that joins a
     host's chips; each carries `link_bandwidth` each way. `host_bandwidth` is a chip's share of the network between
     slices (TPU) or hosts (GPU). `dollars_per_hour` is an on-demand list price, None where no public one is known, and
     `price_source` says whose and when it was read. `offloads`: the compiler moves collectives, gathers and sorts to

@@ -1,5 +1,5 @@
 """What a number format saves: bytes of the weights that are multiplied and of the activations that are kept, under each
-recipe.
+precision.
 
 Master weights, gradients and moments are `memory.training_state_bytes`."""
 
@@ -13,11 +13,11 @@ from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables
-from deepseek_jax.precision import FP8Recipe, Recipe
+from deepseek_jax.precision import FP8Precision, Precision
 
 
-def weight_bytes(config: ModelConfig, recipe: Recipe, with_duplicates: bool = False) -> int:
-    """Bytes of the weights as the recipe multiplies with them: under FP8 as released, matrices in E4M3 with a float32
+def weight_bytes(config: ModelConfig, precision: Precision, with_duplicates: bool = False) -> int:
+    """Bytes of the weights as the precision multiplies with them: under FP8 as released, matrices in E4M3 with a float32
     scale for each block of 128 × 128 and the rest in bfloat16. Routers' biases are float32. `with_duplicates` counts
     what a released MTP module repeats."""
     total = 0
@@ -26,10 +26,10 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, with_duplicates: bool = Fa
             continue
         if spec.is_router_bias:
             total += 4 * math.prod(spec.shape)
-        elif isinstance(recipe, FP8Recipe) and spec.quantised:
+        elif isinstance(precision, FP8Precision) and spec.quantized:
             total += math.prod(spec.shape) + 4 * math.prod(spec.scale_shape)
         else:
-            total += recipe.compute_dtype.itemsize * math.prod(spec.shape)
+            total += precision.compute_dtype.itemsize * math.prod(spec.shape)
     return total
 
 
@@ -39,13 +39,13 @@ class _Accelerator(Placement):
     device_kind = "gpu"
 
 
-def activation_bytes(config: ModelConfig, recipe: Recipe, rows: int, length: int) -> dict[str, int]:
+def activation_bytes(config: ModelConfig, precision: Precision, rows: int, length: int) -> dict[str, int]:
     """Bytes that the layers keep for the backward pass, by dtype, for tokens [rows, length] and without recomputation.
 
     What `rows` more rows add to what is kept: weights, and the padding of experts' rows, do not count. The network is
     differentiated abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
     """
-    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), recipe, _Accelerator())
+    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), precision, _Accelerator())
     variables = abstract_variables(Transformer(config))
 
     def kept(rows: int) -> Counter[str]:

@@ -7,5 +7,5 @@ documents      records to token ids with a loss mask
 packing        documents to rows of fixed length
 pipeline       documents to the rows of one stream, with Grain
 loader         build_loader: the streams' rows to batches, or to one process's share of them
-position       where a loader is: saved from all processes, restored with any number of them
+loader_state   where a loader is: saved from all processes, restored with any number of them
 """

@@ -4,7 +4,7 @@ stage."""
 from collections.abc import Sequence
 
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import Documents, Tokenise
+from deepseek_jax.data.documents import Documents, Tokenize
 from deepseek_jax.data.sources import NothingHeldOut, open_source
 from deepseek_jax.data.tokenizers import Tokenizer
 
@@ -36,5 +36,5 @@ def check_sources(
                     if "train" not in splits:
                         raise
                     continue
-                opened.append(Documents(records, Tokenise(source, tokenizer, vocab_size)))
+                opened.append(Documents(records, Tokenize(source, tokenizer, vocab_size)))
                 opened[-1][0]

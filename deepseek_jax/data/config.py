@@ -89,7 +89,7 @@ class DataConfig:
         streams as hosts. The batches depend on `streams` and not on the number of hosts: choose what the largest
         machine will need.
     open_rows: with packing='whole', how many rows a stream fills at the same time; more rows, less padding.
-    read_threads: threads that read and tokenise for each source; 0 does it inside the prefetch thread. The batches
+    read_threads: threads that read and tokenize for each source; 0 does it inside the prefetch thread. The batches
     never depend on it. prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked. data_dir:
     where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or
     $TFDS_DATA_DIR).

@@ -170,7 +170,7 @@ class Documents:
     cannot be tokenized.
     """
 
-    def __init__(self, records: Any, tokenize: "Tokenise"):
+    def __init__(self, records: Any, tokenize: "Tokenize"):
         self._records, self._tokenize = records, tokenize
         for index in records.examples():
             self[index]
@@ -182,7 +182,7 @@ class Documents:
         return self._tokenize(self._records[index], self._records.where(index))
 
 
-class Tokenise:
+class Tokenize:
     """Callable: record -> document int32 [tokens, 3]. `vocab_size` is the model's, None for the tokenizer's own."""
 
     def __init__(self, source: SourceConfig, tokenizer: Tokenizer, vocab_size: int | None = None):

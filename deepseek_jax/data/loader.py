@@ -16,9 +16,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from deepseek_jax.data import position
+from deepseek_jax.data import loader_state
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.data.documents import Documents, Tokenise
+from deepseek_jax.data.documents import Documents, Tokenize
 from deepseek_jax.data.packing import empty_row
 from deepseek_jax.data.pipeline import check_lengths, held_out_rows, training_rows
 from deepseek_jax.data.sources import InMemory, open_source
@@ -83,20 +83,20 @@ class Loader:
         ]
         return {field: np.stack([row[field] for row in mine]) for field in fields}
 
-    def get_state(self) -> position.Position:
+    def get_state(self) -> loader_state.LoaderState:
         """The position of this process's streams, as JSON values, independent of batch size and threads.
 
-        `position.gather` makes the position of all streams of it, which is what a checkpoint needs.
+        `loader_state.gather` makes the position of all streams of it, which is what a checkpoint needs.
         """
         places = {
             str(stream): iterator.get_state() for stream, iterator in zip(self._streams, self._iterators, strict=True)
         }
         return json.loads(json.dumps({"data": self._description, "streams": places}))
 
-    def set_state(self, state: position.Position) -> None:
+    def set_state(self, state: loader_state.LoaderState) -> None:
         """Goes to a saved position; the batches that follow are bit-identical. Raises DataError if it was saved over
         other data."""
-        places = position.select(state, json.loads(json.dumps(self._description)), self._streams)
+        places = loader_state.select(state, json.loads(json.dumps(self._description)), self._streams)
         self.restart()
         for iterator, place in zip(self._iterators, places, strict=True):
             iterator.set_state(place)
@@ -157,7 +157,7 @@ def build_loader(
     vocab_size = vocab_size or tokenizer.vocab_size
     sources = [open_source(source, split, config.data_dir, in_memory, vocab_size) for source in config.sources]
     documents = [
-        grain.MapDataset.source(Documents(records, Tokenise(source, tokenizer, vocab_size)))
+        grain.MapDataset.source(Documents(records, Tokenize(source, tokenizer, vocab_size)))
         for records, source in zip(sources, config.sources, strict=True)
     ]
     streams = {}

@@ -16,9 +16,9 @@ from deepseek_jax.data.tokenizers import StreamDecoder, Tokenizer, check_vocabul
 from deepseek_jax.errors import NumericsError
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
-from deepseek_jax.interop import import_folder, recipe_for
+from deepseek_jax.interop import import_folder, precision_for
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import RECIPES, FP8Recipe, recipe
+from deepseek_jax.precision import PRECISIONS, FP8Precision, get_precision
 from deepseek_jax.training.checkpoints import load_variables, resolve_checkpoint
 
 Completion = Callable[[Sequence[int], int], Iterator[list[int]]]  # ids of a prompt, number of the turn -> chunks of ids
@@ -37,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
         top_k=flags.top_k,
         top_p=flags.top_p,
     )
-    precision = recipe(flags.precision)
+    precision = get_precision(flags.precision)
     if hugging_face:
-        precision = recipe_for(checkpoint, precision)
-        config, variables = import_folder(checkpoint, "fp8" if isinstance(precision, FP8Recipe) else "float32")
+        precision = precision_for(checkpoint, precision)
+        config, variables = import_folder(checkpoint, "fp8" if isinstance(precision, FP8Precision) else "float32")
     else:
         config, variables = load_variables(checkpoint)
     check_vocabulary(tokenizer, config.vocab_size)
@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_k", type=cli.number(int, least=0), default=0, help="0 is off")
     parser.add_argument("--max_new_tokens", type=cli.number(int, least=1), default=512, help="per answer")
     parser.add_argument("--seed", type=cli.number(int, least=0, most=2**32 - 1), default=0, help="of the sampling")
-    parser.add_argument("--precision", choices=tuple(RECIPES), default="float32", help="number format of the products")
+    parser.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="float32", help="number format of the products"
+    )
     return parser
 
 

@@ -72,7 +72,7 @@ def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
 
 
 def log_probs(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
-    """Log-probabilities [B, V] of the distribution that is sampled: normalised, -inf for tokens it excludes.
+    """Log-probabilities [B, V] of the distribution that is sampled: normalized, -inf for tokens it excludes.
 
     Args:
       logits_BV: float32 [B, V].
@@ -91,7 +91,7 @@ def log_probs(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
-    """One token id per row, int32 [B], by inverting the cumulative sum of normalised log-probabilities.
+    """One token id per row, int32 [B], by inverting the cumulative sum of normalized log-probabilities.
 
     `uniform_B` in [0, 1) is a row's only randomness: one number a token is far cheaper than V Gumbel numbers. It has 23
     bits, so probabilities below 1e-7 are only approximate. A token of probability zero is never drawn.

@@ -4,8 +4,8 @@
 """
 
 from deepseek_jax.interop.exporter import export_folder
-from deepseek_jax.interop.folder import Folder, open_folder, recipe_for
+from deepseek_jax.interop.folder import Folder, open_folder, precision_for
 from deepseek_jax.interop.hf_config import config_from_hf, config_to_hf
 from deepseek_jax.interop.importer import import_folder
 
-__all__ = ["Folder", "config_from_hf", "config_to_hf", "export_folder", "import_folder", "open_folder", "recipe_for"]
+__all__ = ["Folder", "config_from_hf", "config_to_hf", "export_folder", "import_folder", "open_folder", "precision_for"]

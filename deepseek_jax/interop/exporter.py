@@ -128,7 +128,7 @@ def _plan(table: Sequence[TensorSpec], dtype: str, max_shard_bytes: int) -> list
 def _entries(spec: TensorSpec, dtype: str) -> _Entries:
     if spec.is_router_bias or dtype == "float32":
         return {spec.name: ("F32", spec.shape)}
-    if dtype == "fp8" and spec.quantised:
+    if dtype == "fp8" and spec.quantized:
         return {spec.name: ("F8_E4M3", spec.shape), spec.scale_name: ("F32", spec.scale_shape)}
     return {spec.name: ("BF16", spec.shape)}
 
@@ -140,7 +140,7 @@ def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
 def _write_tensor(
     writer: ShardWriter, spec: TensorSpec, entries: _Entries, leaves: Mapping[tuple[str, ...], Any], power_of_two: bool
 ) -> dict[str, int]:
-    """Writes one tensor, with its scales if it is quantised. Returns its name and how many of the numbers written are
+    """Writes one tensor, with its scales if it is quantized. Returns its name and how many of the numbers written are
     NaN or infinite, if any."""
     value = _gathered(leaves[spec.path], spec)
     value = value.T if spec.transposed else value

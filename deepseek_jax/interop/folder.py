@@ -21,7 +21,7 @@ from deepseek_jax.interop.parts import fill
 from deepseek_jax.interop.safetensors_io import DTYPES, StoredTensor, read_folder
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.model.config import ModelConfig
-from deepseek_jax.precision import FP8Recipe, Recipe
+from deepseek_jax.precision import FP8Precision, Precision
 
 SHOWN = 10  # problems in one message
 _ROWS = 1024  # of a matrix, compared at a time
@@ -54,12 +54,12 @@ def shown(lines: Sequence[str]) -> str:
     return "\n  ".join([*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
-def recipe_for(path: str | Path, precision: Recipe) -> Recipe:
-    """The recipe `precision` as the weights of a Hugging Face folder want it: where its config.json says
-    scale_fmt="ue8m0" (DeepSeek-V3.1), an FP8 recipe's scales are powers of two, those of activations too. Raises
+def precision_for(path: str | Path, precision: Precision) -> Precision:
+    """The policy `precision` as the weights of a Hugging Face folder want it: where its config.json says
+    scale_fmt="ue8m0" (DeepSeek-V3.1), an FP8 policy's scales are powers of two, those of activations too. Raises
     CheckpointError as `open_folder` does."""
     powers_of_two = scale_format(read_config(Path(path)).get("quantization_config")) == "ue8m0"
-    return precision.with_powers_of_two() if powers_of_two and isinstance(precision, FP8Recipe) else precision
+    return precision.with_powers_of_two() if powers_of_two and isinstance(precision, FP8Precision) else precision
 
 
 def open_folder(path: str | Path) -> Folder:

@@ -24,7 +24,7 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
-def dequantise_rows(
+def dequantize_rows(
     values: np.ndarray, scale_inv: np.ndarray, corner: tuple[int, int] = (0, 0)
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """values e4m3 [rows, columns] -> (rows, float32 [at most 128, columns]), one row of blocks at a time.
@@ -46,7 +46,7 @@ def _quantize(w: jax.Array, power_of_two: bool) -> QTensor:
 
 
 def quantize(w: np.ndarray, power_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], as training quantises
+    """w [out, in] -> values e4m3 [out, in], scale_inv float32 [ceil(out/128), ceil(in/128)], as training quantizes
     weights (`kernels_pallas.quantize_block`): scale_inv = max(max|block|, 1e-4) / 448, rounded up to a power of two
     with `power_of_two`.
 

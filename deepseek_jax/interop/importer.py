@@ -42,8 +42,8 @@ def import_folder(
     """Reads a DeepSeek checkpoint in Hugging Face's layout.
 
     Returns its ModelConfig and {"params": …, "router_bias": …}: parameters in `dtype` ("float32" or "bfloat16"), the
-    routers' correction biases in float32. FP8 weights are dequantised by their block scales; with `dtype` "fp8" they
-    stay as they are, a QTensor of E4M3 values [in, out] and their scales, which the recipe `fp8_deepseek` multiplies
+    routers' correction biases in float32. FP8 weights are dequantized by their block scales; with `dtype` "fp8" they
+    stay as they are, a QTensor of E4M3 values [in, out] and their scales, which the policy `fp8_deepseek` multiplies
     with, and the others are bfloat16. They are numpy arrays, or with `shardings` jax arrays: `shardings(config)` is a
     tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)` is called after every
     tensor, or part of one, that is read. What is left out is logged as a warning.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.interop.fp8_blocks import BLOCK, dequantise_rows
+from deepseek_jax.interop.fp8_blocks import BLOCK, dequantize_rows
 from deepseek_jax.interop.safetensors_io import StoredTensor, read_tensor
 from deepseek_jax.interop.tensors import TensorSpec
 
@@ -65,13 +65,13 @@ def _converted_rows(
     spec: TensorSpec, stored: Mapping[str, StoredTensor], within: Part, dtype: np.dtype, bad: Counter[str]
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """The part `within` of the stored tensor -> (rows of the part, their values), at most 128 rows at a time;
-    dequantised unless `dtype` is E4M3."""
+    dequantized unless `dtype` is E4M3."""
     values = read_tensor(stored[spec.name], within)
     if stored[spec.name].dtype == "F8_E4M3" and values.dtype != dtype:
         blocks = tuple(range(axis.start // BLOCK, -(-axis.stop // BLOCK)) for axis in within)
         scales = read_tensor(stored[spec.scale_name], blocks)
         bad[spec.scale_name] += bad_scales(scales)
-        yield from dequantise_rows(values, scales, corner=(within[0].start, within[1].start))
+        yield from dequantize_rows(values, scales, corner=(within[0].start, within[1].start))
         return
     for start in range(0, len(values), BLOCK):
         rows = slice(start, start + BLOCK)

@@ -19,7 +19,7 @@ class TensorSpec:
     """One stored tensor and its place in our variables.
 
     It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` says
-    that our side is [in, out]. `quantised` tensors are FP8 with a scale in the released checkpoints. A `duplicate`
+    that our side is [in, out]. `quantized` tensors are FP8 with a scale in the released checkpoints. A `duplicate`
     repeats a tensor that another line of the table fills: it may be absent, and must agree where present
     (`folder.usable_folder`).
     """
@@ -30,7 +30,7 @@ class TensorSpec:
     index: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
     transposed: bool = False
-    quantised: bool = False
+    quantized: bool = False
     duplicate: bool = False
 
     @property
@@ -56,7 +56,7 @@ class TensorSpec:
     @property
     def scales(self) -> "TensorSpec":
         """The stored scales as a tensor of their own, at the same place."""
-        return dataclasses.replace(self, name=self.scale_name, shape=self.scale_shape, quantised=False)
+        return dataclasses.replace(self, name=self.scale_name, shape=self.scale_shape, quantized=False)
 
 
 class _Part(NamedTuple):
@@ -65,7 +65,7 @@ class _Part(NamedTuple):
     name: str
     path: str
     shape: tuple[int, ...]
-    quantised: bool = True
+    quantized: bool = True
     experts: int = 0
     collection: str = "params"
 
@@ -127,7 +127,7 @@ def _block(
                 index=index + ((expert,) if part.experts else ()),
                 stack=stack + ((part.experts,) if part.experts else ()),
                 transposed=len(part.shape) == 2,
-                quantised=part.quantised and len(part.shape) == 2,
+                quantized=part.quantized and len(part.shape) == 2,
             )
 
 
@@ -166,7 +166,7 @@ def _dense_ffn(config: ModelConfig) -> Iterator[_Part]:
 
 def _moe(config: ModelConfig) -> Iterator[_Part]:
     d, moe = config.hidden_size, config.moe
-    yield _Part("mlp.gate.weight", "ffn/router/kernel", (moe.num_experts, d), quantised=False)
+    yield _Part("mlp.gate.weight", "ffn/router/kernel", (moe.num_experts, d), quantized=False)
     if moe.correction_bias:
         yield _Part("mlp.gate.e_score_correction_bias", "ffn/router/bias", (moe.num_experts,), collection="router_bias")
     yield from _swiglu("mlp.experts.{}", "ffn/experts/{}", d, moe.intermediate_size, moe.num_experts)

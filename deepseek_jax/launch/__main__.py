@@ -115,7 +115,7 @@ def _launcher(flags: Namespace, name: str, workdir: Path) -> Launcher:
 
 
 def _dry_run(config: ConfigDict, name: str, topology: str, **options: Any) -> Mapping[str, Any]:
-    from deepseek_jax.accounting.dry_run import dry_run
+    from deepseek_jax.dry_run.dry_run import dry_run
 
     print(f"compiling {name} for {topology} …", flush=True)
     return dry_run(config, name, topology, **options)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from deepseek_jax.accounting.programs import PROGRAMS
+from deepseek_jax.dry_run.programs import PROGRAMS
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.stages import EvalStage, GRPOStage, Stage, TrainStage
 

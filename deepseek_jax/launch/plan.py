@@ -38,7 +38,7 @@ class Estimate:
 def plan(
     jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None
 ) -> list[Estimate]:
-    """An estimate for each job; `dry_run` is `accounting.dry_run.dry_run`, called once for runs that differ in their
+    """An estimate for each job; `dry_run` is `dry_run.dry_run.dry_run`, called once for runs that differ in their
     seed alone.
 
     On the CPU a finished run tells its own time, and others the time of the finished run nearest in FLOPs, in

@@ -110,9 +110,9 @@ def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
     points = without_seed_effects(points) if paired else points
     values = list(dict.fromkeys(by for _, by in points))
     fields = curve_fields(sweep, rows)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(values)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(values)))
     logarithmic = _scale(panel, [x for x, _ in points])
-    for number, (by, colour) in enumerate(zip(values, colours, strict=True)):
+    for number, (by, color) in enumerate(zip(values, colors, strict=True)):
         beside = 1.03 ** (number - (len(values) - 1) / 2) if logarithmic else 1  # bars at the same x stand side by side
         xs = ordered(x for x, other in points if other == by)
         runs = [list(points[x, by].values()) for x in xs]
@@ -121,7 +121,7 @@ def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
         name = None if not fields else by if len(fields) > 1 else _named(fields[0], by)
         places = [x * beside for x in xs] if logarithmic else [x if _is_number(x) else str(x) for x in xs]
         panel.errorbar(
-            places, means, yerr=spread, color=colour, marker="o", markersize=5, capsize=3, linewidth=1.5, label=name
+            places, means, yerr=spread, color=color, marker="o", markersize=5, capsize=3, linewidth=1.5, label=name
         )
     counts = sorted({len(seeds) for seeds in points.values()})
     seeds = (

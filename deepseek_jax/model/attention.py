@@ -19,7 +19,7 @@ from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, place
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import apply_rotary, rotary_angles, softmax_scale
-from deepseek_jax.precision import Recipe
+from deepseek_jax.precision import Precision
 from kernels_pallas import attention
 from kernels_pallas.attention.api import has_kernel
 from kernels_pallas.implementations import preferred
@@ -83,7 +83,7 @@ class SelfAttention:
     is a kernel (NVIDIA Hopper and TPUs, bfloat16) no scores exist at all, and `chunk` says nothing.
     """
 
-    precision: Recipe
+    precision: Precision
     placement: Placement
     scale: float
     chunk: int
@@ -93,7 +93,7 @@ class SelfAttention:
         """MLA as `Placement.attend` calls it -> [B, T, H, v], in float32 or, from a kernel, the compute dtype.
 
         queries: q [B, T, H, k], segment ids [B, T]; keys: latents [B, S, c], rotary keys [B, S, r], segment ids [B, S];
-        weights: their up-projection [c, H, n+v], as `Recipe.by_heads` divides it. The keys and values exist for
+        weights: their up-projection [c, H, n+v], as `Precision.by_heads` divides it. The keys and values exist for
         `heads_at_once` heads at a time.
         """
         (q_BTHk, query_segments_BT), (c_kv_BSc, k_rope_BSr, segments_BS), kv_b_cHm = queries, keys, weights
@@ -210,7 +210,7 @@ class LatentAttention(nn.Module):
 
     config: MLAConfig
     model: ModelConfig
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact
@@ -288,7 +288,7 @@ class GroupedQueryAttention(nn.Module):
 
     config: GQAConfig
     model: ModelConfig
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact

@@ -129,7 +129,7 @@ class MoEConfig:
 
     Routing is described by fields alone. `scoring` is "sigmoid" (V3) or "softmax" (V2). With `num_groups > 1` experts
     are chosen inside the best `topk_groups` groups, ranked by `group_score`: "top2_sum" (V3) or "max" (V2).
-    `norm_topk_prob` normalises the gates over the chosen experts; all gates are then multiplied by
+    `norm_topk_prob` normalizes the gates over the chosen experts; all gates are then multiplied by
     `routed_scaling_factor`. `correction_bias` adds V3's auxiliary-loss-free bias to the scores that choose.
     `implementation` is "grouped" (dropless grouped products) or "dense" (every expert sees every token: the oracle).
     """

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import Recipe
+from deepseek_jax.precision import Precision
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 def place(
     placement: Placement,
-    precision: Recipe,
+    precision: Precision,
     multiply: Callable[..., jax.Array],
     w: Any,
     role: str,
@@ -53,7 +53,7 @@ class Linear(nn.Module):
     features: int
     axes: tuple[str, str]
     init_std: float
-    precision: Recipe
+    precision: Precision
     placement: Placement
     role: str = "linear"
 
@@ -82,7 +82,7 @@ class SwiGLU(nn.Module):
 
     features: int
     init_std: float
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact

@@ -12,14 +12,14 @@ from deepseek_jax.model.layers import SwiGLU
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.router import Router
 from deepseek_jax.model.rows import from_rows, lay_out, to_rows
-from deepseek_jax.precision import Recipe
-from kernels_pallas import Prepared, swiglu
+from deepseek_jax.precision import Precision
+from kernels_pallas import PreQuantized, swiglu
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
 def grouped_experts(
-    precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array
+    precision: Precision, kind: str, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array
 ) -> jax.Array:
     """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or
     more."""
@@ -32,7 +32,7 @@ def grouped_experts(
 
 
 def dense_experts(
-    precision: Recipe, kind: str, weights: Weights, x_ND: jax.Array | Prepared, expert_ids_NK: jax.Array
+    precision: Precision, kind: str, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array
 ) -> jax.Array:
     """The same with every token through every expert: the oracle."""
     del kind
@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
     config: MoEConfig
     init_std: float
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact
@@ -96,7 +96,7 @@ class MoE(nn.Module):
 
     config: MoEConfig
     init_std: float
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.layers import Linear, RMSNorm
 from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import Recipe
+from deepseek_jax.precision import Precision
 
 
 def shift_left(x_BT: jax.Array, k: int) -> jax.Array:
@@ -25,7 +25,7 @@ class MTPModule(nn.Module):
     """
 
     config: ModelConfig
-    precision: Recipe
+    precision: Precision
     placement: Placement
     block: type[nn.Module]
 

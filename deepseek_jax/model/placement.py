@@ -19,7 +19,7 @@ def combine(y_NKD: jax.Array, gates_NK: jax.Array, dtype: jnp.dtype) -> jax.Arra
 class Placement:
     """One device: nothing to place and nothing to send. `parallel.placement` has the one for meshes.
 
-    Hashable: it is a static field of the network beside the precision recipe.
+    Hashable: it is a static field of the network beside the precision.
     """
 
     @property

@@ -138,14 +138,14 @@ def expert_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
     return sequence_balance_loss(stats, top_k)
 
 
-def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array | float, centred: bool = False) -> jax.Array:
+def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array | float, zero_sum: bool = False) -> jax.Array:
     """Auxiliary-loss-free balancing (V3 §2.1.2, Loss-Free Balancing Alg. 1): b += rate · sign(mean load - load).
 
-    `counts` are selections summed over the whole global batch. `centred` subtracts the mean of the signs, as Moonlight
+    `counts` are selections summed over the whole global batch. `zero_sum` subtracts the mean of the signs, as Moonlight
     does, so that the biases' sum stays constant. float32 in, float32 out; a layer without tokens keeps its bias.
     """
     step_LE = jnp.sign(jnp.mean(counts_LE, axis=-1, keepdims=True) - counts_LE)
-    if centred:
+    if zero_sum:
         step_LE = step_LE - jnp.mean(step_LE, axis=-1, keepdims=True)
     return bias_LE + rate * step_LE
 

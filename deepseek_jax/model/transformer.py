@@ -16,7 +16,7 @@ from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.router import RoutingStats
-from deepseek_jax.precision import Recipe, recipe
+from deepseek_jax.precision import Precision, get_precision
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     moe: MoEConfig | None
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     @nn.compact
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """DeepSeek's network. `precision` is the recipe its products use, `placement` where its parts lie.
+    """DeepSeek's network. `precision` is the number format of its products, `placement` where its parts lie.
 
     Call: tokens [B, T] int32;
       segment_ids [B, T] int32, 0 = padding, attention stays inside a segment (default: one document);
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    precision: Recipe = recipe("float32")
+    precision: Precision = get_precision("float32")
     placement: Placement = Placement()
 
     def setup(self):
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
-        flat = self.placement.flatten(hidden)  # one plain matrix product where that is possible (see Recipe.linear)
+        flat = self.placement.flatten(hidden)  # one plain matrix product where that is possible (see Precision.linear)
         if self.config.tie_embeddings:
             logits = self.precision.einsum("...D,VD->...V", flat, self.embed.embedding)
         else:
@@ -203,7 +203,7 @@ def init_variables(model: Transformer, rng: jax.Array, shardings: Any = None) ->
 
     `shardings`, a tree like them, says where each is made.
     """
-    # Dozens of small samplers: on CPU, optimising their code takes far longer than running it once.
+    # Dozens of small samplers: on CPU, optimizing their code takes far longer than running it once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     init = jax.jit(
         lambda rng: nn.meta.unbox(_boxed_init(model, rng)), compiler_options=options, out_shardings=shardings

@@ -23,7 +23,7 @@ from jax import lax
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
-from kernels_pallas import Prepared, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
+from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
 FORMATS = ("compute", "fp8")
@@ -40,14 +40,14 @@ class DispatchConfig:
     suits few peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold
     `buffer_factor` times the rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a
     power-of-two scale for each 1 x 128 tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and
-    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `overlap` runs every layer on
-    two halves of the rows side by side (see `overlap.TwoMicrobatches`).
+    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `dual_batch` runs every layer on
+    two halves of the rows side by side (see `dual_batch.DualBatchBlock`).
     """
 
     exchange: str = "auto"
     buffer_factor: float = 2.0
     format: str = "compute"
-    overlap: bool = False
+    dual_batch: bool = False
 
     def __post_init__(self):
         for field, allowed in (("exchange", EXCHANGES), ("format", FORMATS)):
@@ -153,13 +153,13 @@ class Exchange:
             axis_name=self.axes,
         )
 
-    def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
+    def move_tokens(self, plan: Plan, x_SD: jax.Array) -> jax.Array | PreQuantized:
         """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
         if not self.fp8:
             return self.move(plan, x_SD)
         q_SD = quantize(x_SD, SENT, implementation="xla")  # the compiler joins it to the gather of the rows
         q_RD = QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile)
-        return Prepared(dequantize(q_RD, x_SD.dtype), q_RD)
+        return PreQuantized(dequantize(q_RD, x_SD.dtype), q_RD)
 
     def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
         """What the experts make of this round's pairs, weighted and summed: [N, D]."""
@@ -170,8 +170,8 @@ class Exchange:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | Prepared:
-    """Dispatch: [S, D] -> [R, D], quantised if that is how it travels: experts in FP8 multiply the very numbers that
+def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | PreQuantized:
+    """Dispatch: [S, D] -> [R, D], quantized if that is how it travels: experts in FP8 multiply the very numbers that
     came (V3 §3.3.3). Its gradient is a combine, in x's dtype."""
     return exchange.move_tokens(plan, x_SD)
 

@@ -94,7 +94,7 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
 
     From here on only process 0 prints to stdout, and a process that is killed ends all others within a minute, with a
     message that ends in `saved()`, which says what there is to go on from, and exit status `LOST`. SIGTERM is
-    left to jax, see `training.stopping`. Raises ConfigError if the others are not there within CONNECT_SECONDS.
+    left to jax, see `training.preemption`. Raises ConfigError if the others are not there within CONNECT_SECONDS.
     """
     if hosts is None or hosts.num_processes == 1:
         return

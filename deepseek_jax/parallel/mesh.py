@@ -25,7 +25,7 @@ class MeshConfig:
     """`config.mesh` of an experiment. The sizes multiply to the number of devices; one of them may be -1, the rest.
 
     data     replicas of the weights, each with its share of the batch
-    fsdp     shares of the batch and of weights and optimiser state
+    fsdp     shares of the batch and of weights and optimizer state
     expert   shares of the batch and of the experts: tokens travel to their experts and back
     context  shares of each sequence; attention gathers the compressed latents
     tensor   shares of heads, feed-forward width and vocabulary
@@ -98,17 +98,17 @@ def nearest_mesh(wanted: Mapping[str, int], num_devices: int, fits: Fits) -> dic
         apart = sum(abs(math.log2(sizes[axis] / wanted[axis])) for axis in AXES)
         return apart, sum(1 + further.index(axis) for axis in AXES if wanted[axis] == 1 < sizes[axis])
 
-    candidates = (dict(zip(AXES, sizes, strict=True)) for sizes in _factorisations(num_devices, len(AXES)))
+    candidates = (dict(zip(AXES, sizes, strict=True)) for sizes in _factorizations(num_devices, len(AXES)))
     return min((sizes for sizes in candidates if fits(sizes) is None), key=distance, default=None)
 
 
-def _factorisations(number: int, parts: int) -> list[tuple[int, ...]]:
+def _factorizations(number: int, parts: int) -> list[tuple[int, ...]]:
     if parts == 1:
         return [(number,)]
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return list(
         itertools.chain.from_iterable(
-            ((d, *rest) for rest in _factorisations(number // d, parts - 1)) for d in divisors
+            ((d, *rest) for rest in _factorizations(number // d, parts - 1)) for d in divisors
         )
     )
 

@@ -12,16 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.model.placement import Placement, combine
 from deepseek_jax.parallel.dispatch import DispatchConfig, dispatched, gathered
-from deepseek_jax.parallel.overlap import two_microbatches
+from deepseek_jax.parallel.dual_batch import dual_batch_block
 from deepseek_jax.parallel.rules import Rules, build_rules, divide
 from kernels_pallas import QTensor, vary
 from kernels_pallas.implementations import device_kind
 
-TILE = 128  # numbers that share a scale where a product quantises its weight itself
+TILE = 128  # numbers that share a scale where a product quantizes its weight itself
 
 
 def tile_of(w: Any) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in a weight that comes quantised; None for any other."""
+    """Rows and columns that share a scale in a weight that comes quantized; None for any other."""
     tiles = [
         leaf.tile
         for leaf in jax.tree.leaves(w, is_leaf=lambda leaf: isinstance(leaf, QTensor))
@@ -60,7 +60,7 @@ class MeshPlacement(Placement):
         return self._shards("batch", "length")
 
     def schedule(self, block: type) -> type:
-        return two_microbatches(block) if self.dispatch.overlap else block
+        return dual_batch_block(block) if self.dispatch.dual_batch else block
 
     def mesh_axes(
         self, names: Sequence[str | None], shape: Sequence[int], prefix: str = ""

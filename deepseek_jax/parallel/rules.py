@@ -10,7 +10,7 @@ from deepseek_jax.parallel.mesh import AXES
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 # A dimension is divided by the axes of its row, first to last, as far as they divide it evenly and no dimension before
-# it has taken them. A row "optimizer.NAME" replaces NAME for the optimiser's moments: {"embed": None,
+# it has taken them. A row "optimizer.NAME" replaces NAME for the optimizer's moments: {"embed": None,
 # "optimizer.embed": "fsdp"} is ZeRO-1, the rows below ZeRO-3.
 RULES: dict[str, tuple[str, ...]] = {
     # activations

@@ -41,7 +41,7 @@ def state_sharding(model: Transformer, abstract_state: Any) -> Any:
     """A NamedSharding for every leaf of a training state, of whatever kind.
 
     A leaf is known by the end of its path: moments, references and copies of a parameter lie where the parameter does,
-    but for the optimiser's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all
+    but for the optimizer's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all
     devices.
     """
     if not isinstance(model.placement, MeshPlacement):

@@ -1,4 +1,4 @@
-"""Which matrix product runs in which number format, by recipe name."""
+"""Precision policies by name: the number format of each matrix product."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,24 +8,24 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import change, is_mapping
-from deepseek_jax.precision.fp8 import FP8Recipe
-from deepseek_jax.precision.recipe import Recipe
+from deepseek_jax.precision.fp8 import FP8Precision
+from deepseek_jax.precision.policy import Precision
 
 _FLOAT32, _BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
-RECIPES = {
-    "float32": Recipe("float32", _FLOAT32, _FLOAT32, jax.lax.Precision.HIGHEST),
-    "bfloat16": Recipe("bfloat16", _FLOAT32, _BFLOAT16, jax.lax.Precision.DEFAULT),
-    "fp8_deepseek": FP8Recipe("fp8_deepseek", _FLOAT32, _BFLOAT16, jax.lax.Precision.DEFAULT),
+PRECISIONS = {
+    "float32": Precision("float32", _FLOAT32, _FLOAT32, jax.lax.Precision.HIGHEST),
+    "bfloat16": Precision("bfloat16", _FLOAT32, _BFLOAT16, jax.lax.Precision.DEFAULT),
+    "fp8_deepseek": FP8Precision("fp8_deepseek", _FLOAT32, _BFLOAT16, jax.lax.Precision.DEFAULT),
 }
 
 
-def recipe(spec: str | Mapping[str, Any]) -> Recipe:
-    """The recipe called `spec`, or {"name": …, fields that differ from it}, nested as the recipe's own fields are.
+def get_precision(spec: str | Mapping[str, Any]) -> Precision:
+    """The policy called `spec`, or {"name": …, fields that differ from it}, nested as the policy's own fields are.
 
     Raises ConfigError for an unknown name or field, with the nearest, and for a value that a field does not take.
     """
     fields = {"name": spec} if isinstance(spec, str) else dict(spec.items()) if is_mapping(spec) else {"name": spec}
     name = fields.pop("name", None)
-    if not isinstance(name, str) or name not in RECIPES:
-        raise ConfigError(f"unknown precision {name!r}: {nearest(str(name), RECIPES)}")
-    return change(RECIPES[name], fields, "config.precision")
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise ConfigError(f"unknown precision {name!r}: {nearest(str(name), PRECISIONS)}")
+    return change(PRECISIONS[name], fields, "config.precision")

@@ -18,34 +18,34 @@ class Advantages:
 
 
 def group_advantages(
-    rewards_B: jax.Array, group_size: int, normalisation: str = "group_std", eps: float = 1e-4, std_floor: float = 1e-3
+    rewards_B: jax.Array, group_size: int, normalization: str = "group_std", eps: float = 1e-4, std_floor: float = 1e-3
 ) -> Advantages:
     """A_i = (r_i - mean(r)) / std(r) over the G completions of one prompt (DeepSeekMath §4.1.2, R1 eq. 3).
 
-    `normalisation` is the divisor: "group_std" as published, "none" (Dr. GRPO; V3.2 §3.1), or "batch_std", the
+    `normalization` is the divisor: "group_std" as published, "none" (Dr. GRPO; V3.2 §3.1), or "batch_std", the
     deviation of the whole batch of rewards. Deviations are populational (ddof 0) and taken in two passes, because
     E[r^2] - E[r]^2 in float32 turns equal rewards into a small number that would then be divided by; the divisor is
     max(std, std_floor) + eps. A sample whose reward is not finite gets advantage 0 and enters no statistic.
     """
     rewards_QG, valid_QG = _grouped(rewards_B, group_size)
-    centred_QG, std_Q1 = _centre(rewards_QG, valid_QG, axis=1)
+    centered_QG, std_Q1 = _center(rewards_QG, valid_QG, axis=1)
     live_QG = valid_QG & (_spread(rewards_QG, valid_QG) > EQUAL_WITHIN)
 
-    if normalisation == "group_std":
+    if normalization == "group_std":
         divisor = jnp.maximum(std_Q1, std_floor) + eps
-    elif normalisation == "batch_std":
-        divisor = jnp.maximum(_centre(rewards_QG, valid_QG, axis=None)[1], std_floor) + eps
-    elif normalisation == "none":
+    elif normalization == "batch_std":
+        divisor = jnp.maximum(_center(rewards_QG, valid_QG, axis=None)[1], std_floor) + eps
+    elif normalization == "none":
         divisor = 1.0
     else:
-        raise ValueError(f"normalisation={normalisation!r}: 'group_std', 'batch_std' or 'none'")
+        raise ValueError(f"normalization={normalization!r}: 'group_std', 'batch_std' or 'none'")
 
-    advantages_QG = jnp.where(live_QG, centred_QG / divisor, 0.0)
+    advantages_QG = jnp.where(live_QG, centered_QG / divisor, 0.0)
     return Advantages(advantages_QG.reshape(-1), valid_QG.reshape(-1), live_QG.reshape(-1))
 
 
 def group_metrics(rewards_B: jax.Array, group_size: int, correct_B: jax.Array | None = None) -> dict[str, jax.Array]:
-    """Counters a run is watched by; `health` turns them into words.
+    """Counters a run is watched by; `diagnostics` turns them into words.
 
     `reward_mean` and `reward_std` are over valid samples, the latter averaged over groups that have any; NaN where
     there are none. `zero_variance_fraction` is the share of groups that give no gradient; given which completions are
@@ -53,7 +53,7 @@ def group_metrics(rewards_B: jax.Array, group_size: int, correct_B: jax.Array | 
     judged completions are all right, or all wrong.
     """
     rewards_QG, valid_QG = _grouped(rewards_B, group_size)
-    std_Q1 = _centre(rewards_QG, valid_QG, axis=1)[1]
+    std_Q1 = _center(rewards_QG, valid_QG, axis=1)[1]
     metrics = {
         "reward_mean": finite_mean(jnp.where(valid_QG, rewards_QG, jnp.nan)),
         "reward_std": finite_mean(jnp.where(valid_QG.any(1, keepdims=True), std_Q1, jnp.nan)),
@@ -90,11 +90,11 @@ def _grouped(rewards_B: jax.Array, group_size: int) -> tuple[jax.Array, jax.Arra
     return jnp.where(valid_QG, rewards_QG, 0.0), valid_QG
 
 
-def _centre(rewards_QG: jax.Array, valid_QG: jax.Array, axis: int | None) -> tuple[jax.Array, jax.Array]:
+def _center(rewards_QG: jax.Array, valid_QG: jax.Array, axis: int | None) -> tuple[jax.Array, jax.Array]:
     """Deviations from the mean over `axis` (None: everything), and their root mean square."""
     count = jnp.maximum(valid_QG.sum(axis, keepdims=True), 1)
-    centred_QG = jnp.where(valid_QG, rewards_QG - rewards_QG.sum(axis, keepdims=True) / count, 0.0)
-    return centred_QG, jnp.sqrt((centred_QG**2).sum(axis, keepdims=True) / count)
+    centered_QG = jnp.where(valid_QG, rewards_QG - rewards_QG.sum(axis, keepdims=True) / count, 0.0)
+    return centered_QG, jnp.sqrt((centered_QG**2).sum(axis, keepdims=True) / count)
 
 
 def _spread(rewards_QG: jax.Array, valid_QG: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ CHOICES = {
     "kl_estimator": ("k1", "k2", "k3", "unbiased_k3"),
     "aggregation": ("sequence_mean", "token_mean", "constant"),
     "denominator": ("all", "live"),
-    "advantage_normalisation": ("group_std", "none", "batch_std"),
+    "advantage_normalization": ("group_std", "none", "batch_std"),
     "on_reward_error": ("raise", "skip"),
 }
 AT_LEAST_ONE = (
@@ -32,13 +32,13 @@ AT_LEAST_ZERO = (
     "advantage_eps",
     "advantage_std_floor",
     "overlong_buffer",
-    "bias_update_rate",
+    "bias_update_speed",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig:
-    """Group relative policy optimisation (DeepSeekMath §4, R1 §2.1). A "step" is one optimiser update, as in R1.
+    """Group relative policy optimization (DeepSeekMath §4, R1 §2.1). A "step" is one optimizer update, as in R1.
 
     Rollout: `prompts_per_rollout` prompts with `group_size` completions each, drawn with `temperature` from the whole
     vocabulary, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the
@@ -56,9 +56,9 @@ class GRPOConfig:
     `on_reward_error="skip"` gives a completion whose Python reward failed no reward, so that it trains nothing; "raise"
     stops the run.
 
-    `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_rate` is gamma of the
+    `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_speed` is gamma of the
     auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's
-    optimiser.
+    optimizer.
     """
 
     group_size: int = 16
@@ -79,7 +79,7 @@ class GRPOConfig:
     off_policy_delta: float | None = None
     reference_refresh_every: int = 400
     ref_mix: float = 1.0
-    advantage_normalisation: str = "group_std"
+    advantage_normalization: str = "group_std"
     advantage_eps: float = 1e-4
     advantage_std_floor: float = 1e-3
     temperature: float = 1.0
@@ -91,7 +91,7 @@ class GRPOConfig:
     wrong_reward: float = 0.0
     on_reward_error: str = "raise"
     replay_experts: bool = False
-    bias_update_rate: float = 0.0
+    bias_update_speed: float = 0.0
 
     def __post_init__(self):
         for field, allowed in CHOICES.items():
@@ -156,7 +156,7 @@ class GRPOConfig:
 
     @property
     def minibatch_size(self) -> int:
-        """Completions per optimiser step."""
+        """Completions per optimizer step."""
         return self.completions_per_rollout // self.num_minibatches
 
     @property
@@ -170,7 +170,7 @@ class GRPOConfig:
 
     @property
     def rollouts(self) -> int:
-        """Rollouts needed for `steps` optimiser steps, the last one used in full."""
+        """Rollouts needed for `steps` optimizer steps, the last one used in full."""
         return -(-self.steps // self.steps_per_rollout)
 
     def replace(self, **changes) -> "GRPOConfig":
@@ -250,7 +250,7 @@ def v32() -> GRPOConfig:
     mask, Keep Routing. The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
     """
     return r1_stage1().replace(
-        advantage_normalisation="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
+        advantage_normalization="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
     )
 
 
@@ -284,7 +284,7 @@ def dr_grpo() -> GRPOConfig:
         num_minibatches=8,
         learning_rate=1e-6,
         aggregation="constant",
-        advantage_normalisation="none",
+        advantage_normalization="none",
         kl_coefficient=0.0,
         reference_refresh_every=0,
         max_completion_length=3_000,

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation as jitted functions (DeepSeekMath §4.1, R1 §2.1).
+"""Group relative policy optimization as jitted functions (DeepSeekMath §4.1, R1 §2.1).
 
 Where every reward is in-graph, `iteration` is one call: sample problems, roll out, reward, advantages, all minibatch
 updates with the router's bias, reference refresh. Otherwise `sample` and `learn` are the two halves around the Python
@@ -29,7 +29,7 @@ from deepseek_jax.training.step import guarded_update, load_metrics
 
 @flax.struct.dataclass
 class GRPOState(TrainState):
-    """`step` counts optimiser updates, as R1's "steps" do. `reference` is the policy the KL term holds on to, None
+    """`step` counts optimizer updates, as R1's "steps" do. `reference` is the policy the KL term holds on to, None
     without one."""
 
     reference: dict[str, Any] | None  # {"params", "router_bias"}
@@ -122,7 +122,7 @@ class GRPO:
         advantages = group_advantages(
             rewards_B,
             config.group_size,
-            config.advantage_normalisation,
+            config.advantage_normalization,
             eps=config.advantage_eps,
             std_floor=config.advantage_std_floor,
         )
@@ -152,7 +152,7 @@ class GRPO:
         return state, metrics, samples, rewards_B
 
     def _update(self, state: GRPOState, trajectories: Trajectories, advantages_B: jax.Array, live_B: jax.Array):
-        """One optimiser step on one minibatch -> (state, metrics)."""
+        """One optimizer step on one minibatch -> (state, metrics)."""
         config = self.config
 
         def log_probs(variables, trajectories):
@@ -180,7 +180,9 @@ class GRPO:
             return loss, (metrics, loads)
 
         (loss, (metrics, loads)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        state, metrics["grad_norm"] = guarded_update(state, self.optimizer, loss, grads, loads, config.bias_update_rate)
+        state, metrics["grad_norm"] = guarded_update(
+            state, self.optimizer, loss, grads, loads, config.bias_update_speed
+        )
         if loads:
             metrics |= {name: value for name, value in load_metrics(loads).items() if value.ndim != 1}
         return self._refresh(state), metrics

@@ -16,14 +16,14 @@ from jax.experimental.multihost_utils import process_allgather
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.parallel.hosts import from_primary
+from deepseek_jax.rl.diagnostics import Diagnostics, DiagnosticsConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, abstract_grpo_state, grpo_state
-from deepseek_jax.rl.health import Health, HealthConfig
 from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
-from deepseek_jax.training.stopping import Terminated, stop_signals
+from deepseek_jax.training.preemption import Terminated, stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,15 @@ def train_grpo(
     variables: Mapping[str, Any],
     workdir: pathlib.Path,
     *,
-    health: HealthConfig = HealthConfig(),
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig(),
     seed: int = 0,
     name: str = "grpo",
 ) -> GRPOState:
-    """Trains from `variables` until `grpo.config.steps` optimiser steps are made, or goes on from `workdir`'s newest
+    """Trains from `variables` until `grpo.config.steps` optimizer steps are made, or goes on from `workdir`'s newest
     checkpoint.
 
     Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in
-    `workdir`. Weights, optimiser, reference and random state are all in the checkpoint, so that a run that was killed
+    `workdir`. Weights, optimizer, reference and random state are all in the checkpoint, so that a run that was killed
     goes on bit for bit. SIGTERM or Ctrl-C saves and raises `Terminated`. Raises RewardError for a reward that fails.
     Whatever is raised, the rollouts that were finished are saved first, where their state is still there.
     """
@@ -102,7 +102,7 @@ def train_grpo(
         if done >= total and (beyond or evaluated or evaluation_due() is None):
             return state
         writer = MetricsWriter(workdir, last_step=int(state.step), group="rl")
-        progress, watch = Progress(name, total, done), Health(health)
+        progress, watch = Progress(name, total, done), Diagnostics(diagnostics)
         for line in logged:  # what was said before a run stopped is not said again
             watch.observe(line)
         clock.begin(done)

@@ -1,7 +1,7 @@
 """The GRPO loss, one pure function per equation, in float32.
 
 Axes: B completions, N completion tokens. `mask_BN` is 1 on the real tokens of a completion, its end-of-sequence token
-included. `logp_BN` is log pi_theta, `old_logp_BN` the log-probability the sampler drew the token with (the behaviour
+included. `logp_BN` is log pi_theta, `old_logp_BN` the log-probability the sampler drew the token with (the behavior
 policy pi_old, temperature applied), `ref_logp_BN` that of the reference policy. Values outside the mask may be
 anything, NaN included: they are replaced before they enter a formula, so that they can't reach the gradient either.
 """
@@ -35,7 +35,7 @@ def policy_ratio(log_ratio_BN: jax.Array, mask_BN: jax.Array, level: str) -> jax
 def clipped_surrogate(
     ratio_BN: jax.Array, advantages_B: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> jax.Array:
-    """min(r A, clip(r, 1 - low, 1 + high) A) per token (DeepSeekMath eq. 3); to be maximised.
+    """min(r A, clip(r, 1 - low, 1 + high) A) per token (DeepSeekMath eq. 3); to be maximized.
 
     With `low` >= 1 the lower bound is never active: R1's epsilon of 10 clips at ratio 11 only. `dual_clip` = c > 1
     bounds the term by c A where A < 0, where r A is otherwise unbounded.
@@ -106,7 +106,7 @@ def grpo_loss(
     finished_B: jax.Array | None = None,
     live_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-J of DeepSeekMath eq. 3 and its relatives, as `config` says: a scalar to minimise, and metrics.
+    """-J of DeepSeekMath eq. 3 and its relatives, as `config` says: a scalar to minimize, and metrics.
 
     `ref_logp_BN` is needed where `config.kl_coefficient > 0`, `finished_B` (end-of-sequence reached) where
     `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through

@@ -1,1 +1,1 @@
-"""Pre-training and supervised fine-tuning: objective, optimiser, the jitted step, the loop, checkpoints and metrics."""
+"""Pre-training and supervised fine-tuning: objective, optimizer, the jitted step, the loop, checkpoints and metrics."""

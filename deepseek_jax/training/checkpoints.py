@@ -166,7 +166,7 @@ class Checkpoints:
 
         `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that
         is None in it is let go. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it
-        is used. Raises CheckpointError for a checkpoint of another model or optimiser, naming the first difference, if
+        is used. Raises CheckpointError for a checkpoint of another model or optimizer, naming the first difference, if
         every checkpoint is damaged (training anew over them is the caller's decision), and if there is none of `last`.
         """
         steps, damaged = json.loads(from_primary(json.dumps(self.steps()))), []
@@ -263,7 +263,7 @@ class Checkpoints:
 def load_variables(
     path, best: bool = False, shardings: Callable[[ModelConfig], Any] | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, {"params", "router_bias"}) of a checkpoint, without its optimiser state: for inference and later stages.
+    """(config, {"params", "router_bias"}) of a checkpoint, without its optimizer state: for inference and later stages.
 
     `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where
     it gives None, the first device gets all.
@@ -486,7 +486,7 @@ def _refuse_other_leaves(described: Mapping[str, Mapping[str, Any]], tree, where
     differs = _first_difference(found, wanted, "state")
     if differs:
         raise CheckpointError(
-            f"{where} does not fit this model and optimiser: {differs}; use another workdir or those settings"
+            f"{where} does not fit this model and optimizer: {differs}; use another workdir or those settings"
         )
 
 

@@ -14,11 +14,11 @@ from deepseek_jax.training.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A stage of `steps` optimiser steps.
+    """A stage of `steps` optimizer steps.
 
     `batch_size` (sequences a step, over steps) is None where every batch is what the loader gives; a schedule ramps
     it, and each new size compiles once more. `microbatch` sequences are differentiated at a time (0: all at once).
-    `router_bias_rate` is V3's γ, `router_bias_centred` Moonlight's variant. Every `eval_every` steps, and at the end,
+    `bias_update_speed` is V3's γ, `bias_update_zero_sum` Moonlight's variant. Every `eval_every` steps, and at the end,
     the held-out loss is taken over `eval_batches` batches (None: all). Every `checkpoint_every` steps, and at the
     end, a checkpoint is written; the newest `keep_last` and the best `keep_best` by bits per byte stay. 0 switches off
     what happens every so often, not what happens at the end.
@@ -27,8 +27,8 @@ class TrainConfig:
     steps: int
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    router_bias_rate: Schedule = Schedule(0.001)
-    router_bias_centred: bool = False
+    bias_update_speed: Schedule = Schedule(0.001)
+    bias_update_zero_sum: bool = False
     batch_size: Schedule | None = None
     microbatch: int = 0
     log_every: int = free(10)
@@ -45,8 +45,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: at least {least}")
-        if min(self.router_bias_rate.values) < 0:
-            raise ConfigError(f"train.router_bias_rate goes down to {min(self.router_bias_rate.values):g}: 0 or more")
+        if min(self.bias_update_speed.values) < 0:
+            raise ConfigError(f"train.bias_update_speed goes down to {min(self.bias_update_speed.values):g}: 0 or more")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ConfigError(f"train.eval_batches={self.eval_batches}: at least 1, or None for all")
 
@@ -65,7 +65,7 @@ class TrainConfig:
         """
         if is_mapping(fields):  # schedules are built over so many
             if "steps" not in fields:
-                raise ConfigError(f"missing field {path}.steps: how many optimiser steps to make")
+                raise ConfigError(f"missing field {path}.steps: how many optimizer steps to make")
             context = {**context, "steps": convert(fields["steps"], int, f"{path}.steps")}
             if context["steps"] < 1:
                 raise ConfigError(f"{path}.steps={context['steps']}: at least 1")

@@ -24,18 +24,18 @@ def _log_probs_fwd(logits_BTV, targets_BT):
     sum_BT = jnp.sum(weights_BTV, axis=-1)
     # of the logits, over p; in the same pass as the sum
     mean_BT = jnp.sum(weights_BTV * (logits_BTV - shift_BT1), axis=-1) / sum_BT
-    normaliser_BT = checkpoint_name(jnp.log(sum_BT) + shift_BT1[..., 0], KEPT)
+    normalizer_BT = checkpoint_name(jnp.log(sum_BT) + shift_BT1[..., 0], KEPT)
     entropy_BT = checkpoint_name(jnp.log(sum_BT) - mean_BT, KEPT)
-    logp_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - normaliser_BT
-    return (logp_BT, entropy_BT), (logits_BTV, targets_BT, normaliser_BT, entropy_BT)
+    logp_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0] - normalizer_BT
+    return (logp_BT, entropy_BT), (logits_BTV, targets_BT, normalizer_BT, entropy_BT)
 
 
 def _log_probs_bwd(residuals, cotangents):
     """∂ log p(t) = 1[v = t] - p(v) and ∂H = -p(v) (log p(v) + H): one pass over the logits, where jax's own rule
     scatters into an array of their size."""
-    logits_BTV, targets_BT, normaliser_BT, entropy_BT = residuals
+    logits_BTV, targets_BT, normalizer_BT, entropy_BT = residuals
     dlogp_BT1, dentropy_BT1 = (x_BT[..., None] for x_BT in cotangents)
-    logp_BTV = logits_BTV - normaliser_BT[..., None]
+    logp_BTV = logits_BTV - normalizer_BT[..., None]
     target_BTV = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype) == targets_BT[..., None]
     p_BTV = jnp.exp(logp_BTV)
     return dlogp_BT1 * (target_BTV - p_BTV) - dentropy_BT1 * p_BTV * (logp_BTV + entropy_BT[..., None]), None

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.data.position import gather
+from deepseek_jax.data.loader_state import gather
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import global_batch
@@ -22,9 +22,9 @@ from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.optimizer import build_optimizer
+from deepseek_jax.training.preemption import Terminated, stop_signals
 from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
 from deepseek_jax.training.step import make_train_step
-from deepseek_jax.training.stopping import Terminated, stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def train(
     started again with the same arguments gives bit-identical weights and log lines. `open_loader()` is called if there
     are steps to make, and the loader closed however they end. `held_out()` starts a pass over held-out batches; the
     first one is looked at before the first step. `flops_per_token` (forward and backward) adds FLOP/s to the log,
-    `peak_flops` the utilisation.
+    `peak_flops` the utilization.
 
     SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). An exception is
     passed on after the step that was reached is saved (`Checkpoints.rescue`). Raises DataError for data that cannot be
@@ -102,9 +102,9 @@ def train(
             config.objective,
             optimizer,
             config.optimizer.learning_rate,
-            config.router_bias_rate,
+            config.bias_update_speed,
             microbatch=config.microbatch,
-            centred=config.router_bias_centred,
+            zero_sum=config.bias_update_zero_sum,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=step)))

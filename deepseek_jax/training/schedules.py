@@ -194,7 +194,7 @@ def deepseek_v3_mtp_weight(steps: int | None = None) -> Schedule:
     return Schedule(0.3, (Segment("constant", boundary, 0.3), Segment("constant", 0, 0.1)))
 
 
-def deepseek_v3_bias_rate(steps: int | None = None) -> Schedule:
+def deepseek_v3_bias_speed(steps: int | None = None) -> Schedule:
     """V3 §4.2: γ is 0.001 for the first 14.3T tokens and 0 for the last 500B."""
     boundary, _ = _boundaries((14.3e12, V3_TOKENS), V3_BATCH, steps)
     return Schedule(0.001, (Segment("constant", boundary, 0.001), Segment("constant", 0, 0.0)))
@@ -233,7 +233,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     f.__name__: f
     for f in (
         *(constant, ramp, switch, cosine, step_decay, moonlight),
-        *(deepseek_v3, deepseek_v3_mtp_weight, deepseek_v3_bias_rate, deepseek_v2, deepseek_v2_lite),
+        *(deepseek_v3, deepseek_v3_mtp_weight, deepseek_v3_bias_speed, deepseek_v2, deepseek_v2_lite),
     )
 }
 

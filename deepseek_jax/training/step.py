@@ -1,4 +1,4 @@
-"""One optimiser step as one jitted function: microbatches, gradients, update, router bias, and what to report."""
+"""One optimizer step as one jitted function: microbatches, gradients, update, router bias, and what to report."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -24,24 +24,24 @@ def make_train_step(
     objective: ObjectiveConfig,
     optimizer: optax.GradientTransformation,
     learning_rate: Schedule,
-    bias_rate: Schedule,
+    bias_update_speed: Schedule,
     *,
     microbatch: int = 0,
-    centred: bool = False,
+    zero_sum: bool = False,
 ) -> TrainStep:
     """-> jitted train_step(state, batch) -> (state, metrics). The state is donated: use the returned one.
 
     batch: int32 [B, T] each of tokens, segment_ids, positions, loss_mask. `microbatch` sequences are differentiated at
     a time (0: all B at once); it has to divide B. A step whose loss or gradient is not finite changes neither weights,
-    nor biases, nor moments, and is counted in `state.skipped`. `learning_rate` is the optimiser's, to be reported.
-    `bias_rate` is γ of V3 §2.1.2, `centred` Moonlight's variant.
+    nor biases, nor moments, and is counted in `state.skipped`. `learning_rate` is the optimizer's, to be reported.
+    `bias_update_speed` is γ of V3 §2.1.2, `zero_sum` Moonlight's variant.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
         loss, aux, grads = accumulate(model, objective, state, batch, microbatch)
-        gamma = bias_rate(state.step)
-        new_state, grad_norm = guarded_update(state, optimizer, loss, grads, aux.loads, gamma, centred)
+        gamma = bias_update_speed(state.step)
+        new_state, grad_norm = guarded_update(state, optimizer, loss, grads, aux.loads, gamma, zero_sum)
         metrics = {
             "loss": loss,
             **aux.parts,
@@ -53,7 +53,7 @@ def make_train_step(
         if uses_mtp(model, objective):
             metrics["mtp_weight"] = objective.mtp_weight(state.step)
         if aux.loads:
-            metrics["bias_rate"] = gamma
+            metrics["bias_update_speed"] = gamma
             metrics |= load_metrics(aux.loads)
             metrics["expert_overflows"] = aux.overflows
         return constrain_state(model, new_state), metrics
@@ -67,8 +67,8 @@ def guarded_update(
     loss: jax.Array,
     grads,
     loads: Mapping[str, jax.Array],
-    bias_rate: jax.Array,
-    centred: bool = False,
+    bias_update_speed: jax.Array,
+    zero_sum: bool = False,
 ) -> tuple[TrainState, jax.Array]:
     """Applies gradients and moves the router biases, unless the loss or the gradient's norm is not finite.
 
@@ -81,7 +81,7 @@ def guarded_update(
     proposed = (
         optax.apply_updates(state.params, updates),
         opt_state,
-        update_router_bias(state.router_bias, loads, bias_rate, centred),
+        update_router_bias(state.router_bias, loads, bias_update_speed, zero_sum),
     )
     current = (state.params, state.opt_state, state.router_bias)
     params, opt_state, router_bias = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, current)
@@ -120,13 +120,13 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
     return jax.lax.scan(add, zeros, microbatches)[0]
 
 
-def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Array, centred: bool = False):
+def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Array, zero_sum: bool = False):
     """γ · sign(mean load - load) on every router that ran; `loads` has the counts of the whole global batch.
 
     `loads` and `router_bias` share their top-level names, one per stack of routers.
     """
     return {
-        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], rate, centred), biases)
+        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], rate, zero_sum), biases)
         if stack in loads
         else biases
         for stack, biases in router_bias.items()

@@ -26,7 +26,7 @@ Row = dict[str, float | str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Two functions of arrays alone, that compute the same from quantised and from bfloat16 operands."""
+    """Two functions of arrays alone, that compute the same from quantized and from bfloat16 operands."""
 
     fp8: Callable
     fp8_arguments: tuple
@@ -40,7 +40,7 @@ class Case:
 
 
 def case(shape: Shape, implementation: str | None) -> Case:
-    """Random normal operands for `shape`, quantised by XLA: a fault of the quantisers is none of the products."""
+    """Random normal operands for `shape`, quantized by XLA: a fault of the quantizers is none of the products."""
     gradient, groups = "gradient" in shape.operation, shape.groups
     rows, depth = (shape.m, shape.k * groups) if gradient else (shape.m * groups, shape.k)
     a = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Quantising and SwiGLU, which memory alone should bound, and attention."""
+"""Quantizing and SwiGLU, which memory alone should bound, and attention."""
 
 import functools
 from collections.abc import Callable

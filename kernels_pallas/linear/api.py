@@ -6,7 +6,7 @@ import jax
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.linear import vjp
-from kernels_pallas.linear.vjp import How, LinearFormat, Prepared
+from kernels_pallas.linear.vjp import How, LinearQuantization, PreQuantized
 from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer
 from kernels_pallas.quantize import api as quantize_api
 from kernels_pallas.quantize.reference import quantize, retile
@@ -18,35 +18,35 @@ def prepare(
     *,
     take: Callable[[jax.Array], jax.Array] = lambda x: x,
     implementation: str | tuple[str, ...] | None = None,
-) -> Prepared:
+) -> PreQuantized:
     """Rows of x [N, D], with what the Linears below would make of them first: `take`, which moves whole rows ([N, ·] ->
     [R, ·], zeros where there is none), then moves eight bits. Its gradient is the gradient of take(x)."""
     q = quantize_api.quantize(jax.lax.stop_gradient(x), quantizer, implementation=implementation)
     q = retile(q, q.tile[1])
-    return Prepared(take(x), QTensor(take(q.values), take(q.scales), q.tile))
+    return PreQuantized(take(x), QTensor(take(q.values), take(q.scales), q.tile))
 
 
-def prepare_weight(w: jax.Array, quantizer: Quantizer = BLOCK, part: tuple[int, int] | None = None) -> Prepared:
+def prequantize_weight(w: jax.Array, quantizer: Quantizer = BLOCK, part: tuple[int, int] | None = None) -> PreQuantized:
     """W [..., D, F], a float32 master copy, with what the Linears below would make of it first: for a W that is sent
     somewhere before it is multiplied, or multiplied more than once. Its gradient is the gradient of W.
 
     Through XLA, which divides it among devices as W is divided: in parts of rows × columns = `part`, if any.
     """
-    return Prepared(w, quantize(jax.lax.stop_gradient(w), quantizer, part))
+    return PreQuantized(w, quantize(jax.lax.stop_gradient(w), quantizer, part))
 
 
 def fp8_linear(
-    x: jax.Array | Prepared,
-    w: jax.Array | QTensor | Prepared,
+    x: jax.Array | PreQuantized,
+    w: jax.Array | QTensor | PreQuantized,
     *,
-    format: LinearFormat = LinearFormat(),
+    format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """x [N, D] times W [D, F] -> [N, F] in the dtype of x, forward and backward in FP8 as V3 does it (§3.3.1).
 
-    x is quantised in 1 × 128 tiles and W in 128 × 128 blocks, from its master copy; dy in 1 × 128 tiles for the input
+    x is quantized in 1 × 128 tiles and W in 128 × 128 blocks, from its master copy; dy in 1 × 128 tiles for the input
     gradient and in 128 × 1 for W's, which comes in W's dtype. Kept for the backward pass: x in E4M3. `format` has a
-    field for each of these choices. Both may be quantised already (`prepare`, `prepare_weight`), and W a QTensor, such
+    field for each of these choices. Both may be quantized already (`prepare`, `prequantize_weight`), and W a QTensor, such
     as a released checkpoint's: then there is a forward pass only. Raises ValueError for shapes that do not match.
     """
     if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[0]:
@@ -55,12 +55,12 @@ def fp8_linear(
 
 
 def fp8_grouped_linear(
-    x: jax.Array | Prepared,
-    w: jax.Array | QTensor | Prepared,
+    x: jax.Array | PreQuantized,
+    w: jax.Array | QTensor | PreQuantized,
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
-    format: LinearFormat = LinearFormat(),
+    format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Rows of group g of x [R, D] times W[g] of W [G, D, F] -> [R, F]: `fp8_linear` for the experts of a mixture.
@@ -76,12 +76,12 @@ def fp8_grouped_linear(
 def fp8_swiglu_linear(
     gate: jax.Array,
     up: jax.Array,
-    w: jax.Array | QTensor | Prepared,
+    w: jax.Array | QTensor | PreQuantized,
     *,
-    format: LinearFormat = LinearFormat(),
+    format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. Keeps gate and up quantised and computes their product
+    """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. Keeps gate and up quantized and computes their product
     again (V3 §3.3.3)."""
     if gate.shape != up.shape or gate.ndim != 2 or len(w.shape) != 2 or gate.shape[1] != w.shape[0]:
         raise ValueError(
@@ -93,11 +93,11 @@ def fp8_swiglu_linear(
 def fp8_grouped_swiglu_linear(
     gate: jax.Array,
     up: jax.Array,
-    w: jax.Array | QTensor | Prepared,
+    w: jax.Array | QTensor | PreQuantized,
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
-    format: LinearFormat = LinearFormat(),
+    format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """`fp8_swiglu_linear` for groups of rows: [R, F] twice, [G, F, D] and sizes [G] -> [R, D]."""
@@ -120,7 +120,11 @@ def _swiglu_linear(how: How, gate, up, w, group_sizes):
 
 
 def _check(
-    name: str, x: jax.Array | Prepared, w: jax.Array | QTensor | Prepared, group_sizes: jax.Array, alignment: int
+    name: str,
+    x: jax.Array | PreQuantized,
+    w: jax.Array | QTensor | PreQuantized,
+    group_sizes: jax.Array,
+    alignment: int,
 ) -> None:
     if len(x.shape) != 2 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(

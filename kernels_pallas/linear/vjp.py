@@ -19,11 +19,11 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearFormat:
+class LinearQuantization:
     """How a Linear multiplies; the defaults are V3's. Hashable.
 
-    input, weight, gradient   quantisers of x, of W and of dy
-    saved                     what is kept of x for the weight gradient: another quantiser, or None for x as it was multiplied
+    input, weight, gradient   quantizers of x, of W and of dy
+    saved                     what is kept of x for the weight gradient: another quantizer, or None for x as it was multiplied
     products                  which of "forward", "input_gradient", "weight_gradient" run in FP8; the others in the dtype of x
     accumulation              how partial sums are kept
     """
@@ -43,11 +43,11 @@ class LinearFormat:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("master", "quantized"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """An operand that was quantised before it comes here: a weight on the devices that each hold a part of it, tokens
+class PreQuantized:
+    """An operand that was quantized before it comes here: a weight on the devices that each hold a part of it, tokens
     before they are copied or sent to their experts, so that eight bits travel and are kept. Products in FP8 read
     `quantized`; `master` is what the gradient is of, and no more if all of them are. Made by `prepare` and
-    `prepare_weight`."""
+    `prequantize_weight`."""
 
     master: jax.Array
     quantized: QTensor
@@ -65,13 +65,13 @@ class Prepared:
 class How:
     """A Linear's static arguments; `alignment` divides all group sizes."""
 
-    format: LinearFormat = LinearFormat()
+    format: LinearQuantization = LinearQuantization()
     alignment: int = 1
     implementation: str | tuple[str, ...] | None = None
 
 
 def product(how: How, name: str, a, b, sizes_G: jax.Array | None, out_dtype: jnp.dtype) -> jax.Array:
-    """a [R, K] times b [N, K] or [G, N, K] transposed; quantised operands if the product called `name` runs in FP8."""
+    """a [R, K] times b [N, K] or [G, N, K] transposed; quantized operands if the product called `name` runs in FP8."""
     fields = dict(out_dtype=out_dtype, accumulation=how.format.accumulation, implementation=how.implementation)
     if name not in how.format.products:
         return _plain(how, a, b, sizes_G).astype(out_dtype)
@@ -87,21 +87,21 @@ def _plain(how: How, a_RK: jax.Array, b: jax.Array, sizes_G: jax.Array | None) -
     return grouped_product(a_RK, b, sizes_G, how.alignment, transposed=True, implementation=how.implementation)
 
 
-def plain(x: jax.Array | Prepared) -> jax.Array:
+def plain(x: jax.Array | PreQuantized) -> jax.Array:
     """An operand as it was before it was prepared, if it was."""
-    return x.master if isinstance(x, Prepared) else x
+    return x.master if isinstance(x, PreQuantized) else x
 
 
-def quantized(how: How, name: str, x: jax.Array | QTensor | Prepared, quantizer: Quantizer):
-    """x as the product called `name` reads it; it may come quantised."""
-    if isinstance(x, Prepared):
+def quantized(how: How, name: str, x: jax.Array | QTensor | PreQuantized, quantizer: Quantizer):
+    """x as the product called `name` reads it; it may come quantized."""
+    if isinstance(x, PreQuantized):
         x = x.quantized if name in how.format.products else x.master
     if isinstance(x, QTensor):
         return x if name in how.format.products else dequantize(x)
     return quantize(x, quantizer, implementation=how.implementation) if name in how.format.products else x
 
 
-def save(how: How, x_RD: jax.Array | Prepared, multiplied):
+def save(how: How, x_RD: jax.Array | PreQuantized, multiplied):
     """What is kept of x for the weight gradient; `multiplied` is x as the forward product read it."""
     if how.format.saved is not None:
         return quantize(plain(x_RD), how.format.saved, implementation=how.implementation)
@@ -146,25 +146,27 @@ def _plain_weight_gradient(how: How, x_RD: jax.Array, dy_RF: jax.Array, sizes_G:
     return grouped_weight_gradient(x_RD, dy_RF, sizes_G, how.alignment, implementation=how.implementation)
 
 
-def keep(how: How, w: jax.Array | Prepared) -> jax.Array | Prepared:
-    """What the backward pass needs of a weight: of one that came quantised, of the master copy no more than the
+def keep(how: How, w: jax.Array | PreQuantized) -> jax.Array | PreQuantized:
+    """What the backward pass needs of a weight: of one that came quantized, of the master copy no more than the
     dtype."""
-    if not isinstance(w, Prepared) or "input_gradient" not in how.format.products:
+    if not isinstance(w, PreQuantized) or "input_gradient" not in how.format.products:
         return w
-    return Prepared(jnp.zeros((0,), w.dtype), w.quantized)
+    return PreQuantized(jnp.zeros((0,), w.dtype), w.quantized)
 
 
-def cotangent(operand: jax.Array | Prepared, gradient: jax.Array):
-    return Prepared(gradient, None) if isinstance(operand, Prepared) else gradient
+def cotangent(operand: jax.Array | PreQuantized, gradient: jax.Array):
+    return PreQuantized(gradient, None) if isinstance(operand, PreQuantized) else gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(how: How, x_RD: jax.Array | Prepared, w: jax.Array | Prepared, sizes_G: jax.Array | None) -> jax.Array:
+def linear(
+    how: How, x_RD: jax.Array | PreQuantized, w: jax.Array | PreQuantized, sizes_G: jax.Array | None
+) -> jax.Array:
     """x W, [R, F]: one matrix [D, F], or [G, D, F] and the group sizes."""
     return forward(how, x_RD, w, sizes_G)[0]
 
 
-def forward(how: How, x_RD: jax.Array | Prepared, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None):
+def forward(how: How, x_RD: jax.Array | PreQuantized, w: jax.Array | QTensor | PreQuantized, sizes_G: jax.Array | None):
     """-> x W, and x as it was multiplied."""
     x, weight = quantized(how, "forward", x_RD, how.format.input), quantized(how, "forward", w, how.format.weight)
     return product(how, "forward", x, weight.mT, sizes_G, x_RD.dtype), x
@@ -172,7 +174,7 @@ def forward(how: How, x_RD: jax.Array | Prepared, w: jax.Array | QTensor | Prepa
 
 def _linear_fwd(how, x_RD, w, sizes_G):
     y_RF, x = forward(how, x_RD, w, sizes_G)
-    no_numbers = jax.tree.map(lambda _: None, x_RD)  # only whether it came quantised
+    no_numbers = jax.tree.map(lambda _: None, x_RD)  # only whether it came quantized
     return y_RF, (no_numbers, save(how, x_RD, x), keep(how, w), sizes_G)
 
 
@@ -187,13 +189,13 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_linear(how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array, sizes_G: jax.Array | None) -> jax.Array:
-    """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantised; their product is computed again in the
+    """(silu(gate) · up) W, [R, D]. What is kept is gate and up, quantized; their product is computed again in the
     backward pass (V3 §3.3.3)."""
     return swiglu_forward(how, gate_RF, up_RF, w, sizes_G)
 
 
 def swiglu_forward(
-    how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | Prepared, sizes_G: jax.Array | None
+    how: How, gate_RF: jax.Array, up_RF: jax.Array, w: jax.Array | QTensor | PreQuantized, sizes_G: jax.Array | None
 ) -> jax.Array:
     if "forward" in how.format.products:
         hidden = swiglu_quantize(gate_RF, up_RF, how.format.input, implementation=how.implementation)

@@ -1,4 +1,4 @@
-"""The product of two quantised matrices: what a user calls."""
+"""The product of two quantized matrices: what a user calls."""
 
 import jax
 import jax.numpy as jnp

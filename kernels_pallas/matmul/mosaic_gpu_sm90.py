@@ -1,4 +1,4 @@
-"""The product of two quantised matrices on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
+"""The product of two quantized matrices on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
 GPU has run it.
 
     y[m, n] = Σ_t (Σ_{k in part t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]          parts of 128

@@ -1,4 +1,4 @@
-"""The product of two quantised matrices on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU
+"""The product of two quantized matrices on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU
 has run it.
 
     y[m, n] = Σ_t (Σ_{k in tile t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]

@@ -1,4 +1,4 @@
-"""The product of two quantised matrices by its definition, in plain jnp; also what runs where there is no kernel."""
+"""The product of two quantized matrices by its definition, in plain jnp; also what runs where there is no kernel."""
 
 import math
 

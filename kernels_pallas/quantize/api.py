@@ -1,4 +1,4 @@
-"""Quantising: what a user calls."""
+"""Quantizing: what a user calls."""
 
 import jax
 
@@ -58,7 +58,7 @@ def quantize(
 ) -> QTensor:
     """[..., R, C] of any float dtype -> QTensor [..., R, C].
 
-    scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantiser
+    scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantizer
     does it; other formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises
     Unsupported for an implementation that cannot do it.
     """

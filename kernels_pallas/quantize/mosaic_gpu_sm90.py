@@ -1,4 +1,4 @@
-"""Quantising on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""Quantizing on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
 
     scale = max(amax of the tile, min_amax) / 448          values = clip(x / scale, ±448) in E4M3
 
@@ -36,7 +36,7 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if plgpu is None:
         return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"quantises bfloat16 or float32, not {x.dtype}"
+        return f"quantizes bfloat16 or float32, not {x.dtype}"
     if quantizer.format != E4M3:
         return f"makes {E4M3}, not {quantizer.format}"
     if quantizer.scope == "tensor":
@@ -44,13 +44,13 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if quantizer.scope == "block" and quantizer.size > STEP:
         return f"makes blocks of {STEP}, not of {quantizer.size}, which do not fit its registers"
     if 0 in x.shape:
-        return f"quantises no empty arrays such as {x.shape}"
+        return f"quantizes no empty arrays such as {x.shape}"
     return None
 
 
 def requantize_reason(q: QTensor, quantizer: Quantizer) -> str | None:
     if q.values.dtype != jnp.dtype(E4M3):
-        return f"requantises {E4M3}, not {q.values.dtype}"
+        return f"requantizes {E4M3}, not {q.values.dtype}"
     if q.tile[1] < q.shape[-1] and q.tile[1] % STEP:
         return f"takes scales for multiples of {STEP} columns, not tiles {q.tile}"
     return reason(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16), quantizer)
@@ -118,7 +118,7 @@ def quantized_tiles(
     quantizer: Quantizer,
     approx_math: bool = False,
 ) -> QTensor:
-    """Quantises what strip(rows, *references to shared memory) gives, 64 rows of a tile at a time: float32 [64, size].
+    """Quantizes what strip(rows, *references to shared memory) gives, 64 rows of a tile at a time: float32 [64, size].
 
     `sources`: arrays, each with a function (i, j, height, width) -> where its block for tile (i, j) begins and the
     block's shape.

@@ -1,4 +1,4 @@
-"""Quantising on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+"""Quantizing on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
 
     scale = max(amax, min_amax) / largest,   values = clip(x / scale, ±largest), for each tile of x [R, C]
 
@@ -34,7 +34,7 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if quantizer.format == "e5m6":
         return "rounds to the formats of eight bits, not to e5m6"
     if 0 in x.shape:
-        return f"quantises no empty array such as {x.shape}"
+        return f"quantizes no empty array such as {x.shape}"
     return None
 
 
@@ -68,7 +68,7 @@ def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
 
 
 def quantize_rows(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], quantizer: Quantizer) -> QTensor:
-    """function(*arrays), elementwise on [..., R, C], quantised in tiles or blocks along C."""
+    """function(*arrays), elementwise on [..., R, C], quantized in tiles or blocks along C."""
     *batch, rows, columns = arrays[0].shape
     arrays, size = tuple(x.reshape(-1, rows, columns) for x in arrays), quantizer.size
     all_tiles = pl.cdiv(columns, size)

@@ -1,4 +1,4 @@
-"""Scales and quantised values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantiser
+"""Scales and quantized values by their definition, in plain jnp. Source: V3 §3.3.2 and the released quantizer
 (`inference/kernel.py`)."""
 
 import math

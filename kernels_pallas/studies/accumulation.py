@@ -3,7 +3,7 @@ kernels_pallas.studies.accumulation` prints it.
 
 The paper multiplies two random matrices with K = 4096 on H800 tensor cores and finds a largest relative error of nearly
 2%. Here the tensor core is emulated. Both operands are in E4M3 already, with one scale each: what is measured is the
-error of the sums and not of quantising.
+error of the sums and not of quantizing.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""Why gradients are quantised in 1 × 128 tiles and not in blocks (V3 App. B.2): `python -m
+"""Why gradients are quantized in 1 × 128 tiles and not in blocks (V3 App. B.2): `python -m
 kernels_pallas.studies.gradient_tiles` prints it.
 
-The paper trained a 16B model whose input gradients came from gradients quantised in 128 × 128 blocks, as weights are;
+The paper trained a 16B model whose input gradients came from gradients quantized in 128 × 128 blocks, as weights are;
 it diverged. Its explanation: gradients differ widely from token to token, and what one token's row needs as a scale is
-of no use to its neighbours in a block. Activations have their outliers in channels, which a tile holds just as a block
+of no use to its neighbors in a block. Activations have their outliers in channels, which a tile holds just as a block
 does. Here both are random, with a known imbalance.
 """
 
@@ -54,11 +54,11 @@ def imbalanced(rng: np.random.Generator, tokens: int, channels: int, outliers: s
 def quantization_losses(
     outliers: str, scope: str, ratio: float, tokens: int = 256, channels: int = 512, width: int = 256
 ) -> tuple[Loss, Loss]:
-    """Of an imbalanced array quantised with `scope`, and of its product with a weight [width, channels] quantised in
+    """Of an imbalanced array quantized with `scope`, and of its product with a weight [width, channels] quantized in
     blocks.
 
     With outliers in tokens the array stands for a gradient dy and the product for the input gradient dy Wᵀ; with
-    outliers in channels for an activation x and for x W. Both are compared with what they are without quantising, in
+    outliers in channels for an activation x and for x W. Both are compared with what they are without quantizing, in
     float64.
     """
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def main() -> None:
                 f"\n{f'{name} by {scope}, outlier {outliers}s':<44}"
                 + "".join(f"{f'x{ratio:.0e}':>9}" for ratio in RATIOS)
             )
-            for which, what in enumerate(("quantised", "product")):
+            for which, what in enumerate(("quantized", "product")):
                 for field in dataclasses.fields(Loss):
                     print(
                         f"{what + ', ' + field.name:<44}"

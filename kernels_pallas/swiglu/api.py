@@ -44,7 +44,7 @@ _swiglu.defvjp(
 def swiglu_quantize(
     gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> QTensor:
-    """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantised.
+    """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantized.
 
     Raises ValueError if shapes or dtypes differ and Unsupported for an implementation that cannot do it.
     """

@@ -1,4 +1,4 @@
-"""SwiGLU and its quantisation in one pass on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only;
+"""SwiGLU and its quantization in one pass on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only;
 no GPU has run it.
 
     h = silu(gate) · up in float32, rounded to the dtype of gate; then scale = max(amax of the tile, min_amax) / 448,

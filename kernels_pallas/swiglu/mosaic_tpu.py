@@ -1,4 +1,4 @@
-"""SwiGLU and its quantisation in one pass on TPUs: gate and up are read once, and only eight bits are written."""
+"""SwiGLU and its quantization in one pass on TPUs: gate and up are read once, and only eight bits are written."""
 
 import jax
 

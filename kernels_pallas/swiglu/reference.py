@@ -1,4 +1,4 @@
-"""SwiGLU whose result is wanted quantised, by its definition."""
+"""SwiGLU whose result is wanted quantized, by its definition."""
 
 import jax
 import jax.numpy as jnp

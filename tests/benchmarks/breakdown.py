@@ -28,7 +28,7 @@ PARTS = (
     ("moving data between scanned layers", r"dynamic_(update_)?(index|slice)|broadcast_in_dim$"),
     ("sampling and bookkeeping of decoding", r"while/body/"),
 )
-LEFT_OVER = "optimiser and everything else"
+LEFT_OVER = "optimizer and everything else"
 CONTAINERS = re.compile(r"(while|call|conditional)\b")  # their time is that of the operations inside
 
 

@@ -5,7 +5,7 @@ ratio to the first.
 
 Forward, backward, clipping and AdamW, compiled as training compiles them, on random tokens. Before anything is timed
 the losses of the first steps have to agree within 1%. What the step can reach at most: the dry run
-(deepseek_jax.accounting.dry_run) of the same file.
+(deepseek_jax.dry_run.dry_run) of the same file.
 """
 
 import json
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax import cli
-from deepseek_jax.accounting import programs
+from deepseek_jax.dry_run import programs
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.stages import build_stage
 from deepseek_jax.training.optimizer import build_optimizer

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizer_cases import CHATML, DEEPSEEK, FAMILIES, R1, ROLES, TAGS, make_tokenizer
 
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import Tokenise
+from deepseek_jax.data.documents import Tokenize
 from deepseek_jax.data.tokenizers import load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
@@ -346,13 +346,13 @@ def test_what_is_trained_on_in_each_format(make, kind):
         "messages": ({"messages": [USER("one"), ASSISTANT("<s>two")]}, opening, words, 6),
     }
     for form, (record, prompt, trained, num_bytes) in records.items():
-        document = Tokenise(SourceConfig("x.jsonl", format=form), tokenizer)(record)
+        document = Tokenize(SourceConfig("x.jsonl", format=form), tokenizer)(record)
         np.testing.assert_array_equal(document[:, 0], [*prompt, *trained])
         np.testing.assert_array_equal(document[:, 1], [0] * len(prompt) + [1] * len(trained))
         assert document[:, 2].sum() == num_bytes and not document[: len(prompt), 2].any()
     assert words[-len(end) :] == end and tokenizer.bos_id not in words
     given = {"prompt": [5, 6], "completion": "<s><think>two"}
-    document = Tokenise(SourceConfig("x.jsonl", format="completion"), tokenizer)(given)
+    document = Tokenize(SourceConfig("x.jsonl", format="completion"), tokenizer)(given)
     answer = document[document[:, 1] > 0, 0].tolist()
     assert tokenizer.decode(answer).replace(" ", "") == "<s><think>two<|im_end|>\n" and answer[-len(end) :] == end
     assert tokenizer.bos_id not in answer and answer.count(tokenizer.specials["<think>"]) == 1

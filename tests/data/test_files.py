@@ -16,7 +16,7 @@ import pytest
 
 from deepseek_jax.data import sources
 from deepseek_jax.data.config import DataConfig, SourceConfig
-from deepseek_jax.data.documents import Documents, Tokenise
+from deepseek_jax.data.documents import Documents, Tokenize
 from deepseek_jax.data.files import suffixes
 from deepseek_jax.data.loader import build_loader
 from deepseek_jax.data.sources import open_source
@@ -300,7 +300,7 @@ def test_ids_that_are_none_are_refused_with_file_and_line(tmp_path, byte_tokeniz
     with pytest.raises(DataError, match=r"a.jsonl line 4: " + message.replace("tokens", field, 1)):
         open_source(source, "train", vocab_size=272)
     with pytest.raises(DataError, match=message.replace("tokens", field, 1)):
-        Tokenise(source, byte_tokenizer)(bad)
+        Tokenize(source, byte_tokenizer)(bad)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_ids_that_are_none_are_refused_with_file_and_line(tmp_path, byte_tokeniz
 )
 def test_arrays_that_are_no_ids(byte_tokenizer, array):
     with pytest.raises(DataError, match="tokens"):
-        Tokenise(SourceConfig("x", format="tokens"), byte_tokenizer)({"tokens": array})
+        Tokenize(SourceConfig("x", format="tokens"), byte_tokenizer)({"tokens": array})
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_masks_that_are_none_are_refused(tmp_path, mask, message):
 
 
 def test_masks_may_be_booleans_and_whole_floats(byte_tokenizer):
-    tokenize = Tokenise(SourceConfig("x", format="tokens"), byte_tokenizer)
+    tokenize = Tokenize(SourceConfig("x", format="tokens"), byte_tokenizer)
     for mask in ([False, True, True], [0.0, 1.0, 1.0], np.array([False, True, True]), np.float32([0, 1, 1])):
         assert tokenize({"tokens": [97, 98, 99], "loss_mask": mask})[:, 1].tolist() == [0, 1, 1]
 
@@ -423,7 +423,7 @@ def test_a_record_that_fails_later_is_named(tmp_path, byte_tokenizer):
 
 def test_text_is_trained_on_up_to_the_end_of_text(byte_tokenizer):
     """<bos> is nobody's target; every byte and <eos> are."""
-    document = Tokenise(SourceConfig("x"), byte_tokenizer)({"text": "né"})
+    document = Tokenize(SourceConfig("x"), byte_tokenizer)({"text": "né"})
     assert document.tolist() == [[257, 0, 0], [110, 1, 0], [195, 1, 1], [169, 1, 1], [258, 1, 1]]
     memory = {"x": {"train": [{"text": "abc"}, {"text": "d"}], "validation": [{"text": "abc"}, {"text": "d"}]}}
     for split, packing in (("train", "split"), ("train", "whole"), ("validation", "split")):
@@ -435,5 +435,5 @@ def test_text_is_trained_on_up_to_the_end_of_text(byte_tokenizer):
 
 def test_documents_know_their_length_and_places(tmp_path, byte_tokenizer):
     source = SourceConfig(write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "bc"}]), validation_fraction=0.0)
-    documents = Documents(open_source(source, "train"), Tokenise(source, byte_tokenizer))
+    documents = Documents(open_source(source, "train"), Tokenize(source, byte_tokenizer))
     assert [len(documents[i]) for i in range(len(documents))] == [3, 4]

@@ -7,7 +7,7 @@ import pytest
 from test_files import content, packed
 
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import Documents, Tokenise
+from deepseek_jax.data.documents import Documents, Tokenize
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.errors import UserError
 from deepseek_jax.report import read_evaluation
@@ -62,7 +62,7 @@ def try_records(chance, folder, tokenizer):
     path = folder / f"a{inner}{outer}"
     path.write_bytes(damaged_bytes(chance, raw) if chance.random() < 0.2 else raw)
     source = SourceConfig(str(path), format=form, validation_fraction=0.0)
-    documents = Documents(open_source(source, "train", vocab_size=272), Tokenise(source, tokenizer))
+    documents = Documents(open_source(source, "train", vocab_size=272), Tokenize(source, tokenizer))
     for index in range(len(documents)):
         documents[index]
 

@@ -249,5 +249,5 @@ def test_pieces_of_a_long_document_are_spread_over_batches(byte_tokenizer):
 
     together, spread = rows(1), rows(80)
     assert sorted(together[:, 0]) == sorted(spread[:, 0])
-    neighbours_alike = [float((x[1:, 0] == x[:-1, 0]).mean()) for x in (together, spread)]
-    assert neighbours_alike[0] > 0.9 and neighbours_alike[1] < 0.5
+    neighbors_alike = [float((x[1:, 0] == x[:-1, 0]).mean()) for x in (together, spread)]
+    assert neighbors_alike[0] > 0.9 and neighbors_alike[1] < 0.5

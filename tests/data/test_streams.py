@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from deepseek_jax.data import position
+from deepseek_jax.data import loader_state
 from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import build_loader
 from deepseek_jax.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def assert_same(batch, expected):
 
 def saved(loaders):
     """What a checkpoint of these hosts would hold."""
-    return json.loads(json.dumps(position.merge([loader.get_state() for loader in loaders])))
+    return json.loads(json.dumps(loader_state.merge([loader.get_state() for loader in loaders])))
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -217,7 +217,7 @@ def test_positions_that_do_not_fit_are_refused(make):
     with pytest.raises(DataError, match="belongs to other data: streams was 4 and is 2"):
         make(streams=2).set_state(saved([first, second]))
     with pytest.raises(DataError, match="two processes read different data: seed was 5 and is 0"):
-        position.merge([first.get_state(), make(share=(1, 2), seed=5).get_state()])
+        loader_state.merge([first.get_state(), make(share=(1, 2), seed=5).get_state()])
     same_stream = hosts(make, 8)
     next(same_stream[0])
     with pytest.raises(DataError, match="stream 0 is at different places in two processes"):
@@ -226,17 +226,17 @@ def test_positions_that_do_not_fit_are_refused(make):
 
 def test_gathering_in_one_process_changes_nothing(make):
     loader = make()
-    assert position.gather(loader.get_state()) == loader.get_state()
-    assert position.gather(b"of another loader") == b"of another loader"
+    assert loader_state.gather(loader.get_state()) == loader.get_state()
+    assert loader_state.gather(b"of another loader") == b"of another loader"
 
 
 PROGRAM = """
 import json, sys
 import jax
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from deepseek_jax.data import position
+from deepseek_jax.data import loader_state
 mine = {"data": {"seed": 0}, "streams": {sys.argv[2]: {"place": [10 ** (5 * jax.process_index())]}, "2": 7}}
-print(json.dumps(position.gather(mine)))
+print(json.dumps(loader_state.gather(mine)))
 """
 
 

@@ -108,7 +108,7 @@ def test_v3_mtp_weight_bias_rate_and_ramp():
 
     at, before, after = changes(train.objective.mtp_weight)
     assert at == pytest.approx([10e12], rel=1e-3) and (before, after) == (np.float32(0.3), np.float32(0.1))
-    at, before, after = changes(train.router_bias_rate)
+    at, before, after = changes(train.bias_update_speed)
     assert at == pytest.approx([14.3e12], rel=1e-3) and (before, after) == (np.float32(0.001), 0)
     wanted = np.asarray(train.batch_size(steps))
     sizes = np.round(wanted / train.microbatch) * train.microbatch
@@ -120,14 +120,14 @@ def test_moonlight_batch_and_bias_rate():
     config = load("moonlight_16b")
     train = TrainConfig.from_dict(config["pretrain"]["train"])
     tokens, steps = tokens_after(config, train), np.arange(train.steps)
-    sizes, rates = np.asarray(train.batch_size(steps)), np.asarray(train.router_bias_rate(steps))
+    sizes, rates = np.asarray(train.batch_size(steps)), np.asarray(train.bias_update_speed(steps))
     assert set(sizes) == {2048, 4096} and tokens[np.argmax(sizes == 4096)] == pytest.approx(200e9, rel=1e-3)
     assert (
         rates[0] == np.float32(1e-3)
         and rates[-1] == 0
         and tokens[np.argmax(rates == 0)] == pytest.approx(5.2e12, rel=1e-3)
     )
-    assert train.router_bias_centred
+    assert train.bias_update_zero_sum
 
 
 def test_routing_balance_is_the_reports():

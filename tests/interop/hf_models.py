@@ -20,7 +20,7 @@ CASES = {
         num_hidden_layers=3, q_lora_rank=18, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
         rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
     ),
-    # Moonlight: no query latent, no YaRN, one group, another epsilon; and no shared expert, unnormalised gates.
+    # Moonlight: no query latent, no YaRN, one group, another epsilon; and no shared expert, unnormalized gates.
     "v3_plain": dict(
         num_hidden_layers=2, q_lora_rank=None, n_shared_experts=0, n_group=1, topk_group=1, norm_topk_prob=False,
         routed_scaling_factor=2.446, rope_theta=50_000.0, rms_norm_eps=1e-3,

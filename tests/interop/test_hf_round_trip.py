@@ -112,7 +112,7 @@ def test_fp8_folder_has_the_released_layout(variables, tmp_path):
             assert tensor.dtype == "BF16", name
 
 
-def test_fp8_folder_is_dequantised_block_by_block(variables, tmp_path):
+def test_fp8_folder_is_dequantized_block_by_block(variables, tmp_path):
     export_folder(TINY, variables, tmp_path / "hf", dtype="fp8")
     opened = open_folder(tmp_path / "hf")
     _, back = import_folder(tmp_path / "hf")

@@ -20,13 +20,13 @@ def stored_bytes(table):
     """In the released layout: FP8 with float32 scales, float32 biases, bfloat16 for the rest."""
     total = 0
     for spec in table:
-        item = 1 if spec.quantised else 4 if spec.is_router_bias else 2
-        total += item * math.prod(spec.shape) + (4 * math.prod(spec.scale_shape) if spec.quantised else 0)
+        item = 1 if spec.quantized else 4 if spec.is_router_bias else 2
+        total += item * math.prod(spec.shape) + (4 * math.prod(spec.scale_shape) if spec.quantized else 0)
     return total
 
 
 def test_v3_has_the_published_tensors(v3):
-    scales = sum(spec.quantised for spec in v3)
+    scales = sum(spec.quantized for spec in v3)
     assert (len(v3) + scales, scales) == (91_991, 45_808)
     assert len({spec.name for spec in v3}) == len(v3)
     assert sum(math.prod(spec.shape) for spec in v3) == 684_489_845_504
@@ -35,13 +35,13 @@ def test_v3_has_the_published_tensors(v3):
 
 def test_v3_main_model_without_mtp(v3):
     main = [spec for spec in v3 if not spec.name.startswith("model.layers.61.")]
-    assert len(main) + sum(spec.quantised for spec in main) == 90_427
+    assert len(main) + sum(spec.quantized for spec in main) == 90_427
     assert sum(math.prod(spec.shape) for spec in main) == 671_026_419_200
     assert stored_bytes(main) == 673_150_611_808
 
 
 @pytest.mark.parametrize(
-    "name, shape, path, index, quantised",
+    "name, shape, path, index, quantized",
     [
         (
             "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
@@ -72,9 +72,9 @@ def test_v3_main_model_without_mtp(v3):
         ("model.layers.61.shared_head.head.weight", (129280, 7168), "params/head/kernel", (), False),
     ],
 )
-def test_v3_tensor(v3, name, shape, path, index, quantised):
+def test_v3_tensor(v3, name, shape, path, index, quantized):
     spec = next(spec for spec in v3 if spec.name == name)
-    assert (spec.shape, "/".join(spec.path), spec.index, spec.quantised) == (shape, path, index, quantised)
+    assert (spec.shape, "/".join(spec.path), spec.index, spec.quantized) == (shape, path, index, quantized)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Released FP8 weights run as they are: nothing is dequantised but what enters no FP8 product."""
+"""Released FP8 weights run as they are: nothing is dequantized but what enters no FP8 product."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from flax import traverse_util
 from tiny_checkpoints import TINY, assert_same, random_variables
 
 from deepseek_jax.generation.__main__ import main
-from deepseek_jax.interop import export_folder, import_folder, open_folder, recipe_for
+from deepseek_jax.interop import export_folder, import_folder, open_folder, precision_for
 from deepseek_jax.interop.safetensors_io import read_tensor
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import variables_sharding
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import QTensor, dequantize
 
 CONFIG = TINY.replace(vocab_size=272, num_layers=2)
@@ -70,7 +70,7 @@ def test_values_and_scales_are_those_of_the_files(folder):
 
 
 # Activations in float32, so that nothing but FP8 rounds.
-RECIPE = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+PRECISION = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
 
 
 def distance(x, y):
@@ -78,20 +78,20 @@ def distance(x, y):
 
 
 def test_the_network_multiplies_with_them(folder):
-    """As it does with weights that it quantises itself: dequantised, they give the same values in the same blocks."""
+    """As it does with weights that it quantizes itself: dequantized, they give the same values in the same blocks."""
     kept = jax.tree.map(jnp.asarray, import_folder(folder, "fp8")[1])
     plain = jax.tree.map(
         lambda w: dequantize(w) if isinstance(w, QTensor) else w, kept, is_leaf=lambda w: isinstance(w, QTensor)
     )
-    model = Transformer(CONFIG, RECIPE)
+    model = Transformer(CONFIG, PRECISION)
     got = logits(model, kept)
     assert distance(got, logits(model, plain)) < 1e-5
-    assert 1e-3 < distance(got, logits(Transformer(CONFIG, recipe("float32")), plain)) < 0.05
+    assert 1e-3 < distance(got, logits(Transformer(CONFIG, get_precision("float32")), plain)) < 0.05
 
 
 def test_they_land_in_their_shards_and_run_there(folder):
     mesh = build_mesh(MeshConfig(fsdp=2, expert=4).sizes, {}, jax.devices())
-    single = Transformer(CONFIG, RECIPE)
+    single = Transformer(CONFIG, PRECISION)
     model = single.clone(placement=MeshPlacement(mesh))
     placed = import_folder(folder, "fp8", shardings=lambda config: variables_sharding(model))[1]
     kept = import_folder(folder, "fp8")[1]
@@ -137,7 +137,10 @@ def test_generation_keeps_them(folder, tmp_path, monkeypatch, capsys):
         and powers.format.weight.power_of_two
         and powers.attention_output.input.power_of_two
     )
-    assert recipe_for(tmp_path / "v3.1", recipe("bfloat16")) == recipe("bfloat16")
-    assert (eight, half) == (recipe("fp8_deepseek"), recipe("bfloat16")) and capsys.readouterr().out == 3 * "ok\n"
+    assert precision_for(tmp_path / "v3.1", get_precision("bfloat16")) == get_precision("bfloat16")
+    assert (eight, half) == (
+        get_precision("fp8_deepseek"),
+        get_precision("bfloat16"),
+    ) and capsys.readouterr().out == 3 * "ok\n"
     assert isinstance(kept["params"]["moe_layers"]["attn"]["o"]["kernel"], QTensor)
     assert plain["params"]["moe_layers"]["attn"]["o"]["kernel"].dtype == jnp.float32

@@ -14,8 +14,8 @@ from tiny_checkpoints import TINY
 from deepseek_jax.model.attention import LatentAttention, SelfAttention, Tokens
 from deepseek_jax.model.config import MLAConfig
 from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import recipe
-from kernels_pallas import LinearFormat, QTensor, Quantizer, dequantize, quantize_block
+from deepseek_jax.precision import get_precision
+from kernels_pallas import LinearQuantization, QTensor, Quantizer, dequantize, quantize_block
 
 B, T, D = 2, 6, 32
 # Two blocks of latents, and a block of columns that ends inside the last head (3 · 40 < 128 < 4 · 40).
@@ -25,7 +25,7 @@ ATTENTION = MLAConfig(
 MODEL = TINY.replace(attention=ATTENTION, hidden_size=D)
 # Float32 between the products and after attention, so that nothing but the latents' product rounds behind them.
 FP8 = dataclasses.replace(
-    recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32), high_precision=("attention_output",)
+    get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32), high_precision=("attention_output",)
 )
 ROWS = np.random.default_rng(0)
 KV_B = ROWS.standard_normal((144, 160)).astype(np.float32) * np.exp(ROWS.standard_normal((144, 160))).astype(np.float32)
@@ -51,7 +51,7 @@ def rounded(x, power_of_two):
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, power_of_two):
     kept = quantize_block(jnp.asarray(KV_B), power_of_two=power_of_two)
-    precision = dataclasses.replace(FP8, format=LinearFormat(input=Quantizer(power_of_two=power_of_two)))
+    precision = dataclasses.replace(FP8, format=LinearQuantization(input=Quantizer(power_of_two=power_of_two)))
     core = SelfAttention(precision, Placement(), 0.1, 0, heads_at_once)
     found = compiled(
         lambda w: core.expanded_latents(
@@ -74,8 +74,8 @@ def attention(kind):
     """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the
     product."""
     changes = {
-        "kept, powers of two": {"format": LinearFormat(input=Quantizer(power_of_two=True))},
-        "forward not in FP8": {"format": LinearFormat(products=("input_gradient", "weight_gradient"))},
+        "kept, powers of two": {"format": LinearQuantization(input=Quantizer(power_of_two=True))},
+        "forward not in FP8": {"format": LinearQuantization(products=("input_gradient", "weight_gradient"))},
         "not in FP8": {"high_precision": ("attention_output", "linear")},
     }
     precision = dataclasses.replace(FP8, **changes.get(kind, {}))

@@ -16,7 +16,7 @@ from tiny_checkpoints import TINY, assert_same, random_variables
 
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop import export_folder, import_folder, open_folder, safetensors_io
-from deepseek_jax.interop.fp8_blocks import dequantise_rows, quantize
+from deepseek_jax.interop.fp8_blocks import dequantize_rows, quantize
 from deepseek_jax.interop.importer import read_part, read_variables, specs_by_path
 from deepseek_jax.interop.parts import overlaps, part_of
 from deepseek_jax.interop.safetensors_io import ShardWriter, read_header, read_tensor
@@ -223,16 +223,16 @@ def test_what_several_devices_hold_is_read_once(folders, bytes_read):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_rectangle_of_a_matrix_is_dequantised_as_in_the_whole(seed):
+def test_any_rectangle_of_a_matrix_is_dequantized_as_in_the_whole(seed):
     rng = np.random.default_rng(seed)
     shape = (300, 400)
     values, scale_inv = quantize(rng.standard_normal(shape, np.float32) * np.exp(3 * rng.standard_normal(shape)))
-    whole = np.concatenate([rows for _, rows in dequantise_rows(values, scale_inv)])
+    whole = np.concatenate([rows for _, rows in dequantize_rows(values, scale_inv)])
     for _ in range(50):
         (top, bottom), (left, right) = (sorted(rng.choice(size + 1, 2, replace=False)) for size in shape)
         blocks = scale_inv[top // 128 : -(-bottom // 128), left // 128 : -(-right // 128)]
         found = np.full((bottom - top, right - left), np.nan, np.float32)
-        for rows, part in dequantise_rows(values[top:bottom, left:right], blocks, corner=(top, left)):
+        for rows, part in dequantize_rows(values[top:bottom, left:right], blocks, corner=(top, left)):
             found[rows] = part
         np.testing.assert_array_equal(found, whole[top:bottom, left:right])
 

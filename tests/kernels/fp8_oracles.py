@@ -60,7 +60,7 @@ def exact(q: QTensor) -> np.ndarray:
 
 
 def quantization_bound(x, q: QTensor, format="float8_e4m3fn") -> np.ndarray:
-    """How far each number of x may lie from its quantised self: half a unit in its last place."""
+    """How far each number of x may lie from its quantized self: half a unit in its last place."""
     relative, absolute = STEPS[format]
     return (np.abs(np.asarray(x, np.float64)) * relative + scale_at(q) * absolute) * (1 + 2.0**-20)
 

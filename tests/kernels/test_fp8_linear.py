@@ -10,7 +10,7 @@ import pytest
 
 from kernels_pallas import (
     Accumulation,
-    LinearFormat,
+    LinearQuantization,
     QTensor,
     Quantizer,
     Unsupported,
@@ -19,7 +19,7 @@ from kernels_pallas import (
     fp8_linear,
     fp8_swiglu_linear,
     prepare,
-    prepare_weight,
+    prequantize_weight,
     quantize_block,
     requantize_transposed,
 )
@@ -109,7 +109,7 @@ def check(got, expected, bounds):
         assert oracle.calc_diff(array, exact) < bound, name
 
 
-def check_linear(shape, sizes=None, format=LinearFormat(), alignment=1):
+def check_linear(shape, sizes=None, format=LinearQuantization(), alignment=1):
     """y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on its
     own."""
     x, w, dy = operands(shape, None if sizes is None else len(sizes))
@@ -154,7 +154,9 @@ def test_gradients_of_aligned_groups_of_one_row_and_of_cut_off_tiles(shape, size
 def test_gradients_of_groups_with_coarse_scales():
     """The rows of a group are moved with the scales they share with others."""
     check_linear(
-        GROUPED_SHAPE, RAGGED[0], LinearFormat(input=Quantizer("block"), gradient=Quantizer("tensor", min_amax=1e-30))
+        GROUPED_SHAPE,
+        RAGGED[0],
+        LinearQuantization(input=Quantizer("block"), gradient=Quantizer("tensor", min_amax=1e-30)),
     )
 
 
@@ -189,7 +191,7 @@ SUBSETS = [tuple(product for i, product in enumerate(PRODUCTS) if chosen >> i & 
 )
 def test_each_product_runs_in_the_precision_that_is_asked_for(sizes, products):
     x, w, dy = operands((37, 130, 40), sizes and len(sizes))
-    got = oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=LinearFormat(products=products))
+    got = oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=LinearQuantization(products=products))
     for product, array, exact in zip(PRODUCTS, got, exact_gradients(x, w, dy, sizes), strict=True):
         diff = oracle.calc_diff(array, exact)
         assert (1e-4 < diff < THREE_ROUNDINGS) if product in products else diff < 1e-10
@@ -198,7 +200,7 @@ def test_each_product_runs_in_the_precision_that_is_asked_for(sizes, products):
 @pytest.mark.parametrize("products", [("forward",), PRODUCTS[1:]], ids=str)
 def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
     gate, w, dy = operands((37, 130, 40))
-    got = oracle.call(swiglu_gradients, gate, gate[::-1].copy(), w, dy, format=LinearFormat(products=products))
+    got = oracle.call(swiglu_gradients, gate, gate[::-1].copy(), w, dy, format=LinearQuantization(products=products))
     expected = exact_swiglu_gradients(gate, gate[::-1], w, dy)
     check(got, expected, (TWO_ROUNDINGS, SWIGLU_GRADIENT, SWIGLU_GRADIENT, SWIGLU_WEIGHT_GRADIENT))
     assert ("forward" in products) == (oracle.calc_diff(got[0], expected[0]) > 1e-4)
@@ -217,7 +219,7 @@ def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
 )
 def test_what_is_saved_for_the_weight_gradient_may_have_another_format(saved, least, most):
     x, w, dy = operands(SMALL)
-    y, dx, dw = oracle.call(gradients, x, w, dy, format=LinearFormat(saved=saved))
+    y, dx, dw = oracle.call(gradients, x, w, dy, format=LinearQuantization(saved=saved))
     plain = oracle.call(gradients, x, w, dy)
     np.testing.assert_array_equal(y, plain[0])
     np.testing.assert_array_equal(dx, plain[1])
@@ -241,15 +243,15 @@ def test_the_backward_pass_holds_x_in_eight_bits():
         [((1,), "int32"), *in_e4m3[:2], ((1, 256, 96), "float32")]
     )
     for format, dtype in (
-        (LinearFormat(saved=E5M6), "bfloat16"),
-        (LinearFormat(saved=Quantizer(format="float8_e5m2")), "float8_e5m2"),
+        (LinearQuantization(saved=E5M6), "bfloat16"),
+        (LinearQuantization(saved=Quantizer(format="float8_e5m2")), "float8_e5m2"),
     ):
         assert kept(lambda x, w, format=format: fp8_linear(x, w, format=format), x, jnp.asarray(w)) == [
             in_e4m3[0],
             ((48, 256), dtype),
             in_e4m3[2],
         ]
-    without = LinearFormat(products=PRODUCTS[:2])  # the weight gradient wants x as it was
+    without = LinearQuantization(products=PRODUCTS[:2])  # the weight gradient wants x as it was
     assert kept(lambda x, w: fp8_linear(x, w, format=without), x, jnp.asarray(w)) == [
         ((48, 256), "bfloat16"),
         in_e4m3[2],
@@ -259,7 +261,7 @@ def test_the_backward_pass_holds_x_in_eight_bits():
 def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
     gate, w, _ = operands((48, 256, 96))
     gate = jnp.asarray(gate, jnp.bfloat16)
-    for format, dtype in ((LinearFormat(), "float8_e4m3fn"), (LinearFormat(saved=E5M6), "bfloat16")):
+    for format, dtype in ((LinearQuantization(), "float8_e4m3fn"), (LinearQuantization(saved=E5M6), "bfloat16")):
         held = kept(lambda *args, format=format: fp8_swiglu_linear(*args, format=format), gate, gate, jnp.asarray(w))
         assert held == [*[((48, 2), "float32")] * 2, *[((48, 256), dtype)] * 2, ((256, 96), "float32")]
 
@@ -268,10 +270,10 @@ def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
 def test_each_product_sums_as_it_is_asked_to(sizes):
     """Numbers of one sign, so that a sum which is never promoted comes out smaller than one in float32."""
     x, w, dy = (np.abs(z) for z in operands((37, 130, 40), sizes and len(sizes)))
-    narrow = LinearFormat(accumulation=Accumulation(None, "fp22_register"))
+    narrow = LinearQuantization(accumulation=Accumulation(None, "fp22_register"))
     got, exact = (
         oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=format)
-        for format in (narrow, LinearFormat())
+        for format in (narrow, LinearQuantization())
     )
     for product, cut, whole in zip(PRODUCTS, got, exact, strict=True):
         assert 1e-5 < 1 - np.sum(cut) / np.sum(whole) < 1e-3, product
@@ -285,9 +287,9 @@ def test_results_have_the_dtype_of_x_and_weight_gradients_that_of_the_weights():
     check((y, dx, dw), exact_gradients(x, w, dy), (TWO_ROUNDINGS, TWO_ROUNDINGS, THREE_ROUNDINGS))
 
 
-@pytest.mark.parametrize("format", [LinearFormat(), LinearFormat(products=())], ids=["FP8", "dequantised"])
+@pytest.mark.parametrize("format", [LinearQuantization(), LinearQuantization(products=())], ids=["FP8", "dequantized"])
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
-def test_weights_may_come_quantised(forward, format):
+def test_weights_may_come_quantized(forward, format):
     x, w, _ = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
     inputs = (x, x) if forward is fp8_swiglu_linear else (x,)
@@ -301,7 +303,7 @@ def test_weights_may_come_quantised(forward, format):
 
 @pytest.mark.parametrize(
     "format",
-    [LinearFormat(), LinearFormat(products=("forward", "weight_gradient"))],
+    [LinearQuantization(), LinearQuantization(products=("forward", "weight_gradient"))],
     ids=["FP8", "plain input gradient"],
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
@@ -312,7 +314,7 @@ def test_weights_may_be_prepared(forward, format):
 
     def call(x, w, dy, prepare):
         def product(x, w):
-            w = prepare_weight(w) if prepare else w
+            w = prequantize_weight(w) if prepare else w
             return forward(*((x, 2 * x) if forward is fp8_swiglu_linear else (x,)), w, *more, format=format)
 
         y, pull_back = jax.vjp(product, x, w)
@@ -329,9 +331,9 @@ def test_weights_may_be_prepared(forward, format):
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear])
 def test_rows_may_be_prepared_and_then_moved(forward, products):
-    """Quantised where there is one row for each token, then copied: the numbers of copying first, forward and
+    """Quantized where there is one row for each token, then copied: the numbers of copying first, forward and
     backward."""
-    format = LinearFormat(products=products)
+    format = LinearQuantization(products=products)
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     rows = np.random.default_rng(1).integers(0, 25, 37)
     rows[[3, 30]] = 25  # no row
@@ -407,6 +409,6 @@ def test_requests_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"must be \[N, F\], \[N, F\] and \[F, D\]"):
         fp8_swiglu_linear(x, x[:2], w[0])
     with pytest.raises(ValueError, match="is none of forward, input_gradient, weight_gradient"):
-        LinearFormat(products=("backward",))
+        LinearQuantization(products=("backward",))
     with pytest.raises(Unsupported, match="there is no implementation 'triton'"):
         fp8_linear(x[:, :64], w[0], implementation="triton")

@@ -1,4 +1,4 @@
-"""The product of quantised matrices against exact integers and float64."""
+"""The product of quantized matrices against exact integers and float64."""
 
 import fp8_oracles as oracle
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_small_integers_are_exact_however_they_are_summed(accumulator, promote_e
 
 
 def check_against_float64(x, w, quantizers=(Quantizer(), Quantizer("block")), accumulation=Accumulation()):
-    """Within rounding of the quantised product, within the sum of all half steps of the product that was meant; and
+    """Within rounding of the quantized product, within the sum of all half steps of the product that was meant; and
     `calc_diff`."""
     a, b = (oracle.call(quantize, z, quantizer=quantizer) for z, quantizer in zip((x, w), quantizers, strict=True))
     got = product(a, b, accumulation).astype(np.float64)

@@ -15,11 +15,11 @@ from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import attention
 from kernels_pallas._compat import plgpu
 
-HALF = recipe("bfloat16")
+HALF = get_precision("bfloat16")
 
 
 class OnHopper(Placement):

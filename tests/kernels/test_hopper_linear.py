@@ -40,7 +40,7 @@ CASES = {
 @hopper.interprets
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case):
-    """Quantised alike and multiplied exactly, in another order: 1e-6 of the largest is a few roundings of float32."""
+    """Quantized alike and multiplied exactly, in another order: 1e-6 of the largest is a few roundings of float32."""
     function, args = CASES[case]
     with hopper.interpreted():
         kernels = results(function, hopper.SM90, args)

@@ -1,4 +1,4 @@
-"""The Hopper quantisers: bit for bit the reference's, interpreted, whatever is in the tile; and what their machine code
+"""The Hopper quantizers: bit for bit the reference's, interpreted, whatever is in the tile; and what their machine code
 consists of."""
 
 import functools
@@ -138,7 +138,7 @@ OPERATIONS = {
     "tile": (functools.partial(quantize, implementation=hopper.SM90), (X,), 1),
     "block": (functools.partial(quantize, quantizer=BLOCK, implementation=hopper.SM90), (X,), 2),
     "transposed": (functools.partial(quantize_transposed, implementation=hopper.SM90), (X,), 1),
-    "requantised": (
+    "requantized": (
         functools.partial(requantize_transposed, implementation=hopper.SM90),
         (hopper.struct((4096, 7168), (1, 128)),),
         1,
@@ -169,12 +169,12 @@ def test_machine_code(name):
         (
             quantize,
             (jnp.zeros((8, 128), jnp.float16),),
-            "quantize: mosaic_gpu_sm90 quantises bfloat16 or float32, not float16",
+            "quantize: mosaic_gpu_sm90 quantizes bfloat16 or float32, not float16",
         ),
         (quantize, (jnp.zeros((8, 128)), Quantizer("tensor")), 'takes the scopes "tile" and "block", not "tensor"'),
         (quantize, (jnp.zeros((8, 128)), Quantizer(format="e5m6")), "makes float8_e4m3fn, not e5m6"),
         (quantize, (jnp.zeros((8, 256)), Quantizer("block", 256)), "makes blocks of 128, not of 256"),
-        (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantises no empty arrays"),
+        (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantizes no empty arrays"),
         (
             swiglu_quantize,
             (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(format="float8_e5m2")),
@@ -188,7 +188,7 @@ def test_machine_code(name):
         (
             requantize_transposed,
             (QTensor(jnp.zeros((8, 128), jnp.bfloat16), jnp.ones((8, 1)), (1, 128)),),
-            "requantises float8_e4m3fn, not bfloat16",
+            "requantizes float8_e4m3fn, not bfloat16",
         ),
     ],
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)"
 )
 X, W = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 512), jnp.float32)
-ORDER = (SM90, "xla")  # what V3 keeps in E5M6 is quantised without a kernel
+ORDER = (SM90, "xla")  # what V3 keeps in E5M6 is quantized without a kernel
 
 
 def operations(x, up, w):

@@ -1,4 +1,4 @@
-"""The quantisers against numpy and ml_dtypes, whose casts to eight bits nobody here wrote, and against torch's where
+"""The quantizers against numpy and ml_dtypes, whose casts to eight bits nobody here wrote, and against torch's where
 there is torch."""
 
 import math
@@ -29,7 +29,7 @@ AS_NUMPY = {"float8_e4m3fn": (448, E4M3), "float8_e5m2": (57344, ml_dtypes.float
 
 
 def released(x, tile, largest, dtype, power_of_two=False, min_amax=1e-4):
-    """The released quantiser, one tile after another, in numpy's float32; amax times 1/448, as compilers and torch on a
+    """The released quantizer, one tile after another, in numpy's float32; amax times 1/448, as compilers and torch on a
     GPU divide by a constant."""
     rows, columns = x.shape
     values, scales = np.zeros(x.shape, dtype), np.zeros((-(-rows // tile[0]), -(-columns // tile[1])), np.float32)
@@ -59,7 +59,7 @@ def released(x, tile, largest, dtype, power_of_two=False, min_amax=1e-4):
     ],
     ids=str,
 )
-def test_equals_the_released_quantiser_bit_for_bit(kind, fields):
+def test_equals_the_released_quantizer_bit_for_bit(kind, fields):
     x = oracle.matrix(kind, 131, 300)
     quantizer = Quantizer(**fields)
     q = oracle.call(quantize, x, quantizer=quantizer)
@@ -204,7 +204,7 @@ def test_transposed_tiles_run_along_rows():
     np.testing.assert_array_equal(q.scales, turned.scales)
 
 
-def test_requantised_numbers_are_within_half_a_step_of_what_was_kept():
+def test_requantized_numbers_are_within_half_a_step_of_what_was_kept():
     for saved in (Quantizer(format="e5m6", power_of_two=True), Quantizer("block")):
         kept = oracle.call(quantize, oracle.matrix("outlier_channels", 200, 131), quantizer=saved)
         again = oracle.call(requantize_transposed, kept)
@@ -255,7 +255,7 @@ def test_swiglu_is_computed_in_float32_and_rounded_to_the_dtype_of_its_inputs():
         (dict(min_amax=math.nan), "at least 1e-30"),
     ],
 )
-def test_a_quantiser_that_is_none_is_refused(fields, message):
+def test_a_quantizer_that_is_none_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Quantizer(**fields)
 

@@ -30,7 +30,7 @@ def with_gradients(function, *args):
     ],
 )
 def test_forward_and_backward(function, args):
-    """Quantised alike and multiplied exactly, in another order: 1e-6 of the largest is a few roundings of float32."""
+    """Quantized alike and multiplied exactly, in another order: 1e-6 of the largest is a few roundings of float32."""
 
     def results(name):
         return run(lambda *args: with_gradients(functools.partial(function, implementation=name), *args), *args)
@@ -71,7 +71,7 @@ def test_results_vary_where_operands_do(split, out_spec, accepted):
 
 @on_every_chip
 def test_compiles_forward_and_backward(topology):
-    """Four experts on each device, their tokens split: two quantisations forward and four back, and three products."""
+    """Four experts on each device, their tokens split: two quantizations forward and four back, and three products."""
     x, sizes, w = (
         jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16),
         jax.ShapeDtypeStruct((4,), jnp.int32),

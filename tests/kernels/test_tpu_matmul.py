@@ -72,7 +72,7 @@ def test_many_tiles_of_k():
 
 
 def test_random_numbers_differ_by_the_order_of_sums(small_blocks):
-    """Any two orders of a float32 sum of K products differ by at most 2 K 2⁻²⁴ Σ|a b|; and the quantised product is
+    """Any two orders of a float32 sum of K products differ by at most 2 K 2⁻²⁴ Σ|a b|; and the quantized product is
     close to the exact one."""
     x, w = normal(0, (70, 1024)), normal(1, (300, 1024))
     a, b = quantize_tile(x), quantize_block(w)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_jax.accounting.topologies import topology
+from deepseek_jax.dry_run.topologies import topology
 from kernels_pallas import QTensor
 
 # What the matrix unit is to be given, in the kernel's text.

@@ -12,7 +12,7 @@ from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention,
 from deepseek_jax.model.config import MLAConfig, RopeConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rope import inverse_frequencies, softmax_scale
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 
 B, T, D = 2, 7, 12
 PLAIN = RopeConfig()
@@ -31,7 +31,7 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, -1]], np.int32)
 def make(case):
     config, rope = CASES[case]
     module = LatentAttention if isinstance(config, MLAConfig) else GroupedQueryAttention
-    return module(config, tiny_config(attention=config, rope=rope), recipe("float32"), Placement())
+    return module(config, tiny_config(attention=config, rope=rope), get_precision("float32"), Placement())
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def test_query_chunks_change_nothing(known):
     first = 0 if known else 2
 
     def loss(chunk, known, q, k, v, start):
-        core = SelfAttention(recipe("float32"), Placement(), 0.5, chunk, 0)
+        core = SelfAttention(get_precision("float32"), Placement(), 0.5, chunk, 0)
         out = core(q[:, first:], k, v, SEGMENTS[:, first:], jnp.asarray(SEGMENTS), first if known else start)
         return jnp.sum(out * weight[:, first:]), out
 
@@ -162,7 +162,7 @@ def test_heads_at_once_change_nothing():
     arguments = [jnp.float32(rng.normal(size=shape)) for shape in shapes]
 
     def loss(heads_at_once, q, latents, k_rope, kv_b):
-        core = SelfAttention(recipe("float32"), Placement(), 0.5, 3, heads_at_once)
+        core = SelfAttention(get_precision("float32"), Placement(), 0.5, 3, heads_at_once)
         segments = jnp.asarray(SEGMENTS)
         out = core.expanded_latents((q, segments), (latents, k_rope, segments), kv_b, 0)
         return jnp.sum(jnp.sin(out)), out

@@ -143,13 +143,13 @@ def test_bias_moves_by_exactly_the_rate(start):
     assert moved[0, 0] != start
 
 
-def test_centred_update_keeps_the_sum():
+def test_zero_sum_update_keeps_the_sum():
     counts = jnp.asarray([[10.0, 1.0, 1.0, 1.0]])
     plain = update_bias(jnp.zeros((1, 4)), counts, 0.1)
     np.testing.assert_allclose(plain, [[-0.1, 0.1, 0.1, 0.1]], rtol=1e-6)
-    centred = update_bias(jnp.zeros((1, 4)), counts, 0.1, centred=True)
-    np.testing.assert_allclose(centred, [[-0.15, 0.05, 0.05, 0.05]], rtol=1e-6)
-    assert float(jnp.sum(centred)) == pytest.approx(0, abs=1e-7)
+    zero_sum = update_bias(jnp.zeros((1, 4)), counts, 0.1, zero_sum=True)
+    np.testing.assert_allclose(zero_sum, [[-0.15, 0.05, 0.05, 0.05]], rtol=1e-6)
+    assert float(jnp.sum(zero_sum)) == pytest.approx(0, abs=1e-7)
 
 
 def test_max_violation():

@@ -1,4 +1,4 @@
-"""The bfloat16 recipe on the whole network: close to float32, and float32 where the design says so."""
+"""The bfloat16 policy on the whole network: close to float32, and float32 where the design says so."""
 
 import jax.numpy as jnp
 import numpy as np

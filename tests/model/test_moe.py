@@ -10,7 +10,7 @@ from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts, MoE
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.rows import from_rows, lay_out, to_rows
-from deepseek_jax.precision import Recipe, recipe
+from deepseek_jax.precision import Precision, get_precision
 
 E, K, D, F = 4, 2, 5, 3
 CHOICES = {
@@ -45,15 +45,15 @@ def test_moving_to_rows_and_back():
     assert not rows[padded].any()
 
 
-class Ragged(Recipe):
-    """The recipe as it is on TPU: no padding to blocks."""
+class Ragged(Precision):
+    """The policy as it is on TPU: no padding to blocks."""
 
     def row_block(self, rows, num_groups, kind):
         return 1
 
 
-float32 = recipe("float32")
-RECIPES = {
+float32 = get_precision("float32")
+PRECISIONS = {
     "dense": float32,
     "grouped": float32,
     "ragged": Ragged("ragged", *(jnp.dtype("float32"),) * 2, float32.matmul_precision),
@@ -63,7 +63,7 @@ RECIPES = {
 def experts_call(implementation):
     """Compiled (params, x, ids, gates, dy) -> (y, gradients of params, x and gates)."""
     config = MoEConfig(E, K, F, implementation="dense" if implementation == "dense" else "grouped")
-    module = Experts(config, 0.1, RECIPES[implementation], Placement())
+    module = Experts(config, 0.1, PRECISIONS[implementation], Placement())
 
     def call(params, x, ids, gates, dy):
         y, pull = jax.vjp(
@@ -114,7 +114,7 @@ def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
     )
 
     def gradients(implementation):
-        module = Experts(MoEConfig(E, K, F, implementation=implementation), 0.1, recipe(precision), Placement())
+        module = Experts(MoEConfig(E, K, F, implementation=implementation), 0.1, get_precision(precision), Placement())
         loss = lambda params, x: jnp.sum(module.apply(params, x, ids, gates)[0].astype(jnp.float32) ** 2)
         return jax.tree.leaves(jit(jax.grad(loss, (0, 1)))(params, x))
 
@@ -126,7 +126,7 @@ def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
 def test_replay_of_a_permuted_choice_keeps_gates_and_router_gradient():
     """Gates are recomputed for the experts that are replayed, in their order; they never come out of a masked score."""
     config = tiny_moe()
-    module = MoE(config, 0.1, recipe("float32"), Placement())
+    module = MoE(config, 0.1, get_precision("float32"), Placement())
     x = jnp.float32(np.random.default_rng(0).normal(size=(1, 9, D)))
     valid = jnp.ones((1, 9), bool)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, valid, None))

@@ -107,15 +107,15 @@ def test_what_is_not_a_number_never_routes_in_silence(config, where):
     assert np.all((np.asarray(ids) >= 0) & (np.asarray(ids) < config.num_experts))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("factor", [1.0, 2.5])
-def test_gate_values(normalise, factor):
+def test_gate_values(normalize, factor):
     config = MoEConfig(
-        num_experts=6, top_k=2, intermediate_size=4, norm_topk_prob=normalise, routed_scaling_factor=factor
+        num_experts=6, top_k=2, intermediate_size=4, norm_topk_prob=normalize, routed_scaling_factor=factor
     )
     scores_E = jnp.asarray([0.1, 0.2, 0.3, 0.6, 0.5, 0.9])
     gates = gate_values(scores_E, jnp.asarray([3, 1]), config)
-    expected = np.array([0.6, 0.2]) / (0.8 if normalise else 1.0) * factor
+    expected = np.array([0.6, 0.2]) / (0.8 if normalize else 1.0) * factor
     np.testing.assert_allclose(gates, expected, rtol=1e-6)
 
 

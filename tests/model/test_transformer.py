@@ -1,4 +1,4 @@
-"""The whole network: rematerialisation, scanned layers, replay, cache, initialisation, logical axes."""
+"""The whole network: rematerialization, scanned layers, replay, cache, initialization, logical axes."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""These tests compile more than they compute: each program is compiled once and little optimised."""
+"""These tests compile more than they compute: each program is compiled once and little optimized."""
 
 import jax
 import pytest

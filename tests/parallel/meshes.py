@@ -16,7 +16,7 @@ from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.parallel.shardings import global_batch, variables_sharding
 
-# Unoptimised code: these programs run once on a few numbers, so that compiling them is what costs time.
+# Unoptimized code: these programs run once on a few numbers, so that compiling them is what costs time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MESHES = {

@@ -14,7 +14,7 @@ from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.parallel import dispatch
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import dequantize, quantize_tile
 
 B, T, D, E, K, F = 8, 5, 128, 8, 3, 4
@@ -49,7 +49,7 @@ def ragged_on_cpu(operand, output, input_offsets, send_sizes, output_offsets, re
     return output
 
 
-def experts_call(place: Placement, precision=recipe("float32")):
+def experts_call(place: Placement, precision=get_precision("float32")):
     """Compiled (ids) -> (y, overflows, gradients of weights, x and gates)."""
     module = Experts(CONFIG, 0.1, precision, place)
 
@@ -109,7 +109,7 @@ def test_tokens_that_are_not_divided(reference):
     x, ids, gates = X[:3], jnp.int32(IDS["random"][:3]), GATES[:3]
 
     def call(place):
-        module = Experts(CONFIG, 0.1, recipe("float32"), place)
+        module = Experts(CONFIG, 0.1, get_precision("float32"), place)
         params = jax.tree.map(jnp.float32, WEIGHTS)
         grad = jax.value_and_grad(
             lambda params, x: jnp.sum(module.apply({"params": params}, x, ids, gates)[0] * DY[:3]), argnums=(0, 1)
@@ -150,7 +150,7 @@ def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     rounded = dequantize(quantize_tile(X, power_of_two=True))
 
     def exact(x):
-        module = Experts(CONFIG, 0.1, recipe("float32"), Placement())
+        module = Experts(CONFIG, 0.1, get_precision("float32"), Placement())
         return module.apply({"params": jax.tree.map(jnp.float32, WEIGHTS)}, x, jnp.int32(ids), GATES)[0]
 
     assert_close(y, jit(exact)(rounded), 2e-6)
@@ -171,7 +171,7 @@ def test_fp8_dispatch_of_gradients_is_rounded_once_on_their_way_to_the_experts()
     def oracle(weights, x_ND, gates_NK, dy_ND):
         rounded = dequantize(quantize_tile(x_ND, power_of_two=True))
         y_NKD, pull_back = jax.vjp(
-            lambda w, x: moe.dense_experts(recipe("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded
+            lambda w, x: moe.dense_experts(get_precision("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded
         )
         pairs = (gates_NK[..., None] * dy_ND[:, None]).reshape(-1, D)
         sent = dequantize(quantize_tile(pairs, power_of_two=True, min_amax=1e-30)).reshape(y_NKD.shape)
@@ -194,6 +194,6 @@ def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
         return jnp.where((ids_NK < weights[0].shape[0])[..., None], dequantize(x.quantized)[:, None], 0)
 
     monkeypatch.setitem(moe.IMPLEMENTATIONS, "grouped", first_operand)
-    precision = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+    precision = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
     y, *_ = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"), precision)(IDS["random"])
     assert_close(y, dequantize(quantize_tile(X, power_of_two=True)) * jnp.sum(GATES, axis=-1, keepdims=True), 2e-6)

@@ -10,10 +10,10 @@ from meshes import CONFIG, MODEL, on, placement, variables
 from deepseek_jax.model.attention import SelfAttention, Tokens
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Block
-from deepseek_jax.parallel.overlap import TwoMicrobatches, two_microbatches
+from deepseek_jax.parallel.dual_batch import DualBatchBlock, dual_batch_block
 from deepseek_jax.parallel.rules import divide
 from deepseek_jax.parallel.shardings import variables_sharding
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import trust
 
 
@@ -27,7 +27,10 @@ def said(monkeypatch, caplog):
 def attend(kind, heads=2, grouped=1, length=128, precision="bfloat16", width=64):
     place = type("OnDevice", (Placement,), {"device_kind": kind})()
     q, kv = (jax.ShapeDtypeStruct((1, length, heads, *g, width), jnp.bfloat16) for g in ((grouped,), ()))
-    core, segments = SelfAttention(recipe(precision), place, 0.1, 0, 0), jax.ShapeDtypeStruct((1, length), jnp.int32)
+    core, segments = (
+        SelfAttention(get_precision(precision), place, 0.1, 0, 0),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    )
     return str(jax.make_jaxpr(lambda q, k, v, s: core(q, k, v, s, s, 0))(q, kv, kv, segments))
 
 
@@ -63,7 +66,7 @@ def test_attention_with_a_kernel_or_where_there_is_none_for_anybody_says_nothing
 )
 def test_fp8_says_where_it_is_emulated(kind, told, said):
     for _ in range(2):
-        recipe("fp8_deepseek").has_kernels(kind)
+        get_precision("fp8_deepseek").has_kernels(kind)
     assert len(said()) == told
     assert not told or (
         f"this kind of device, {kind}, so XLA emulates" in said()[0] and "config.precision=bfloat16" in said()[0]
@@ -81,7 +84,7 @@ class Other(Block):
 
 def through(block, rows):
     """The block on some rows, with MeshPlacement's schedule and as it is."""
-    place = placement({"fsdp": 2, "expert": 2, "tensor": 2}, overlap=True)
+    place = placement({"fsdp": 2, "expert": 2, "tensor": 2}, dual_batch=True)
     positions = jnp.broadcast_to(jnp.arange(12), (rows, 12))
     x, tokens = (
         jax.random.normal(jax.random.key(0), (rows, 12, CONFIG.hidden_size)),
@@ -96,9 +99,9 @@ def test_dual_batch_runs_the_block_it_is_given(said):
     halves, plain = through(Other, 8)
     np.testing.assert_allclose(halves, plain, rtol=1e-5, atol=1e-5)
     assert (
-        two_microbatches(Block) is TwoMicrobatches
-        and two_microbatches(Other) is two_microbatches(Other)
-        and two_microbatches(Other).of is Other
+        dual_batch_block(Block) is DualBatchBlock
+        and dual_batch_block(Other) is dual_batch_block(Other)
+        and dual_batch_block(Other).of is Other
     )
     assert not said()
 

@@ -15,12 +15,12 @@ from meshes import jit, placement
 from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import fp8_linear, quantize_block
 
 X, W = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 32, 256), (256, 384)]))
 ONE = Placement()
-FP8 = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+FP8 = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
 MESHES = {
     "rows": {"fsdp": 8},
     "tensor": {"fsdp": 2, "tensor": 2, "expert": 2},
@@ -57,7 +57,7 @@ def test_equals_one_device(mesh, names):
 
 @pytest.mark.parametrize("names", [("embed", "heads"), ("ffn", "embed")])
 @pytest.mark.parametrize("mesh, tile", [("rows", 128), ("tensor", 128), ("tensor", 256)])
-def test_quantised_weights(mesh, tile, names):
+def test_quantized_weights(mesh, tile, names):
     w = quantize_block(W, size=tile)
     where = placement(MESHES[mesh])
     got = jit(lambda w, x: where.multiply(multiply, w, names, x))(w, X.reshape(-1, 256))
@@ -76,7 +76,7 @@ def gathered(fn, *args) -> dict[str, int]:
     "name, sizes", [("linear", {"fsdp": 2, "data": 4}), ("linear", {"fsdp": 8}), ("experts", {"fsdp": 2, "expert": 4})]
 )
 def test_weights_travel_in_eight_bits(name, sizes):
-    """Each device quantises its part before it is gathered, to the same numbers, be its part whole blocks or a quarter
+    """Each device quantizes its part before it is gathered, to the same numbers, be its part whole blocks or a quarter
     of one."""
     x, (ids, gates) = X.reshape(8, 8, 256), (jnp.arange(8 * 8 * 2).reshape(8, 8, 2) % 5, jnp.full((8, 8, 2), 0.5))
 
@@ -116,7 +116,7 @@ def test_weights_travel_in_eight_bits(name, sizes):
 
 
 @pytest.mark.parametrize("width, tile", [(192, 128), (256, 128), (384, 128), (768, 256)])
-def test_quantised_experts_are_not_cut_within_a_tile(width, tile):
+def test_quantized_experts_are_not_cut_within_a_tile(width, tile):
     """Two devices share an expert's width: 256 in whole tiles, the others not."""
     shapes = {"gate": (4, 128, width), "up": (4, 128, width), "down": (4, width, 128)}
     w = {key: jax.random.normal(jax.random.key(i), shape) for i, (key, shape) in enumerate(shapes.items())}

@@ -74,7 +74,7 @@ def test_what_does_not_divide_is_refused_with_the_nearest_mesh_that_works(sizes,
 
 
 def test_a_mesh_over_a_slow_network_keeps_slices_together():
-    """Each slice of four neighbours holds whole inner axes; the outer factor of an axis runs over slices."""
+    """Each slice of four neighbors holds whole inner axes; the outer factor of an axis runs over slices."""
     devices = jax.devices()
     mesh = build_mesh({"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}, {"data": 2}, devices)
     assert mesh.axis_names == AXES

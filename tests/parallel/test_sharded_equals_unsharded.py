@@ -10,7 +10,7 @@ import pytest
 from meshes import CONFIG, MESHES, MODEL, assert_close, jit, on, placed, placed_batch
 
 from deepseek_jax.parallel.shardings import variables_sharding
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
@@ -41,7 +41,7 @@ def one_device():
 CASES = {
     **{name: (sizes, {}) for name, sizes in MESHES.items()},
     "gathered tokens": ({"fsdp": 2, "expert": 4}, {"exchange": "gather"}),
-    "two microbatches": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"overlap": True}),
+    "two microbatches": ({"fsdp": 2, "expert": 2, "tensor": 2}, {"dual_batch": True}),
     "experts not divided": ({"fsdp": 2, "expert": 4}, {"rules": {"experts": None}}),
     "experts and vocabulary over axes of tokens and others": (
         {"fsdp": 2, "expert": 2, "tensor": 2},
@@ -73,7 +73,7 @@ def test_loss_and_every_gradient(name, one_device):
 def test_fp8():
     """The same choices, scales and roundings; only the gradients of experts' weights take scales over rows, which lie
     in another order."""
-    precision = dataclasses.replace(recipe("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+    precision = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
     model = MODEL.clone(config=CONFIG.replace(mtp_depth=0), precision=precision)
     got, want = (loss_and_gradients(on(sizes, model)) for sizes in ({"fsdp": 2, "expert": 4}, None))
     jax.tree.map(np.testing.assert_array_equal, got[2], want[2])

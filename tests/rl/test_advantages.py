@@ -26,7 +26,7 @@ def test_the_divisor_is_the_floored_deviation_plus_eps():
     np.testing.assert_allclose(batch.advantages_B, [-0.005 / 3.5, 0.005 / 3.5, -1 / 3.5, 1 / 3.5], rtol=1e-6)
 
 
-def test_other_normalisations():
+def test_other_normalizations():
     rewards = jnp.array([0.0, 1.0, 2.0, 5.0])
     np.testing.assert_allclose(group_advantages(rewards, 2, "none").advantages_B, [-0.5, 0.5, -1.5, 1.5], rtol=1e-6)
     batch = group_advantages(rewards, 2, "batch_std", eps=0.0).advantages_B
@@ -35,25 +35,25 @@ def test_other_normalisations():
     )
 
 
-@pytest.mark.parametrize("normalisation", ["group_std", "none", "batch_std"])
+@pytest.mark.parametrize("normalization", ["group_std", "none", "batch_std"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, 2.7182817])
-def test_equal_rewards_give_exactly_nothing(normalisation, reward):
+def test_equal_rewards_give_exactly_nothing(normalization, reward):
     rewards = jnp.full(16, reward, jnp.float32).at[-1].multiply(1 + 1e-7)
-    result = group_advantages(rewards, 16, normalisation)
+    result = group_advantages(rewards, 16, normalization)
     assert not np.asarray(result.advantages_B).any() and not np.asarray(result.live_B).any()
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("normalisation", ["group_std", "none", "batch_std"])
-def test_a_reward_that_is_not_finite_spreads_nowhere(bad, normalisation):
+@pytest.mark.parametrize("normalization", ["group_std", "none", "batch_std"])
+def test_a_reward_that_is_not_finite_spreads_nowhere(bad, normalization):
     rewards = jnp.array([1.0, bad, 0.0, 1.0, bad, bad, bad, 3.0])
-    result = group_advantages(rewards, 4, normalisation)
+    result = group_advantages(rewards, 4, normalization)
     assert np.isfinite(result.advantages_B).all()
     np.testing.assert_array_equal(result.valid_B, [1, 0, 1, 1, 0, 0, 0, 1])
     np.testing.assert_array_equal(result.live_B, [1, 0, 1, 1, 0, 0, 0, 0])
     assert float(result.advantages_B[1]) == 0.0 and not np.asarray(result.advantages_B[4:]).any()
     assert float(result.advantages_B[:4].sum()) == pytest.approx(0.0, abs=1e-6)
-    if normalisation == "group_std":
+    if normalization == "group_std":
         alone = group_advantages(jnp.array([1.0, 0.0, 1.0]), 3).advantages_B
         np.testing.assert_allclose(result.advantages_B[jnp.array([0, 2, 3])], alone, rtol=1e-6)
 

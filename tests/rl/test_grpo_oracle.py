@@ -54,7 +54,7 @@ GRPO = grpo_of(
         aggregation="token_mean",
         advantage_eps=EPS,
         advantage_std_floor=FLOOR,
-        bias_update_rate=GAMMA,
+        bias_update_speed=GAMMA,
     ),
     REWARDS,
     task=UnevenParity(bits=8),

@@ -223,7 +223,7 @@ def test_k3_is_never_negative():
 
 
 def test_unbiased_kl_has_the_gradient_of_the_exact_kl():
-    """Over all outcomes of a categorical distribution, weighted with a behaviour policy that is neither of the two."""
+    """Over all outcomes of a categorical distribution, weighted with a behavior policy that is neither of the two."""
     old, ref, logits = jax.random.normal(jax.random.key(1), (3, 6))
     old, ref = jax.nn.log_softmax(old), jax.nn.log_softmax(ref)
     mask = jnp.ones((1, 6))

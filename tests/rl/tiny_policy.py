@@ -49,7 +49,7 @@ CONFIG = GRPOConfig(
     max_completion_length=6,
     rewards=(("accuracy", 1.0), ("format", 1.0)),
     replay_experts=True,
-    bias_update_rate=1e-3,
+    bias_update_speed=1e-3,
 )
 
 

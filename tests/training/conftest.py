@@ -17,7 +17,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(compilation_cache):
-    """These tests compile more than they compute: little optimisation, and each program once."""
+    """These tests compile more than they compute: little optimization, and each program once."""
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(compilation_cache),

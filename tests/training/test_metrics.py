@@ -54,7 +54,7 @@ def test_tags_are_grouped_and_matrices_and_texts_have_their_place(tmp_path):
                 "held_out_accuracy": 0.5,
                 "bits_per_byte": 2.0,
                 "max_violation_max": 0.1,
-                "bias_rate": 0.1,
+                "bias_update_speed": 0.1,
                 "expert_load": step * load,
             },
         )
@@ -66,7 +66,7 @@ def test_tags_are_grouped_and_matrices_and_texts_have_their_place(tmp_path):
         "eval/held_out_accuracy",
         "eval/bits_per_byte",
         "moe/max_violation_max",
-        "moe/bias_rate",
+        "moe/bias_update_speed",
         "moe/expert_load",
     }
     assert any(tag.startswith("rl/samples") for tag in tags)

@@ -1,4 +1,4 @@
-"""The loss against a plain reading of its equations, and the identities that masks and normalisers owe."""
+"""The loss against a plain reading of its equations, and the identities that masks and normalizers owe."""
 
 import dataclasses
 import functools

@@ -15,7 +15,7 @@ PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "norm": {"scale": jnp.
 
 
 def run(config, steps=3):
-    """Parameters after some steps with gradients of norm above and below the clip, and the optimiser state."""
+    """Parameters after some steps with gradients of norm above and below the clip, and the optimizer state."""
     optimizer = build_optimizer(config)
 
     @jax.jit

@@ -59,7 +59,7 @@ def test_v3_mtp_weight_and_bias_speed():
     ten, fourteen = V3_BATCH.step_at(10e12), V3_BATCH.step_at(14.3e12)
     np.testing.assert_allclose(at(schedules.deepseek_v3_mtp_weight(), 0, ten - 1, ten, 10 * ten), [0.3, 0.3, 0.1, 0.1])
     np.testing.assert_allclose(
-        at(schedules.deepseek_v3_bias_rate(), 0, fourteen - 1, fourteen, 240_000), [1e-3, 1e-3, 0, 0]
+        at(schedules.deepseek_v3_bias_speed(), 0, fourteen - 1, fourteen, 240_000), [1e-3, 1e-3, 0, 0]
     )
     np.testing.assert_allclose(at(schedules.deepseek_v3_mtp_weight(1480), 999, 1000), [0.3, 0.1])
 

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule, Segment
@@ -81,7 +81,7 @@ def test_accumulation_is_one_big_batch(steps, state, small, optimizer, batch):
 def test_learns_in_fp8(small, optimizer, batch):
     """The whole step, MTP and AdamW included; master weights stay float32."""
     config = small.config.replace(moe=dataclasses.replace(small.config.moe, implementation="grouped"))
-    model = Transformer(config, recipe("fp8_deepseek"))
+    model = Transformer(config, get_precision("fp8_deepseek"))
     step = make_train_step(
         model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2
     )
@@ -115,8 +115,8 @@ def test_bias_update_opposes_the_load():
     assert new["moe_layers"]["ffn"]["router"]["bias"].tolist() == [[-0.25, 0, 0.25], [0.25, 0.25, -0.25]]
     assert new["mtp_0"]["bias"].tolist() == [0.25, -0.25, 0.25]
     assert new["mtp_1"]["bias"].tolist() == [1, 1, 1]  # a module that did not run
-    centred = update_router_bias(bias, loads, 0.25, centred=True)
-    assert float(jnp.sum(centred["mtp_0"]["bias"])) == pytest.approx(0, abs=1e-7)
+    zero_sum = update_router_bias(bias, loads, 0.25, zero_sum=True)
+    assert float(jnp.sum(zero_sum["mtp_0"]["bias"])) == pytest.approx(0, abs=1e-7)
 
 
 def test_no_optimizer_leaf_and_no_decay_for_the_bias(steps, state, batch):
@@ -130,7 +130,7 @@ def test_no_optimizer_leaf_and_no_decay_for_the_bias(steps, state, batch):
     assert all(np.any(x) for x in jax.tree.leaves(bias))
     for _ in range(3):
         state, metrics = steps[0](state, batch)
-    assert float(metrics["bias_rate"]) == 0
+    assert float(metrics["bias_update_speed"]) == 0
     equal(copies(state.router_bias), bias)
 
 

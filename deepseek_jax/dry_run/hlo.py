@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 
-# name = shape opcode(operands), attributes — the shape is one word or a parenthesised tuple, told apart by the balance
+# name = shape opcode(operands), attributes — the shape is one word or a parenthesized tuple, told apart by the balance
 # of brackets.
 _HEAD = re.compile(r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")

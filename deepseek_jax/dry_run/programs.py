@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.accounting.flops import decode_flops_per_token
-from deepseek_jax.accounting.program_flops import Assumptions
 from deepseek_jax.accounting.work import rollout_flops, training_rows
+from deepseek_jax.dry_run.program_flops import Assumptions
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.generation.generate import advance, start
@@ -45,7 +45,7 @@ class Program:
 
 
 def train(experiment: Experiment, stage: str | None) -> Program:
-    """The optimiser step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
+    """The optimizer step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
     name = _stage(experiment, stage, ("pretrain", "sft"))
     section = build_stage(experiment, name)
     model, config = experiment.model, section.train
@@ -59,9 +59,9 @@ def train(experiment: Experiment, stage: str | None) -> Program:
         config.objective,
         optimizer,
         config.optimizer.learning_rate,
-        config.router_bias_rate,
+        config.bias_update_speed,
         microbatch=config.microbatch,
-        centred=config.router_bias_centred,
+        zero_sum=config.bias_update_zero_sum,
     )
     # smaller batches first: as many tokens take fewer of the largest
     calls = float(np.sum(training_rows(section))) / section.batch_size

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from deepseek_jax.accounting.chips import CHIPS
-from deepseek_jax.accounting.collectives import Collective
-from deepseek_jax.accounting.dry_run import bounds
-from deepseek_jax.accounting.roofline import link_bandwidth, link_bytes, roofline
-from deepseek_jax.accounting.topologies import Topology
+from deepseek_jax.dry_run.collectives import Collective
+from deepseek_jax.dry_run.dry_run import bounds
+from deepseek_jax.dry_run.roofline import link_bandwidth, link_bytes, roofline
+from deepseek_jax.dry_run.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)

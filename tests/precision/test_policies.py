@@ -1,4 +1,4 @@
-"""What each recipe multiplies with and what it returns."""
+"""What each policy multiplies with and what it returns."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.moe import dense_experts
-from deepseek_jax.precision import RECIPES, recipe
+from deepseek_jax.precision import PRECISIONS, get_precision
 from kernels_pallas import swiglu
 
 
 @pytest.mark.parametrize(("name", "compute"), [("float32", jnp.float32), ("bfloat16", jnp.bfloat16)])
 def test_dtypes(name, compute):
-    r = recipe(name)
+    r = get_precision(name)
     x, w = jnp.ones((2, 3), jnp.float32), jnp.ones((3, 4), jnp.float32)
     assert r.name == name and r.param_dtype == jnp.float32 and r.compute_dtype == compute
     assert r.linear(x, w).dtype == compute
@@ -31,9 +31,11 @@ def test_dtypes(name, compute):
 def test_products_round_as_the_name_says():
     x = jnp.asarray([[1.0, 2**-9]])  # in bfloat16, 1 + 2^-9 is 1
     w = jnp.asarray([[1.0], [1.0]])
-    assert float(recipe("float32").linear(x, w)[0, 0]) == 1 + 2**-9
-    assert float(recipe("bfloat16").linear(x, w)[0, 0]) == 1.0
-    assert float(recipe("bfloat16").einsum("ab,bc->ac", x, w)[0, 0]) == 1 + 2**-9  # summed and returned in float32
+    assert float(get_precision("float32").linear(x, w)[0, 0]) == 1 + 2**-9
+    assert float(get_precision("bfloat16").linear(x, w)[0, 0]) == 1.0
+    assert (
+        float(get_precision("bfloat16").einsum("ab,bc->ac", x, w)[0, 0]) == 1 + 2**-9
+    )  # summed and returned in float32
 
 
 def products(jaxpr):
@@ -54,7 +56,7 @@ def test_gradients_of_einsum_multiply_in_the_compute_dtype_too():
     )
 
     def gradients(name):
-        return jax.grad(lambda x, w: jnp.sum(recipe(name).einsum("...D,DV->...V", x, w) * dy), argnums=(0, 1))
+        return jax.grad(lambda x, w: jnp.sum(get_precision(name).einsum("...D,DV->...V", x, w) * dy), argnums=(0, 1))
 
     rounded, exact = (jax.jit(gradients(name))(x, w) for name in ("bfloat16", "float32"))
     forward, *backward = products(jax.make_jaxpr(gradients("bfloat16"))(x, w).jaxpr)
@@ -81,7 +83,7 @@ def test_swiglu_is_rounded_once_in_every_product():
     gate64 = np.asarray(gate, np.float64)
     # of an expert whose weights are the identity
     squared = (gate64 / (1 + np.exp(-gate64)) * gate64).astype(ml_dtypes.bfloat16)
-    r, identity, size = recipe("bfloat16"), jnp.eye(128, dtype=jnp.bfloat16), jnp.asarray([64])
+    r, identity, size = get_precision("bfloat16"), jnp.eye(128, dtype=jnp.bfloat16), jnp.asarray([64])
     outputs = {
         "linear": r.swiglu_linear(gate, up, identity),
         "grouped": r.grouped_swiglu_linear(gate, up, identity[None], size, 1),
@@ -97,7 +99,7 @@ def test_swiglu_is_the_same_number_in_bfloat16_and_in_fp8():
     """So that FP8's curve against bfloat16's compares products alone. In FP8 two ways lead to the down projection's
     input."""
     gate, up, rounded_once = swiglu_operands()
-    fp8, w = recipe("fp8_deepseek"), jax.random.normal(jax.random.key(2), (128, 16), jnp.float32)
+    fp8, w = get_precision("fp8_deepseek"), jax.random.normal(jax.random.key(2), (128, 16), jnp.float32)
     expected = dataclasses.replace(fp8, keep_swiglu_input=False).linear(jnp.asarray(rounded_once), w)
     for r in (fp8, dataclasses.replace(fp8, keep_swiglu_input=False)):
         difference = np.abs(np.asarray(r.swiglu_linear(gate, up, w) - expected, np.float32))
@@ -123,7 +125,7 @@ def test_leading_axes_get_letters_of_their_own(equation):
     """Whatever letters the equation uses, in the product and in its gradients."""
     a, b = np.random.default_rng(0).normal(size=(2, 3, 4)), np.random.default_rng(1).normal(size=(4, 5))
     b = b.T if "ba" in equation else b
-    y, pull_back = jax.vjp(functools.partial(recipe("float32").einsum, equation), jnp.float32(a), jnp.float32(b))
+    y, pull_back = jax.vjp(functools.partial(get_precision("float32").einsum, equation), jnp.float32(a), jnp.float32(b))
     np.testing.assert_allclose(y, np.einsum(equation, a, b), rtol=1e-5, atol=1e-5)
     da, db = pull_back(jnp.ones_like(y))
     ones = np.ones(y.shape)
@@ -133,11 +135,14 @@ def test_leading_axes_get_letters_of_their_own(equation):
 
 
 def test_recipes_are_static_arguments():
-    assert hash(recipe("float32")) == hash(recipe("float32")) and recipe("float32") == RECIPES["float32"]
-    assert recipe("float32") != recipe("bfloat16")
-    assert np.dtype(recipe("float32").compute_dtype) == np.float32
+    assert (
+        hash(get_precision("float32")) == hash(get_precision("float32"))
+        and get_precision("float32") == PRECISIONS["float32"]
+    )
+    assert get_precision("float32") != get_precision("bfloat16")
+    assert np.dtype(get_precision("float32").compute_dtype) == np.float32
 
 
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown precision 'bfloat61'.*did you mean 'bfloat16'"):
-        recipe("bfloat61")
+        get_precision("bfloat61")

@@ -1,4 +1,4 @@
-"""The recipe fp8_deepseek: what it multiplies in FP8, what it keeps, and how a file changes it."""
+"""The policy fp8_deepseek: what it multiplies in FP8, what it keeps, and how a file changes it."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ import pytest
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables
-from deepseek_jax.precision import FP8Recipe, recipe
-from kernels_pallas import Prepared, QTensor, dequantize, quantize_block
+from deepseek_jax.precision import FP8Precision, get_precision
+from kernels_pallas import PreQuantized, QTensor, dequantize, quantize_block
 
 ALL_ROLES = ["linear", "attention_output", "experts", "mtp_projection"]
 CONFIG = ModelConfig(
@@ -35,8 +35,8 @@ VARIABLES = init_variables(Transformer(ONE_LAYER), jax.random.key(0))
 
 
 @functools.cache
-def loss_and_gradients(recipe):
-    model = Transformer(ONE_LAYER, recipe)
+def loss_and_gradients(precision):
+    model = Transformer(ONE_LAYER, precision)
 
     def loss(params, expert_ids):
         variables = VARIABLES | {"params": params}
@@ -54,7 +54,7 @@ def loss_and_gradients(recipe):
 def test_gradients_stand_a_little_further_off_than_those_of_bfloat16():
     """E4M3 has 3 fraction bits and bfloat16 has 7: two dozen tokens average little of the difference away."""
     (exact, exact_grads), (half, half_grads), (eight, eight_grads) = (
-        loss_and_gradients(recipe(name)) for name in ("float32", "bfloat16", "fp8_deepseek")
+        loss_and_gradients(get_precision(name)) for name in ("float32", "bfloat16", "fp8_deepseek")
     )
 
     def apart(grads):
@@ -68,15 +68,15 @@ def test_gradients_stand_a_little_further_off_than_those_of_bfloat16():
 
 
 def test_without_any_role_it_is_bfloat16():
-    eight = loss_and_gradients(recipe({"name": "fp8_deepseek", "high_precision": ALL_ROLES}))
-    half = loss_and_gradients(recipe("bfloat16"))
+    eight = loss_and_gradients(get_precision({"name": "fp8_deepseek", "high_precision": ALL_ROLES}))
+    half = loss_and_gradients(get_precision("bfloat16"))
     jax.tree.map(np.testing.assert_array_equal, eight, half)
 
 
 def eight_bit_casts(spec) -> int:
     """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows;
     and one in each attention for the latents that a cache keeps, which the compiler drops where there is none."""
-    model = Transformer(CONFIG, recipe(spec))
+    model = Transformer(CONFIG, get_precision(spec))
     program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(
         abstract_variables(Transformer(CONFIG))
     )
@@ -85,11 +85,13 @@ def eight_bit_casts(spec) -> int:
 
 def test_weights_that_stay_are_not_rounded_where_their_gradients_are_summed():
     """Above the product the gradient of a rounded weight would be summed over devices in bfloat16."""
-    r, w = recipe("fp8_deepseek"), jnp.ones((256, 128))
+    r, w = get_precision("fp8_deepseek"), jnp.ones((256, 128))
     assert r.weight(w, "mtp_projection", w.shape) is w
-    assert isinstance(r.weight(w, "linear", (32, 128)), Prepared)
+    assert isinstance(r.weight(w, "linear", (32, 128)), PreQuantized)
     assert r.weight(w, "linear", (4, 128)) is w  # crumbs of a block
-    assert recipe({"name": "fp8_deepseek", "format": {"products": ("forward",)}}).weight(w, "linear", w.shape) is w
+    assert (
+        get_precision({"name": "fp8_deepseek", "format": {"products": ("forward",)}}).weight(w, "linear", w.shape) is w
+    )
 
 
 def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
@@ -110,7 +112,7 @@ def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
 
 
 def test_latents_that_no_cache_keeps_are_not_rounded():
-    model = Transformer(ONE_LAYER, recipe("fp8_deepseek"))
+    model = Transformer(ONE_LAYER, get_precision("fp8_deepseek"))
     casts = []
     for what in (lambda out: out.hidden_BTD, lambda out: (out.hidden_BTD, out.latents)):
         compiled = jax.jit(lambda v, what=what: what(model.apply(v, TOKENS))).lower(VARIABLES).compile()
@@ -125,7 +127,7 @@ def kept(function, *arguments) -> list[str]:
 
 
 def test_what_is_kept_for_the_backward_pass():
-    r, x, w = recipe("fp8_deepseek"), jnp.ones((8, 256), jnp.bfloat16), jnp.ones((256, 128))
+    r, x, w = get_precision("fp8_deepseek"), jnp.ones((8, 256), jnp.bfloat16), jnp.ones((256, 128))
     assert kept(lambda x: r.linear(x, w), x) == ["float32[256, 128]", "float32[8, 2]", "float8_e4m3fn[8, 256]"]
     # the attention's output in E5M6, which bfloat16 holds
     assert kept(lambda x: r.linear(x, w, "attention_output"), x) == [
@@ -142,7 +144,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 def test_scales_of_the_attention_output_are_powers_of_two():
-    r = recipe("fp8_deepseek")
+    r = get_precision("fp8_deepseek")
     _, pull_back = jax.vjp(
         lambda x: r.linear(x, jnp.ones((256, 128)), "attention_output"),
         jax.random.normal(jax.random.key(0), (8, 256), jnp.bfloat16),
@@ -153,7 +155,7 @@ def test_scales_of_the_attention_output_are_powers_of_two():
 
 def test_released_weights_are_multiplied_as_they_are():
     x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(6, 160), (160, 192)]))
-    q, r = quantize_block(w.T).mT, recipe("fp8_deepseek")
+    q, r = quantize_block(w.T).mT, get_precision("fp8_deepseek")
     assert isinstance(q, QTensor)
     y = r.linear(x.astype(jnp.bfloat16), q)
     np.testing.assert_allclose(
@@ -163,22 +165,24 @@ def test_released_weights_are_multiplied_as_they_are():
 
 
 def test_a_file_changes_single_choices():
-    changed = recipe(
+    changed = get_precision(
         {
             "name": "fp8_deepseek",
             "format": {"gradient": {"format": "float8_e5m2"}, "accumulation": {"promote_every": None}},
         }
     )
     assert changed.format.gradient.format == "float8_e5m2" and changed.format.gradient.scope == "tile"
-    assert changed.format.gradient.min_amax == recipe("fp8_deepseek").format.gradient.min_amax
+    assert changed.format.gradient.min_amax == get_precision("fp8_deepseek").format.gradient.min_amax
     assert (
         changed.format.accumulation.promote_every is None
-        and changed.attention_output == recipe("fp8_deepseek").attention_output
+        and changed.attention_output == get_precision("fp8_deepseek").attention_output
     )
-    assert recipe({"name": "fp8_deepseek", "format": {"saved": {"format": "e5m6"}}}).format.saved.format == "e5m6"
-    assert hash(changed) != hash(recipe("fp8_deepseek")) and isinstance(changed, FP8Recipe)
-    assert recipe({"name": "fp8_deepseek"}) == recipe("fp8_deepseek")
-    assert dataclasses.replace(changed, format=recipe("fp8_deepseek").format) == recipe("fp8_deepseek")
+    assert (
+        get_precision({"name": "fp8_deepseek", "format": {"saved": {"format": "e5m6"}}}).format.saved.format == "e5m6"
+    )
+    assert hash(changed) != hash(get_precision("fp8_deepseek")) and isinstance(changed, FP8Precision)
+    assert get_precision({"name": "fp8_deepseek"}) == get_precision("fp8_deepseek")
+    assert dataclasses.replace(changed, format=get_precision("fp8_deepseek").format) == get_precision("fp8_deepseek")
 
 
 @pytest.mark.parametrize(
@@ -207,4 +211,4 @@ def test_a_file_changes_single_choices():
 )
 def test_what_a_recipe_cannot_be(spec, message):
     with pytest.raises(ConfigError, match=message):
-        recipe(spec)
+        get_precision(spec)

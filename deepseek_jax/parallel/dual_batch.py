@@ -12,11 +12,11 @@ from deepseek_jax.model.attention import Tokens
 from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Block
-from deepseek_jax.precision import Recipe
+from deepseek_jax.precision import Precision
 from kernels_pallas.trust import say_once
 
 
-class TwoMicrobatches(nn.Module):
+class DualBatchBlock(nn.Module):
     """A block with the same parameters under the same names, called on the even and on the odd rows of a batch.
 
     Neither half needs anything of the other, so that the compiler can run the exchange of one beside the products of
@@ -28,7 +28,7 @@ class TwoMicrobatches(nn.Module):
 
     config: ModelConfig
     moe: MoEConfig | None
-    precision: Recipe
+    precision: Precision
     placement: Placement
 
     def setup(self):
@@ -39,7 +39,7 @@ class TwoMicrobatches(nn.Module):
         rows, halves = x_BTD.shape[0], 2 * self.placement.batch_shards
         if cache_entry is None and rows % halves:
             say_once(
-                f"mesh.dispatch.overlap: {rows} sequences do not make two halves on each of the {halves // 2} devices "
+                f"mesh.dispatch.dual_batch: {rows} sequences do not make two halves on each of the {halves // 2} devices "
                 "that divide them, so that each layer "
                 f"runs them in one piece and nothing overlaps; batches and microbatches that are multiples of {halves} "
                 "avoid it"
@@ -61,10 +61,10 @@ class TwoMicrobatches(nn.Module):
 
 
 @functools.cache
-def two_microbatches(block: type[nn.Module]) -> type[TwoMicrobatches]:
-    """`TwoMicrobatches` of any block that is made and called as `Block` is."""
+def dual_batch_block(block: type[nn.Module]) -> type[DualBatchBlock]:
+    """`DualBatchBlock` of any block that is made and called as `Block` is."""
     return (
-        TwoMicrobatches
+        DualBatchBlock
         if block is Block
-        else type(f"TwoMicrobatchesOf{block.__name__}", (TwoMicrobatches,), {"of": block})
+        else type(f"TwoMicrobatchesOf{block.__name__}", (DualBatchBlock,), {"of": block})
     )

@@ -14,10 +14,10 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.errors import DataError
 
-Position = dict[str, Any]
+LoaderState = dict[str, Any]
 
 
-def merge(positions: Sequence[Position]) -> Position:
+def merge(positions: Sequence[LoaderState]) -> LoaderState:
     """One position of all streams from those of several processes.
 
     Raises DataError if they read different data, or if two that read the same stream are at different places in it.
@@ -51,7 +51,7 @@ def gather(position: Any) -> Any:
     return merge([json.loads(row[:length].tobytes()) for row, length in zip(everything, lengths, strict=True)])
 
 
-def select(position: Position, data: dict[str, Any], streams: Iterable[int]) -> list[Any]:
+def select(position: LoaderState, data: dict[str, Any], streams: Iterable[int]) -> list[Any]:
     """Where each of `streams` is, for Grain. Raises DataError if the position belongs to other data or lacks one of
     them."""
     _refuse_other_data(
@@ -64,7 +64,7 @@ def select(position: Position, data: dict[str, Any], streams: Iterable[int]) -> 
         raise DataError(
             f"the saved data position has the streams {', '.join(position['streams'])} and not "
             f"{', '.join(map(str, missing))}: "
-            "it is one process's part; save what data.position.gather makes of the parts"
+            "it is one process's part; save what data.loader_state.gather makes of the parts"
         )
     return [_restore_tuples(position["streams"][str(stream)]) for stream in streams]
 
@@ -78,7 +78,7 @@ def _refuse_other_data(found: dict[str, Any], wanted: dict[str, Any], problem: s
 
 
 def _restore_tuples(state: Any) -> Any:
-    """JSON turns tuples into lists, but Grain's packer recognises its 'nothing left over' slices only as tuples."""
+    """JSON turns tuples into lists, but Grain's packer recognizes its 'nothing left over' slices only as tuples."""
     if isinstance(state, dict):
         return {
             k: {n: tuple(s) for n, s in v.items()} if k == "remainder_slices" else _restore_tuples(v)

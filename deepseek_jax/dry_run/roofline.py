@@ -3,7 +3,7 @@ behind what.
 
 Compute: FLOPs over the matrix units' peak, float32 products at the bf16 rate. Memory: bytes over HBM bandwidth. Links:
 for every chip, bytes over the bandwidth of all its links together, times the hops that an all-to-all or a permute takes
-across the torus; an all-gather, a reduce-scatter and an all-reduce pass each piece on from neighbour to neighbour and
+across the torus; an all-gather, a reduce-scatter and an all-reduce pass each piece on from neighbor to neighbor and
 take one. Host network: what leaves a slice (TPU) or a host (GPU), in the best arrangement: a piece that several devices
 of one host need crosses once.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from deepseek_jax.accounting.chips import Chip
-from deepseek_jax.accounting.collectives import Collective
-from deepseek_jax.accounting.topologies import Topology, places
+from deepseek_jax.dry_run.collectives import Collective
+from deepseek_jax.dry_run.topologies import Topology, places
 
 TERMS = ("compute", "hbm", "links", "host_network")
 

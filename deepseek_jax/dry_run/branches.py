@@ -9,7 +9,7 @@ same value.
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
-from deepseek_jax.accounting.hlo import Module, Place, Scope, entry_scope, origin, trip_count
+from deepseek_jax.dry_run.hlo import Module, Place, Scope, entry_scope, origin, trip_count
 
 Key = tuple[Hashable, int]
 Taken = Mapping[Key, int]  # the index of the branch that runs

@@ -1,7 +1,7 @@
-"""A recipe: what the network multiplies with.
+"""A policy: what the network multiplies with.
 
-Master weights are float32 in every recipe; `compute_dtype` is what activations are and what the products read. Norms,
-softmax, routing, logits and losses are float32 whatever the recipe.
+Master weights are float32 in every policy; `compute_dtype` is what activations are and what the products read. Norms,
+softmax, routing, logits and losses are float32 whatever the policy.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.grouped import grouped_matmul, row_block
-from kernels_pallas import Prepared, plain, swiglu
+from kernels_pallas import PreQuantized, plain, swiglu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -30,7 +30,7 @@ def _einsum_bwd(equation, dtype, precision, operands, dy):
     as long.
 
     Sums are float32 here too, those over devices among them. Both gradients are there before either is used: `dy`, of
-    logits for example, is not kept until the optimiser asks for the weight's.
+    logits for example, is not kept until the optimizer asks for the weight's.
     """
     a, b = operands
     in_a, in_b, out = re.split(",|->", equation)
@@ -43,11 +43,11 @@ _einsum.defvjp(lambda *arguments: (_einsum(*arguments), arguments[-2:]), _einsum
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Precision:
     """A named number format for the network's products. Hashable, so that it can be a static argument.
 
     `role` says whose product it is: "linear", "attention_output", "mtp_projection" or "experts". `kind` is the kind of
-    device that it is compiled for, as `Placement.device_kind` has it. A recipe may treat each differently.
+    device that it is compiled for, as `Placement.device_kind` has it. A policy may treat each differently.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Recipe:
         del role, part
         return w.astype(self.compute_dtype)
 
-    def dense(self, x: jax.Array | Prepared) -> jax.Array:
-        """An operand as a plain array, for a product that is none of a recipe's."""
+    def dense(self, x: jax.Array | PreQuantized) -> jax.Array:
+        """An operand as a plain array, for a product that is none of a policy's."""
         return plain(x)
 
     def by_heads(self, w_DF: jax.Array, heads: int) -> Any:
@@ -99,7 +99,7 @@ class Recipe:
 
     def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: jax.Array, kind: str = "cpu") -> jax.Array:
         """silu(gate) · up [..., F] times w [F, D]. What is between is rounded once, to the compute dtype, in every
-        recipe (see `swiglu`)."""
+        policy (see `swiglu`)."""
         return self.linear(swiglu(gate, up), w_FD, kind=kind)
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -114,10 +114,10 @@ class Recipe:
         return row_block(rows, num_groups, kind, self.compute_dtype)
 
     def rows(
-        self, x_ND: jax.Array | Prepared, take: Callable[[jax.Array], jax.Array], kind: str
-    ) -> jax.Array | Prepared:
+        self, x_ND: jax.Array | PreQuantized, take: Callable[[jax.Array], jax.Array], kind: str
+    ) -> jax.Array | PreQuantized:
         """take(x) as `grouped_linear` reads it; `take` moves whole rows, [N, ·] -> [R, ·]. A dispatch in FP8 brings x
-        quantised."""
+        quantized."""
         del kind
         return take(self.dense(x_ND))
 

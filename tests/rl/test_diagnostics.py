@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.rl.health import Health, HealthConfig, dead_group_probability
+from deepseek_jax.rl.diagnostics import Diagnostics, DiagnosticsConfig, dead_group_probability
 
 SOLVED = {
     "zero_variance_fraction": 0.97,
@@ -27,8 +27,8 @@ ALIVE = {"zero_variance_fraction": 0.5, "all_right_fraction": 0.4, "all_wrong_fr
 
 
 def run(metrics, steps, **settings):
-    health = Health(HealthConfig(**settings))
-    return [health.observe(metrics) for _ in range(steps)]
+    diagnostics = Diagnostics(DiagnosticsConfig(**settings))
+    return [diagnostics.observe(metrics) for _ in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_live_runs_are_left_alone():
 
 
 def test_a_good_iteration_starts_the_count_anew():
-    health = Health(HealthConfig(patience=3))
-    assert not any(health.observe(m) for m in (HOPELESS, HOPELESS, ALIVE, HOPELESS, HOPELESS))
-    assert health.observe(HOPELESS)
+    diagnostics = Diagnostics(DiagnosticsConfig(patience=3))
+    assert not any(diagnostics.observe(m) for m in (HOPELESS, HOPELESS, ALIVE, HOPELESS, HOPELESS))
+    assert diagnostics.observe(HOPELESS)
 
 
 def test_repeated_while_it_lasts():
@@ -73,7 +73,7 @@ def iteration(length, held_out=None):
 def test_reasoning_that_disappears_is_said():
     """As when a cold start never taught the single step: shorter and no more often right. Held out is measured now and
     then."""
-    health = Health(HealthConfig(patience=3))
+    diagnostics = Diagnostics(DiagnosticsConfig(patience=3))
     curve = [
         iteration(11.7, 0.164),
         iteration(9.0),
@@ -82,7 +82,7 @@ def test_reasoning_that_disappears_is_said():
         iteration(7.0),
         iteration(6.1, 0.152),
     ]
-    said = [health.observe(metrics) for metrics in curve]
+    said = [diagnostics.observe(metrics) for metrics in curve]
     assert [len(sentences) for sentences in said] == [0, 0, 0, 0, 1, 0]  # below three quarters of 11.7 since the third
     assert "from 11.7 to 7.0 tokens" in said[4][0] and "from 0.164 to 0.158" in said[4][0] and "steps" in said[4][0]
 
@@ -91,21 +91,23 @@ def test_reasoning_that_disappears_is_said():
     "last", [iteration(11.0, 0.1), iteration(5.0, 0.2), iteration(5.0, None), iteration(20.0, 0.9)]
 )
 def test_shorter_and_better_or_as_long_is_left_alone(last):
-    health = Health(HealthConfig(patience=1))
+    diagnostics = Diagnostics(DiagnosticsConfig(patience=1))
     first = iteration(11.7) if "held_out_accuracy" not in last else iteration(11.7, 0.164)
-    assert not health.observe(first) and not health.observe(last)
+    assert not diagnostics.observe(first) and not diagnostics.observe(last)
 
 
 def test_lines_of_a_metrics_file_may_hold_null():
-    assert not Health().observe({"step": 3, "non_finite_rewards": None, "length_mean": None, "held_out_accuracy": None})
+    assert not Diagnostics().observe(
+        {"step": 3, "non_finite_rewards": None, "length_mean": None, "held_out_accuracy": None}
+    )
 
 
 @pytest.mark.parametrize(
     "fields", [{"patience": 0}, {"repeat": 0}, {"shorter": 0.0}, {"zero_variance": 1.5}, {"truncated": float("nan")}]
 )
 def test_refused(fields):
-    with pytest.raises(ConfigError, match=f"health.{next(iter(fields))}"):
-        HealthConfig(**fields)
+    with pytest.raises(ConfigError, match=f"diagnostics.{next(iter(fields))}"):
+        DiagnosticsConfig(**fields)
 
 
 def test_probability_of_a_dead_group():

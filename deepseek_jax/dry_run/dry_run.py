@@ -1,80 +1,22 @@
-"""python -m deepseek_jax.accounting.dry_run --config=experiments/x.py --topology=v5p:8x8x16
-[--program=train|decode|grpo] [--config.any.field=value]
-
-Compiles the real program for hardware that is not there: does it fit, what does it move, how fast can it be at most,
-what does that cost. Nothing is allocated and nothing runs; a host without accelerators will do.
-"""
+"""The dry run: compiles an experiment's program for hardware that is not there and returns its figures."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from deepseek_jax import cli
 from deepseek_jax.accounting import cost
-from deepseek_jax.accounting.compiled import measure
 from deepseek_jax.accounting.counts import count_parameters
-from deepseek_jax.accounting.dry_run_table import table
-from deepseek_jax.accounting.programs import PROGRAMS, Program
-from deepseek_jax.accounting.topologies import Topology, prepare, topology
+from deepseek_jax.dry_run.compiled import measure
+from deepseek_jax.dry_run.programs import PROGRAMS, Program
+from deepseek_jax.dry_run.topologies import Topology, topology
 from deepseek_jax.errors import ConfigError, nearest
-from deepseek_jax.experiment import build_experiment, read_config
-from deepseek_jax.json_io import to_json
+from deepseek_jax.experiment import build_experiment
 from deepseek_jax.model.config import preset
-from deepseek_jax.overrides import split
 from kernels_pallas.trust import unchecked
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
-
-
-def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(
-        "deepseek_jax.accounting.dry_run",
-        "Compiles an experiment's program for a topology that is not there and reports what it needs.",
-    )
-    parser.add_argument("--config", required=True, help="an experiment file; --config.field=value overrides")
-    parser.add_argument(
-        "--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x8, v6e:16x16*2 (two slices), h100:64, …"
-    )
-    parser.add_argument("--program", default="train", help=", ".join(PROGRAMS))
-    parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
-    cli.add_price(parser)
-    parser.add_argument(
-        "--rows",
-        type=cli.number(int, least=1),
-        help="sequences that --program=decode decodes at once (default: 8 a device)",
-    )
-    parser.add_argument(
-        "--context", type=cli.number(int, least=2), help="tokens in the cache of --program=decode (default: 4096)"
-    )
-    parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
-    overrides, rest = split(argv)
-    flags = parser.parse_args(rest)
-    prepare()
-    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in it
-    config, name = read_config(flags.config, overrides), Path(flags.config).stem
-    options = {name: value for name, value in (("rows", flags.rows), ("context", flags.context)) if value is not None}
-    figures = dry_run(
-        config,
-        name,
-        flags.topology,
-        stage=flags.stage,
-        program=flags.program,
-        dollars_per_chip_hour=flags.dollars_per_chip_hour,
-        **options,
-    )
-    if flags.json == "-":
-        print(to_json(figures, indent=2))
-        return
-    cli.show(table(figures))
-    if flags.json:
-        path = Path(flags.json)
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
 
 
 @unchecked()  # kernels for hardware that is not here
@@ -134,7 +76,7 @@ def dry_run(
 def bounds(
     plan: Program, target: Topology, measured: dict[str, Any], price: float | None, is_v3: bool
 ) -> dict[str, Any]:
-    """Step time, utilisation, hours and dollars from the roofline; all None for a program that does not fit. Without a
+    """Step time, utilization, hours and dollars from the roofline; all None for a program that does not fit. Without a
     `price` it is the chip's. "v3_bill" is V3's own, for V3's own network, else None."""
     seconds = measured["roofline"]["seconds"] if measured["roofline"] else None
     source = "--dollars_per_hour" if price is not None else target.chip.price_source
@@ -158,7 +100,3 @@ def bounds(
 
 def _dollars(hours: float | None, target: Topology, price: float | None) -> float | None:
     return None if hours is None or price is None else cost.dollars(hours * target.num_chips, price)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -11,13 +11,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.accounting import hlo
 from deepseek_jax.accounting.chips import CHIPS
-from deepseek_jax.accounting.collectives import replica_groups, traffic
-from deepseek_jax.accounting.compiled import compiled_report
-from deepseek_jax.accounting.hbm import memory_traffic
-from deepseek_jax.accounting.program_flops import Assumptions
-from deepseek_jax.accounting.topologies import Topology, topology
+from deepseek_jax.dry_run import hlo
+from deepseek_jax.dry_run.collectives import replica_groups, traffic
+from deepseek_jax.dry_run.compiled import compiled_report
+from deepseek_jax.dry_run.hbm import memory_traffic
+from deepseek_jax.dry_run.program_flops import Assumptions
+from deepseek_jax.dry_run.topologies import Topology, topology
 
 MESH = {"x": 2, "y": 4}
 TARGETS = [

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from deepseek_jax.accounting.branches import Taken, compiled_branches
-from deepseek_jax.accounting.hlo import Instruction, Module, Scope, entry_scope, shape_bytes, trip_count
+from deepseek_jax.dry_run.branches import Taken, compiled_branches
+from deepseek_jax.dry_run.hlo import Instruction, Module, Scope, entry_scope, shape_bytes, trip_count
 
 KINDS = (
     "all-gather",

@@ -8,7 +8,7 @@ from deepseek_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class HealthConfig:
+class DiagnosticsConfig:
     """Shares from which a batch counts as dead (`zero_variance` of its groups, `truncated` of its completions), and by
     which completions may get shorter without being more often right (`shorter`); for how many iterations in a row
     before it is said (`patience`), and after how many it is said again (`repeat`)."""
@@ -22,13 +22,13 @@ class HealthConfig:
     def __post_init__(self):
         for field in ("zero_variance", "truncated", "shorter"):
             if not 0 < getattr(self, field) <= 1:
-                raise ConfigError(f"health.{field}={getattr(self, field)}: a share, above 0 and at most 1")
+                raise ConfigError(f"diagnostics.{field}={getattr(self, field)}: a share, above 0 and at most 1")
         for field in ("patience", "repeat"):
             if getattr(self, field) < 1:
-                raise ConfigError(f"health.{field}={getattr(self, field)}: at least 1 iteration")
+                raise ConfigError(f"diagnostics.{field}={getattr(self, field)}: at least 1 iteration")
 
 
-class Health:
+class Diagnostics:
     """Watches the metrics of successive iterations; `observe` returns sentences, usually none.
 
     Reads zero_variance_fraction, all_right_fraction, all_wrong_fraction and non_finite_rewards (see `group_metrics`),
@@ -37,7 +37,7 @@ class Health:
     everything else after `patience` iterations in a row; both again every `repeat` iterations while they last.
     """
 
-    def __init__(self, config: HealthConfig = HealthConfig()):
+    def __init__(self, config: DiagnosticsConfig = DiagnosticsConfig()):
         self.config = config
         self.streaks: dict[str, int] = {}
         # length and held-out accuracy as they were first measured, and as they are now

@@ -19,8 +19,8 @@ import jax
 from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
-from deepseek_jax.accounting.branches import Conditional, Key, keys_of, taken_branch, taken_branches
-from deepseek_jax.accounting.hlo import Place
+from deepseek_jax.dry_run.branches import Conditional, Key, keys_of, taken_branch, taken_branches
+from deepseek_jax.dry_run.hlo import Place
 from deepseek_jax.errors import ConfigError, nearest
 
 

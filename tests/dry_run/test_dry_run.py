@@ -1,7 +1,7 @@
 """Dry runs of the real training step against golden figures, and what is wrong with wrong requests.
 
 The default run compiles one layer for every TPU generation and for NVIDIA; the published networks take minutes each:
-`pytest tests/accounting -m big_dry_run`.
+`pytest tests/dry_run -m big_dry_run`.
 """
 
 import json
@@ -10,9 +10,9 @@ import pytest
 from dry_run_cases import BIG, CASES, GOLDEN, ONE_LAYER, figures
 
 from deepseek_jax import cli
-from deepseek_jax.accounting.compiled import memory_bytes, needed_bytes
-from deepseek_jax.accounting.dry_run import dry_run
-from deepseek_jax.accounting.dry_run_table import table
+from deepseek_jax.dry_run.compiled import memory_bytes, needed_bytes
+from deepseek_jax.dry_run.dry_run import dry_run
+from deepseek_jax.dry_run.table import table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
 

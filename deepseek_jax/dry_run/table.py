@@ -7,7 +7,7 @@ from rich.table import Table
 
 from deepseek_jax.accounting.chips import CHIPS, Chip
 from deepseek_jax.accounting.report import quantity
-from deepseek_jax.accounting.roofline import unit
+from deepseek_jax.dry_run.roofline import unit
 
 GIB = 2**30
 
@@ -96,7 +96,7 @@ def _bound_rows(view: Table, figures: dict[str, Any]) -> None:
         view.add_row(f"  {term.replace('_', ' ')}", f"{bound[f'{term}_seconds']:,.3g}", note)
     view.add_row("  one after another", f"{bound['seconds_without_overlap']:,.3g}")
     _section(view, "At most")
-    view.add_row("  model FLOPs utilisation", f"{figures['mfu_upper_bound']:.1%}", "of the bfloat16 peak")
+    view.add_row("  model FLOPs utilization", f"{figures['mfu_upper_bound']:.1%}", "of the bfloat16 peak")
     view.add_row(
         "  tokens per second",
         f"{figures['tokens_per_second_upper_bound']:,.0f}",

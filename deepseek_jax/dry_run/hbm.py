@@ -8,9 +8,9 @@ own `cost_analysis` counts a loop's body once.
 import functools
 from collections.abc import Iterator, Mapping
 
-from deepseek_jax.accounting.branches import Taken, compiled_branches
-from deepseek_jax.accounting.collectives import KINDS
-from deepseek_jax.accounting.hlo import (
+from deepseek_jax.dry_run.branches import Taken, compiled_branches
+from deepseek_jax.dry_run.collectives import KINDS
+from deepseek_jax.dry_run.hlo import (
     Computation,
     Instruction,
     Module,

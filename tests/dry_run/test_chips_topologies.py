@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.accounting import topologies
 from deepseek_jax.accounting.chips import CHIPS, DEVICE_KINDS, GIB, chip, peak_flops
-from deepseek_jax.accounting.topologies import places, topology
+from deepseek_jax.dry_run import topologies
+from deepseek_jax.dry_run.topologies import places, topology
 from deepseek_jax.errors import ConfigError, UserError
 
 TPUS = [name for name, chip in CHIPS.items() if chip.torus_axes]
@@ -172,7 +172,7 @@ def test_every_chip_has_a_name_that_jax_gives():
 def test_libtpu_makes_no_noise():
     """It is told of a machine that it knows, on a host that has none."""
     unset = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
-    code = "from deepseek_jax.accounting.topologies import topology; print(len(topology('v5e:2x2').devices))"
+    code = "from deepseek_jax.dry_run.topologies import topology; print(len(topology('v5e:2x2').devices))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=unset | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},

@@ -10,16 +10,16 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.accounting import hlo
-from deepseek_jax.accounting.branches import compiled_branches
 from deepseek_jax.accounting.flops import attention_pair_flops, forward_flops_per_token
-from deepseek_jax.accounting.program_flops import Assumptions, counted, traced_flops
+from deepseek_jax.dry_run import hlo
+from deepseek_jax.dry_run.branches import compiled_branches
+from deepseek_jax.dry_run.program_flops import Assumptions, counted, traced_flops
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.precision import recipe
+from deepseek_jax.precision import get_precision
 from kernels_pallas import fp8_grouped_linear, fp8_linear
 from kernels_pallas._compat import plgpu
 
@@ -303,7 +303,7 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
         first_k_dense=1,
         mtp_depth=1,
     )
-    model, length = Transformer(config, recipe("bfloat16"), _OnTPU()), 64
+    model, length = Transformer(config, get_precision("bfloat16"), _OnTPU()), 64
 
     def forward(variables, tokens_BT):
         output = model.apply(variables, tokens_BT, mtp=mtp)
@@ -325,7 +325,7 @@ class _TPUs(MeshPlacement):
 
 
 def test_routed_experts_on_an_expert_mesh_are_computed_again():
-    """Of a rematerialised MoE layer each routed product counts four times: forward, again, and twice backward; without
+    """Of a rematerialized MoE layer each routed product counts four times: forward, again, and twice backward; without
     remat three times. So it does in the round that serves a balanced load, whose receive buffers are half full. Experts
     twice as wide show what they alone take."""
     tokens, width, top_k, peers = (8, 64), 64, 2, 8
@@ -348,7 +348,7 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
             first_k_dense=0,
             remat=remat,
         )
-        model = Transformer(config, recipe("bfloat16"), _TPUs(mesh))
+        model = Transformer(config, get_precision("bfloat16"), _TPUs(mesh))
         loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
         variables = abstract_variables(Transformer(config))
         params = variables.pop("params")

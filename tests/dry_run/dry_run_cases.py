@@ -1,15 +1,15 @@
 """What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every
 machine.
 
-python tests/accounting/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
-pytest tests/accounting -m big_dry_run                 compiles the big ones again and compares
+python tests/dry_run/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
+pytest tests/dry_run -m big_dry_run                 compiles the big ones again and compares
 """
 
 import json
 import pathlib
 import sys
 
-from deepseek_jax.accounting.dry_run import MACHINE_DEPENDENT, dry_run
+from deepseek_jax.dry_run.dry_run import MACHINE_DEPENDENT, dry_run
 from deepseek_jax.experiment import read_flags
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

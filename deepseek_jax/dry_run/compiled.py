@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.accounting import hlo
-from deepseek_jax.accounting.branches import Taken
-from deepseek_jax.accounting.collectives import traffic
-from deepseek_jax.accounting.hbm import memory_traffic
-from deepseek_jax.accounting.program_flops import Assumptions, counted
-from deepseek_jax.accounting.roofline import TERMS, roofline
-from deepseek_jax.accounting.topologies import Topology
+from deepseek_jax.dry_run import hlo
+from deepseek_jax.dry_run.branches import Taken
+from deepseek_jax.dry_run.collectives import traffic
+from deepseek_jax.dry_run.hbm import memory_traffic
+from deepseek_jax.dry_run.program_flops import Assumptions, counted
+from deepseek_jax.dry_run.roofline import TERMS, roofline
+from deepseek_jax.dry_run.topologies import Topology
 
 # Nothing runs, so XLA need not search for the fastest schedule of each instruction.
 QUICK = {"exec_time_optimization_effort": -1.0}
