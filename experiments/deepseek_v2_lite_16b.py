@@ -14,7 +14,8 @@ Expected result: MMLU 58.3, GSM8K 41.1 (V2 Table 6, base model).
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.model.config import RopeConfig, preset
+from deepseek_jax.model.config import RopeConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.training.schedules import V2_LITE_BATCH, V2_LITE_TOKENS
 
 

@@ -12,7 +12,7 @@ weights of the 32K phase yet; the file is the program, its batches and its mesh.
 from deepseek_v3_671b import get_config as deepseek_v3
 from ml_collections import ConfigDict
 
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,8 @@ Table 3).
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.model.config import RopeConfig, preset
+from deepseek_jax.model.config import RopeConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.training.schedules import V3_BATCH, V3_TOKENS
 
 

@@ -13,7 +13,7 @@ read with the byte tokenizer until `tokenizer` is the released checkpoint's fold
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 from deepseek_jax.training.schedules import MOONLIGHT_BATCH, MOONLIGHT_TOKENS
 
 

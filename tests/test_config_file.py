@@ -24,7 +24,7 @@ CONFIG = "from ml_collections import ConfigDict\n\n\n"
             "mine.py.*TypeError: .*missing 1 required positional argument: 'seed'",
         ),
         (
-            "from deepseek_jax.model.config import preset\n\n\ndef get_config():\n    return {'model': preset('v4')}\n",
+            "from deepseek_jax.model.presets import preset\n\n\ndef get_config():\n    return {'model': preset('v4')}\n",
             "mine.py:5: preset='v4': .*allowed",
         ),
         ("from helper import broken\n\n\ndef get_config():\n    return broken()\n", r"helper.py:2: ValueError: oh"),

@@ -17,7 +17,8 @@ from deepseek_jax.accounting.report import Assumptions, report, table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import build_experiment, read_config
 from deepseek_jax.json_io import to_json
-from deepseek_jax.model.config import PRESETS, ModelConfig, preset
+from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.presets import PRESETS, preset
 from deepseek_jax.overrides import plain, split
 
 

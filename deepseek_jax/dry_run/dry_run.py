@@ -13,7 +13,7 @@ from deepseek_jax.dry_run.programs import PROGRAMS, Program
 from deepseek_jax.dry_run.topologies import Topology, topology
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import build_experiment
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 from kernels_pallas.trust import unchecked
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")

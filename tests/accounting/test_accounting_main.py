@@ -12,7 +12,7 @@ from deepseek_jax.accounting.__main__ import main
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
 from deepseek_jax.interop import config_to_hf
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 
 
 def test_table_of_v3_holds_the_published_figures(capsys):
@@ -56,7 +56,7 @@ def test_experiment_file(tmp_path, capsys):
     path = tmp_path / "experiment.py"
     path.write_text(
         "import ml_collections\n"
-        "from deepseek_jax.model.config import preset\n"
+        "from deepseek_jax.model.presets import preset\n"
         "def get_config():\n"
         "    return ml_collections.ConfigDict({'model': preset('v2_lite_16b').replace(num_layers=2).to_dict()})\n"
     )
@@ -80,7 +80,7 @@ def test_no_number_is_cut_on_a_narrow_terminal(columns, capsys, monkeypatch):
 
 STAGES = """
 from ml_collections import ConfigDict
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 
 def get_config():
     config = ConfigDict({"model": preset("v2_lite_16b").replace(num_layers=3, mtp_depth=1).to_dict(), "stages": ("pretrain", "sft"), "tokenizer": "byte"})

@@ -3,7 +3,8 @@
 import pytest
 
 from deepseek_jax.accounting import count_parameters
-from deepseek_jax.model.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, MoEConfig, preset
+from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.presets import PRESETS, preset
 
 # name: attention of one layer, one expert, total, activated with embedding and head, with head, with neither
 PUBLISHED = {

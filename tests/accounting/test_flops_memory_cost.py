@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.accounting import cost, count_parameters, flops, memory
-from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig, YarnConfig, preset
+from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig, YarnConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.rope import rotary_angles, softmax_scale, yarn_correction_range, yarn_mscale
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from deepseek_jax.accounting.formats import activation_bytes, weight_bytes
-from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, preset
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.precision import get_precision
 
 V3 = preset("v3_671b")

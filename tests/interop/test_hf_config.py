@@ -6,7 +6,8 @@ import pytest
 
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.interop import config_from_hf, config_to_hf
-from deepseek_jax.model.config import PRESETS, GQAConfig, ModelConfig, YarnConfig, preset
+from deepseek_jax.model.config import GQAConfig, ModelConfig, YarnConfig
+from deepseek_jax.model.presets import PRESETS, preset
 
 YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "factor": 40, "beta_fast": 32, "beta_slow": 1}
 COMMON = dict(

@@ -7,7 +7,8 @@ from flax import traverse_util
 from tiny_checkpoints import TINY
 
 from deepseek_jax.interop.tensors import tensor_table
-from deepseek_jax.model.config import GQAConfig, preset
+from deepseek_jax.model.config import GQAConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 
 

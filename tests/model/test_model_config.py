@@ -8,7 +8,8 @@ import pytest
 from tiny_models import GQA, tiny_config, tiny_mla, tiny_moe
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.config import PRESETS, GQAConfig, ModelConfig, RopeConfig, YarnConfig, preset
+from deepseek_jax.model.config import GQAConfig, ModelConfig, RopeConfig, YarnConfig
+from deepseek_jax.model.presets import PRESETS, preset
 
 REFUSED = [
     (lambda: YarnConfig(factor=0.5), "YarnConfig.factor=0.5: must be at least 1"),

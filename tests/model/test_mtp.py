@@ -9,8 +9,8 @@ from tiny_models import batch, forward, tiny_config, variables
 
 from deepseek_jax.model.attention import Tokens
 from deepseek_jax.model.cache import init_cache
-from deepseek_jax.model.config import preset
 from deepseek_jax.model.mtp import shift_left
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.transformer import Block, Transformer, abstract_variables
 
 CONFIG = tiny_config()

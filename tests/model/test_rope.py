@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.config import RopeConfig, YarnConfig, preset
+from deepseek_jax.model.config import RopeConfig, YarnConfig
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.rope import (
     apply_rotary,
     inverse_frequencies,

@@ -11,7 +11,7 @@ from tiny_models import GQA, batch, forward, jit, tiny_config, tiny_moe, variabl
 import deepseek_jax.model
 import deepseek_jax.precision
 from deepseek_jax.model.cache import init_cache, write
-from deepseek_jax.model.config import PRESETS, preset
+from deepseek_jax.model.presets import PRESETS, preset
 from deepseek_jax.model.router import sequence_balance_loss
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables, logical_axes
 

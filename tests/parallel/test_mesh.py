@@ -8,7 +8,7 @@ import pytest
 from meshes import CONFIG, MODEL, on, placement
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.router import choose_experts
 from deepseek_jax.model.transformer import logical_axes
 from deepseek_jax.parallel.fit import fits

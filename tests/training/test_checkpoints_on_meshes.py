@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables
 from deepseek_jax.training.state import TrainState
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from deepseek_jax.errors import CheckpointError
-from deepseek_jax.model.config import preset
+from deepseek_jax.model.presets import preset
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training import checkpoints
 from deepseek_jax.training.checkpoints import Checkpoints, _checksum, load_variables, resolve_checkpoint
