@@ -21,6 +21,7 @@ from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.accounting.work import works
+from deepseek_jax.atomic import atomic_path
 from deepseek_jax.experiment import Experiment, build_experiment, read_flags
 from deepseek_jax.parallel import hosts
 from deepseek_jax.report import comparison_table, read_evaluation, samples_table
@@ -99,7 +100,7 @@ def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
     if not evaluations:
         return
     consoles = [Console(highlight=False)]
-    with (experiment.workdir / "results.txt").open("w", encoding="utf-8") as file:
+    with atomic_path(experiment.workdir / "results.txt") as temporary, temporary.open("w", encoding="utf-8") as file:
         consoles.append(Console(file=file, width=120, highlight=False))
         for console in consoles:
             console.print(comparison_table(evaluations, experiment.name))

@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from deepseek_jax.atomic import atomic_path
 from deepseek_jax.errors import DataError
 from deepseek_jax.json_io import read_json
 
@@ -75,9 +76,8 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
     for panel in grid[len(panels) :]:
         panel.set_axis_off()
     figure.suptitle(title)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _curves(

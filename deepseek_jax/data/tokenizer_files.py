@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import DataError
 from deepseek_jax.json_io import parse_json
 
@@ -34,11 +35,7 @@ def read_files(file: Path) -> dict[str, bytes]:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes `files` by name, each whole or not at all."""
     for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        atomic_write(folder / name, content)
 
 
 def decode_text(content: bytes, where: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from deepseek_jax import cli
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.dry_run.dry_run import dry_run
 from deepseek_jax.dry_run.programs import PROGRAMS
 from deepseek_jax.dry_run.table import table
@@ -61,10 +62,7 @@ def main(argv: Sequence[str]) -> None:
         return
     cli.show(table(figures))
     if flags.json:
-        path = Path(flags.json)
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(to_json(figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        atomic_write(Path(flags.json), to_json(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

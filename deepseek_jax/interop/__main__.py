@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepseek_jax import cli
+from deepseek_jax.atomic import atomic_folder, check_absent
 from deepseek_jax.data import tokenizer_files
 from deepseek_jax.data.tokenizer_files import find_tokenizer
 from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from deepseek_jax.errors import DataError
-from deepseek_jax.interop.atomic import check_absent, new_folder
 from deepseek_jax.interop.exporter import EXPORT_DTYPES, export_folder
 from deepseek_jax.interop.folder import open_folder, usable_folder
 from deepseek_jax.interop.hf_config import read_config
@@ -87,7 +87,7 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     with _progress(console, "importing") as progress:
         variables = read_variables(folder, dtype, progress)
-    with new_folder(checkpoint) as building:
+    with atomic_folder(checkpoint) as building:
         store = Checkpoints(building / "checkpoints", folder.config)
         variables = jax.device_put(variables)  # on CPU the same memory: the importer aligned it
         store.save(

@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from deepseek_jax.atomic import atomic_folder
 from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import CheckpointError, nearest
-from deepseek_jax.interop.atomic import new_folder
 from deepseek_jax.interop.folder import shown
 from deepseek_jax.interop.fp8_blocks import quantize
 from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf, scale_format
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
-from deepseek_jax.interop.parts import not_finite, overlaps, part_of
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
+from deepseek_jax.interop.slices import not_finite, overlaps, slice_of
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
@@ -64,7 +64,7 @@ def export_folder(
     leaves = _checked_leaves(table, variables)
     shards = _plan(table, dtype, max_shard_bytes)
     total_bytes = sum(_nbytes(entry) for _, entries in shards for entry in entries.values())
-    with new_folder(Path(folder), total_bytes) as building:
+    with atomic_folder(Path(folder), total_bytes) as building:
         done, weight_map, bad = 0, {}, {}
         for number, (specs, entries) in enumerate(shards, start=1):
             name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -161,10 +161,10 @@ def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:
         return leaf[spec.index]
     value = np.empty(leaf.shape[len(spec.index) :], leaf.dtype)
     for shard in leaf.addressable_shards:
-        part = part_of(shard.index, leaf.shape)
-        if shard.replica_id == 0 and overlaps(spec, part):
-            index = tuple(i - axis.start for i, axis in zip(spec.index, part))
-            value[tuple(slice(axis.start, axis.stop) for axis in part[len(spec.index) :])] = np.asarray(
+        ranges = slice_of(shard.index, leaf.shape)
+        if shard.replica_id == 0 and overlaps(spec, ranges):
+            index = tuple(i - axis.start for i, axis in zip(spec.index, ranges, strict=False))
+            value[tuple(slice(axis.start, axis.stop) for axis in ranges[len(spec.index) :])] = np.asarray(
                 shard.data[index]
             )
     return value

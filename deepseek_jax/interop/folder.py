@@ -17,8 +17,8 @@ from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop.fused_experts import separate_experts
 from deepseek_jax.interop.hf_config import config_from_hf, read_config, scale_format
 from deepseek_jax.interop.hf_fields import foreign
-from deepseek_jax.interop.parts import fill
 from deepseek_jax.interop.safetensors_io import DTYPES, StoredTensor, read_folder
+from deepseek_jax.interop.slices import fill
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.precision import FP8Precision, Precision
@@ -119,10 +119,10 @@ def _differs(copy: TensorSpec, folder: Folder) -> bool:
         default=np.dtype(np.float32),
     )
     for start in range(0, copy.shape[0], _ROWS):
-        part = (range(start, min(start + _ROWS, copy.shape[0])), range(copy.shape[1]))
-        values = np.empty((2, len(part[0]), len(part[1])), np.float32)
+        ranges = (range(start, min(start + _ROWS, copy.shape[0])), range(copy.shape[1]))
+        values = np.empty((2, len(ranges[0]), len(ranges[1])), np.float32)
         for spec, target in zip(specs, values, strict=True):
-            fill(spec, folder.stored, part, target)
+            fill(spec, folder.stored, ranges, target)
         if not np.array_equal(*values.astype(dtype), equal_nan=True):
             return True
     return False

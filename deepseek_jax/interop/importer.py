@@ -1,8 +1,8 @@
 """Hugging Face folder -> our variables, one after the other, each from the stored tensors that it stacks.
 
 A stored tensor is read on its own, converted in slices of rows straight into its place, and forgotten. As numpy arrays,
-peak host memory is the result plus about one tensor. As sharded jax arrays, each device's part of a variable is read on
-its own: peak host memory is about one such part, and a host reads only what its devices hold.
+peak host memory is the result plus about one tensor. As sharded jax arrays, each device's slice of a variable is read on
+its own: peak host memory is about one such slice, and a host reads only what its devices hold.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from flax import traverse_util
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.folder import SHOWN, Folder, shown, usable_folder
 from deepseek_jax.interop.fp8_blocks import BLOCK
-from deepseek_jax.interop.parts import Part, fill, overlaps, part_of, whole
 from deepseek_jax.interop.safetensors_io import StoredTensor
+from deepseek_jax.interop.slices import Slice, fill, overlaps, slice_of, whole
 from deepseek_jax.interop.tensors import SCALE_SUFFIX, TensorSpec
 from deepseek_jax.model.config import ModelConfig
 from kernels_pallas import QTensor
@@ -46,7 +46,7 @@ def import_folder(
     stay as they are, a QTensor of E4M3 values [in, out] and their scales, which the policy `fp8_deepseek` multiplies
     with, and the others are bfloat16. They are numpy arrays, or with `shardings` jax arrays: `shardings(config)` is a
     tree of the same structure with a `jax.sharding.Sharding` for each. `progress(done, total)` is called after every
-    tensor, or part of one, that is read. What is left out is logged as a warning.
+    tensor, or slice of one, that is read. What is left out is logged as a warning.
 
     Raises CheckpointError naming every tensor that is missing, extra, of another shape or dtype, or cut off, before
     anything is allocated; and, once they are read, those with numbers that are NaN or infinite or with scales that are
@@ -84,10 +84,12 @@ def read_variables(
             shardings[*path, "scales"] = _sharding_of_scales(sharding, len(tensors[0].stack))
     shapes = {path: tensors[0].leaf_shape for path, tensors in specs.items()}
     if shardings is None:
-        parts = {path: {whole(shape): []} for path, shape in shapes.items()}
+        slices = {path: {whole(shape): []} for path, shape in shapes.items()}
     else:
-        parts = {path: _devices_of_parts(shardings[path], shape) for path, shape in shapes.items()}
-    total = sum(overlaps(spec, part) for path, tensors in specs.items() for part in parts[path] for spec in tensors)
+        slices = {path: _devices_by_slice(shardings[path], shape) for path, shape in shapes.items()}
+    total = sum(
+        overlaps(spec, ranges) for path, tensors in specs.items() for ranges in slices[path] for spec in tensors
+    )
     count, bad = itertools.count(1), Counter()
 
     def done(found: Counter[str]) -> None:
@@ -103,12 +105,12 @@ def read_variables(
         if tensors[0].is_router_bias or path[:-1] in kept:
             leaf_dtype = _E4M3 if path[-1] == "values" else PARAM_DTYPES["float32"]
         if shardings is None:
-            leaves[path] = read_part(tensors, folder.stored, whole(shapes[path]), leaf_dtype, done)
+            leaves[path] = read_slice(tensors, folder.stored, whole(shapes[path]), leaf_dtype, done)
             continue
         arrays = []
-        for part, devices in parts[path].items():
-            # Waiting lets go of this part, unless the device shares the host's memory, before the next is read.
-            arrays += _put(read_part(tensors, folder.stored, part, leaf_dtype, done), devices)
+        for ranges, devices in slices[path].items():
+            # Waiting frees this slice before the next is read, unless the device shares the host's memory.
+            arrays += _put(read_slice(tensors, folder.stored, ranges, leaf_dtype, done), devices)
         leaves[path] = jax.make_array_from_single_device_arrays(shapes[path], shardings[path], arrays, dtype=leaf_dtype)
     if bad:
         _refuse_numbers(folder, bad)
@@ -143,19 +145,19 @@ def specs_by_path(folder: Folder) -> dict[tuple[str, ...], list[TensorSpec]]:
     return specs
 
 
-def read_part(
+def read_slice(
     specs: Sequence[TensorSpec],
     stored: Mapping[str, StoredTensor],
-    part: Part,
+    ranges: Slice,
     dtype: np.dtype,
     done: Callable[[Counter[str]], None] = lambda bad: None,
 ) -> np.ndarray:
-    """One part of the variable that `specs` fill; after each tensor, `done` is called with the numbers in it that are
-    none, counted by tensor."""
-    target = _aligned_empty([len(axis) for axis in part], dtype)
+    """Reads one slice of the variable that `specs` fill. After each tensor, `done` is called with the count of its
+    unusable numbers, by tensor."""
+    target = _aligned_empty([len(axis) for axis in ranges], dtype)
     for spec in specs:
-        if overlaps(spec, part):
-            done(fill(spec, stored, part, target))
+        if overlaps(spec, ranges):
+            done(fill(spec, stored, ranges, target))
     return target
 
 
@@ -167,11 +169,11 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _devices_of_parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Part, list[jax.Device]]:
-    """The parts that this process's devices hold, each once."""
-    devices: dict[Part, list[jax.Device]] = {}
+def _devices_by_slice(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Slice, list[jax.Device]]:
+    """This process's devices by the slice that they hold."""
+    devices: dict[Slice, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(part_of(index, shape), []).append(device)
+        devices.setdefault(slice_of(index, shape), []).append(device)
     return devices
 
 

@@ -62,19 +62,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def read_tensor(tensor: StoredTensor, part: Sequence[range] | None = None) -> np.ndarray:
-    """The tensor, or the rectangle `part` of it (for each axis a range of step 1), in its stored dtype, in memory of
-    its own.
+def read_tensor(tensor: StoredTensor, ranges: Sequence[range] | None = None) -> np.ndarray:
+    """Reads a tensor, or the slice `ranges` of it (for each axis a range of step 1), in its stored dtype.
 
-    Of a part only its own bytes are read: whole rows in one piece, cut rows one by one. Raises CheckpointError if the
-    file has become shorter.
+    Of a slice only its own bytes are read: whole rows in one piece, cut rows one by one. The array owns its memory.
+    Raises CheckpointError if the file has become shorter.
     """
-    part = [range(size) for size in tensor.shape] if part is None else part
-    values = np.empty([len(axis) for axis in part], DTYPES[tensor.dtype])
+    ranges = [range(size) for size in tensor.shape] if ranges is None else ranges
+    values = np.empty([len(axis) for axis in ranges], DTYPES[tensor.dtype])
     if not values.size:
         return values
     runs = values.reshape(1, -1) if values.shape[1:] == tensor.shape[1:] else values
-    first = int(np.ravel_multi_index([axis.start for axis in part], tensor.shape))
+    first = int(np.ravel_multi_index([axis.start for axis in ranges], tensor.shape))
     row = math.prod(tensor.shape[1:])
     with open(tensor.file, "rb", buffering=0) as stream:
         for i, run in enumerate(runs):

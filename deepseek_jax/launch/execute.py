@@ -17,6 +17,7 @@ from pathlib import Path
 
 from deepseek_jax import cli
 from deepseek_jax.launch.state import LOG, STOPPED, Status, lock, read_status, write_status
+from deepseek_jax.signals import catch_signals
 
 
 def execute(command: Sequence[str], folder: Path) -> int:
@@ -40,23 +41,13 @@ def execute(command: Sequence[str], folder: Path) -> int:
 
 def _run(command: Sequence[str], log: Path, descriptors: Sequence[int] = ()) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, _waiting():
+    # A signal to the process group is for the command to act on; this process goes on to wait for it.
+    with log.open("ab") as file, catch_signals(lambda _: None):
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=descriptors
         )
         status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-@contextlib.contextmanager
-def _waiting():
-    """A signal to the process group is the command's to act on. A handler, unlike SIG_IGN, is not inherited by it."""
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str] = {}, rank: int = 0) -> subprocess.Popen:

@@ -1,17 +1,17 @@
 """Runs on this machine, a given number of them at a time."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from deepseek_jax.launch.execute import start, stop
 from deepseek_jax.launch.jobs import Job
 from deepseek_jax.launch.state import LOG, STOPPED, last_lines, progress_line, read_status
+from deepseek_jax.signals import catch_signals
 
 PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
@@ -53,9 +53,10 @@ class LocalLauncher:
                 f"{self.slots} slots and fewer cores, or cores that cannot be divided here: all runs share them",
                 flush=True,
             )
+        received: list[signal.Signals] = []
         begin, shown = time.monotonic(), {}
         reported = begin
-        with _stop_signals() as received:
+        with catch_signals(received.append):
             while running or (waiting and not received):
                 for slot in range(self.slots):
                     if slot not in running and waiting and not received:
@@ -107,18 +108,3 @@ class LocalLauncher:
         print(f"    exit status {exit_status}; the last lines of {job.folder / LOG}:")
         print("\n".join(f"    | {line}" for line in last_lines(job.folder).splitlines()), flush=True)
         return True
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Gives the list of SIGTERM and SIGINT received so far."""
-    received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

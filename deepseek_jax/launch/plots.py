@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
+from deepseek_jax.atomic import atomic_path
 from deepseek_jax.launch.sweep import Sweep
 from deepseek_jax.launch.variants import Row, distinguishing_fields, fate, left_out
 
@@ -34,9 +35,8 @@ def plot(sweep: Sweep, rows: Sequence[Row], path: Path, title: str) -> bool:
     """Writes the PNG of a sweep's finished runs. Returns False, and writes nothing, while there are none."""
     if not group(sweep, rows):
         return False
-    partial = path.with_suffix(".partial.png")
-    draw(sweep, rows, title).savefig(partial, dpi=130)
-    partial.replace(path)
+    with atomic_path(path) as temporary:
+        draw(sweep, rows, title).savefig(temporary, format="png", dpi=130)
     return True
 
 

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
+from deepseek_jax.atomic import atomic_path
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.json_io import read_json
 from deepseek_jax.launch.jobs import Job
@@ -80,13 +81,11 @@ def _number(value: Any) -> float | None:
 def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes results.parquet and results.csv into `folder`; a column with several types is text."""
     table = pyarrow.table({name: _column([row[name] for row in rows]) for name in rows[0]})
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, write in (("parquet", pyarrow.parquet.write_table), ("csv", pyarrow.csv.write_csv)):
         path = folder / f"results.{suffix}"
-        partial = path.with_suffix(".partial")
-        write(table, str(partial))
-        partial.replace(path)
+        with atomic_path(path) as temporary:
+            write(table, str(temporary))
         paths.append(path)
     return paths
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch.jobs import Job, arguments
 from deepseek_jax.launch.resources import Resources
@@ -78,19 +79,9 @@ class SkyPilotLauncher:
         return refused
 
     def _write(self, job: Job) -> Path:
-        job.folder.mkdir(parents=True, exist_ok=True)
         path = job.folder / "skypilot.yaml"
-        partial = path.with_suffix(".partial")
-        partial.write_text(
-            yaml.dump(
-                task(job, self.sweep, self.bucket, self.infra, self.install),
-                Dumper=_Dumper,
-                sort_keys=False,
-                width=1000,
-            ),
-            encoding="utf-8",
-        )
-        partial.replace(path)
+        fields = task(job, self.sweep, self.bucket, self.infra, self.install)
+        atomic_write(path, yaml.dump(fields, Dumper=_Dumper, sort_keys=False, width=1000))
         return path
 
 

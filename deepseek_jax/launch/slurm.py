@@ -9,6 +9,7 @@ from typing import Any
 
 import submitit
 
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch.jobs import Job
 from deepseek_jax.launch.node import RunOnNode
@@ -79,10 +80,7 @@ class SlurmLauncher:
         with executor.batch():
             submitted = [executor.submit(task) for task in tasks]
         for job, at in zip(jobs, submitted, strict=True):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            partial = job.folder / "slurm_job.partial"
-            partial.write_text(at.job_id, encoding="utf-8")
-            partial.replace(job.folder / "slurm_job")
+            atomic_write(job.folder / "slurm_job", at.job_id)
             print(f"{job.name} is job {at.job_id}: {resources.num_nodes} × {resources.gpus_on_a_node or 'no'} GPUs")
         return submitted
 

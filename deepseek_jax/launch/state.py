@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from deepseek_jax import locks
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json, to_json
@@ -51,9 +52,7 @@ def read_status(folder: Path) -> Status:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    partial = folder / "status.partial"
-    partial.write_text(to_json(dataclasses.asdict(status)) + "\n", encoding="utf-8")
-    partial.replace(folder / "status.json")
+    atomic_write(folder / "status.json", to_json(dataclasses.asdict(status)) + "\n")
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager[int | None]:

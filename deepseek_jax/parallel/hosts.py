@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax import cli
+from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.parallel import clusters
 
@@ -149,13 +150,9 @@ def wait_for_all(where: str) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """A file written by process 0 alone, whole or not at all; its folder is made if needed."""
-    if not is_primary():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Writes a file, complete or not at all, from process 0 alone; its folder is made if needed."""
+    if is_primary():
+        atomic_write(path, text)
 
 
 def _explain_abort(message: Callable[[], str], status: int) -> None:

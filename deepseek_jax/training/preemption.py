@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, by a scheduler, or on any one of several machines."""
+"""Preemption: SIGTERM and Ctrl-C, on one host or many."""
 
 import contextlib
 import itertools
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+from deepseek_jax.signals import STOP, catch_signals
 
 _asked = itertools.count(1)  # jax counts over the whole life of a process, and every process has to ask equally often
 
@@ -29,15 +31,10 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     alone = jax.process_count() == 1
     received: list[signal.Signals] = []
     main = threading.current_thread() is threading.main_thread()
-    listened = () if not main else (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
-    handlers = {number: signal.getsignal(number) for number in listened}
+    listened = () if not main else STOP if alone else (signal.SIGINT,)
 
-    def restore():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def receive(number, _):
-        received.append(signal.Signals(number))
+    def receive(number: signal.Signals) -> None:
+        received.append(number)
         restore()
         if not alone:
             signal.raise_signal(signal.SIGTERM)
@@ -47,9 +44,5 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
             return received[0] if received else None if alone else signal.SIGTERM
         return None
 
-    for number in handlers:
-        signal.signal(number, receive)
-    try:
+    with catch_signals(receive, listened) as restore:
         yield stop
-    finally:
-        restore()

@@ -9,9 +9,9 @@ import pytest
 import safetensors.numpy
 from tiny_checkpoints import TINY, random_variables
 
+from deepseek_jax.atomic import atomic_folder
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop import export_folder, import_folder
-from deepseek_jax.interop.atomic import new_folder
 from deepseek_jax.interop.safetensors_io import DTYPES, ShardWriter, read_header
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -181,8 +181,8 @@ def test_failed_export_leaves_nothing(tmp_path, variables):
 
 def test_full_disk_is_reported_before_and_during_writing(tmp_path):
     with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes, its disk has"):
-        with new_folder(tmp_path / "out", needed_bytes=10**18):
+        with atomic_folder(tmp_path / "out", needed_bytes=10**18):
             pass
-    with pytest.raises(CheckpointError, match="No space left on device"), new_folder(tmp_path / "out"):
+    with pytest.raises(CheckpointError, match="No space left on device"), atomic_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,9 @@ from tiny_checkpoints import TINY, assert_same, random_variables
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop import export_folder, import_folder, open_folder, safetensors_io
 from deepseek_jax.interop.fp8_blocks import dequantize_rows, quantize
-from deepseek_jax.interop.importer import read_part, read_variables, specs_by_path
-from deepseek_jax.interop.parts import overlaps, part_of
+from deepseek_jax.interop.importer import read_slice, read_variables, specs_by_path
 from deepseek_jax.interop.safetensors_io import ShardWriter, read_header, read_tensor
+from deepseek_jax.interop.slices import overlaps, slice_of
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import build_mesh
@@ -190,8 +190,8 @@ def test_a_device_with_an_eighth_of_the_experts_reads_an_eighth_of_their_bytes(f
         )
         for device, index in list(sharding.devices_indices_map(specs[0].leaf_shape).items())[::3]:
             bytes_read["bytes"] = 0
-            part = read_part(specs, opened.stored, part_of(index, specs[0].leaf_shape), F32)
-            np.testing.assert_array_equal(part, traverse_util.flatten_dict(variables)[path][index])
+            values = read_slice(specs, opened.stored, slice_of(index, specs[0].leaf_shape), F32)
+            np.testing.assert_array_equal(values, traverse_util.flatten_dict(variables)[path][index])
             assert bytes_read["bytes"] * 8 == of_tensors
 
 
@@ -201,9 +201,9 @@ def test_cut_rows_and_columns_read_their_own_bytes(folders, bytes_read):
     path = ("params", "dense_layers", "ffn", "up", "kernel")
     specs = specs_by_path(opened)[path]
     bytes_read["bytes"] = 0
-    part = read_part(specs, opened.stored, (range(1), range(68, 136), range(168, 336)), F32)
+    values = read_slice(specs, opened.stored, (range(1), range(68, 136), range(168, 336)), F32)
     assert bytes_read["bytes"] == 68 * 168 * 4
-    np.testing.assert_array_equal(part, traverse_util.flatten_dict(read_variables(opened))[path][:, 68:136, 168:])
+    np.testing.assert_array_equal(values, traverse_util.flatten_dict(read_variables(opened))[path][:, 68:136, 168:])
 
 
 def test_what_several_devices_hold_is_read_once(folders, bytes_read):
@@ -232,8 +232,8 @@ def test_any_rectangle_of_a_matrix_is_dequantized_as_in_the_whole(seed):
         (top, bottom), (left, right) = (sorted(rng.choice(size + 1, 2, replace=False)) for size in shape)
         blocks = scale_inv[top // 128 : -(-bottom // 128), left // 128 : -(-right // 128)]
         found = np.full((bottom - top, right - left), np.nan, np.float32)
-        for rows, part in dequantize_rows(values[top:bottom, left:right], blocks, corner=(top, left)):
-            found[rows] = part
+        for rows, dequantized in dequantize_rows(values[top:bottom, left:right], blocks, corner=(top, left)):
+            found[rows] = dequantized
         np.testing.assert_array_equal(found, whole[top:bottom, left:right])
 
 
@@ -249,10 +249,10 @@ def test_any_rectangle_of_a_stored_tensor(tmp_path, bytes_read):
     header = read_header(tmp_path / "x")
     for name, array in arrays.items():
         for _ in range(40):
-            part = [range(*sorted(rng.integers(0, size + 1, 2).tolist())) for size in array.shape]
+            ranges = [range(*sorted(rng.integers(0, size + 1, 2).tolist())) for size in array.shape]
             bytes_read["bytes"] = 0
-            found = read_tensor(header[name], part)
-            np.testing.assert_array_equal(found, array[np.ix_(*part)])
+            found = read_tensor(header[name], ranges)
+            np.testing.assert_array_equal(found, array[np.ix_(*ranges)])
             assert bytes_read["bytes"] == found.nbytes
 
 
@@ -262,9 +262,9 @@ def test_file_that_shrank_while_reading(tmp_path):
     tensor = read_header(tmp_path / "x")["w"]
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-6])
     np.testing.assert_array_equal(read_tensor(tensor, [range(3), range(4)]), np.ones((3, 4)))
-    for part in (None, [range(4), range(3, 4)]):
+    for ranges in (None, [range(4), range(3, 4)]):
         with pytest.raises(CheckpointError, match=r"x: ends \d bytes too early; it is truncated"):
-            read_tensor(tensor, part)
+            read_tensor(tensor, ranges)
 
 
 def test_one_differing_number_in_a_copy_of_the_embedding_leaves_the_mtp_module_out_on_every_host(folders, tmp_path):
@@ -310,23 +310,23 @@ def test_layers_and_experts_of_a_part():
         (slice(None), slice(6, 8), False),
         (slice(None), slice(0, 5), False),
     ]:
-        assert overlaps(spec, part_of((layers, experts, slice(None), slice(None)), spec.leaf_shape)) is inside
+        assert overlaps(spec, slice_of((layers, experts, slice(None), slice(None)), spec.leaf_shape)) is inside
 
 
-def test_peak_host_memory_is_about_one_part(tmp_path):
-    """Devices on the CPU share the host's memory, so what is left over by reading one part at a time is measured."""
+def test_peak_host_memory_is_about_one_slice(tmp_path):
+    """Devices on the CPU share the host's memory, so what is left over by reading one slice at a time is measured."""
     config = TINY.replace(
         hidden_size=256, intermediate_size=2048, vocab_size=2000, num_layers=9, first_k_dense=8, mtp_depth=0
     )
     export_folder(config, random_variables(config), tmp_path / "hf", dtype="fp8")
     opened = open_folder(tmp_path / "hf")
     specs = specs_by_path(opened)[("params", "dense_layers", "ffn", "up", "kernel")]
-    read_part(specs, opened.stored, (range(1), range(1), range(1)), F32)
+    read_slice(specs, opened.stored, (range(1), range(1), range(1)), F32)
     tracemalloc.start()
-    for part in ((range(8), range(256), range(256, 512)), (range(8), range(32, 64), range(2048))):
+    for ranges in ((range(8), range(256), range(256, 512)), (range(8), range(32, 64), range(2048))):
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
-        values = read_part(specs, opened.stored, part, F32)
+        values = read_slice(specs, opened.stored, ranges, F32)
         assert values.nbytes <= tracemalloc.get_traced_memory()[1] - before < 1.3 * values.nbytes
         del values
     tracemalloc.stop()
