@@ -100,57 +100,9 @@ def routing_sums(scores_BTE: jax.Array, expert_ids_BTK: jax.Array, valid_BT: jax
     valid_BT1 = valid_BT[..., None].astype(jnp.float32)
     num_experts = scores_BTE.shape[-1]
     chosen_BTE = jnp.sum(jax.nn.one_hot(expert_ids_BTK, num_experts, dtype=jnp.float32), axis=-2)
-    probs_BTE = normalized(scores_BTE)
+    probs_BTE = normalized(scores_BTE)  # eq. 19
     return (
         jnp.sum(chosen_BTE * valid_BT1, axis=1),
         jnp.sum(probs_BTE * valid_BT1, axis=1),
         jnp.sum(valid_BT1, axis=(1, 2)),
     )
-
-
-def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: int) -> jax.Array:
-    """Σ_i f_i P_i with f_i = E/(K T) · count_i and P_i = probs_i / T: 1 where load or probability is uniform."""
-    tokens = jnp.maximum(tokens, 1.0)[..., None]
-    num_experts = counts_E.shape[-1]
-    return jnp.sum(counts_E * num_experts / (top_k * tokens) * probs_E / tokens, axis=-1)
-
-
-def sequence_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """V3's complementary sequence-wise loss without α (eqs. 17-20): [L], of each layer the mean over the sequences that
-    hold tokens."""
-    loss_LB = _balance(stats.counts_LBE, stats.probs_LBE, stats.tokens_LB, top_k)
-    real_LB = stats.tokens_LB > 0
-    return jnp.sum(loss_LB * real_LB, axis=1) / jnp.maximum(jnp.sum(real_LB, axis=1), 1)
-
-
-def batch_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """The same loss over the batch as one sequence (V3 §4.5.3's batch-wise auxiliary loss), without α: [L]."""
-    counts_LE, probs_LE = jnp.sum(stats.counts_LBE, axis=1), jnp.sum(stats.probs_LBE, axis=1)
-    return _balance(counts_LE, probs_LE, jnp.sum(stats.tokens_LB, axis=1), top_k)
-
-
-def expert_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
-    """V2's expert-level loss without α1 (V2 eqs. 23-25): f over the T tokens of a sequence, P from softmax scores; [L].
-
-    With `seq_aux`, as V2 was trained, T counts one sequence; softmax scores are already normalized, so that this is
-    V3's loss on V2's scores.
-    """
-    return sequence_balance_loss(stats, top_k)
-
-
-def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array | float, zero_sum: bool = False) -> jax.Array:
-    """Auxiliary-loss-free balancing (V3 §2.1.2, Loss-Free Balancing Alg. 1): b += rate · sign(mean load - load).
-
-    `counts` are selections summed over the whole global batch. `zero_sum` subtracts the mean of the signs, as Moonlight
-    does, so that the biases' sum stays constant. float32 in, float32 out; a layer without tokens keeps its bias.
-    """
-    step_LE = jnp.sign(jnp.mean(counts_LE, axis=-1, keepdims=True) - counts_LE)
-    if zero_sum:
-        step_LE = step_LE - jnp.mean(step_LE, axis=-1, keepdims=True)
-    return bias_LE + rate * step_LE
-
-
-def max_violation(counts_LE: jax.Array) -> jax.Array:
-    """MaxVio of each layer (Loss-Free Balancing eq. 4): (max load - mean load) / mean load; 0 without tokens."""
-    mean_L = jnp.mean(counts_LE, axis=-1)
-    return jnp.where(mean_L > 0, jnp.max(counts_LE, axis=-1) / jnp.maximum(mean_L, 1e-9) - 1.0, 0.0)

@@ -22,9 +22,10 @@ from deepseek_jax.rl.losses import grpo_loss
 from deepseek_jax.rl.rewards import RewardSet
 from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
+from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.schedules import Schedule, constant, ramp
 from deepseek_jax.training.state import TrainState, abstract_state, state_of
-from deepseek_jax.training.step import guarded_update, load_metrics
+from deepseek_jax.training.step import guarded_update
 
 
 @flax.struct.dataclass

@@ -14,7 +14,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import global_batch
 from deepseek_jax.training.batches import check_tokens
 from deepseek_jax.training.log_probs import token_log_probs
-from deepseek_jax.training.objective import targets
+from deepseek_jax.training.targets import targets
 
 Evaluate = Callable[[Mapping[str, Any], Iterable[Mapping[str, np.ndarray]]], dict[str, float]]
 

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.identity import free
-from deepseek_jax.model.mtp import shift_left
-from deepseek_jax.model.router import batch_balance_loss, expert_balance_loss, sequence_balance_loss
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training.balance import BALANCE_LOSSES
 from deepseek_jax.training.log_probs import token_log_probs
 from deepseek_jax.training.schedules import Schedule
+from deepseek_jax.training.targets import Denominators, denominators, targets
 
-BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_loss, "batch": batch_balance_loss}
 BALANCE_REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
 
 
@@ -62,44 +61,14 @@ class ObjectiveConfig:
 
 
 @flax.struct.dataclass
-class Denominators:
-    """What the sums of a global batch are divided by."""
-
-    targets_K: jax.Array  # float32 [1 + D]: targets one place ahead, two places ahead, …
-    sequences_K: jax.Array  # float32 [1 + D]: sequences that hold any token, a token that has one a place ahead, …
-
-
-@flax.struct.dataclass
 class LossAux:
     """A microbatch's share of the global batch's numbers; shares of all microbatches add up (see module docstring)."""
 
-    parts: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance" (reduced over routers): before λ and α
+    losses: dict[str, jax.Array]  # "cross_entropy", "mtp_1", … "balance" (reduced over routers): before λ and α
     # selections per expert: "moe_layers" [L, E], "mtp_0" [E], …; a key per stack of routers
     loads: dict[str, jax.Array]
     tokens: jax.Array  # float32, tokens that are not padding
     overflows: jax.Array  # int32, over all layers (see `RoutingStats`)
-
-
-def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
-    """The token `ahead` places on, int32 [B, T], and float32 [B, T]: 1 where it is in the same document and trained on.
-
-    Documents are contiguous, so equal segment ids at both ends mean that everything between is the same document.
-    """
-    mask_BT = has_token_ahead(batch, ahead) & (shift_left(batch["loss_mask"], ahead) > 0)
-    return shift_left(batch["tokens"], ahead), mask_BT.astype(jnp.float32)
-
-
-def has_token_ahead(batch: Mapping[str, jax.Array], ahead: int) -> jax.Array:
-    """Bool [B, T]: tokens with another `ahead` places on in the same document."""
-    segments_BT = batch["segment_ids"]
-    return (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
-
-
-def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
-    """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
-    counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
-    sequences = [jnp.sum(jnp.any(has_token_ahead(batch, k), axis=1).astype(jnp.float32)) for k in range(mtp_depth + 1)]
-    return Denominators(*(jnp.maximum(jnp.stack(numbers), 1.0) for numbers in (counts, sequences)))
 
 
 def uses_mtp(model: Transformer, objective: ObjectiveConfig) -> bool:
@@ -134,11 +103,11 @@ def loss_fn(
         logp_BT, _ = token_log_probs(model, variables, hidden_BTD, targets_BT, objective.loss_chunk)
         return -jnp.sum(logp_BT * mask_BT) / denominator.targets_K[ahead - 1]
 
-    parts = {"cross_entropy": cross_entropy(output.hidden_BTD, 1)}
-    loss = parts["cross_entropy"]
+    losses = {"cross_entropy": cross_entropy(output.hidden_BTD, 1)}
+    loss = losses["cross_entropy"]
     if mtp:
         ahead = [cross_entropy(hidden_BTD, k + 1) for k, hidden_BTD in enumerate(output.mtp_hidden, start=1)]
-        parts |= {f"mtp_{k}": value for k, value in enumerate(ahead, start=1)}
+        losses |= {f"mtp_{k}": value for k, value in enumerate(ahead, start=1)}
         loss += objective.mtp_weight(step) * sum(ahead) / len(ahead)
 
     routings = [routing for routing in (output.routing, output.mtp_routing) if routing is not None]
@@ -152,8 +121,8 @@ def loss_fn(
         all_routers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *routings)
         share_L = jnp.sum(all_routers.tokens_LB > 0, axis=1) / denominator.sequences_K[ahead_L]
         loss_L = BALANCE_LOSSES[objective.balance](all_routers, model.config.moe.top_k)
-        parts["balance"] = BALANCE_REDUCTIONS[objective.balance_reduction](share_L * loss_L)
-        loss += objective.balance_alpha * parts["balance"]
+        losses["balance"] = BALANCE_REDUCTIONS[objective.balance_reduction](share_L * loss_L)
+        loss += objective.balance_alpha * losses["balance"]
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
     overflows = sum((jnp.sum(routing.overflows_L) for routing in routings), jnp.zeros((), jnp.int32))
-    return loss, LossAux(parts, jax.lax.stop_gradient(loads), tokens, overflows)
+    return loss, LossAux(losses, jax.lax.stop_gradient(loads), tokens, overflows)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.router import max_violation, update_bias
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import constrain_state
-from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, uses_mtp
+from deepseek_jax.training.balance import load_metrics, update_router_bias
+from deepseek_jax.training.objective import ObjectiveConfig, loss_fn, uses_mtp
 from deepseek_jax.training.schedules import Schedule
 from deepseek_jax.training.state import TrainState
+from deepseek_jax.training.targets import denominators
 
 Batch = Mapping[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -44,7 +45,7 @@ def make_train_step(
         new_state, grad_norm = guarded_update(state, optimizer, loss, grads, aux.loads, gamma, zero_sum)
         metrics = {
             "loss": loss,
-            **aux.parts,
+            **aux.losses,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.step - state.skipped),
             "tokens": aux.tokens,
@@ -118,32 +119,3 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, microbatches)[0]
-
-
-def update_router_bias(router_bias, loads: Mapping[str, jax.Array], rate: jax.Array, zero_sum: bool = False):
-    """γ · sign(mean load - load) on every router that ran; `loads` has the counts of the whole global batch.
-
-    `loads` and `router_bias` share their top-level names, one per stack of routers.
-    """
-    return {
-        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], rate, zero_sum), biases)
-        if stack in loads
-        else biases
-        for stack, biases in router_bias.items()
-    }
-
-
-def load_metrics(loads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """MaxVio (Loss-Free Balancing eq. 4) of each router, main layers first, with mean and maximum over routers.
-
-    And the relative load behind it, `expert_load` [routers, experts] (V3's figure 9): 1 is an expert's share where all
-    have the same.
-    """
-    loads_LE = jnp.concatenate([jnp.atleast_2d(loads[stack]) for stack in sorted(loads)])
-    violation_L = max_violation(loads_LE)
-    return {
-        "max_violation_per_layer": violation_L,
-        "max_violation_mean": jnp.mean(violation_L),
-        "max_violation_max": jnp.max(violation_L),
-        "expert_load": loads_LE / jnp.maximum(jnp.mean(loads_LE, axis=-1, keepdims=True), 1e-9),
-    }

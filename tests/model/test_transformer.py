@@ -12,8 +12,8 @@ import deepseek_jax.model
 import deepseek_jax.precision
 from deepseek_jax.model.cache import init_cache, write
 from deepseek_jax.model.presets import PRESETS, preset
-from deepseek_jax.model.router import sequence_balance_loss
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables, logical_axes
+from deepseek_jax.training.balance import sequence_balance_loss
 
 CONFIG = tiny_config()
 STACK = tiny_config(num_layers=2, first_k_dense=0, attention=GQA, moe=tiny_moe(num_shared_experts=0), mtp_depth=1)

@@ -28,7 +28,7 @@ def loss_and_gradients(model):
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
             params, router_bias, batch, jnp.zeros((), jnp.int32)
         )
-        return value, aux.parts, aux.loads, aux.overflows, grads
+        return value, aux.losses, aux.loads, aux.overflows, grads
 
     return jit(call)(variables["params"], variables["router_bias"], placed_batch(model))
 
@@ -102,7 +102,7 @@ def test_no_token_is_lost_where_everything_goes_to_one_expert():
     load = np.asarray(aux.loads["moe_layers"][0])
     assert np.count_nonzero(load) == CONFIG.moe.top_k and int(aux.overflows) == 0
     assert int(sharded_aux.overflows) > 0
-    assert_close((sharded_aux.parts, sharded_grads), (aux.parts, grads))
+    assert_close((sharded_aux.losses, sharded_grads), (aux.losses, grads))
 
 
 def test_bias_is_the_same_on_every_device_after_a_hundred_steps():

@@ -11,8 +11,9 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.training.log_probs import token_log_probs
-from deepseek_jax.training.objective import ObjectiveConfig, denominators, loss_fn, targets
+from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.schedules import Schedule, deepseek_v3_mtp_weight
+from deepseek_jax.training.targets import denominators, targets
 
 LENGTH = 16
 PLAIN = ObjectiveConfig(balance="none", loss_chunk=16)
@@ -84,7 +85,9 @@ def test_loss_is_the_sum_of_its_equations(batch, value_and_grad, logits):
         total, count = reference_cross_entropy(logits_BTV, batch, ahead)
         assert float(denominators(batch, 2).targets_K[ahead - 1]) == count
         values.append(total / count)
-    np.testing.assert_allclose([aux.parts["cross_entropy"], aux.parts["mtp_1"], aux.parts["mtp_2"]], values, rtol=1e-5)
+    np.testing.assert_allclose(
+        [aux.losses["cross_entropy"], aux.losses["mtp_1"], aux.losses["mtp_2"]], values, rtol=1e-5
+    )
     assert loss == pytest.approx(values[0] + 0.3 / 2 * (values[1] + values[2]), rel=1e-5)
     assert float(aux.tokens) == 16 + 16 + 5
 
@@ -107,8 +110,8 @@ def test_two_packed_documents_are_the_two_alone(pack, document, value_and_grad):
         value_and_grad(pack([[one], [two], [], []], LENGTH)),
     )
     assert packed[0] == pytest.approx(alone[0], rel=1e-5)
-    assert {name: pytest.approx(float(v), rel=1e-5) for name, v in packed[1].parts.items()} == jax.tree.map(
-        float, alone[1].parts
+    assert {name: pytest.approx(float(v), rel=1e-5) for name, v in packed[1].losses.items()} == jax.tree.map(
+        float, alone[1].losses
     )
     same(packed[2], alone[2])
     for name in alone[1].loads:
@@ -186,8 +189,8 @@ def test_balance_loss_is_alpha_times_the_equations_of_every_router(
     arguments = (variables["params"], variables["router_bias"], batch, 0)
     total, aux = jax.jit(functools.partial(loss_fn, model, objective))(*arguments)
     assert balances.shape == (3, 4) and np.isnan(balances[:, 3]).all()
-    assert float(aux.parts["balance"]) == pytest.approx(over_routers(np.nanmean(balances, axis=1)), rel=1e-5)
-    assert float(total) - value_and_grad(batch)[0] == pytest.approx(0.01 * float(aux.parts["balance"]), rel=1e-3)
+    assert float(aux.losses["balance"]) == pytest.approx(over_routers(np.nanmean(balances, axis=1)), rel=1e-5)
+    assert float(total) - value_and_grad(batch)[0] == pytest.approx(0.01 * float(aux.losses["balance"]), rel=1e-3)
 
 
 def test_layers_are_summed_as_in_released_code_by_default():
@@ -208,8 +211,8 @@ def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variabl
         for b in range(4)
     ]
     together = loss(variables["params"], variables["router_bias"], batch, 0)[1]
-    assert sum(float(part.parts["balance"]) for part in parts) == pytest.approx(
-        float(together.parts["balance"]), rel=1e-5
+    assert sum(float(part.losses["balance"]) for part in parts) == pytest.approx(
+        float(together.losses["balance"]), rel=1e-5
     )
     expected = 0.0
     for routing, rows in zip(logits(batch)[1:], ([[0, 1, 2, 3]], [[0, 1, 3], [0, 3]]), strict=True):
@@ -218,7 +221,7 @@ def test_rows_too_short_for_a_module_count_in_its_balance_nowhere(model, variabl
             assert np.flatnonzero(tokens).tolist() == held
             products = np.sum(np.asarray(routing.counts_LBE[layer] * routing.probs_LBE[layer], np.float64), axis=-1)
             expected += np.mean([4 / 2 * products[b] / tokens[b] ** 2 for b in held])
-    assert float(together.parts["balance"]) == pytest.approx(expected, rel=1e-5)
+    assert float(together.losses["balance"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_alpha_zero_is_no_balance_loss_at_all(model, variables, batch):
@@ -238,7 +241,7 @@ def test_mtp_weight_follows_the_step_and_zero_runs_no_module(model, variables, b
         )[1]
 
     assert set(outputs(deepseek_v3_mtp_weight()).loads) == {"moe_layers", "mtp_0", "mtp_1"}
-    assert set(outputs(Schedule(0.0)).loads) == {"moe_layers"} and set(outputs(Schedule(0.0)).parts) == {
+    assert set(outputs(Schedule(0.0)).loads) == {"moe_layers"} and set(outputs(Schedule(0.0)).losses) == {
         "cross_entropy",
         "balance",
     }

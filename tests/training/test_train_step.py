@@ -11,11 +11,12 @@ import pytest
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import get_precision
+from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule, Segment
 from deepseek_jax.training.state import TrainState, create_state, state_of
-from deepseek_jax.training.step import guarded_update, make_train_step, update_router_bias
+from deepseek_jax.training.step import guarded_update, make_train_step
 
 POISON = 66  # a token whose embedding is made infinite
 LENGTH = 16

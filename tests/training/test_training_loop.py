@@ -24,10 +24,10 @@ from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.metrics import MetricsWriter, read_metrics
-from deepseek_jax.training.objective import targets
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.preemption import Terminated
 from deepseek_jax.training.state import create_state
+from deepseek_jax.training.targets import targets
 
 STEPS, VOCAB = 40, 61
 

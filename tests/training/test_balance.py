@@ -4,17 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import jit
 
 from deepseek_jax.model.config import MoEConfig
-from deepseek_jax.model.router import (
-    Router,
-    RoutingStats,
+from deepseek_jax.model.router import Router, RoutingStats, gate_values, routing_sums
+from deepseek_jax.training.balance import (
+    BALANCE_LOSSES,
     batch_balance_loss,
-    expert_balance_loss,
-    gate_values,
     max_violation,
-    routing_sums,
     sequence_balance_loss,
     update_bias,
 )
@@ -57,7 +53,7 @@ def test_losses_are_the_published_sums_and_ignore_padding(top_k):
         [eqs_17_to_20(scores[layer, b][valid[b]], ids[layer, b][valid[b]]) for b in range(2)] for layer in range(2)
     ]
     np.testing.assert_allclose(sequence_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(expert_balance_loss(stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(BALANCE_LOSSES["expert"](stats, top_k), np.mean(by_sequence, axis=1), rtol=1e-5)
     by_batch = [eqs_17_to_20(scores[layer][valid], ids[layer][valid]) for layer in range(2)]
     np.testing.assert_allclose(batch_balance_loss(stats, top_k), by_batch, rtol=1e-5)
 
@@ -123,7 +119,7 @@ def test_loss_and_gradient_do_not_depend_on_the_bias():
         _, _, sums = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
         return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums), None), 2)[0]
 
-    value_and_grads = jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    value_and_grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     first, (grad_kernel, grad_bias) = value_and_grads(kernel, np.zeros(E, np.float32))
     second, (grad_kernel_2, _) = value_and_grads(kernel, rng.normal(size=E).astype(np.float32))
     assert first == second

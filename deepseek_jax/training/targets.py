@@ -1,0 +1,42 @@
+"""Targets of next-token and multi-token prediction in packed batches, and the counts that losses are divided by.
+
+A batch is a mapping of int32 arrays [B, T]: tokens, segment_ids (0 is padding), positions and loss_mask.
+"""
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.mtp import shift_left
+
+
+@flax.struct.dataclass
+class Denominators:
+    """Counts of a global batch, at least 1 each, by which the sums of its microbatches are divided."""
+
+    targets_K: jax.Array  # float32 [1 + D]: targets one place ahead, two places ahead, …
+    sequences_K: jax.Array  # float32 [1 + D]: sequences that hold any token, a token that has one a place ahead, …
+
+
+def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
+    """The token `ahead` places on, int32 [B, T], and float32 [B, T]: 1 where it is in the same document and trained on.
+
+    Documents are contiguous, so equal segment ids at both ends mean that everything between is the same document.
+    """
+    mask_BT = has_token_ahead(batch, ahead) & (shift_left(batch["loss_mask"], ahead) > 0)
+    return shift_left(batch["tokens"], ahead), mask_BT.astype(jnp.float32)
+
+
+def has_token_ahead(batch: Mapping[str, jax.Array], ahead: int) -> jax.Array:
+    """Bool [B, T]: tokens with another `ahead` places on in the same document."""
+    segments_BT = batch["segment_ids"]
+    return (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
+
+
+def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
+    """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
+    counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
+    sequences = [jnp.sum(jnp.any(has_token_ahead(batch, k), axis=1).astype(jnp.float32)) for k in range(mtp_depth + 1)]
+    return Denominators(*(jnp.maximum(jnp.stack(numbers), 1.0) for numbers in (counts, sequences)))
