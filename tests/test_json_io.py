@@ -89,7 +89,7 @@ def test_every_text_file_is_opened_with_an_encoding():
                 and "os.devnull" not in ast.unparse(node)
             ):
                 missing.append(f"{path.relative_to(root)}:{node.lineno}")
-    assert not [place for place in missing if not place.startswith(("interop/", "training/checkpoints.py"))]
+    assert not missing
 
 
 def test_lines_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, caplog):

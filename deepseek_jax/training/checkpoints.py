@@ -367,7 +367,7 @@ def _unwanted(described: Mapping[str, Mapping[str, Any]], like) -> dict[str, Any
 
 
 def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "meta" / "metadata").read_text())
+    return json.loads((checkpoint / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
 def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
