@@ -15,7 +15,7 @@ from deepseek_jax.atomic import atomic_folder
 from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import CheckpointError, nearest
 from deepseek_jax.interop.folder import shown
-from deepseek_jax.interop.fp8_blocks import quantize
+from deepseek_jax.interop.fp8_blocks import BLOCK, dequantize_rows, quantize
 from deepseek_jax.interop.hf_config import QUANTISATION, config_to_hf, scale_format
 from deepseek_jax.interop.hf_fields import CONFIG_NAME
 from deepseek_jax.interop.safetensors_io import DTYPES, INDEX_NAME, SINGLE_NAME, ShardWriter
@@ -23,6 +23,7 @@ from deepseek_jax.interop.slices import not_finite, overlaps, slice_of
 from deepseek_jax.interop.tensors import TensorSpec, tensor_table
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
+from kernels_pallas import QTensor
 
 log = logging.getLogger(__name__)
 EXPORT_DTYPES = ("bfloat16", "float32", "fp8")
@@ -44,10 +45,11 @@ def export_folder(
     safetensors, split into shards of at most `max_shard_bytes` each.
 
     `dtype` is "bfloat16", "float32", or "fp8": the released layout, with e4m3 linear weights, their block scales in
-    float32, and everything else in bfloat16. Correction biases are always float32. `carried` is an imported config.json
-    whose token ids and `scale_fmt` are kept; `companions` are files to copy along. `tokenizer` is saved with the
-    weights, its files and chat template, and gives the token ids that `carried` does not; ids that nobody gives are
-    null, since transformers would take 0 and 1 for them. At most one tensor is held in memory.
+    float32, and everything else in bfloat16. Weights that an import left in FP8 (QTensor) are then written as they are,
+    byte for byte; the other two dequantize them. Correction biases are always float32. `carried` is an imported
+    config.json whose token ids and `scale_fmt` are kept; `companions` are files to copy along. `tokenizer` is saved
+    with the weights, its files and chat template, and gives the token ids that `carried` does not; ids that nobody
+    gives are null, since transformers would take 0 and 1 for them. At most one tensor is held in memory.
 
     The folder appears complete or not at all. Weights that are NaN or infinite are written as they are, and logged as a
     warning. Raises CheckpointError if it exists, the disk is too small, the variables are not those of `config` or
@@ -62,7 +64,7 @@ def export_folder(
         hf["quantization_config"] = QUANTISATION | ({"scale_fmt": scale_fmt} if scale_fmt else {})
     table = tensor_table(config)
     leaves = _checked_leaves(table, variables)
-    shards = _plan(table, dtype, max_shard_bytes)
+    shards = _plan(table, leaves, dtype, max_shard_bytes)
     total_bytes = sum(_nbytes(entry) for _, entries in shards for entry in entries.values())
     with atomic_folder(Path(folder), total_bytes) as building:
         done, weight_map, bad = 0, {}, {}
@@ -89,7 +91,7 @@ def export_folder(
 
 
 def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    leaves = traverse_util.flatten_dict(variables)
+    leaves = traverse_util.flatten_dict(variables, is_leaf=lambda _, value: isinstance(value, QTensor))
     expected = {spec.path: spec.leaf_shape for spec in table}
     for path in sorted(set(leaves) - set(expected)):
         found = list(leaves[path].shape)
@@ -102,19 +104,26 @@ def _checked_leaves(table: Sequence[TensorSpec], variables: Mapping[str, Any]) -
             raise CheckpointError(
                 f"{'/'.join(path)}: expected shape {list(shape)} for a model of this config, found {found}"
             )
-        if not getattr(leaves[path], "is_fully_addressable", True):
+        if isinstance(leaves[path], QTensor) and leaves[path].tile != (BLOCK, BLOCK):
+            raise CheckpointError(
+                f"{'/'.join(path)} has a scale for each {leaves[path].tile}; the released layout has one for each "
+                f"{(BLOCK, BLOCK)}: dequantize it first"
+            )
+        if not all(getattr(array, "is_fully_addressable", True) for array in jax.tree.leaves(leaves[path])):
             raise CheckpointError(
                 f"{'/'.join(path)} lies partly on other hosts: save a checkpoint, and export that on one host"
             )
     return leaves
 
 
-def _plan(table: Sequence[TensorSpec], dtype: str, max_shard_bytes: int) -> list[tuple[list[TensorSpec], _Entries]]:
+def _plan(
+    table: Sequence[TensorSpec], leaves: Mapping[tuple[str, ...], Any], dtype: str, max_shard_bytes: int
+) -> list[tuple[list[TensorSpec], _Entries]]:
     """Fills shards in the table's order; a tensor larger than `max_shard_bytes` gets a shard of its own."""
     shards: list[tuple[list[TensorSpec], _Entries]] = []
     room = 0
     for spec in table:
-        entries = _entries(spec, dtype)
+        entries = _entries(spec, dtype, kept=isinstance(leaves[spec.path], QTensor))
         size = sum(_nbytes(entry) for entry in entries.values())
         if size > room or not shards:
             shards.append(([], {}))
@@ -125,10 +134,10 @@ def _plan(table: Sequence[TensorSpec], dtype: str, max_shard_bytes: int) -> list
     return shards
 
 
-def _entries(spec: TensorSpec, dtype: str) -> _Entries:
+def _entries(spec: TensorSpec, dtype: str, kept: bool) -> _Entries:
     if spec.is_router_bias or dtype == "float32":
         return {spec.name: ("F32", spec.shape)}
-    if dtype == "fp8" and spec.quantized:
+    if dtype == "fp8" and (spec.quantized or kept):
         return {spec.name: ("F8_E4M3", spec.shape), spec.scale_name: ("F32", spec.scale_shape)}
     return {spec.name: ("BF16", spec.shape)}
 
@@ -142,16 +151,27 @@ def _write_tensor(
 ) -> dict[str, int]:
     """Writes one tensor, with its scales if it is quantized. Returns its name and how many of the numbers written are
     NaN or infinite, if any."""
-    value = _gathered(leaves[spec.path], spec)
-    value = value.T if spec.transposed else value
-    if spec.scale_name in entries:
-        value, scale_inv = quantize(value, power_of_two)
-        writer.write(spec.scale_name, scale_inv)
+    leaf, scale_inv = leaves[spec.path], None
+    if isinstance(leaf, QTensor):
+        value, scale_inv = _stored(leaf.values, spec), _stored(leaf.scales, spec.scales)
+        if spec.scale_name not in entries:
+            value, scale_inv = np.concatenate([rows for _, rows in dequantize_rows(value, scale_inv)]), None
     else:
-        value = value.astype(DTYPES[entries[spec.name][0]], copy=False)
+        value = _stored(leaf, spec)
+        if spec.scale_name in entries:
+            value, scale_inv = quantize(value, power_of_two)
+    if scale_inv is not None:
+        writer.write(spec.scale_name, scale_inv)
+    value = value.astype(DTYPES[entries[spec.name][0]], copy=False)
     writer.write(spec.name, value)
     count = not_finite(value)
     return {spec.name: count} if count else {}
+
+
+def _stored(leaf: Any, spec: TensorSpec) -> np.ndarray:
+    """One tensor out of a variable, as files have it."""
+    value = _gathered(leaf, spec)
+    return value.T if spec.transposed else value
 
 
 def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 from flax import traverse_util
 from tiny_checkpoints import TINY, assert_same, random_variables
 
+from deepseek_jax.errors import CheckpointError
 from deepseek_jax.generation.__main__ import main
 from deepseek_jax.interop import export_folder, import_folder, open_folder, precision_for
 from deepseek_jax.interop.safetensors_io import read_tensor
@@ -67,6 +68,44 @@ def test_values_and_scales_are_those_of_the_files(folder):
         if not isinstance(value, QTensor) and value.ndim > 1 and path[-1] == "kernel"
     }
     assert high == {"head", "router", "proj"}  # as in the released checkpoints
+
+
+def test_they_are_exported_as_they_are_stored(folder, tmp_path):
+    """One matrix is trained further in bfloat16, as a user would; all else comes back byte for byte, from one device or
+    a mesh. A wider file has the numbers that the import dequantizes."""
+    config, kept = import_folder(folder, "fp8")
+    export_folder(config, kept, tmp_path / "again", dtype="fp8")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+    model = Transformer(config, PRECISION).clone(
+        placement=MeshPlacement(build_mesh(MeshConfig(fsdp=2, expert=4).sizes, {}, jax.devices()))
+    )
+    placed = import_folder(folder, "fp8", shardings=lambda config: variables_sharding(model))[1]
+    trained = np.asarray(dequantize(kept["params"]["dense_layers"]["attn"]["o"]["kernel"])) + 0.5
+    placed["params"]["dense_layers"]["attn"]["o"]["kernel"] = trained
+    export_folder(config, placed, tmp_path / "tuned", dtype="fp8")
+    before, after = open_folder(folder).stored, open_folder(tmp_path / "tuned").stored
+    changed = {
+        name
+        for name, tensor in before.items()
+        if read_tensor(tensor, tuple(map(range, tensor.shape))).tobytes()
+        != read_tensor(after[name], tuple(map(range, tensor.shape))).tobytes()
+    }
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert before.keys() == after.keys() and changed == {name, f"{name}_scale_inv"}
+
+    export_folder(config, kept, tmp_path / "wide", dtype="float32")
+    wide, plain = flat(import_folder(tmp_path / "wide")[1]), flat(import_folder(folder)[1])
+    for path, value in plain.items():
+        np.testing.assert_array_equal(wide[path], value, err_msg="/".join(path))
+
+
+def test_other_tiles_are_refused(folder, tmp_path):
+    config, kept = import_folder(folder, "fp8")
+    attention = kept["params"]["moe_layers"]["attn"]
+    attention["o"]["kernel"] = dataclasses.replace(attention["o"]["kernel"], tile=(1, 128))
+    with pytest.raises(CheckpointError, match=r"attn/o/kernel has a scale for each \(1, 128\).*\(128, 128\)"):
+        export_folder(config, kept, tmp_path / "rows", dtype="fp8")
 
 
 # Activations in float32, so that nothing but FP8 rounds.
