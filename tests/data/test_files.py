@@ -217,7 +217,12 @@ def test_a_file_is_read_once_for_both_splits(tmp_path, monkeypatch):
     kept = [open_source(SourceConfig(path), split) for split in ("train", "validation", "validation")]
     assert len(opened) == 1 and len(kept[0]) + len(kept[1]) == 50
     write(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(60)])
-    assert len(open_source(SourceConfig(path), "train")) + len(open_source(SourceConfig(path), "validation")) == 60
+    now = [open_source(SourceConfig(path), split) for split in ("train", "validation")]
+    assert len(now[0]) + len(now[1]) == 60
+    changed = os.stat(path).st_mtime_ns + 10**9
+    write(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in reversed(range(60))])
+    os.utime(path, ns=(changed, changed))  # a file of the same name and size, opened while the old one is in use
+    assert open_source(SourceConfig(path, validation_fraction=0.0), "train")[0] == {"text": "59"}
 
 
 QUESTIONS = {
@@ -247,7 +252,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_one_question_is_on_one_side_of_the_split_whatever_its_answers(tmp_path, kind):
     form = {"turns": "messages", "ids": "completion"}.get(kind, kind)
-    records = [QUESTIONS[kind](f"question {i % 40}", f"answer {i}") for i in range(160)]
+    records = [QUESTIONS[kind](f"question {i % 40}", f"{i} is the answer") for i in range(160)]
     source = SourceConfig(write(tmp_path / "a.jsonl", records), format=form, validation_fraction=0.3)
     sides = {}
     for split in ("train", "validation"):

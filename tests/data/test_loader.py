@@ -143,6 +143,8 @@ def test_empty_and_too_short_data_are_refused(byte_tokenizer):
         build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": []}})
     with pytest.raises(DataError, match="'texts': 11 tokens in all, fewer than one batch of 4 rows × 16 tokens"):
         build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": [{"text": "nine byte"}]}})
+    with pytest.raises(DataError, match="'texts': 30 tokens in all, fewer than one batch of 4 rows × 16 tokens"):
+        build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": [{"text": 28 * "x"}]}})
     with pytest.raises(DataError, match="in-memory source 'texts': no split 'validation': .*train"):
         build_loader(config, byte_tokenizer, T, B, "validation", in_memory={"texts": {"train": []}})
 
