@@ -13,6 +13,7 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -34,10 +35,9 @@ from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.placement import Placement
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.overrides import override, plain, split
-from deepseek_jax.parallel.fit import fits
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.rules import build_rules
+from deepseek_jax.parallel.rules import build_rules, check_divisible
 from deepseek_jax.precision import get_precision
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import Task, build_task
@@ -199,7 +199,7 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """The mesh's sizes on `num_devices`, wherever these are. Raises ConfigError if the network or a stage's batches
     don't fit it."""
-    rows, lengths = [], []
+    sequences, lengths = [], []
     for stage in stages:
         section = fields[stage]
         with inside(f"config.{stage}"):
@@ -207,9 +207,10 @@ def mesh_sizes(
                 train = TrainConfig.from_dict(section["train"])
                 sizes = train.batch_sizes(convert(section.get("batch_size"), int | None, "batch_size"))
                 field, sizes = ("train.microbatch", [train.microbatch]) if train.microbatch else ("batch_size", sizes)
-                rows += [(f"{stage}.{field}", size) for size in sizes]
+                sequences += [(f"{stage}.{field}", size) for size in sizes]
                 lengths.append((f"{stage}.seq_len", convert(section.get("seq_len", 1), int, "seq_len")))
             if "grpo" in section:
                 size = GRPOConfig.from_dict(section["grpo"]).minibatch_size
-                rows.append((f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches", size))
-    return resolve(config, num_devices, fits(config, model, rows, lengths))
+                sequences.append((f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches", size))
+    check = functools.partial(check_divisible, config=config, model=model, sequences=sequences, lengths=lengths)
+    return resolve(config, num_devices, check)

@@ -55,7 +55,7 @@ def _make(cls: type, base: Any, fields: Any, path: str, context: Mapping[str, An
     known = {
         field.name: field
         for field in dataclasses.fields(cls)
-        if field.name not in given and _writable(hints[field.name])
+        if field.init and field.name not in given and _writable(hints[field.name])
     }
     values = dict(given)
     for name, value in fields.items():

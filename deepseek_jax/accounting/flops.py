@@ -2,26 +2,11 @@
 counted."""
 
 from deepseek_jax.accounting.counts import count_parameters
-from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
-
-
-def attention_pair_flops(attention: MLAConfig | GQAConfig) -> int:
-    """Forward FLOPs of one layer for one (query, key) pair over all heads: QKᵀ and PV, expanded form."""
-    if isinstance(attention, MLAConfig):
-        return 2 * attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
-    return 4 * attention.num_heads * attention.head_dim
-
-
-def absorbed_pair_flops(attention: MLAConfig | GQAConfig) -> int:
-    """The same over the cache: absorbed MLA scores and sums latents, kv_lora_rank wide, whatever the head's own
-    size."""
-    if isinstance(attention, MLAConfig):
-        return 2 * attention.num_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
-    return attention_pair_flops(attention)
+from deepseek_jax.model.config import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *, mtp: bool = False) -> int:
-    """Mean forward FLOPs per token of a causal sequence, in which a query sees half the sequence on average.
+    """Mean forward FLOPs per token of a causal sequence; what a query attends to, the attention's config says.
 
     Two per activated parameter, the input embedding excluded (it is a look-up). `mtp` adds the MTP modules with their
     products by the shared head.
@@ -31,7 +16,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *,
     if mtp:
         weights += counts.mtp_activated + config.mtp_depth * counts.head_product
         layers += config.mtp_depth
-    return 2 * weights + layers * attention_pair_flops(config.attention) * sequence_length // 2
+    return 2 * weights + int(layers * config.attention.pair_flops * config.attention.mean_keys(sequence_length))
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *, mtp: bool = False) -> int:
@@ -47,6 +32,5 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
 
     Absorption moves kv_b from the keys and values to the query and the output; it is still used once per token.
     """
-    return (
-        2 * count_parameters(config).activated() + config.num_layers * absorbed_pair_flops(config.attention) * context
-    )
+    attention = config.num_layers * config.attention.cached_pair_flops * config.attention.cached_keys(context)
+    return 2 * count_parameters(config).activated() + attention

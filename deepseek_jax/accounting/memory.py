@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from deepseek_jax.accounting.counts import ParameterCounts
-from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig
+from deepseek_jax.model.config import AttentionConfig, GQAConfig, ModelConfig
 
 # Dense models the papers compare with ("Insights into DeepSeek-V3", Table 1): layers and attention.
 COMPARED_MODELS: dict[str, tuple[int, GQAConfig]] = {
@@ -12,9 +12,9 @@ COMPARED_MODELS: dict[str, tuple[int, GQAConfig]] = {
 }
 
 
-def cache_elements_per_token(num_layers: int, attention: MLAConfig | GQAConfig) -> int:
+def cache_elements_per_token(num_layers: int, attention: AttentionConfig) -> int:
     """Numbers kept per token (V2, Table 1): (d_c + d_h^R)·l for MLA, 2·n_g·d_h·l for GQA, MHA and MQA."""
-    return num_layers * sum(attention.cache_dims)
+    return num_layers * sum(attention.cache_dims.values())
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from deepseek_jax.accounting import cost, flops, memory
 from deepseek_jax.accounting.counts import COMPONENTS, count_parameters
-from deepseek_jax.model.config import MLAConfig, ModelConfig
+from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.rope import softmax_scale, yarn_correction_range, yarn_mscale
 
 DEFAULT_TOKENS = 1e12
@@ -84,14 +84,12 @@ def report(
 
 def _yarn(config: ModelConfig) -> dict[str, Any] | None:
     yarn, attention = config.rope.yarn, config.attention
-    if yarn is None:
+    if yarn is None or not attention.rotary_dim:
         return None
-    is_mla = isinstance(attention, MLAConfig)
-    rotary_dim = attention.qk_rope_head_dim if is_mla else attention.head_dim
     return {
         "mscale": yarn_mscale(yarn.factor, yarn.mscale),
-        "softmax_scale": softmax_scale(config.rope, attention.qk_head_dim if is_mla else attention.head_dim),
-        "correction_range": list(yarn_correction_range(yarn, rotary_dim, config.rope.theta)),
+        "softmax_scale": softmax_scale(config.rope, attention.qk_head_dim),
+        "correction_range": list(yarn_correction_range(yarn, attention.rotary_dim, config.rope.theta)),
     }
 
 

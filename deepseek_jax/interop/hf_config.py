@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.errors import CheckpointError, UserError, nearest
+from deepseek_jax.interop.attention import AttentionNames, attention_names, names_of_model_type
 from deepseek_jax.interop.fp8_blocks import BLOCK
 from deepseek_jax.interop.hf_fields import CARRIED, CONFIG_NAME, FAMILIES, Fields, mapping, number, refuse
 from deepseek_jax.json_io import read_json
-from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
+from deepseek_jax.model.config import ModelConfig, MoEConfig, RopeConfig, YarnConfig
 
 LATENT_NORM_EPS = 1e-6
 QUANTISATION = {
@@ -84,7 +85,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         hidden_size=fields.size("hidden_size"),
         num_layers=fields.size("num_hidden_layers"),
         intermediate_size=fields.size("intermediate_size"),
-        attention=_gqa(fields) if model_type == "deepseek" else _mla(fields),
+        attention=names_of_model_type(model_type).read(fields),
         moe=_moe(fields, model_type),
         first_k_dense=fields.size("first_k_dense_replace"),
         rope=_rope(hf, interleaved and model_type != "deepseek"),
@@ -97,26 +98,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
     fields.finish()
     return config
-
-
-def _mla(fields: Fields) -> MLAConfig:
-    num_heads = fields.size("num_attention_heads")
-    fields.expect("num_key_value_heads", num_heads, None)
-    fields.take("head_dim", None)  # transformers stores the rotary width here; the widths below say it all
-    widths = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return MLAConfig(
-        num_heads=num_heads,
-        q_lora_rank=fields.size("q_lora_rank", null=None),
-        **{width: fields.size(width) for width in widths},
-    )
-
-
-def _gqa(fields: Fields) -> GQAConfig:
-    num_heads, hidden_size = fields.size("num_attention_heads"), fields.size("hidden_size")
-    kv_heads, head_dim = fields.size("num_key_value_heads", null=num_heads), hidden_size // max(num_heads, 1)
-    return GQAConfig(
-        num_heads=num_heads, num_kv_heads=kv_heads, head_dim=fields.size("head_dim", head_dim, null=head_dim)
-    )
 
 
 def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
@@ -214,10 +195,12 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
     """The config.json fields of `config`, readable by transformers and by `config_from_hf`.
 
     `carried` may hold an imported config.json, whose token ids and context length are kept. Raises CheckpointError
-    naming the field if no DeepSeek config.json can express the network.
+    naming the field if no DeepSeek config.json can express the network, and for an attention variant without
+    Hugging Face names.
     """
     carried = carried or {}
-    family, yarn = _family(config), config.rope.yarn
+    names, yarn = attention_names(config.attention), config.rope.yarn
+    family = _family(config, names)
     context = yarn.original_max_position_embeddings * yarn.factor if yarn else 4096
     hf = {
         **family,
@@ -226,7 +209,7 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.intermediate_size,
         "first_k_dense_replace": config.num_dense_layers,
-        **_attention_fields(config),
+        **names.write(config.attention),
         **_moe_fields(config, family["model_type"]),
         "rope_theta": config.rope.theta,
         "rope_scaling": {"type": "yarn", **dataclasses.asdict(yarn)} if yarn else None,
@@ -244,8 +227,8 @@ def config_to_hf(config: ModelConfig, carried: Mapping[str, Any] | None = None) 
     return hf
 
 
-def _family(config: ModelConfig) -> dict[str, Any]:
-    if isinstance(config.attention, GQAConfig):
+def _family(config: ModelConfig, names: type[AttentionNames]) -> dict[str, Any]:
+    if "deepseek" in names.model_types:
         return {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
     if config.moe is not None and config.moe.scoring == "softmax":
         return {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
@@ -254,14 +237,6 @@ def _family(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["DeepseekV3ForCausalLM"],
         "rope_interleave": config.rope.interleaved,
     }
-
-
-def _attention_fields(config: ModelConfig) -> dict[str, Any]:
-    a = config.attention
-    if isinstance(a, GQAConfig):
-        return {"num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads, "head_dim": a.head_dim}
-    widths = {name: value for name, value in dataclasses.asdict(a).items() if name != "num_heads"}
-    return {"num_attention_heads": a.num_heads, "num_key_value_heads": a.num_heads, **widths}
 
 
 def _moe_fields(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -311,7 +286,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
         **{f"attention.{name}": value for name, value in dataclasses.asdict(attention).items()},
         **{f"moe.{name}": value for name, value in (moe or {}).items()},
         "rope": config.rope,
-        "latent_norm_eps": config.latent_norm_eps if isinstance(attention, MLAConfig) else None,
+        "latent_norm_eps": config.latent_norm_eps if attention_names(attention).latent_norms else None,
         "num_dense_layers": config.num_dense_layers,
     }
     for name in (

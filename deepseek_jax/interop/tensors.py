@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from deepseek_jax.interop.attention import attention_names
 from deepseek_jax.interop.fp8_blocks import scale_shape
-from deepseek_jax.model.config import GQAConfig, ModelConfig
+from deepseek_jax.model.config import ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"
 
@@ -71,7 +72,9 @@ class _Part(NamedTuple):
 
 
 def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """Every tensor of a Hugging Face checkpoint of `config`, in the order of the network; scales are not listed."""
+    """Every tensor of a Hugging Face checkpoint of `config`, in the order of the network; scales are not listed.
+
+    Raises CheckpointError for an attention variant without Hugging Face names."""
     return tuple(_all_tensors(config))
 
 
@@ -137,27 +140,9 @@ def _norms(config: ModelConfig) -> Iterator[_Part]:
 
 
 def _attention(config: ModelConfig) -> Iterator[_Part]:
-    d, a = config.hidden_size, config.attention
-    if isinstance(a, GQAConfig):
-        yield _Part("self_attn.q_proj.weight", "attn/q/kernel", (a.num_heads * a.head_dim, d))
-        yield _Part("self_attn.k_proj.weight", "attn/k/kernel", (a.num_kv_heads * a.head_dim, d))
-        yield _Part("self_attn.v_proj.weight", "attn/v/kernel", (a.num_kv_heads * a.head_dim, d))
-        yield _Part("self_attn.o_proj.weight", "attn/o/kernel", (d, a.num_heads * a.head_dim))
-        return
-    if a.q_lora_rank is None:
-        yield _Part("self_attn.q_proj.weight", "attn/q/kernel", (a.num_heads * a.qk_head_dim, d))
-    else:
-        yield _Part("self_attn.q_a_proj.weight", "attn/q_a/kernel", (a.q_lora_rank, d))
-        yield _Part("self_attn.q_a_layernorm.weight", "attn/q_a_norm/scale", (a.q_lora_rank,))
-        yield _Part("self_attn.q_b_proj.weight", "attn/q_b/kernel", (a.num_heads * a.qk_head_dim, a.q_lora_rank))
-    yield _Part("self_attn.kv_a_proj_with_mqa.weight", "attn/kv_a/kernel", (a.kv_lora_rank + a.qk_rope_head_dim, d))
-    yield _Part("self_attn.kv_a_layernorm.weight", "attn/kv_a_norm/scale", (a.kv_lora_rank,))
-    yield _Part(
-        "self_attn.kv_b_proj.weight",
-        "attn/kv_b/kernel",
-        (a.num_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank),
-    )
-    yield _Part("self_attn.o_proj.weight", "attn/o/kernel", (d, a.num_heads * a.v_head_dim))
+    names = attention_names(config.attention)
+    for name, path, shape in names.tensors(config.attention, config.hidden_size):
+        yield _Part(f"self_attn.{name}", f"attn/{path}", shape)
 
 
 def _dense_ffn(config: ModelConfig) -> Iterator[_Part]:

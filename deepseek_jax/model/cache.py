@@ -9,10 +9,11 @@ from deepseek_jax.model.config import ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """`entries` maps a stack of layers to its two arrays [L, B, S, ·]: MLA's latent and rotary key (576 numbers a token
-    and layer in V3), or keys and values. A slot holds the token at `positions_BS`; -1 marks it empty."""
+    """What all layers keep. `entries` maps a stack of layers to its arrays [L, B, S, ·], those of the attention's
+    `cache_dims` in order: MLA's latent and rotary key (576 numbers a token and layer in V3), or keys and values. A slot
+    holds the token at `positions_BS`; -1 marks it empty."""
 
-    entries: dict[str, tuple[jax.Array, jax.Array]]
+    entries: dict[str, tuple[jax.Array, ...]]
     positions_BS: jax.Array
 
 
@@ -20,7 +21,7 @@ def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> 
     """An empty cache of `size` slots for `batch` rows."""
     layers = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
     entries = {
-        name: tuple(jnp.zeros((count, batch, size, dim), dtype) for dim in config.attention.cache_dims)
+        name: tuple(jnp.zeros((count, batch, size, dim), dtype) for dim in config.attention.cache_dims.values())
         for name, count in layers.items()
         if count
     }
@@ -28,7 +29,7 @@ def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> 
 
 
 def write(
-    cache: Cache, latents: dict[str, tuple[jax.Array, jax.Array]], positions_BT: jax.Array, start: jax.Array | int
+    cache: Cache, latents: dict[str, tuple[jax.Array, ...]], positions_BT: jax.Array, start: jax.Array | int
 ) -> Cache:
     """Puts what a forward call returned for T tokens into slots start … start+T-1 of every row.
 

@@ -4,14 +4,16 @@ Every module takes the part it uses and nothing else. Names follow the papers an
 `interop` maps the latter onto these field by field. Nothing here depends on a model's name.
 """
 
+import abc
 import dataclasses
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
 from deepseek_jax.identity import free
+from deepseek_jax.registry import Variant
 
 
 def _require(condition: bool, message: str) -> None:
@@ -66,8 +68,67 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MLAConfig:
+class AttentionConfig(Variant, abc.ABC):
+    """An attention variant: `config.model.attention` is {"kind": "mla", "gqa" or "package.module:Class", its fields}.
+
+    A subclass says everything that the rest of the program asks of a variant, so that a new one is one class in a file
+    of its own. `sharding_rules` has rows for logical axes that only its parameters have (see `parallel/rules.py`).
+    `hugging_face` names the tables that import and export it (see `interop/attention.py`); None: it has none.
+    """
+
+    variants: ClassVar[dict[str, type]] = {}
+    sharding_rules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    hugging_face: ClassVar[str | None] = None
+
+    @property
+    @abc.abstractmethod
+    def module(self) -> type:
+        """The Flax module that computes it; see `model/attention.py` for what it is given and returns."""
+
+    @property
+    @abc.abstractmethod
+    def cache_dims(self) -> dict[str, int]:
+        """The arrays that a cache keeps, and how many numbers each has per token and layer."""
+
+    @property
+    @abc.abstractmethod
+    def num_key_heads(self) -> int:
+        """The number of heads that have keys of their own: tensor parallelism has to divide it."""
+
+    @property
+    @abc.abstractmethod
+    def qk_head_dim(self) -> int:
+        """The width of the product of a query with a key, from which the softmax scale follows."""
+
+    @property
+    @abc.abstractmethod
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions are rotated; 0 without rotary embedding."""
+
+    @property
+    @abc.abstractmethod
+    def pair_flops(self) -> int:
+        """Forward FLOPs of one layer for one (query, key) pair over all heads: QKᵀ and PV."""
+
+    @property
+    def cached_pair_flops(self) -> int:
+        """The same for a key in the cache."""
+        return self.pair_flops
+
+    def mean_keys(self, sequence_length: int) -> float:
+        """Keys that a query of a causal sequence attends to, on average: half of the sequence."""
+        return sequence_length / 2
+
+    def cached_keys(self, context: int) -> int:
+        """Keys that a decoded token attends to, of `context` tokens in the cache: all of them."""
+        return context
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig(AttentionConfig, kind="mla"):
     """Multi-head latent attention (V2 §2.1). `q_lora_rank=None` projects queries directly, as V2-Lite does."""
+
+    hugging_face: ClassVar[str | None] = "mla"
 
     num_heads: int
     kv_lora_rank: int
@@ -88,18 +149,44 @@ class MLAConfig:
         )
 
     @property
+    def module(self) -> type:
+        from deepseek_jax.model.attention import LatentAttention  # it takes this class, so it is imported late
+
+        return LatentAttention
+
+    @property
+    def cache_dims(self) -> dict[str, int]:
+        """The latent c_kv and the rotary key that all heads share."""
+        return {"c_kv": self.kv_lora_rank, "k_rope": self.qk_rope_head_dim}
+
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_heads
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def cache_dims(self) -> tuple[int, int]:
-        """Numbers cached per token and layer: the latent c_kv and the shared rotary key."""
-        return self.kv_lora_rank, self.qk_rope_head_dim
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def pair_flops(self) -> int:
+        """In the expanded form."""
+        return 2 * self.num_heads * (self.qk_head_dim + self.v_head_dim)
+
+    @property
+    def cached_pair_flops(self) -> int:
+        """In the absorbed form, which scores and sums latents: kv_lora_rank wide, whatever the head's own size."""
+        return 2 * self.num_heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
-class GQAConfig:
+class GQAConfig(AttentionConfig, kind="gqa"):
     """Grouped-query attention, for ablations: `num_kv_heads = num_heads` is MHA, `num_kv_heads = 1` is MQA."""
+
+    hugging_face: ClassVar[str | None] = "gqa"
 
     num_heads: int
     num_kv_heads: int
@@ -117,9 +204,31 @@ class GQAConfig:
         )
 
     @property
-    def cache_dims(self) -> tuple[int, int]:
-        """Numbers cached per token and layer: keys and values of all key-value heads."""
-        return self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    def module(self) -> type:
+        from deepseek_jax.model.attention import GroupedQueryAttention  # it takes this class, so it is imported late
+
+        return GroupedQueryAttention
+
+    @property
+    def cache_dims(self) -> dict[str, int]:
+        """Keys and values of all key-value heads."""
+        return {"k": self.num_kv_heads * self.head_dim, "v": self.num_kv_heads * self.head_dim}
+
+    @property
+    def num_key_heads(self) -> int:
+        return self.num_kv_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def pair_flops(self) -> int:
+        return 4 * self.num_heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +311,7 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     intermediate_size: int
-    attention: MLAConfig | GQAConfig
+    attention: AttentionConfig
     moe: MoEConfig | None = None
     first_k_dense: int = 0
     rope: RopeConfig = RopeConfig()
@@ -219,7 +328,7 @@ class ModelConfig:
     def __post_init__(self):
         _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")
         for field, kinds in (
-            ("attention", (MLAConfig, GQAConfig)),
+            ("attention", (AttentionConfig,)),
             ("moe", (MoEConfig, type(None))),
             ("rope", (RopeConfig,)),
         ):
@@ -252,8 +361,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Builds a config from nested mappings (a ConfigDict, JSON); `attention` is of the kind that has most of its
-        fields.
+        """Builds a config from nested mappings (a ConfigDict, JSON). An `attention` without a kind is of the one of
+        ours that has most of its fields.
 
         Raises ConfigError for an unknown or a missing field, naming the nearest known one, for a value of the wrong
         kind, and for sizes that don't fit.

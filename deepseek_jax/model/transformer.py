@@ -8,9 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention, Tokens
+from deepseek_jax.model.attention import Tokens
 from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
@@ -35,7 +35,7 @@ class Output:
     mtp_hidden: tuple[jax.Array, ...]  # per MTP module k = 1, 2, …: [B, T, D], position i predicts token i+k+1
     routing: RoutingStats | None  # stacked over the MoE layers
     mtp_routing: RoutingStats | None  # stacked over the MTP modules
-    latents: dict[str, tuple[jax.Array, jax.Array]]  # what a cache keeps of these tokens (see model/cache.py)
+    latents: dict[str, tuple[jax.Array, ...]]  # what a cache keeps of these tokens (see model/cache.py)
 
 
 class Block(nn.Module):
@@ -48,10 +48,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
-        """-> x [B, T, D], (routing of `MoE` or None, the two cache arrays of the new tokens)."""
+        """-> x [B, T, D], (routing of `MoE` or None, the cache arrays of the new tokens)."""
         config, placement = self.config, self.placement
-        kind = LatentAttention if isinstance(config.attention, MLAConfig) else GroupedQueryAttention
-        attention = kind(config.attention, config, self.precision, placement, name="attn")
+        attention = config.attention.module(config.attention, config, self.precision, placement, name="attn")
         y_BTD, latents = attention(RMSNorm(config.rms_norm_eps, name="attn_norm")(x_BTD), tokens, cache_entry)
         x_BTD = placement.constrain(x_BTD + y_BTD, *RESIDUAL)
 

@@ -67,28 +67,28 @@ class MeshConfig:
         return {axis: getattr(self, axis) for axis in AXES}
 
 
-Fits = Callable[[Mapping[str, int]], str | None]  # sizes -> what is wrong with them in a sentence, or None
+Check = Callable[[Mapping[str, int]], str | None]  # sizes of a mesh -> what is wrong with them in a sentence, or None
 
 
-def resolve(config: MeshConfig, num_devices: int, fits: Fits = lambda sizes: None) -> dict[str, int]:
+def resolve(config: MeshConfig, num_devices: int, check: Check = lambda sizes: None) -> dict[str, int]:
     """The sizes of all axes. Raises ConfigError, with the nearest mesh that works, if they don't multiply to
-    `num_devices` or don't fit."""
+    `num_devices` or don't pass the `check` (see `rules.check_divisible`)."""
     sizes = config.sizes
     known = math.prod(size for size in sizes.values() if size != -1)
     wanted = {axis: max(num_devices // known, 1) if size == -1 else size for axis, size in sizes.items()}
     wrong = None
     if math.prod(wanted.values()) != num_devices:
         wrong = f"{_show(sizes)} does not make up {num_devices} device{'s' if num_devices > 1 else ''}"
-    wrong = wrong or fits(wanted)
+    wrong = wrong or check(wanted)
     if wrong is None:
         return wanted
-    near = nearest_mesh(wanted, num_devices, fits)
+    near = nearest_mesh(wanted, num_devices, check)
     hint = f"the nearest mesh that works is {_show(near)}" if near else f"no mesh of {num_devices} devices works"
     raise ConfigError(f"mesh: {wrong}; {hint}")
 
 
-def nearest_mesh(wanted: Mapping[str, int], num_devices: int, fits: Fits) -> dict[str, int] | None:
-    """Of all meshes of `num_devices` that fit, the one whose sizes differ from `wanted` by the smallest factors.
+def nearest_mesh(wanted: Mapping[str, int], num_devices: int, check: Check) -> dict[str, int] | None:
+    """The mesh of `num_devices` that passes the check and whose sizes differ from `wanted` by the smallest factors.
 
     Among equals, one that uses no further axis, else fsdp rather than the others.
     """
@@ -99,7 +99,7 @@ def nearest_mesh(wanted: Mapping[str, int], num_devices: int, fits: Fits) -> dic
         return apart, sum(1 + further.index(axis) for axis in AXES if wanted[axis] == 1 < sizes[axis])
 
     candidates = (dict(zip(AXES, sizes, strict=True)) for sizes in _factorizations(num_devices, len(AXES)))
-    return min((sizes for sizes in candidates if fits(sizes) is None), key=distance, default=None)
+    return min((sizes for sizes in candidates if check(sizes) is None), key=distance, default=None)
 
 
 def _factorizations(number: int, parts: int) -> list[tuple[int, ...]]:

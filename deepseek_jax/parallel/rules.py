@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.parallel.mesh import AXES, MeshConfig
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -82,3 +83,37 @@ def divide(
             taken.add(axis)
         result.append(axes)
     return tuple(result)
+
+
+def check_divisible(
+    sizes: Mapping[str, int],
+    config: MeshConfig,
+    model: ModelConfig,
+    sequences: Sequence[tuple[str, int]] = (),
+    lengths: Sequence[tuple[str, int]] = (),
+) -> str | None:
+    """What a mesh of these `sizes` does not divide evenly, in a sentence; None if it divides everything.
+
+    `sequences` and `lengths` are sizes of batches and of sequences in tokens, each with the field that it comes from.
+    """
+    rules, moe = dict(build_rules(config.rules)), model.moe
+    divided = [("the attention heads", model.attention.num_key_heads, "heads")]
+    divided += [(field, count, "batch") for field, count in sequences]
+    divided += [(field, count, "length") for field, count in lengths]
+    if moe is not None:
+        divided.append(("model.moe.num_experts", moe.num_experts, "experts"))
+    for what, count, name in divided:
+        if count % shards(rules, sizes, name):
+            axes = [axis for axis in rules[name] if sizes[axis] > 1]
+            verb = "does" if len(axes) == 1 else "do"
+            return f"{' and '.join(axes)} of {shards(rules, sizes, name)} in all {verb} not divide {what}={count}"
+    for axis, factor in config.dcn:
+        if sizes[axis] % factor:
+            return f"dcn.{axis}={factor} does not divide {axis}={sizes[axis]}"
+        limited = moe is not None and moe.topk_groups < moe.num_groups
+        if axis in rules["experts"] and limited and moe.num_groups % factor:
+            return (
+                f"dcn.{axis}={factor} cuts through the {moe.num_groups} expert groups, so that a token would cross the "
+                f"slow network to more than topk_groups={moe.topk_groups} places"
+            )
+    return None

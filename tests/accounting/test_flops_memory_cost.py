@@ -52,10 +52,10 @@ def test_pair_flops_are_those_of_the_products():
         return scores + xla_flops("hts,hsv->htv", (heads, queries, keys), (heads, keys, v))
 
     pairs = queries * keys
-    assert flops.attention_pair_flops(mla) * pairs == scores_and_sum(3, 12, 16)
-    assert flops.attention_pair_flops(gqa) * pairs == scores_and_sum(4, 8, 8)
-    assert flops.absorbed_pair_flops(mla) * pairs == scores_and_sum(3, 24 + 4, 24)
-    assert flops.absorbed_pair_flops(gqa) == flops.attention_pair_flops(gqa)
+    assert mla.pair_flops * pairs == scores_and_sum(3, 12, 16)
+    assert gqa.pair_flops * pairs == scores_and_sum(4, 8, 8)
+    assert mla.cached_pair_flops * pairs == scores_and_sum(3, 24 + 4, 24)
+    assert gqa.cached_pair_flops == gqa.pair_flops
 
 
 def test_decoding_flops_of_v3():

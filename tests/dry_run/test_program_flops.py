@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.accounting.flops import attention_pair_flops, forward_flops_per_token
+from deepseek_jax.accounting.flops import forward_flops_per_token
 from deepseek_jax.dry_run import hlo
 from deepseek_jax.dry_run.branches import compiled_branches
 from deepseek_jax.dry_run.program_flops import Assumptions, counted, traced_flops
@@ -311,7 +311,7 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
 
     counted = count(forward, abstract_variables(model), jax.ShapeDtypeStruct((2, length), jnp.int32))
     layers, moe_layers, modules = config.num_layers + mtp, config.num_moe_layers + mtp, int(mtp)
-    masked = layers * attention_pair_flops(config.attention) * length // 2
+    masked = layers * config.attention.pair_flops * length // 2
     norms = layers * (2 * 96 + 48 + 32) + 96 + modules * 3 * 96
     in_no_product = 2 * (norms + moe_layers * 16)
     gates = 2 * moe_layers * 4 * 96

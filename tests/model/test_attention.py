@@ -108,7 +108,7 @@ def test_cached_equals_expanded_at_every_position(case):
     module, variables, x, expanded = setup(case)
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     y, latents = expanded(variables, x, positions, np.ones((B, T), np.int32))
-    dims = CASES[case][0].cache_dims
+    dims = tuple(CASES[case][0].cache_dims.values())
     assert [entry.shape for entry in latents] == [(B, T, dims[0]), (B, T, dims[1])]
 
     def step(variables, x, entry, positions, cached_positions):

@@ -41,7 +41,7 @@ REFUSED = [
     (lambda: tiny_config(first_k_dense=4), "first_k_dense=4 must lie between 0 and num_layers=3"),
     (lambda: tiny_config(mtp_depth=-1), "ModelConfig.mtp_depth=-1: 0 or more"),
     (lambda: tiny_config(attention_chunk=-1), "ModelConfig.attention_chunk=-1: 0 or more"),
-    (lambda: tiny_config(attention=None), "ModelConfig.attention=None: must be MLAConfig or GQAConfig"),
+    (lambda: tiny_config(attention=None), "ModelConfig.attention=None: must be AttentionConfig"),
     (lambda: tiny_config(moe=8), "ModelConfig.moe=8: must be MoEConfig or None"),
     (lambda: tiny_config(rope=None), "ModelConfig.rope=None: must be RopeConfig"),
     (lambda: preset("v3_671"), "preset='v3_671': did you mean 'v3_671b'"),
@@ -107,7 +107,7 @@ def test_layer_counts():
     assert (v3.num_dense_layers, v3.num_moe_layers) == (3, 58)
     dense = v3.replace(moe=None)
     assert (dense.num_dense_layers, dense.num_moe_layers) == (61, 0)
-    assert v3.attention.cache_dims == (512, 64) and v3.attention.qk_head_dim == 192
-    assert GQA.cache_dims == (16, 16)
+    assert v3.attention.cache_dims == {"c_kv": 512, "k_rope": 64} and v3.attention.qk_head_dim == 192
+    assert GQA.cache_dims == {"k": 16, "v": 16}
     with pytest.raises(dataclasses.FrozenInstanceError):
         v3.vocab_size = 1

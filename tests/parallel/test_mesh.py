@@ -11,9 +11,8 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.presets import preset
 from deepseek_jax.model.router import choose_experts
 from deepseek_jax.model.transformer import logical_axes
-from deepseek_jax.parallel.fit import fits
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, build_mesh, resolve
-from deepseek_jax.parallel.rules import build_rules, divide
+from deepseek_jax.parallel.rules import build_rules, check_divisible, divide
 from deepseek_jax.parallel.shardings import global_batch, host_share
 
 
@@ -69,7 +68,9 @@ def test_impossible_meshes_are_refused(fields, message):
 def test_what_does_not_divide_is_refused_with_the_nearest_mesh_that_works(sizes, rows, lengths, message, hint):
     config = MeshConfig(**sizes)
     with pytest.raises(ConfigError, match=message) as error:
-        resolve(config, 16, fits(config, CONFIG, tuple(rows.items()), tuple(lengths.items())))
+        resolve(
+            config, 16, lambda mesh: check_divisible(mesh, config, CONFIG, tuple(rows.items()), tuple(lengths.items()))
+        )
     assert hint in str(error.value).partition("nearest mesh that works is")[2]
 
 
@@ -103,12 +104,15 @@ def test_a_token_crosses_the_slow_network_to_at_most_its_groups_places():
     config = dataclasses.replace(preset("v3_671b").moe, topk_groups=2)
     scores = jax.random.uniform(jax.random.key(0), (512, config.num_experts))
     chosen = np.asarray(choose_experts(scores, config))
-    wrong = fits(MeshConfig(expert=64, dcn=(("expert", 8),)), preset("v3_671b").replace(moe=config))
-    assert wrong({"data": 1, "fsdp": 1, "expert": 64, "context": 1, "tensor": 1}) is None
+    model, sizes = (
+        preset("v3_671b").replace(moe=config),
+        {"data": 1, "fsdp": 1, "expert": 64, "context": 1, "tensor": 1},
+    )
+    assert check_divisible(sizes, MeshConfig(expert=64, dcn=(("expert", 8),)), model) is None
     places = chosen // (config.num_experts // 8)
     assert max(len(set(row)) for row in places) <= 2
-    cut = fits(MeshConfig(expert=64, dcn=(("expert", 16),)), preset("v3_671b").replace(moe=config))
-    assert "cuts through the 8 expert groups" in cut({"data": 1, "fsdp": 1, "expert": 64, "context": 1, "tensor": 1})
+    cut = check_divisible(sizes, MeshConfig(expert=64, dcn=(("expert", 16),)), model)
+    assert "cuts through the 8 expert groups" in cut
 
 
 def test_rules_divide_dimensions_in_order_as_far_as_they_go():
