@@ -184,7 +184,7 @@ def place(
             )
         return Placement()
     config = MeshConfig.from_dict(fields["mesh"])
-    rules = build_rules(config.rules)
+    rules = build_rules(config.rules, model.attention.sharding_rules)
     if elsewhere is not None:
         if elsewhere or -1 not in config.sizes.values():
             mesh_sizes(config, fields, model, stages, elsewhere or math.prod(config.sizes.values()))

@@ -86,7 +86,8 @@ def _build(experiment: str, run: Run, folder: Path) -> tuple[Job, list[Stage]]:
     if built.config.get("mesh") and devices:
         mesh = MeshConfig.from_dict(built.config["mesh"])
         sizes = mesh_sizes(mesh, built.config, built.model.config, tuple(built.sections), devices)
-        shards = batch_shards(dict(build_rules(mesh.rules)), sizes, "batch")
+        rules = build_rules(mesh.rules, built.model.config.attention.sharding_rules)
+        shards = batch_shards(dict(rules), sizes, "batch")
     stages = build_stages(built)
     plan_run(built, stages)
     work = works(stages, shards).values()

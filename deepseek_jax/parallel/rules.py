@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
@@ -35,19 +36,32 @@ RULES: dict[str, tuple[str, ...]] = {
 OPTIMIZER = "optimizer."
 
 
-def build_rules(changes: Sequence[tuple[str, Any]] = ()) -> Rules:
-    """`RULES` with rows replaced: a value is an axis, a tuple of axes, or None. Raises ConfigError for an unknown row
-    or axis."""
+def build_rules(
+    changes: Sequence[tuple[str, Any]] = (), added: Mapping[str, str | tuple[str, ...] | None] = MappingProxyType({})
+) -> Rules:
+    """`RULES` with rows replaced: a value is an axis, a tuple of axes, or None.
+
+    `added` are rows for logical axes that only a variant's parameters have (`AttentionConfig.sharding_rules`). Raises
+    ConfigError for an unknown row or axis.
+    """
     rules = dict(RULES)
+    for name, axes in added.items():
+        if name in RULES:
+            raise ConfigError(f"sharding_rules of the attention: {name!r} has a rule already; mesh.rules replaces it")
+        rules[name] = _axes(axes, f"sharding_rules of the attention: {name}")
     for name, axes in changes:
-        if name.removeprefix(OPTIMIZER) not in RULES:
-            raise ConfigError(f"mesh.rules.{name}: {nearest(name, RULES)}")
-        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        for axis in axes:
-            if axis not in AXES:
-                raise ConfigError(f"mesh.rules.{name}={axis!r}: {nearest(str(axis), AXES)}")
-        rules[name] = axes
+        if name.removeprefix(OPTIMIZER) not in (known := {*RULES, *added}):
+            raise ConfigError(f"mesh.rules.{name}: {nearest(name, known)}")
+        rules[name] = _axes(axes, f"mesh.rules.{name}")
     return tuple(rules.items())
+
+
+def _axes(axes: str | Sequence[str] | None, field: str) -> tuple[str, ...]:
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in axes:
+        if axis not in AXES:
+            raise ConfigError(f"{field}={axis!r}: {nearest(str(axis), AXES)}")
+    return axes
 
 
 def shards(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], name: str) -> int:
@@ -63,13 +77,18 @@ def divide(
     prefix: str = "",
     whole: set[str] | None = None,
 ) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes of each dimension, a tuple of tuples; see `RULES`. Raises KeyError for a name without a row.
+    """The mesh axes of each dimension, a tuple of tuples; see `RULES`. Raises ConfigError for a name without a row.
 
     A dimension that an axis of its row does not divide is added to `whole`, in words.
     """
     taken: set[str] = set()
     result = []
     for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ConfigError(
+                f"logical axis {name!r} has no rule: {nearest(name, rules)}. An attention of your own lists its own axes "
+                "in `sharding_rules` of its config class"
+            )
         axes, left = (), size
         for axis in () if name is None else rules.get(prefix + name, rules[name]):
             if axis in taken or sizes[axis] == 1:
@@ -96,7 +115,7 @@ def check_divisible(
 
     `sequences` and `lengths` are sizes of batches and of sequences in tokens, each with the field that it comes from.
     """
-    rules, moe = dict(build_rules(config.rules)), model.moe
+    rules, moe = dict(build_rules(config.rules, model.attention.sharding_rules)), model.moe
     divided = [("the attention heads", model.attention.num_key_heads, "heads")]
     divided += [(field, count, "batch") for field, count in sequences]
     divided += [(field, count, "length") for field, count in lengths]

@@ -198,11 +198,7 @@ class Checkpoints:
 
         def read():
             meta = _read_meta(where)
-            try:
-                saved = ModelConfig.from_dict(meta["model"])
-            except ConfigError as error:
-                raise CheckpointError(f"{where} was written by another version of this program: {error}") from error
-            differs = _first_difference(decisive(saved), decisive(self.config), "model")
+            differs = _first_difference(decisive(_model_of(meta, where)), decisive(self.config), "model")
             if differs:
                 raise CheckpointError(
                     f"{where} is a checkpoint of another model: {differs}; use another workdir or that model"
@@ -275,7 +271,7 @@ def load_variables(
         meta = _read_meta(where)
     except Exception as error:
         raise CheckpointError(f"checkpoint {where} is damaged: {_first_line(error)}; use an earlier one") from error
-    config = ModelConfig.from_dict(meta["model"])
+    config = _model_of(meta, where)
     places = _leaves(shardings(config)) if shardings is not None else {}
     abstract = {
         name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"], sharding=places.get(name))
@@ -368,6 +364,15 @@ def _unwanted(described: Mapping[str, Mapping[str, Any]], like) -> dict[str, Any
 
 def _read_meta(checkpoint: pathlib.Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta" / "metadata").read_text(encoding="utf-8"))
+
+
+def _model_of(meta: Mapping[str, Any], where: pathlib.Path) -> ModelConfig:
+    """The model of a checkpoint. Raises CheckpointError for one that this program cannot read, because another version
+    wrote it, or because its attention is a class that is not on PYTHONPATH."""
+    try:
+        return ModelConfig.from_dict(meta["model"])
+    except ConfigError as error:
+        raise CheckpointError(f"the model of checkpoint {where} cannot be read here: {error}") from error
 
 
 def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:

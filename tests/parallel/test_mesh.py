@@ -139,6 +139,19 @@ def test_rules_divide_dimensions_in_order_as_far_as_they_go():
             build_rules(changes)
 
 
+def test_an_attention_brings_rows_for_its_own_axes():
+    sizes = {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    own = {"compressed": ("tensor",), "gate": None}
+    assert divide(dict(build_rules((), own)), sizes, ("compressed", "gate"), (8, 8)) == (("tensor",), ())
+    assert divide(dict(build_rules((("gate", "fsdp"),), own)), sizes, ("gate",), (8,)) == (("fsdp",),)
+    with pytest.raises(ConfigError, match="'compressed' has no rule: .* `sharding_rules` of its config class"):
+        divide(dict(build_rules()), sizes, ("compressed",), (8,))
+    with pytest.raises(ConfigError, match="sharding_rules of the attention: 'embed' has a rule already"):
+        build_rules((), {"embed": "fsdp"})
+    with pytest.raises(ConfigError, match="sharding_rules of the attention: gate='fsd': did you mean 'fsdp'"):
+        build_rules((), {"gate": "fsd"})
+
+
 def test_every_logical_axis_of_the_network_has_a_rule():
     names = {
         name
