@@ -20,12 +20,11 @@ from rich.console import Console
 from deepseek_jax import accounting, cli
 from deepseek_jax.accounting.report import report as model_report
 from deepseek_jax.accounting.report import table as model_table
-from deepseek_jax.accounting.work import works
 from deepseek_jax.atomic import atomic_path
 from deepseek_jax.experiment import Experiment, build_experiment, read_flags
 from deepseek_jax.parallel import hosts
 from deepseek_jax.report import comparison_table, read_evaluation, samples_table
-from deepseek_jax.stages import EvalStage, Stage, build_stages
+from deepseek_jax.stages import EvalStage, Stage, build_stages, works
 from deepseek_jax.training.checkpoints import saved_steps
 from deepseek_jax.workdir import claim, explained, hold, plan_run
 

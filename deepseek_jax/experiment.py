@@ -12,7 +12,6 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
 """
 
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax import cli
 from deepseek_jax.config_file import any_names_and_values, call
-from deepseek_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from deepseek_jax.data.tokenizers import check_vocabulary, load_tokenizer
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import convert, inside, is_mapping
 from deepseek_jax.json_io import to_json
@@ -40,24 +39,11 @@ from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules, check_divisible
 from deepseek_jax.precision import get_precision
 from deepseek_jax.rl.config import GRPOConfig
-from deepseek_jax.rl.tasks import Task, build_task
+from deepseek_jax.rl.tasks import build_task
+from deepseek_jax.stages import Experiment
 from deepseek_jax.training.config import TrainConfig
 
 FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What every stage of a run shares. `sections` has the stages' own settings, in order."""
-
-    name: str
-    model: Transformer
-    tokenizer: Tokenizer
-    task: Task | None
-    sections: dict[str, dict[str, Any]]
-    seed: int
-    workdir: Path
-    config: dict[str, Any]
 
 
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:

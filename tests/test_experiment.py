@@ -163,7 +163,7 @@ def test_the_whole_road_and_again(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("opened data, or made some, for a stage that is finished")
 
-    for name in ("build_loader", "check_sources", "TaskDocuments.write"):
+    for name in ("train.build_loader", "held_out.build_loader", "held_out.check_sources", "train.TaskDocuments.write"):
         monkeypatch.setattr(f"deepseek_jax.stages.{name}", refuse)
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/**/*")}
     assert main(command) == 0  # everything is there: nothing is trained twice, and the same table comes out

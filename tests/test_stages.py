@@ -12,6 +12,7 @@ from deepseek_jax.__main__ import main
 from deepseek_jax.errors import UserError
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.precision import get_precision
+from deepseek_jax.stages.train import matmul_peak_flops
 
 FILE = """
 from ml_collections import ConfigDict
@@ -50,7 +51,7 @@ def handed_to_train(monkeypatch, experiment):
         found.update(arguments, open_loader=open_loader)
         return types.SimpleNamespace(state=types.SimpleNamespace(variables={}))
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr("deepseek_jax.stages.train.train", train)
     stages.build_stages(experiment)[0].run(None)
     return found
 
@@ -143,4 +144,4 @@ def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, mon
     assert handed_to_train(monkeypatch, experiment)["peak_flops"] is None  # a CPU is not in the table
     card = types.SimpleNamespace(id=0, device_kind="NVIDIA H100 80GB HBM3", platform="gpu", process_index=0)
     monkeypatch.setattr(jax, "devices", lambda *_: [card])
-    assert stages._peak_flops(experiment.model) == expected
+    assert matmul_peak_flops(experiment.model) == expected

@@ -95,8 +95,10 @@ def experiment_work(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tup
         raise ConfigError(f"{path}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")
     if not config.get("stages"):
         return ModelConfig.from_dict(plain(config)["model"]), {}
-    from deepseek_jax.accounting.work import works  # with everything that stages need, which a network alone does not
-    from deepseek_jax.stages import build_stages
+    from deepseek_jax.stages import (  # with everything that stages need, which a network alone does not
+        build_stages,
+        works,
+    )
 
     experiment = build_experiment(config, name, Path("runs") / name, elsewhere=0)
     return experiment.model.config, works(build_stages(experiment))

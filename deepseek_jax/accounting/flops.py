@@ -34,3 +34,26 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> int:
     """
     attention = config.num_layers * config.attention.cached_pair_flops * config.attention.cached_keys(context)
     return 2 * count_parameters(config).activated() + attention
+
+
+def rollout_flops(
+    config: ModelConfig,
+    *,
+    completions: int,
+    group_size: int,
+    prompt_length: int,
+    completion_length: int,
+    passes: int,
+    oversampling: int = 1,
+) -> float:
+    """FLOPs of a rollout of `completions` completions with its updates, every prompt and completion at full length.
+
+    `passes` counts passes over the whole sequences: three for each epoch of updates (forward and backward), a fourth
+    where a reference policy reads them too. `oversampling` times the completions are drawn (0: the updates alone); each
+    prompt is read once for its group.
+    """
+    length, drawn = prompt_length + completion_length, completions * oversampling
+    flops = passes * completions * length * forward_flops_per_token(config, length)
+    flops += drawn * sum(decode_flops_per_token(config, context) for context in range(prompt_length, length))
+    flops += drawn // group_size * prompt_length * forward_flops_per_token(config, prompt_length)
+    return float(flops)

@@ -242,28 +242,6 @@ class Tokenize:
         return _document(ids, mask, _utf8_length(self._tokenizer.decode(targets.tolist(), skip_special=True)))
 
 
-def completion_documents(
-    prompts_BP: np.ndarray,
-    prompt_lengths_B: np.ndarray,
-    completions_BN: np.ndarray,
-    mask_BN: np.ndarray,
-    *,
-    loss_on_prompt: bool = False,
-) -> list[dict[str, np.ndarray]]:
-    """Records of format 'tokens' from right-padded prompts and completions, as a task writes its demonstrations.
-
-    The loss falls on the completion, and with `loss_on_prompt` (task text in pre-training) on the prompt as well.
-    """
-    documents = []
-    rows = zip(*map(np.asarray, (prompts_BP, prompt_lengths_B, completions_BN, mask_BN)), strict=True)
-    for prompt_P, length, completion_N, mask_N in rows:
-        completion = completion_N[mask_N > 0]
-        tokens = np.concatenate([prompt_P[:length], completion]).astype(np.int32)
-        loss_mask = np.concatenate([np.full(length, loss_on_prompt), np.ones(len(completion))]).astype(np.int32)
-        documents.append({"tokens": tokens, "loss_mask": loss_mask})
-    return documents
-
-
 def _answered(prompt_ids: Sequence[int], answer_ids: Sequence[int], text: str) -> np.ndarray:
     """The document of a prompt and the answer that is trained on, which stands for `text`."""
     return _document([*prompt_ids, *answer_ids], [0] * len(prompt_ids) + [1] * len(answer_ids), _utf8_length(text))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.accounting.flops import decode_flops_per_token
-from deepseek_jax.accounting.work import rollout_flops, training_rows
 from deepseek_jax.dry_run.program_flops import Assumptions
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import Experiment
@@ -64,7 +63,7 @@ def train(experiment: Experiment, stage: str | None) -> Program:
         zero_sum=config.bias_update_zero_sum,
     )
     # smaller batches first: as many tokens take fewer of the largest
-    calls = float(np.sum(training_rows(section))) / section.batch_size
+    calls = float(np.sum(section.step_sequences())) / section.batch_size
     tokens = section.batch_size * section.seq_len
     return Program(
         step, (state, batch), _parts(state), tokens, calls, tokens * section.flops_per_token, assumptions(experiment)
@@ -113,7 +112,7 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
     program, config, model = section.grpo, section.grpo.config, experiment.model
     state = abstract_grpo_state(model, program.optimizer, config.has_reference)
     rows, drawn = config.completions_per_rollout, config.max_completion_length
-    useful = rollout_flops(model.config, config, sampled=program.rewards.in_graph)
+    useful = section.rollout_flops(sampled=program.rewards.in_graph)
     if program.rewards.in_graph:
         jitted, arguments = type(program).iteration, (program, state)
     else:

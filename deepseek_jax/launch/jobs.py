@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from deepseek_jax.accounting.work import works
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, mesh_sizes, read_flags
 from deepseek_jax.launch.metric_names import check_metric
@@ -14,7 +13,7 @@ from deepseek_jax.overrides import written
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.parallel.rules import build_rules
 from deepseek_jax.parallel.rules import shards as batch_shards
-from deepseek_jax.stages import Stage, build_stages
+from deepseek_jax.stages import Stage, build_stages, works
 from deepseek_jax.workdir import plan_run
 
 
@@ -22,7 +21,7 @@ from deepseek_jax.workdir import plan_run
 class Job:
     """A run that can start: `python -m deepseek_jax` with `arguments` leaves its results in `folder`.
 
-    `tokens` and `flops` are those of all its stages (see `accounting.work`).
+    `tokens` and `flops` are those of all its stages (see `Stage.work`).
     """
 
     run: Run

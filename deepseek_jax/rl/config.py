@@ -6,6 +6,7 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import change, is_mapping
+from deepseek_jax.training.schedules import Schedule, constant, ramp
 
 CHOICES = {
     "ratio": ("token", "sequence"),
@@ -200,6 +201,13 @@ class GRPOConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def learning_rate(config: GRPOConfig) -> Schedule:
+    """The recipe's learning rate: a linear warm-up, then constant."""
+    if config.warmup_steps:
+        return ramp(0.0, config.learning_rate, config.warmup_steps)
+    return constant(config.learning_rate)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from deepseek_jax.rl.rewards import RewardSet
 from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
 from deepseek_jax.training.balance import load_metrics
-from deepseek_jax.training.schedules import Schedule, constant, ramp
 from deepseek_jax.training.state import TrainState, abstract_state, state_of
 from deepseek_jax.training.step import guarded_update
 
@@ -64,13 +63,6 @@ def abstract_grpo_state(
     """Shapes, dtypes and places of `grpo_state`; nothing is allocated."""
     train = abstract_state(model, optimizer)
     return GRPOState(**vars(train), reference=train.variables if has_reference else None, rollouts=train.step)
-
-
-def learning_rate(config: GRPOConfig) -> Schedule:
-    """The recipe's learning rate: a linear warm-up, then constant."""
-    if config.warmup_steps:
-        return ramp(0.0, config.learning_rate, config.warmup_steps)
-    return constant(config.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)

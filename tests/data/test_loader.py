@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.config import DataConfig, SourceConfig
-from deepseek_jax.data.documents import completion_documents
 from deepseek_jax.data.loader import build_loader
 from deepseek_jax.errors import ConfigError, DataError
 
@@ -113,28 +112,6 @@ def test_last_batch_of_a_pass_is_filled_up_with_empty_rows(make):
     *_, last = make(**FINITE_SPLIT)
     assert last["tokens"].shape == (B, T)
     assert not last["segment_ids"][-1].any() and last["segment_ids"][0].any()
-
-
-def test_completion_documents_are_trained_on_the_completion(byte_tokenizer):
-    prompts = np.array([[257, 263, 1, 264, 256], [257, 263, 1, 2, 264]])
-    records = completion_documents(
-        prompts, np.array([4, 5]), np.array([[7, 258, 256], [8, 9, 258]]), np.array([[1, 1, 0], [1, 1, 1]])
-    )
-    assert records[0]["tokens"].tolist() == [257, 263, 1, 264, 7, 258] and records[0]["loss_mask"].tolist() == [
-        0,
-        0,
-        0,
-        0,
-        1,
-        1,
-    ]
-    everything = completion_documents(
-        prompts, np.array([4, 5]), np.array([[7], [8]]), np.array([[1], [1]]), loss_on_prompt=True
-    )
-    assert everything[1]["loss_mask"].tolist() == [1] * 6
-    config = DataConfig(sources=(SourceConfig("task", format="tokens"),), packing="whole", num_epochs=1)
-    batch = next(build_loader(config, byte_tokenizer, 14, 1, in_memory={"task": {"train": records}}))
-    assert batch["loss_mask"].sum() == 5 and batch["segment_ids"].max() == 2
 
 
 def test_empty_and_too_short_data_are_refused(byte_tokenizer):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deepseek_jax.rl.passk import maj_at_k, pass_at_k
+from deepseek_jax.rl.evaluate import maj_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])

@@ -1,0 +1,47 @@
+"""Task documents: demonstrations of a task as a data source, for pre-training and the cold start."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.rl.tasks.base import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDocuments:
+    """Demonstrations of the experiment's task as a data source called "task": `count` documents of the training split.
+
+    `cot_probability` and `corrupt_probability` replace the task's own. The loss is on the completion alone, or with
+    `whole_document` on the prompt too.
+    """
+
+    count: int = 16_384
+    cot_probability: float | None = None
+    corrupt_probability: float | None = None
+    whole_document: bool = False
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ConfigError(f"task_documents.count={self.count}: at least 1")
+        for name in ("cot_probability", "corrupt_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(
+                    f"task_documents.{name}={value}: a probability, from 0 to 1, or None for the task's own"
+                )
+
+    def write(self, task: Task, seed: int) -> list[dict[str, np.ndarray]]:
+        """Records {"tokens", "loss_mask"} for the loader."""
+        changes = {
+            name: getattr(self, name)
+            for name in ("cot_probability", "corrupt_probability")
+            if getattr(self, name) is not None
+        }
+        task = dataclasses.replace(task, **changes)
+        documents = jax.jit(lambda key: task.documents(key, self.count, completion_only=not self.whole_document))(
+            jax.random.key(seed)
+        )
+        tokens, mask, loss_mask = (np.asarray(documents[name]) for name in ("tokens_BT", "mask_BT", "loss_mask_BT"))
+        return [{"tokens": t[m > 0], "loss_mask": w[m > 0]} for t, m, w in zip(tokens, mask, loss_mask, strict=True)]
