@@ -29,7 +29,8 @@ class Assumptions:
 def report(
     config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}
 ) -> dict[str, Any]:
-    """Parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for JSON.
+    """The attention, parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for
+    JSON.
 
     The cost is that of the `stages` of an experiment; of so many tokens of pre-training where `assumptions` say how
     many, or there are no stages.
@@ -45,6 +46,7 @@ def report(
         total = training * tokens
     hours = cost.gpu_hours(total, assumptions.sustained_tflops)
     return {
+        "attention": dataclasses.asdict(config.attention),
         "parameters": {
             "main": dict(counts.main),
             "total": counts.total,
@@ -101,7 +103,7 @@ def table(name: str, figures: dict[str, Any]) -> Table:
     view.add_column(no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
     view.add_column(justify="right", no_wrap=True)
-    _parameter_rows(view, figures["parameters"])
+    _parameter_rows(view, figures["parameters"], figures["attention"]["kind"])
     _flop_rows(view, figures["flops_per_token"])
     _memory_rows(view, figures["memory_bytes"])
     if figures["yarn"]:
@@ -118,13 +120,14 @@ def _section(view: Table, title: str, note: str = "") -> None:
     view.add_row(f"[bold]{title}[/bold]", "", note)
 
 
-def _parameter_rows(view: Table, parameters: dict[str, Any]) -> None:
+def _parameter_rows(view: Table, parameters: dict[str, Any], attention_kind: str) -> None:
     total = parameters["total"]
     _section(view, "Parameters")
     for name in COMPONENTS:
         if name in parameters["main"]:
             share = parameters["main"][name] / total
-            view.add_row(f"  {name}", f"{parameters['main'][name]:,}", f"{share:.2%}")
+            label = f"{name} ({attention_kind})" if name == "attention" else name
+            view.add_row(f"  {label}", f"{parameters['main'][name]:,}", f"{share:.2%}")
     view.add_row("  total (main model)", f"[bold]{total:,}[/bold]", _billions(total))
     for label in ("with_embedding_and_head", "with_head", "with_neither"):
         n = parameters[f"activated_{label}"]

@@ -86,7 +86,7 @@ def divide(
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in rules:
             raise ConfigError(
-                f"logical axis {name!r} has no rule: {nearest(name, rules)}. An attention of your own lists its own axes "
+                f"logical axis {name!r} has no rule: {nearest(name, rules)}. An attention of your own lists such axes "
                 "in `sharding_rules` of its config class"
             )
         axes, left = (), size

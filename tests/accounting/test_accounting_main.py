@@ -20,6 +20,7 @@ def test_table_of_v3_holds_the_published_figures(capsys):
     printed = capsys.readouterr().out
     for figure in ("671,026,419,200", "37,552,297,472", "36,625,618,432", "35,698,939,392", "11,610,068,224"):
         assert figure in printed
+    assert "attention (mla)" in printed
     for figure in ("250.46", "35,136", "70,272", "327,680", "516,096", "1.368888", "0.1352338", "10-23"):
         assert figure in printed
 
@@ -35,6 +36,7 @@ def test_json(capsys):
     main(["v2_236b", "--json", "--tokens=8.1e12", "--dollars_per_hour=3"])
     figures = json.loads(capsys.readouterr().out)
     assert figures["parameters"]["total"] == 235_741_434_880
+    assert (figures["attention"]["kind"], figures["attention"]["kv_lora_rank"]) == ("mla", 512)
     assert round(figures["flops_per_token"]["training"] / 1e9, 2) == 155.31
     assert figures["yarn"]["softmax_scale"] == pytest.approx(0.1147214, abs=5e-8)
     assert figures["cost"]["dollars"] == pytest.approx(3 * figures["cost"]["gpu_hours"])
