@@ -1,4 +1,4 @@
-"""Python files that a person wrote, an experiment or a sweep: found, run, and what is wrong in them said with file and
+"""Config files: finds and runs the Python file of an experiment or a sweep, and reports its mistakes with file and
 line."""
 
 import difflib
@@ -15,17 +15,19 @@ from ml_collections import ConfigDict
 from deepseek_jax.errors import ConfigError, UserError
 
 
-def call(path: str, function: str, levels: int = 1) -> tuple[Any, str]:
-    """-> (what `function`() of the file returns, "file:line" where it is defined).
+def call(path: str, function: str) -> tuple[Any, str]:
+    """Runs the file -> (what its `function`() returns, "file:line" where it is defined).
 
-    The file may import what lies in its folder; with `levels` = 2 what lies a folder above it, too. Raises ConfigError
-    for a file that is not there, cannot be run or has no such function, and for any exception raised in it.
+    The file, and any "module:attribute" that its config names, may import the modules in its folder and in the folder
+    above, so that experiments/ablations/x.py builds on experiments/r1_tiny.py. Its own folder comes first on sys.path,
+    the one above last, where it hides no installed package. Raises ConfigError for a file that is missing, cannot be
+    run or has no such function, and for any exception raised in it.
     """
-    folders = Path(path).resolve().parents[:levels]
+    folders = Path(path).resolve().parents[:2]
     _require_file(path)
-    for folder in reversed(folders):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    for position, folder in zip((0, len(sys.path) + 1), map(str, folders), strict=False):
+        if folder not in sys.path:
+            sys.path.insert(position, folder)
     name = f"file {Path(path).resolve()}"  # no module that anyone imports
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -43,11 +45,7 @@ def _require_file(path: str) -> None:
         raise ConfigError(f"{path} is a folder{_suggested(sorted(Path(path).glob('*.py')))}")
     if not Path(path).is_file():
         near = sorted(
-            {
-                *Path(path).parent.glob("*.py"),
-                *Path("experiments").glob("*.py"),
-                *Path("experiments/sweeps").glob("*.py"),
-            }
+            {*Path(path).parent.glob("*.py"), *Path("experiments").glob("*.py"), *Path("experiments").glob("*/*.py")}
         )
         by_stem = {file.stem: file for file in near}
         close = difflib.get_close_matches(Path(path).stem, by_stem, n=1)

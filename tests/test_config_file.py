@@ -1,5 +1,7 @@
 """Files that a person wrote: what is wrong in them is one sentence with file and line."""
 
+import sys
+
 import pytest
 
 from deepseek_jax.__main__ import main
@@ -99,3 +101,20 @@ def test_a_mistake_in_a_sweep_file(tmp_path):
     (tmp_path / "mine.py").write_text("\ndef get_sweep():\n    return 3\n")
     with pytest.raises(ConfigError, match=r"mine.py:2: get_sweep\(\) returns int, not a deepseek_jax.launch.Sweep"):
         load_sweep(str(tmp_path / "mine.py"))
+
+
+def test_a_file_imports_from_its_folder_first_and_from_the_one_above_last(tmp_path, monkeypatch):
+    """In a process of its own path: what is imported once is not looked for again."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "above_of_this_test.py").write_text("VALUE = 'above'\n")
+    (tmp_path / "twice_of_this_test.py").write_text("VALUE = 'above'\n")
+    (tmp_path / "inner" / "twice_of_this_test.py").write_text("VALUE = 'inner'\n")
+    (tmp_path / "tomllib.py").write_text("VALUE = 'hides the standard library'\n")
+    (tmp_path / "inner" / "mine.py").write_text(
+        "import tomllib, above_of_this_test, twice_of_this_test\n\ndef get_config():\n"
+        "    return {'a': above_of_this_test.VALUE, 'b': twice_of_this_test.VALUE, 'c': hasattr(tomllib, 'loads')}\n"
+    )
+    monkeypatch.delitem(sys.modules, "tomllib", raising=False)
+    found = plain(read_config(str(tmp_path / "inner" / "mine.py")))
+    assert found == {"a": "above", "b": "inner", "c": True}

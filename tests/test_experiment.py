@@ -116,12 +116,18 @@ def test_an_experiment_file_is_checked_as_a_whole(change, message, tmp_path):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "experiments").glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        str(path.relative_to(ROOT))
+        for folder in ("experiments", "experiments/ablations")
+        for path in (ROOT / folder).glob("*.py")
+    ),
+)
 def test_every_experiment_file_is_valid(name, capsys):
-    path = ROOT / "experiments" / f"{name}.py"
-    assert main([f"--config={path}", "--dry"]) == 0
+    assert main([f"--config={ROOT / name}", "--dry"]) == 0
     assert "The experiment is valid" in capsys.readouterr().out
-    assert f"--config=experiments/{name}.py" in path.read_text()  # the docstring gives the command
+    assert f"--config={name}" in (ROOT / name).read_text()  # the docstring gives the command
 
 
 def test_the_whole_road_and_again(tmp_path, monkeypatch, capsys):

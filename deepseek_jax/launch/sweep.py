@@ -127,7 +127,7 @@ def paired_seeds(runs: Iterable[Run], seeds: Sequence[int]) -> tuple[Run, ...]:
 def load_sweep(path: str) -> Sweep:
     """The sweep of a file, which may import its neighbors and the experiments a folder above. Raises ConfigError for a
     file that is not there, cannot be run or holds none."""
-    sweep, where = call(path, "get_sweep", levels=2)
+    sweep, where = call(path, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"{where}: get_sweep() returns {type(sweep).__name__}, not a deepseek_jax.launch.Sweep")
     return sweep
