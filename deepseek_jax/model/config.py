@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build
 from deepseek_jax.identity import free
-from deepseek_jax.registry import Variant
+from deepseek_jax.model.scores import GROUP_SCORES, SCORES
+from deepseek_jax.registry import Variant, resolve
 
 
 def _require(condition: bool, message: str) -> None:
@@ -237,7 +238,9 @@ class MoEConfig:
     `num_shared_experts` that see every token.
 
     Routing is described by fields alone. `scoring` is "sigmoid" (V3) or "softmax" (V2). With `num_groups > 1` experts
-    are chosen inside the best `topk_groups` groups, ranked by `group_score`: "top2_sum" (V3) or "max" (V2).
+    are chosen inside the best `topk_groups` groups, ranked by `group_score`: "top2_sum" (V3) or "max" (V2). `router` is
+    "top_k". Each of the three may be `package.module:attribute`: a function as `model/scores.py` says, or a subclass of
+    `Router`.
     `norm_topk_prob` normalizes the gates over the chosen experts; all gates are then multiplied by
     `routed_scaling_factor`. `correction_bias` adds V3's auxiliary-loss-free bias to the scores that choose.
     `implementation` is "grouped" (dropless grouped products) or "dense" (every expert sees every token: the oracle).
@@ -251,6 +254,7 @@ class MoEConfig:
     num_groups: int = 1
     topk_groups: int = 1
     group_score: str = "top2_sum"
+    router: str = "top_k"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     correction_bias: bool = True
@@ -258,8 +262,10 @@ class MoEConfig:
 
     def __post_init__(self):
         _positive(self, "num_experts", "top_k", "intermediate_size", "num_groups", "topk_groups")
-        _choice("MoEConfig.scoring", self.scoring, ("sigmoid", "softmax"))
-        _choice("MoEConfig.group_score", self.group_score, ("top2_sum", "max"))
+        from deepseek_jax.model.router import ROUTERS  # it takes this class, so it is imported late
+
+        for field, names in (("scoring", SCORES), ("group_score", GROUP_SCORES), ("router", ROUTERS)):
+            resolve(names, getattr(self, field), f"MoEConfig.{field}")
         _choice("MoEConfig.implementation", self.implementation, ("grouped", "dense"))
         _require(
             self.routed_scaling_factor > 0,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.layers import SwiGLU
 from deepseek_jax.model.placement import Placement
-from deepseek_jax.model.router import Router
+from deepseek_jax.model.router import ROUTERS, RoutingStats
 from deepseek_jax.model.rows import from_rows, lay_out, to_rows
 from deepseek_jax.precision import Precision
+from deepseek_jax.registry import resolve
 from kernels_pallas import PreQuantized, swiglu
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
@@ -91,7 +92,7 @@ class MoE(nn.Module):
     """Routed plus shared experts.
 
     Call: x [B, T, D], valid [B, T], expert_ids [B, T, K] to replay or None
-    -> y [B, T, D], (expert_ids [B, T, K], counts [B, E], probs [B, E], tokens [B], overflows).
+    -> y [B, T, D], RoutingStats of this layer.
     """
 
     config: MoEConfig
@@ -100,12 +101,15 @@ class MoE(nn.Module):
     placement: Placement
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None = None):
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None = None
+    ) -> tuple[jax.Array, RoutingStats]:
         config = self.config
-        gates_BTK, expert_ids_BTK, sums = Router(config, self.init_std, name="router")(x_BTD, valid_BT, expert_ids_BTK)
+        router = resolve(ROUTERS, config.router, "MoEConfig.router")(config, self.init_std, name="router")
+        gates_BTK, routing = router(x_BTD, valid_BT, expert_ids_BTK)
         experts = Experts(config, self.init_std, self.precision, self.placement, name="experts")
-        y_BTD, overflows = experts(x_BTD, expert_ids_BTK, gates_BTK)
+        y_BTD, overflows = experts(x_BTD, routing.expert_ids_LBTK, gates_BTK)
         if config.num_shared_experts:
             shared_width = config.num_shared_experts * config.intermediate_size
             y_BTD += SwiGLU(shared_width, self.init_std, self.precision, self.placement, name="shared")(x_BTD)
-        return y_BTD, (expert_ids_BTK, *sums, overflows)
+        return y_BTD, routing.replace(overflows_L=overflows)

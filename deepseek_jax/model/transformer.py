@@ -48,7 +48,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
-        """-> x [B, T, D], (routing of `MoE` or None, the cache arrays of the new tokens)."""
+        """-> x [B, T, D], (RoutingStats of this layer or None, the cache arrays of the new tokens)."""
         config, placement = self.config, self.placement
         attention = config.attention.module(config.attention, config, self.precision, placement, name="attn")
         y_BTD, latents = attention(RMSNorm(config.rms_norm_eps, name="attn_norm")(x_BTD), tokens, cache_entry)
@@ -150,7 +150,6 @@ class Transformer(nn.Module):
         if self.config.num_moe_layers:
             entry = None if cache is None else cache.entries["moe_layers"]
             x_BTD, (routing, latents["moe_layers"]) = self.moe_layers(x_BTD, tokens, entry, expert_ids_LBTK)
-            routing = RoutingStats(*routing)
         hidden_BTD = self.final_norm(x_BTD)
 
         mtp_hidden, mtp_routing = (), None
@@ -176,7 +175,7 @@ class Transformer(nn.Module):
             routings.append(routing)
         if self.config.moe is None:
             return tuple(heads), None
-        return tuple(heads), RoutingStats(*jax.tree.map(lambda *x: jnp.stack(x), *routings))
+        return tuple(heads), jax.tree.map(lambda *x: jnp.stack(x), *routings)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""

@@ -52,7 +52,7 @@ class DualBatchBlock(nn.Module):
             return jax.tree.map(lambda x: x.reshape(rows // 2, 2, *x.shape[1:])[:, which], tree)
 
         def whole(even, odd):
-            if even.ndim == 0:  # overflows
+            if even.ndim == 0:  # a count, as of overflows
                 return even + odd
             return jnp.stack([even, odd], axis=1).reshape(rows, *even.shape[1:])
 

@@ -54,8 +54,8 @@ def router_call(config):
 
     def call(x_NE, bias_E):
         variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias_E}}
-        gates, ids, _ = module.apply(variables, x_NE[None], jnp.ones((1, x_NE.shape[0]), bool), None)
-        return gates[0], ids[0]
+        gates, routing = module.apply(variables, x_NE[None], jnp.ones((1, x_NE.shape[0]), bool), None)
+        return gates[0], routing.expert_ids_LBTK[0]
 
     return jit(call)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.config import MoEConfig
-from deepseek_jax.model.router import Router, RoutingStats, gate_values, routing_sums
+from deepseek_jax.model.router import Router, gate_values, routing_stats
 from deepseek_jax.training.balance import (
     BALANCE_LOSSES,
     batch_balance_loss,
@@ -40,9 +40,10 @@ def routed(top_k, seed=0, layers=2, rows=3, length=7):
 
 
 def stats_of(scores, ids, valid):
-    sums = [routing_sums(jnp.asarray(s), jnp.asarray(i), jnp.asarray(valid)) for s, i in zip(scores, ids, strict=True)]
-    counts, probs, tokens = (jnp.stack(parts) for parts in zip(*sums, strict=True))
-    return RoutingStats(jnp.asarray(ids), counts, probs, tokens, jnp.zeros(2, jnp.int32))
+    layers = [
+        routing_stats(jnp.asarray(s), jnp.asarray(i), jnp.asarray(valid)) for s, i in zip(scores, ids, strict=True)
+    ]
+    return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -95,7 +96,7 @@ def test_a_token_whose_scores_are_all_zero_breaks_nothing():
     )
 
     def probs(scores):
-        return jnp.sum(jnp.sin(routing_sums(scores, jnp.asarray(ids[0]), jnp.asarray(valid))[1]))
+        return jnp.sum(jnp.sin(routing_stats(scores, jnp.asarray(ids[0]), jnp.asarray(valid)).probs_LBE))
 
     def gates(scores):
         return jnp.sum(
@@ -116,8 +117,8 @@ def test_loss_and_gradient_do_not_depend_on_the_bias():
 
     def loss(kernel, bias):
         variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias}}
-        _, _, sums = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
-        return sequence_balance_loss(RoutingStats(None, *(a[None] for a in sums), None), 2)[0]
+        _, stats = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
+        return sequence_balance_loss(jax.tree.map(lambda x: x[None], stats), 2)[0]
 
     value_and_grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     first, (grad_kernel, grad_bias) = value_and_grads(kernel, np.zeros(E, np.float32))
