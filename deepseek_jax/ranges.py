@@ -34,14 +34,12 @@ def check_value(path: str, value: Any, allowed: Range) -> None:
 
 def at_least(low: float, *, at_most: float = math.inf, below: float | None = None, why: str = "") -> Range:
     """From `low` to `at_most`, both included, or up to but not including `below`. `why` ends the message."""
-    upper = f" and below {below}" if below is not None else f" and at most {at_most}" if at_most < math.inf else ""
-    return _range(lambda x: low <= x <= at_most and (below is None or x < below), f"at least {low}{upper}", why)
+    return _range(lambda x: low <= x and _is_under(x, at_most, below), f"at least {low}{_upper(at_most, below)}", why)
 
 
-def above(low: float, *, at_most: float = math.inf, why: str = "") -> Range:
-    """More than `low`, up to and including `at_most`. `why` ends the message."""
-    upper = f" and at most {at_most}" if at_most < math.inf else ""
-    return _range(lambda x: low < x <= at_most, f"above {low}{upper}", why)
+def above(low: float, *, at_most: float = math.inf, below: float | None = None, why: str = "") -> Range:
+    """More than `low`; the rest as in `at_least`."""
+    return _range(lambda x: low < x and _is_under(x, at_most, below), f"above {low}{_upper(at_most, below)}", why)
 
 
 def integer(low: int) -> Range:
@@ -78,3 +76,13 @@ def everywhere(allowed: Range) -> Range:
 def _range(holds: Callable[[Any], bool], allowed: str, why: str = "") -> Range:
     reason = f"; {why}" if why else ""
     return lambda value: None if holds(value) else f"={value!r}: must be {allowed}{reason}"
+
+
+def _is_under(x: float, at_most: float, below: float | None) -> bool:
+    return x <= at_most and (below is None or x < below)
+
+
+def _upper(at_most: float, below: float | None) -> str:
+    if below is not None:
+        return " and finite" if below == math.inf else f" and below {below}"
+    return f" and at most {at_most}" if at_most < math.inf else ""

@@ -1,21 +1,17 @@
-"""What a loader reads and how it packs: frozen dataclasses, validated when they are made."""
+"""The loader's config: what it reads and how it packs. Frozen dataclasses, checked when they are made."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.identity import free
+from deepseek_jax.ranges import above, at_least, check, one_of, or_none
 
 FORMATS = ("text", "completion", "messages", "tokens")
 PACKINGS = ("split", "whole")
 LONG_DOCUMENTS = ("error", "truncate", "cut")
-
-
-def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{field}={value!r}: {nearest(str(value), allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +46,14 @@ class SourceConfig:
     max_bytes: int | None = None
 
     def __post_init__(self):
-        where = f"source {self.name!r}"
-        _choice(f"{where}: format", self.format, FORMATS)
-        if not self.weight > 0:
-            raise ConfigError(
-                f"{where}: weight={self.weight:g}: must be above 0; leave the source out to switch it off"
-            )
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"{where}: validation_fraction={self.validation_fraction}: at least 0 and below 1")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"{where}: max_bytes={self.max_bytes}: at least 1, or None for everything")
+        check(
+            self,
+            f"source {self.name!r}: ",
+            format=one_of(FORMATS),
+            weight=above(0, why="leave the source out to switch it off"),
+            validation_fraction=at_least(0, below=1),
+            max_bytes=or_none(at_least(1), "for everything"),
+        )
 
     @property
     def holds_out(self) -> bool:
@@ -108,22 +102,21 @@ class DataConfig:
     data_dir: str | None = free(None)
 
     def __post_init__(self):
-        _choice("data.packing", self.packing, PACKINGS)
-        _choice("data.long_documents", self.long_documents, LONG_DOCUMENTS)
+        check(
+            self,
+            "data.",
+            packing=one_of(PACKINGS),
+            long_documents=one_of(LONG_DOCUMENTS),
+            streams=at_least(1),
+            open_rows=at_least(1),
+            shuffle_window=at_least(1),
+            read_threads=at_least(0),
+            prefetch_rows=at_least(0),
+            num_epochs=or_none(at_least(1), "to repeat the data without end"),
+        )
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source, for example {'name': 'stdlib'}")
-        for field, minimum in (
-            ("streams", 1),
-            ("open_rows", 1),
-            ("shuffle_window", 1),
-            ("read_threads", 0),
-            ("prefetch_rows", 0),
-        ):
-            if getattr(self, field) < minimum:
-                raise ConfigError(f"data.{field}={getattr(self, field)}: at least {minimum}")
         if self.num_epochs is not None:
-            if self.num_epochs < 1:
-                raise ConfigError(f"data.num_epochs={self.num_epochs}: at least 1, or None to repeat for ever")
             if len({source.weight for source in self.sources}) > 1:
                 raise ConfigError(
                     f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot "

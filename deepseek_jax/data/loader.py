@@ -23,8 +23,9 @@ from deepseek_jax.data.packing import empty_row
 from deepseek_jax.data.pipeline import check_lengths, held_out_rows, training_rows
 from deepseek_jax.data.sources import InMemory, open_source
 from deepseek_jax.data.tokenizers import Tokenizer
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.identity import is_free
+from deepseek_jax.ranges import at_least, check_value, one_of
 
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
@@ -146,10 +147,8 @@ def build_loader(
     unreadable, empty, has a bad record (naming its file and line), has a document longer than a row (packing 'whole'),
     or when all training documents of a stream together are shorter than its part of a batch.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"split={split!r}: {nearest(split, SPLITS)}")
-    if seq_len < 2:
-        raise ConfigError(f"seq_len={seq_len}: at least 2, a token and its target")
+    check_value("split", split, one_of(SPLITS))
+    check_value("seq_len", seq_len, at_least(2, why="a token and its target"))
     if split == "validation":
         config = dataclasses.replace(config, streams=1)
     mine = streams_of(share, config.streams)

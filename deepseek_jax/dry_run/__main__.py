@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--stage", help="which of the experiment's stages (default: the first that fits the program)")
     cli.add_price(parser)
     parser.add_argument(
-        "--rows",
+        "--sequences",
         type=cli.number(int, least=1),
         help="sequences that --program=decode decodes at once (default: 8 a device)",
     )
@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     prepare()
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is here has no part in it
     config, name = read_config(flags.config, overrides), Path(flags.config).stem
-    options = {name: value for name, value in (("rows", flags.rows), ("context", flags.context)) if value is not None}
+    options = {
+        name: value for name, value in (("sequences", flags.sequences), ("context", flags.context)) if value is not None
+    }
     figures = dry_run(
         config,
         name,

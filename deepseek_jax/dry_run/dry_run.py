@@ -1,6 +1,7 @@
 """The dry run: compiles an experiment's program for hardware that is not there and returns its figures."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.dry_run.compiled import measure
 from deepseek_jax.dry_run.programs import PROGRAMS, Program
 from deepseek_jax.dry_run.topologies import Topology, topology
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import build_experiment
 from deepseek_jax.model.presets import preset
+from deepseek_jax.ranges import above, check_value, one_of, or_none
 from kernels_pallas.trust import unchecked
 
 MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
@@ -30,7 +32,7 @@ def dry_run(
     dollars_per_chip_hour: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """All figures of one program on one topology, fit for JSON; `options` are those of the program (rows and context of
+    """All figures of one program on one topology, fit for JSON; `options` are those of the program (sequences and context of
     "decode").
 
     Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire by
@@ -39,12 +41,12 @@ def dry_run(
     Raises ConfigError for names that mean nothing and for an experiment that does not fit the mesh, UserError where
     libtpu or the CUDA plugin is missing.
     """
-    if program not in PROGRAMS:
-        raise ConfigError(f"--program={program}: {nearest(program, PROGRAMS)}")
+    check_value("--program", program, one_of(PROGRAMS))
     if options and program != "decode":
         raise ConfigError(f"--{next(iter(options))} is for --program=decode, not for --program={program}: leave it out")
-    if dollars_per_chip_hour is not None and not 0 < dollars_per_chip_hour < float("inf"):
-        raise ConfigError(f"--dollars_per_hour={dollars_per_chip_hour}: must be above 0")
+    check_value(
+        "--dollars_per_hour", dollars_per_chip_hour, or_none(above(0, below=math.inf), "for the chip's own price")
+    )
     target = topology(topology_name)
     config = config.copy_and_resolve_references()
     names_mesh = bool(config.get("mesh"))

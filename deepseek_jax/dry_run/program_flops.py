@@ -21,7 +21,7 @@ from jax.interpreters import partial_eval
 
 from deepseek_jax.dry_run.branches import Conditional, Key, keys_of, taken_branch, taken_branches
 from deepseek_jax.dry_run.hlo import Place
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.ranges import at_least, check, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,7 @@ class Assumptions:
     ragged_fill: float = 1.0
 
     def __post_init__(self):
-        if self.branch not in ("most", "least"):
-            raise ConfigError(f"branch={self.branch!r}: {nearest(self.branch, ('most', 'least'))}")
-        if not 0 <= self.ragged_fill <= 1:
-            raise ConfigError(f"ragged_fill={self.ragged_fill}: between 0 and 1")
+        check(self, "", branch=one_of(("most", "least")), ragged_fill=at_least(0, at_most=1))
 
 
 def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumptions(), **kwargs: Any) -> Counter[str]:

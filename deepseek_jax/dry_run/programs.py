@@ -19,6 +19,7 @@ from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import batch_sharding, variables_sharding, with_sharding
+from deepseek_jax.ranges import at_least, check_value, or_none
 from deepseek_jax.rl.grpo import abstract_grpo_state
 from deepseek_jax.stages import build_stage
 from deepseek_jax.training.optimizer import build_optimizer
@@ -70,37 +71,35 @@ def train(experiment: Experiment, stage: str | None) -> Program:
     )
 
 
-def decode(experiment: Experiment, stage: str | None, rows: int | None = None, context: int = 4096) -> Program:
-    """One token for each of `rows` sequences (default: 8 a device) that have `context` tokens in the cache."""
+def decode(experiment: Experiment, stage: str | None, sequences: int | None = None, context: int = 4096) -> Program:
+    """One token for each of `sequences` sequences (default: 8 a device) that have `context` tokens in the cache."""
     model = experiment.model
     if stage is not None:
         raise ConfigError(f"--stage={stage}: decoding belongs to no stage; leave it out")
-    if context < 2:
-        raise ConfigError(f"--context={context}: at least 2, a prompt's token and the one that is decoded")
-    if rows is not None and rows < 1:
-        raise ConfigError(f"--rows={rows}: at least 1")
-    rows = rows or 8 * model.placement.batch_shards
-    if rows % model.placement.batch_shards:
+    check_value("--context", context, at_least(2, why="a prompt's token and the one that is decoded"))
+    check_value("--sequences", sequences, or_none(at_least(1), "for 8 a device"))
+    sequences = sequences or 8 * model.placement.batch_shards
+    if sequences % model.placement.batch_shards:
         raise ConfigError(
-            f"--rows={rows}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple"
+            f"--sequences={sequences}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple"
         )
     sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
     variables = with_sharding(abstract_variables(model), variables_sharding(model))
-    prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, context - 1), (rows,)))
+    prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((sequences, context - 1), (sequences,)))
     single = Transformer(model.config, model.precision)  # where things lie is decided below
     state = jax.eval_shape(
         lambda *args: start(single, *args, jax.random.key(0), sampling), abstract_variables(single), prompts, lengths
     )
-    state = with_sharding(state, jax.tree.map(functools.partial(_row_sharding, model, rows), state))
+    state = with_sharding(state, jax.tree.map(functools.partial(_sequence_sharding, model, sequences), state))
     program = jax.jit(lambda variables, state: advance(model, variables, state, sampling, 1), donate_argnums=1)
     named = {"parameters": variables["params"], "cache": state.cache}
     return Program(
         program,
         (variables, state),
         named,
-        rows,
+        sequences,
         None,
-        rows * decode_flops_per_token(model.config, context),
+        sequences * decode_flops_per_token(model.config, context),
         assumptions(experiment),
     )
 
@@ -111,14 +110,14 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
     section = build_stage(experiment, name)
     program, config, model = section.grpo, section.grpo.config, experiment.model
     state = abstract_grpo_state(model, program.optimizer, config.has_reference)
-    rows, drawn = config.completions_per_rollout, config.max_completion_length
+    sequences, drawn = config.completions_per_rollout, config.max_completion_length
     useful = section.rollout_flops(sampled=program.rewards.in_graph)
     if program.rewards.in_graph:
         jitted, arguments = type(program).iteration, (program, state)
     else:
         samples = jax.eval_shape(lambda state: program.sample(state), state)
         parts = {
-            reward.name: jax.ShapeDtypeStruct((rows,), jnp.float32)
+            reward.name: jax.ShapeDtypeStruct((sequences,), jnp.float32)
             for reward in program.rewards.rewards
             if not reward.in_graph
         }
@@ -128,7 +127,7 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
         jitted,
         arguments,
         named,
-        rows * drawn,
+        sequences * drawn,
         float(config.rollouts),
         useful,
         assumptions(experiment, while_trips=drawn - 1),
@@ -166,10 +165,12 @@ def _parts(state: TrainState) -> dict[str, Any]:
     return {"parameters": state.params, "optimizer": state.opt_state}
 
 
-def _row_sharding(model: Transformer, rows: int, leaf: jax.ShapeDtypeStruct):
+def _sequence_sharding(model: Transformer, sequences: int, leaf: jax.ShapeDtypeStruct):
     """Rows are divided like those of a batch; a cache has them behind its layers."""
     if not isinstance(model.placement, MeshPlacement):
         return None
-    axis = next((axis for axis, size in enumerate(leaf.shape) if size == rows and axis == (len(leaf.shape) > 3)), None)
+    axis = next(
+        (axis for axis, size in enumerate(leaf.shape) if size == sequences and axis == (len(leaf.shape) > 3)), None
+    )
     names = ["batch" if i == axis else None for i in range(len(leaf.shape))]
     return model.placement.sharding(names, leaf.shape)

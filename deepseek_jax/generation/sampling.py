@@ -6,11 +6,12 @@ the order of the vocabulary and may hold more than k tokens.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import above, at_least, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +30,15 @@ class SamplingConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for field, allowed, fits in (
-            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            (
-                "temperature",
-                "0 (greedy) or from 1e-5 up",
-                self.temperature == 0 or 1e-5 <= self.temperature < float("inf"),
-            ),
-            ("top_k", "0 (off) or more", self.top_k >= 0),
-            ("top_p", "above 0, and at most 1 (off)", 0 < self.top_p <= 1),
-        ):
-            if not fits:
-                raise ConfigError(f"SamplingConfig.{field}={getattr(self, field)}: must be {allowed}")
+        check(
+            self,
+            "SamplingConfig.",
+            max_new_tokens=at_least(1),
+            top_k=at_least(0, why="0 turns it off"),
+            top_p=above(0, at_most=1, why="1 turns it off"),
+        )
+        if self.temperature != 0:
+            check(self, "SamplingConfig.", temperature=at_least(1e-5, below=math.inf, why="or 0, which is greedy"))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

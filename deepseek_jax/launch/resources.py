@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.ranges import above, check
 
 # TPU generation: its name at SkyPilot, what that name counts for each chip (cores, or chips), Google's machine image;
 # None: not offered.
@@ -49,8 +50,7 @@ class Resources:
                 f"topology={self.topology!r}: after the colon come sizes, for example 'v5p:4x4x4' or 'v6e:16x16*2', or "
                 "a number of GPUs"
             )
-        if self.hours <= 0:
-            raise ConfigError(f"hours={self.hours}: must be above 0")
+        check(self, "", hours=above(0))
         if kind in GPUS and self.num_devices > self.gpus_per_node and self.num_devices % self.gpus_per_node:
             raise ConfigError(
                 f"topology={self.topology!r}: {self.num_devices} GPUs are no whole number of nodes with "

@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import signal
 from pathlib import Path
 
 from deepseek_jax import locks
 from deepseek_jax.atomic import atomic_write
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.json_io import read_json, to_json
+from deepseek_jax.ranges import at_least, check, one_of
 
 LOG = "output.log"
 STATES = ("missing", "running", "done", "stopped", "failed")
@@ -29,10 +31,7 @@ class Status:
     seconds: float = 0.0
 
     def __post_init__(self):
-        if self.state not in STATES:
-            raise ConfigError(f"status.state={self.state!r}: {nearest(str(self.state), STATES)}")
-        if not 0 <= self.seconds < float("inf"):
-            raise ConfigError(f"status.seconds={self.seconds}: 0 or more")
+        check(self, "status.", state=one_of(STATES), seconds=at_least(0, below=math.inf))
 
 
 def read_status(folder: Path) -> Status:

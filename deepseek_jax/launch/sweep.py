@@ -13,6 +13,7 @@ from typing import Any
 from deepseek_jax.config_file import call
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.launch.resources import Resources
+from deepseek_jax.ranges import check, one_of
 
 NAME = re.compile(r"[A-Za-z0-9]+([._-]{1,2}[A-Za-z0-9]+)*")  # a folder, a SLURM job and a SkyPilot job at once
 
@@ -56,16 +57,17 @@ class Sweep:
             raise ConfigError(
                 f"several runs are called {twice[0]!r}: every run has a folder of its own, so names must differ"
             )
-        if self.best not in ("lowest", "highest"):
-            raise ConfigError(f"best={self.best!r}: 'lowest' or 'highest'")
+        check(self, "", best=one_of(("lowest", "highest")))
         fields = {field for run in self.runs for field in run.overrides}
         for axis, other in ((self.x, ("flops",)), (self.by, (None,))):
             if axis not in fields and axis not in other:
-                raise ConfigError(f"the plot's axis {axis!r} is no overridden field: {', '.join(sorted(fields))}")
+                raise ConfigError(
+                    f"the plot's axis {axis!r} is not a field that the runs override: {', '.join(sorted(fields))}"
+                )
             for value in (run.overrides.get(axis) for run in self.runs):
                 if isinstance(value, (Mapping, list, tuple)):
                     raise ConfigError(
-                        f"the plot's axis {axis!r} has a value of several parts, {value!r}: override one of its "
+                        f"the plot's axis {axis!r} has compound values, such as {value!r}: override one of its "
                         "fields, or choose another axis"
                     )
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.placement import combine
 from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
+from deepseek_jax.ranges import at_least, check, one_of
 from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
@@ -50,15 +50,13 @@ class DispatchConfig:
     dual_batch: bool = False
 
     def __post_init__(self):
-        for field, allowed in (("exchange", EXCHANGES), ("format", FORMATS)):
-            if getattr(self, field) not in allowed:
-                raise ConfigError(
-                    f"mesh.dispatch.{field}={getattr(self, field)!r}: {nearest(str(getattr(self, field)), allowed)}"
-                )
-        if self.buffer_factor < 1:
-            raise ConfigError(
-                f"mesh.dispatch.buffer_factor={self.buffer_factor}: at least 1, what a balanced load needs"
-            )
+        check(
+            self,
+            "mesh.dispatch.",
+            exchange=one_of(EXCHANGES),
+            format=one_of(FORMATS),
+            buffer_factor=at_least(1, why="a balanced load fills 1"),
+        )
 
     def on(self, kind: str) -> str:
         """The exchange that runs on a kind of device."""

@@ -23,6 +23,7 @@ from deepseek_jax import cli
 from deepseek_jax.atomic import atomic_write
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.parallel import clusters
+from deepseek_jax.ranges import at_least, check
 
 CONNECT_SECONDS = 300  # how long the first process waits for the last one to start
 HEARTBEAT_SECONDS = 30  # a process that has not been heard of for so long is lost
@@ -48,10 +49,8 @@ class Hosts:
             raise ConfigError(
                 f"--coordinator={self.coordinator}: give HOST:PORT, the address of process 0 and a free port there"
             )
-        if self.num_processes < 1:
-            raise ConfigError(f"--num_processes={self.num_processes}: at least 1")
-        if not 0 <= self.process_id < self.num_processes:
-            raise ConfigError(f"--process_id={self.process_id}: from 0 to num_processes - 1 = {self.num_processes - 1}")
+        check(self, "--", num_processes=at_least(1))
+        check(self, "--", process_id=at_least(0, below=self.num_processes, why="the hosts count from 0"))
 
 
 def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:

@@ -97,13 +97,13 @@ def test_a_rung_becomes_the_model_it_names(tmp_path, monkeypatch):
     [
         ({"runs": []}, "at least one run"),
         ({"runs": [Run("a", {}), Run("a", {})]}, "several runs are called 'a'"),
-        ({"runs": [Run("a", {"seed": 1})], "x": "sead"}, "'sead' is no overridden field: seed"),
+        ({"runs": [Run("a", {"seed": 1})], "x": "sead"}, "'sead' is not a field that the runs override: seed"),
         (
             {"runs": [Run("a", {"p": {"kind": "constant"}})], "by": "p"},
-            "'p' has a value of several parts, {'kind': 'constant'}",
+            "'p' has compound values, such as {'kind': 'constant'}",
         ),
-        ({"runs": [Run("a", {"p": 1}), Run("b", {"p": (1, 2)})], "x": "p"}, "'p' has a value of several parts"),
-        ({"runs": [Run("a", {"seed": 1})], "best": "smallest"}, "'lowest' or 'highest'"),
+        ({"runs": [Run("a", {"p": 1}), Run("b", {"p": (1, 2)})], "x": "p"}, "'p' has compound values"),
+        ({"runs": [Run("a", {"seed": 1})], "best": "smallest"}, "best='smallest': allowed: highest, lowest"),
     ],
 )
 def test_a_sweep_that_makes_no_sense(arguments, message):

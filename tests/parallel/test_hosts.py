@@ -60,9 +60,9 @@ def test_flags_go_together():
         ("node7", 2, 0, "--coordinator=node7: give HOST:PORT"),
         ("node7:port", 2, 0, "--coordinator=node7:port: give HOST:PORT"),
         (":1234", 2, 0, "--coordinator=:1234: give HOST:PORT"),
-        ("node7:1234", 0, 0, "--num_processes=0: at least 1"),
-        ("node7:1234", 2, 2, "--process_id=2: from 0 to num_processes - 1 = 1"),
-        ("node7:1234", 2, -1, "--process_id=-1: from 0"),
+        ("node7:1234", 0, 0, "--num_processes=0: must be at least 1"),
+        ("node7:1234", 2, 2, "--process_id=2: must be at least 0 and below 2"),
+        ("node7:1234", 2, -1, "--process_id=-1: must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(coordinator, num_processes, process_id, message):
