@@ -21,16 +21,16 @@ from kernels_pallas.linear.api import (
 from kernels_pallas.linear.vjp import LinearQuantization, PreQuantized, plain
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
-from kernels_pallas.qtensor import QTensor, Quantizer
+from kernels_pallas.qtensor import QTensor, Quantizer, dequantize
 from kernels_pallas.quantize.api import (
-    dequantize,
     quantize,
     quantize_block,
     quantize_tile,
     quantize_transposed,
     requantize_transposed,
+    swiglu,
+    swiglu_quantize,
 )
-from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
 
 __all__ = [
     "Accumulation",

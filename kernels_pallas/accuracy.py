@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import dequantize, tiles
+from kernels_pallas.qtensor import QTensor, dequantize, tiles
 
 PIECE = (128, 128)
 # Bounds of `difference`, against the float32 product of the very operands that were multiplied: against operands that

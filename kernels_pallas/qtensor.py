@@ -79,3 +79,29 @@ class Quantizer:
 TILE = Quantizer("tile")  # activations (V3 §3.3.2)
 BLOCK = Quantizer("block")  # weights
 GRADIENT = Quantizer("tile", min_amax=1e-30)  # gradients of activations
+
+
+def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """values · scales, [..., R, C]."""
+    return (q.values.astype(jnp.float32) * spread(q.scales, q.tile, q.shape)).astype(dtype)
+
+
+def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
+    """Each tile's scale at each of its numbers: [..., R, C]."""
+    for axis, size in ((-2, tile[0]), (-1, tile[1])):
+        scales = jnp.repeat(scales, size, axis=axis) if size > 1 else scales
+    return scales[..., : shape[-2], : shape[-1]]
+
+
+def retile(q: QTensor, size: int) -> QTensor:
+    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers
+    all columns."""
+    parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
+    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
+
+
+def tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
+    """[..., R, C] -> [..., R/r, r, C/c, c], padded with zeros."""
+    rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
+    return x.reshape(*x.shape[:-2], x.shape[-2] // tile[0], tile[0], x.shape[-1] // tile[1], tile[1])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 from jax.experimental import topologies
 
-SHARED_MEMORY = 232448  # bytes that one block of threads may have on Hopper
+from kernels_pallas.hopper import REGISTERS, SHARED_MEMORY, SHARED_MEMORY_PER_CORE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
+  shared_memory_per_core: {SHARED_MEMORY_PER_CORE}
   threads_per_core_limit: 2048
   core_count: {self.cores}
   fpus_per_core: 128
@@ -52,8 +52,8 @@ gpu_device_info {{
   device_memory_size: {self.memory}
   shared_memory_per_block_optin: {SHARED_MEMORY}
   cuda_compute_capability {{ major: {self.major} feature_extension: ACCELERATED_FEATURES }}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
+  registers_per_core_limit: {REGISTERS}
+  registers_per_block_limit: {REGISTERS}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 12 }}

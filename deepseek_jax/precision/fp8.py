@@ -24,7 +24,7 @@ from kernels_pallas import (
 )
 from kernels_pallas.implementations import PREFERRED, preferred
 from kernels_pallas.linear.vjp import PRODUCTS
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.qtensor import retile
 from kernels_pallas.trust import say_once
 
 ROLES = ("linear", "attention_output", "experts", "mtp_projection")

@@ -24,9 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas._compat import load, output, plgpu, priced, vary_alike
-from kernels_pallas.matmul.mosaic_gpu_sm90 import tiled
+from kernels_pallas.hopper import ROWS, tiled, unavailable
 
-ROWS = 64  # of queries (keys, for their gradients) in one warpgroup's hands
+# One warpgroup holds ROWS queries, or keys for their gradients.
 KEYS = 64  # at a time, for queries
 # at a time, for keys: with 64, two sums of 64 rows and two blocks of scores do not fit a warpgroup's registers
 # (compiled: it spills)
@@ -39,8 +39,8 @@ LOG2_E = math.log2(math.e)
 
 
 def reason(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    if plgpu is None:
-        return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
+    if missing := unavailable():
+        return missing
     if {q.dtype, k.dtype, v.dtype} != {BF16}:
         return f"attends in bfloat16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] not in (64, 128, 192) or v.shape[-1] not in (64, 128):

@@ -10,9 +10,9 @@ from kernels_pallas import QTensor, fp8_grouped_matmul, fp8_grouped_weight_gradi
 from kernels_pallas.attention import mosaic_gpu_sm90 as attention
 from kernels_pallas.bench.shapes import HEADS, LINEARS, Shape, shapes
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90 as grouped_linear
+from kernels_pallas.hopper import REGISTERS, SHARED_MEMORY_PER_CORE
 
 THREADS = 384  # three warpgroups
-REGISTERS, SHARED_MEMORY = 65536, 233472  # of a multiprocessor
 
 
 def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str, int | float | str | None]:
@@ -26,7 +26,7 @@ def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str,
         "matrix instructions": kernel.fp8_products + kernel.bf16_products,
         "FFMA": counts.get("FFMA"),
         "blocks per core": min(
-            REGISTERS // (kernel.registers * THREADS), SHARED_MEMORY // (kernel.shared_memory + 1024)
+            REGISTERS // (kernel.registers * THREADS), SHARED_MEMORY_PER_CORE // (kernel.shared_memory + 1024)
         ),
     }
 

@@ -19,9 +19,9 @@ from kernels_pallas.bench.measure import case, error
 from kernels_pallas.bench.shapes import Shape, shapes
 from kernels_pallas.bench.timing import seconds
 from kernels_pallas.grouped import mosaic_gpu_sm90 as grouped
+from kernels_pallas.hopper_tuning import Config, table_path
 from kernels_pallas.matmul import mosaic_gpu_sm90 as dense
 from kernels_pallas.matmul.accumulation import Accumulation
-from kernels_pallas.matmul.tuning_sm90 import Config, table_path
 
 
 def candidates(out_dtype: jnp.dtype) -> Iterator[Config]:

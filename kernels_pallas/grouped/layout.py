@@ -4,8 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.qtensor import QTensor, retile
 
 
 @flax.struct.dataclass

@@ -17,12 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, take_rows
+from kernels_pallas.hopper import STEP, Tile, launch
+from kernels_pallas.hopper_tuning import Config, choose_config
 from kernels_pallas.matmul import mosaic_gpu_sm90 as dense
 from kernels_pallas.matmul.accumulation import Accumulation
-from kernels_pallas.matmul.mosaic_gpu_sm90 import Tile, launch, operand, product_tiles, tile_at
-from kernels_pallas.matmul.tuning_sm90 import STEP, Config, choose_config
-from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.matmul.mosaic_gpu_sm90 import operand, product_tiles, tile_at
+from kernels_pallas.qtensor import QTensor, retile
 
 
 def grouped_matmul_reason(

@@ -10,8 +10,7 @@ from kernels_pallas._compat import zeros
 from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, take_rows
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.reference import matmul
-from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.qtensor import QTensor, retile
 
 
 def grouped_matmul(

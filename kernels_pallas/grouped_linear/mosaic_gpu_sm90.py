@@ -26,8 +26,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas._compat import plgpu
 from kernels_pallas.grouped.layout import group_of, pad_groups, take_rows
-from kernels_pallas.matmul.mosaic_gpu_sm90 import Tile, launch, pad, tiled
-from kernels_pallas.matmul.tuning_sm90 import ROWS, SHARED_MEMORY
+from kernels_pallas.hopper import FREE_SHARED_MEMORY, ROWS, Tile, launch, pad, tiled, unavailable
 
 STEP = 64  # numbers of K at a time: the widest swizzle, 128 bytes; four instructions
 TILE_M = 2 * ROWS  # rows of a tile of the output
@@ -36,8 +35,8 @@ STRIP = 8  # tiles of m between one column of tiles and the next, so that what t
 
 
 def reason(x: jax.Array, w: jax.Array) -> str | None:
-    if plgpu is None:
-        return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
+    if missing := unavailable():
+        return missing
     if x.dtype != BF16 or w.dtype != BF16:
         return f"multiplies bfloat16, not {x.dtype} and {w.dtype}"
     if 0 in (*x.shape, *w.shape):
@@ -134,7 +133,7 @@ def columns_of(n: int) -> int:
 def stages(columns: int) -> int:
     """Steps of K that fit into shared memory beside a tile of the output."""
     stage = (TILE_M + columns) * STEP * BF16.itemsize
-    return min(6, (SHARED_MEMORY - TILE_M * columns * BF16.itemsize) // stage)
+    return min(6, (FREE_SHARED_MEMORY - TILE_M * columns * BF16.itemsize) // stage)
 
 
 def product_tiles(a: Side, b: Side, y_ref, columns: int, num_tiles: int, locate: Callable[[jax.Array], Tile]) -> None:

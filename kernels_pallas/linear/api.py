@@ -7,9 +7,9 @@ import jax
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.linear import vjp
 from kernels_pallas.linear.vjp import How, LinearQuantization, PreQuantized
-from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer
+from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer, retile
 from kernels_pallas.quantize import api as quantize_api
-from kernels_pallas.quantize.reference import quantize, retile
+from kernels_pallas.quantize.reference import quantize
 
 
 def prepare(

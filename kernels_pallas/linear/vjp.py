@@ -11,9 +11,8 @@ from kernels_pallas.grouped.layout import pad_groups, take_quantized, take_rows
 from kernels_pallas.grouped_linear.api import grouped_product, grouped_weight_gradient
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
-from kernels_pallas.qtensor import BLOCK, GRADIENT, TILE, QTensor, Quantizer
-from kernels_pallas.quantize.api import dequantize, quantize, quantize_transposed, requantize_transposed
-from kernels_pallas.swiglu.api import swiglu, swiglu_quantize
+from kernels_pallas.qtensor import BLOCK, GRADIENT, TILE, QTensor, Quantizer, dequantize
+from kernels_pallas.quantize.api import quantize, quantize_transposed, requantize_transposed, swiglu, swiglu_quantize
 
 PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 

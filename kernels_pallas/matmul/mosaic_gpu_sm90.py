@@ -28,16 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas._compat import load, output, plgpu, priced, vary_alike
+from kernels_pallas._compat import load, plgpu
+from kernels_pallas.hopper import ROWS, STEP, Tile, launch, pad, tiled, unavailable
+from kernels_pallas.hopper_tuning import Config, choose_config
 from kernels_pallas.matmul.accumulation import Accumulation
-from kernels_pallas.matmul.tuning_sm90 import ROWS, STEP, Config, choose_config, device
-from kernels_pallas.qtensor import E4M3, QTensor
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.qtensor import E4M3, QTensor, retile
 
 
 def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype) -> str | None:
-    if plgpu is None:
-        return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
+    if missing := unavailable():
+        return missing
     for q in (a, b):
         if q.values.dtype != jnp.dtype(E4M3):
             return f"multiplies {E4M3}, not {q.values.dtype}"
@@ -104,58 +104,8 @@ def operand(q: QTensor, multiple: int) -> Operand:
     return Operand(values, pad(scales, missing[0], 0).mT, None, parts)
 
 
-def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros after the last row and column."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)]) if rows or columns else x
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Which tile of the output: its place in a matrix, the group of b and of the output, and the steps of K; None:
-    all."""
-
-    m: jax.Array
-    n: jax.Array
-    b_group: jax.Array | None = None
-    y_group: jax.Array | None = None
-    first: jax.Array | int = 0
-    steps: jax.Array | None = None
-
-
 def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[jax.Array, jax.Array]:
     return plgpu.planar_snake(index, tiles, config.minor, config.width)
-
-
-def launch(
-    body: Callable,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    flops: int,
-    *arrays: jax.Array,
-    format: jnp.dtype = E4M3,
-    ragged: bool = False,
-) -> jax.Array:
-    """Runs body(*references) once on each core, in three warpgroups; `flops`, `format` and `ragged` as for `priced`."""
-    grid = (device()[1],)
-    kernel = plgpu.kernel(
-        body,
-        out_type=output(shape, dtype, *arrays),
-        grid=grid,
-        grid_names=("core",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-    with priced(flops, format, grid, ragged):
-        y = kernel(*arrays)
-    return vary_alike(y, *arrays)[0]  # jax 0.10 forgets along which mesh axes the output differs
-
-
-def tiled(columns: int, dtype: jnp.dtype):
-    """How matrix instructions and copies expect a matrix of so many columns to lie in shared memory."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(columns * size * 8)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def product_tiles(

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas._compat import zeros
 from kernels_pallas.matmul.accumulation import Accumulation, partial_product
-from kernels_pallas.qtensor import QTensor
-from kernels_pallas.quantize.reference import spread
+from kernels_pallas.qtensor import QTensor, spread
 
 
 def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:

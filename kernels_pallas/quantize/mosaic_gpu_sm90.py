@@ -23,18 +23,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas._compat import load, output, plgpu, vary_alike
-from kernels_pallas.matmul.mosaic_gpu_sm90 import pad, tiled
-from kernels_pallas.matmul.tuning_sm90 import ROWS, STEP
-from kernels_pallas.qtensor import E4M3, FORMATS, QTensor, Quantizer
-from kernels_pallas.quantize.reference import retile
+from kernels_pallas.hopper import ROWS, STEP, pad, tiled, unavailable
+from kernels_pallas.qtensor import E4M3, FORMATS, QTensor, Quantizer, retile
+from kernels_pallas.quantize.reference import swiglu
 
 LARGEST, DTYPE = FORMATS[E4M3]
 FRACTION = 0x7FFFFF  # of a float32's bits
 
 
 def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
-    if plgpu is None:
-        return "needs jax.experimental.pallas.mosaic_gpu, which this jax cannot import (jax 0.10: install absl-py)"
+    if missing := unavailable():
+        return missing
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"quantizes bfloat16 or float32, not {x.dtype}"
     if quantizer.format != E4M3:
@@ -109,6 +108,25 @@ def load_scaled_strip_across(rows, values, scales) -> jax.Array:
     scale = load(scales.at[0], plgpu.Layout.WGMMA.reduce(0))
     x = load_strip_across(rows, values)
     return x * lax.broadcast_in_dim(scale, x.shape, [1])
+
+
+def swiglu_reason(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str | None:
+    return reason(gate, quantizer)
+
+
+def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTensor:
+    """silu(gate) · up, both [..., R, F], in float32, rounded to the dtype of `gate`; then quantized: QTensor [..., R, F].
+
+    It reads gate and up once and writes one byte for each number. The exponential is that of the GPU, so the rounded
+    product may differ from the reference's by one unit in the last place.
+    """
+    if gate.ndim > 2:
+        return jax.vmap(lambda gate, up: swiglu_quantize(gate, up, quantizer))(gate, up)
+
+    def strip(rows, gate_slot, up_slot):
+        return swiglu(load_strip(rows, gate_slot), load_strip(rows, up_slot)).astype(gate.dtype).astype(jnp.float32)
+
+    return quantized_tiles(strip, [(along, gate), (along, up)], gate.shape, quantizer, approx_math=True)
 
 
 def quantized_tiles(

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output
-from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
-from kernels_pallas.quantize.reference import retile, scale_of
+from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer, retile
+from kernels_pallas.quantize.reference import scale_of, swiglu
 from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
 
 ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
@@ -65,6 +65,15 @@ def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
     width = 256 if q.tile[1] % 256 == 0 else LANES
     q = retile(q, width)
     return _quantize_columns((q.values, q.scales), width, quantizer)
+
+
+def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTensor:
+    """silu(gate) · up [..., R, F], rounded to the dtype of `gate`, in tiles or blocks; gate and up are read once."""
+    return quantize_rows(swiglu, (gate, up), quantizer)
+
+
+def reason_swiglu(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str | None:
+    return reason(gate, quantizer)
 
 
 def quantize_rows(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], quantizer: Quantizer) -> QTensor:

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer
+from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer, dequantize, spread, tiles
 
 
 def quantize(x: jax.Array, quantizer: Quantizer, part: tuple[int, int] | None = None) -> QTensor:
@@ -38,29 +38,10 @@ def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.where(jnp.isfinite(scale), rounded, scale)
 
 
-def dequantize(q: QTensor, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """values · scales, [..., R, C]."""
-    return (q.values.astype(jnp.float32) * spread(q.scales, q.tile, q.shape)).astype(dtype)
-
-
 def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
     """[..., R, C] -> QTensor [..., C, R]: the same numbers scaled along the other axis, as the weight gradient's
     product needs them."""
     return quantize(dequantize(q).mT, quantizer)
-
-
-def spread(scales: jax.Array, tile: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
-    """Each tile's scale at each of its numbers: [..., R, C]."""
-    for axis, size in ((-2, tile[0]), (-1, tile[1])):
-        scales = jnp.repeat(scales, size, axis=axis) if size > 1 else scales
-    return scales[..., : shape[-2], : shape[-1]]
-
-
-def retile(q: QTensor, size: int) -> QTensor:
-    """The same numbers with a scale for each row and `size` columns, which divide the tiles there are unless one covers
-    all columns."""
-    parts, shape = (q.tile[0], -(-q.tile[1] // size)), (*q.shape[:-1], -(-q.shape[-1] // size))
-    return q if q.tile == (1, size) else QTensor(q.values, spread(q.scales, parts, shape), (1, size))
 
 
 def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
@@ -70,8 +51,10 @@ def _amax(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.max(tiles(bits, tile), axis=(-3, -1)), jnp.float32)
 
 
-def tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
-    """[..., R, C] -> [..., R/r, r, C/c, c], padded with zeros."""
-    rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
-    return x.reshape(*x.shape[:-2], x.shape[-2] // tile[0], tile[0], x.shape[-1] // tile[1], tile[1])
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) · up, computed in float32, in the dtype of `gate`."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTensor:
+    return quantize(swiglu(gate, up), quantizer)

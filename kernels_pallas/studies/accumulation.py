@@ -15,8 +15,8 @@ import numpy as np
 
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
-from kernels_pallas.qtensor import Quantizer
-from kernels_pallas.quantize.api import dequantize, quantize
+from kernels_pallas.qtensor import Quantizer, dequantize
+from kernels_pallas.quantize.api import quantize
 
 DEPTHS = tuple(2**i for i in range(8, 15))
 DISTRIBUTIONS = {"uniform(0, 1)": np.random.Generator.random, "normal": np.random.Generator.standard_normal}

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.matmul.api import fp8_matmul
-from kernels_pallas.qtensor import BLOCK, SCOPES, QTensor, Quantizer
-from kernels_pallas.quantize.api import dequantize, quantize
+from kernels_pallas.qtensor import BLOCK, SCOPES, QTensor, Quantizer, dequantize
+from kernels_pallas.quantize.api import quantize
 
 RATIOS = tuple(10.0**i for i in range(7))
 OUTLIERS = {"gradients": "token", "activations": "channel"}

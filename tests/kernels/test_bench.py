@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import pytest
 from hopper import compiles
 
-from kernels_pallas import Accumulation, QTensor, accuracy, quantize_transposed
+from kernels_pallas import Accumulation, QTensor, accuracy, hopper_tuning, quantize_transposed
 from kernels_pallas.bench import __main__ as bench
 from kernels_pallas.bench import measure, operations, timing, tune
 from kernels_pallas.bench.shapes import LINEARS, Shape, deepgemm, shapes
-from kernels_pallas.matmul import tuning_sm90
-from kernels_pallas.matmul.tuning_sm90 import Config
+from kernels_pallas.hopper_tuning import Config
 
 
 def test_shapes_are_those_of_v3():
@@ -175,13 +174,13 @@ def test_the_fastest_configuration_is_taken_up(tmp_path, monkeypatch):
     assert tune.fastest(shape, lambda run, a, b: 1.0 if run.args == (wanted,) else 2.0, wrong)[1] != wanted
     with pytest.raises(ValueError, match="no configuration computes what it should"):
         tune.fastest(shape, lambda *_: 1.0, lambda *_: 1.0)
-    monkeypatch.setattr(tuning_sm90, "TABLES", tmp_path)
-    monkeypatch.setattr(tuning_sm90, "device", lambda: ("NVIDIA TEST card", 132))
-    tuning_sm90.table_path("NVIDIA TEST card").write_text(json.dumps({operation: {"64x256x128": vars(config)}}))
-    tuning_sm90._table.cache_clear()
-    assert tuning_sm90.choose_config("fp8_matmul", 64, 256, 128, jnp.bfloat16) == wanted
-    assert tuning_sm90.choose_config("fp8_matmul", 64, 512, 128, jnp.bfloat16) != wanted
-    tuning_sm90._table.cache_clear()
+    monkeypatch.setattr(hopper_tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(hopper_tuning, "device", lambda: ("NVIDIA TEST card", 132))
+    hopper_tuning.table_path("NVIDIA TEST card").write_text(json.dumps({operation: {"64x256x128": vars(config)}}))
+    hopper_tuning._table.cache_clear()
+    assert hopper_tuning.choose_config("fp8_matmul", 64, 256, 128, jnp.bfloat16) == wanted
+    assert hopper_tuning.choose_config("fp8_matmul", 64, 512, 128, jnp.bfloat16) != wanted
+    hopper_tuning._table.cache_clear()
 
 
 def test_candidates_fit_and_differ():

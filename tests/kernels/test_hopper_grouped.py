@@ -11,7 +11,7 @@ import pytest
 
 from kernels_pallas import Unsupported, fp8_grouped_matmul, fp8_grouped_weight_gradient, targets
 from kernels_pallas.grouped import mosaic_gpu_sm90
-from kernels_pallas.matmul.tuning_sm90 import Config
+from kernels_pallas.hopper_tuning import Config
 
 BLOCK, ROW = (128, 128), (1, 128)
 

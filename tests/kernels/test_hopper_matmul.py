@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import Accumulation, QTensor, Unsupported, fp8_matmul, quantize_block, quantize_tile, targets
-from kernels_pallas.matmul import mosaic_gpu_sm90, tuning_sm90
-from kernels_pallas.matmul.tuning_sm90 import Config
+from kernels_pallas import (
+    Accumulation,
+    QTensor,
+    Unsupported,
+    fp8_matmul,
+    hopper_tuning,
+    quantize_block,
+    quantize_tile,
+    targets,
+)
+from kernels_pallas.hopper_tuning import Config
+from kernels_pallas.matmul import mosaic_gpu_sm90
 
 BLOCK, ROW = (128, 128), (1, 128)
 
@@ -120,7 +129,7 @@ def test_machine_code(target, m, n, k, b_tile, out_dtype):
     cost one FMUL more each."""
     function = functools.partial(fp8_matmul, out_dtype=out_dtype, implementation=hopper.SM90)
     kernel = hopper.compiled(target, function, hopper.struct((m, k), ROW), hopper.struct((n, k), b_tile))
-    columns = tuning_sm90.rule(m, n, target.cores).columns
+    columns = hopper_tuning.rule(m, n, target.cores).columns
     held = 64 * columns // 128  # by each of 128 threads
     assert kernel.fp8_products == 4 and f"m64n{columns}k32" in kernel.ptx
     if kernel.instructions is not None:
@@ -161,7 +170,7 @@ def test_unsupported(changes, message):
 
 
 def test_configurations():
-    small, large = tuning_sm90.rule(1, 2112, 132), tuning_sm90.rule(4096, 4096, 132)
+    small, large = hopper_tuning.rule(1, 2112, 132), hopper_tuning.rule(4096, 4096, 132)
     assert (small.split, large.split, large.columns) == ("n", "m", 128)
     assert -(-2112 // small.tile_n) > 132 // 4  # small tiles, so that most cores read
     for config in (small, large):
@@ -176,11 +185,11 @@ def test_measured_configurations_come_from_the_table_of_the_device(tmp_path, mon
     (tmp_path / "nvidia_h200.json").write_text(
         '{"fp8_matmul": {"64x2112x7168": {"columns": 64, "split": "n", "stages": 5}}}'
     )
-    monkeypatch.setattr(tuning_sm90, "TABLES", tmp_path)
-    monkeypatch.setattr(tuning_sm90, "device", lambda: ("NVIDIA H200 141GB HBM3e", 132))
-    tuning_sm90._table.cache_clear()
-    assert tuning_sm90.choose_config("fp8_matmul", 64, 2112, 7168, jnp.bfloat16) == Config(64, "n", 5)
-    assert tuning_sm90.choose_config("fp8_matmul", 64, 2112, 512, jnp.bfloat16) == tuning_sm90.rule(
+    monkeypatch.setattr(hopper_tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(hopper_tuning, "device", lambda: ("NVIDIA H200 141GB HBM3e", 132))
+    hopper_tuning._table.cache_clear()
+    assert hopper_tuning.choose_config("fp8_matmul", 64, 2112, 7168, jnp.bfloat16) == Config(64, "n", 5)
+    assert hopper_tuning.choose_config("fp8_matmul", 64, 2112, 512, jnp.bfloat16) == hopper_tuning.rule(
         64, 2112, 132
     ).fitting(jnp.bfloat16)
-    tuning_sm90._table.cache_clear()
+    hopper_tuning._table.cache_clear()

@@ -20,9 +20,9 @@ from kernels_pallas import (
     quantize_tile,
     quantize_transposed,
     requantize_transposed,
+    swiglu,
     swiglu_quantize,
 )
-from kernels_pallas.swiglu.api import swiglu
 
 E4M3 = ml_dtypes.float8_e4m3fn
 AS_NUMPY = {"float8_e4m3fn": (448, E4M3), "float8_e5m2": (57344, ml_dtypes.float8_e5m2)}

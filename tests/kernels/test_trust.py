@@ -21,7 +21,6 @@ from kernels_pallas.grouped import api as grouped_api
 from kernels_pallas.grouped_linear import api as grouped_linear_api
 from kernels_pallas.matmul import api as matmul_api
 from kernels_pallas.quantize import api as quantize_api
-from kernels_pallas.swiglu import api as swiglu_api
 
 KERNEL = "mosaic_tpu"
 
@@ -69,7 +68,7 @@ CASES = {
         lambda i=None: kp.requantize_transposed(tiles(0, 130, 200), implementation=i),
     ),
     "swiglu": (
-        swiglu_api.SWIGLU_QUANTIZE,
+        quantize_api.SWIGLU_QUANTIZE,
         lambda i=None: kp.swiglu_quantize(x(0, 130, 200), x(1, 130, 200), implementation=i),
     ),
     "grouped linear": (

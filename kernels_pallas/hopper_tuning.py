@@ -6,14 +6,12 @@ import functools
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-ROWS = 64  # of the output in one warpgroup's hands: what one matrix instruction covers
-STEP = 128  # of K at a time: four instructions, one promotion
-SHARED_MEMORY = 232448 - 1024  # bytes that a block of threads may have, less what barriers and alignment take
-TABLES = pathlib.Path(__file__).parent.parent / "tuning"
+from kernels_pallas.hopper import FREE_SHARED_MEMORY, ROWS, STEP, device
+
+TABLES = pathlib.Path(__file__).parent / "tuning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Config:
     def fitting(self, out_dtype: jnp.dtype) -> "Config":
         """With as many stages as fit beside the output's tile, at most eight."""
         stage = (self.tile_m + self.tile_n) * (STEP + 4)  # values, and a float32 scale for each row
-        free = SHARED_MEMORY - self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
+        free = FREE_SHARED_MEMORY - self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
         return dataclasses.replace(self, stages=min(8, free // stage))
 
 
@@ -77,16 +75,6 @@ def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
     return min(
         (Config(columns, split) for columns in ((128, 64, 32) if split == "m" else (128, 64, 32, 16))), key=reads
     )
-
-
-def device() -> tuple[str, int]:
-    """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two
-    cores do."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.num_cores:
-        return abstract.device_kind, abstract.num_cores
-    real = jax.devices()[0]
-    return real.device_kind, real.core_count if real.platform == "gpu" else 2
 
 
 def table_path(kind: str) -> pathlib.Path:
