@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.stages = ("pretrain",)
     config.pretrain = {
         "kind": "pretrain",
-        "seq_len": V2_LITE_BATCH.sequence_length,
+        "seq_len": V2_LITE_BATCH.seq_len,
         "batch_size": V2_LITE_BATCH.end,
         # As many hosts as 256 share the reading; so many streams mix documents in a batch already, and a host may hold
         # many windows.

@@ -79,7 +79,7 @@ def finished(tmp_path):
         "--config.pretrain.train.keep_best=2",
         "--config.pretrain.train.objective.loss_chunk=64",
         "--config.pretrain.data.read_threads=3",
-        "--config.pretrain.data.prefetch_rows=0",
+        "--config.pretrain.data.prefetch_sequences=0",
         "--config.pretrain.data.data_dir=/elsewhere",
         "--config.grpo.loop.log_every=2",
         "--config.grpo.loop.show=9",

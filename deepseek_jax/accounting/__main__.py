@@ -32,10 +32,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--config", help="an experiment file that is counted instead; --config.field=value overrides")
     parser.add_argument(
-        "--sequence_length",
-        type=cli.number(int, least=1),
-        default=defaults.sequence_length,
-        help="tokens of context for the FLOPs",
+        "--seq_len", type=cli.number(int, least=1), default=defaults.seq_len, help="tokens of context for the FLOPs"
     )
     parser.add_argument(
         "--tokens",
@@ -75,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def assumptions_from(flags) -> Assumptions:
-    return Assumptions(flags.sequence_length, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
+    return Assumptions(flags.seq_len, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
 
 
 def named_model(name: str) -> ModelConfig:

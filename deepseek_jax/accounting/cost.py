@@ -16,7 +16,7 @@ class Work:
 
     tokens: int
     flops: float
-    sequence_length: int
+    seq_len: int
 
 
 def gpu_hours(flops: float, sustained_tflops: float = V3_SUSTAINED_TFLOPS) -> float:

@@ -5,7 +5,7 @@ from deepseek_jax.accounting.counts import count_parameters
 from deepseek_jax.model.config import ModelConfig
 
 
-def forward_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *, mtp: bool = False) -> int:
+def forward_flops_per_token(config: ModelConfig, seq_len: int = 4096, *, mtp: bool = False) -> int:
     """Mean forward FLOPs per token of a causal sequence; what a query attends to, the attention's config says.
 
     Two per activated parameter, the input embedding excluded (it is a look-up). `mtp` adds the MTP modules with their
@@ -16,15 +16,15 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *,
     if mtp:
         weights += counts.mtp_activated + config.mtp_depth * counts.head_product
         layers += config.mtp_depth
-    return 2 * weights + int(layers * config.attention.pair_flops * config.attention.mean_keys(sequence_length))
+    return 2 * weights + int(layers * config.attention.pair_flops * config.attention.mean_keys(seq_len))
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int = 4096, *, mtp: bool = False) -> int:
+def training_flops_per_token(config: ModelConfig, seq_len: int = 4096, *, mtp: bool = False) -> int:
     """Forward and backward: three times the forward pass, recomputation not counted.
 
     At 4096 tokens this gives the figures of "Insights into DeepSeek-V3" (Table 2): 250 GFLOPs for V3, 155 for V2.
     """
-    return 3 * forward_flops_per_token(config, sequence_length, mtp=mtp)
+    return 3 * forward_flops_per_token(config, seq_len, mtp=mtp)
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> int:

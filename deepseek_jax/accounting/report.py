@@ -17,10 +17,10 @@ DEFAULT_TOKENS = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of the figures besides the network. `sequence_length` None: that of the experiment's first stage,
+    """Assumptions of the figures besides the network. `seq_len` None: that of the experiment's first stage,
     4096 without an experiment; `tokens` None: as many as its stages train on, 1T without one."""
 
-    sequence_length: int | None = None
+    seq_len: int | None = None
     tokens: float | None = None
     sustained_tflops: float = cost.V3_SUSTAINED_TFLOPS
     dollars_per_hour: float = cost.DOLLARS_PER_GPU_HOUR
@@ -36,7 +36,7 @@ def report(
     many, or there are no stages.
     """
     counts = count_parameters(config)
-    length = assumptions.sequence_length or next((work.sequence_length for work in stages.values()), 4096)
+    length = assumptions.seq_len or next((work.seq_len for work in stages.values()), 4096)
     training = flops.training_flops_per_token(config, length)
     tokens = assumptions.tokens
     if stages and tokens is None:
@@ -58,7 +58,7 @@ def report(
             "mtp_activated": counts.mtp_activated,
         },
         "flops_per_token": {
-            "sequence_length": length,
+            "seq_len": length,
             "training": training,
             "training_with_mtp": flops.training_flops_per_token(config, length, mtp=True),
             "forward": flops.forward_flops_per_token(config, length),
@@ -140,7 +140,7 @@ def _parameter_rows(view: Table, parameters: dict[str, Any], attention_kind: str
 
 
 def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
-    _section(view, "GFLOPs per token", f"{figures['sequence_length']:,} tokens of context")
+    _section(view, "GFLOPs per token", f"{figures['seq_len']:,} tokens of context")
     view.add_row("  training", _giga(figures["training"]))
     if figures["training_with_mtp"] != figures["training"]:
         view.add_row("  training with MTP", _giga(figures["training_with_mtp"]))

@@ -99,7 +99,8 @@ class ByteTokenizer:
         definition = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": {letter: byte for byte, letter in enumerate(_byte_letters())}, "merges": []},
+            "model": {"type": "BPE", "merges": [],
+                      "vocab": {letter: byte for byte, letter in enumerate(_byte_letters())}},
         }  # fmt: skip
         named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "chat_template": _TEMPLATE}
         ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}

@@ -19,17 +19,16 @@ class SourceConfig:
     """One source of documents.
 
     name: 'stdlib' (the Python standard library's own source), 'tfds:NAME' (any TFDS dataset with a text feature), a
-    path or
-        glob of .jsonl, .parquet or .txt files (a .txt file is one document), or the key of an in-memory source given to
-        `build_loader`.
-    weight: share of the rows, and with packing='split' of the tokens, this source provides (relative to the others).
+        path or glob of .jsonl, .parquet or .txt files (a .txt file is one document), or the key of an in-memory source
+        given to `build_loader`.
+    weight: the source's share of the sequences, and with packing='split' of the tokens, relative to the other sources.
     format: 'text': <bos> text <eos>, every token trained on. 'completion': fields `prompt` and `completion` (text or
-    token
-        ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that message.
-        'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
-    text_field: the field that holds the text (format 'text'). validation_fraction: local files only: share of documents
-    held out; which ones depends on their content alone. 0, for any source
-        without a validation_path: nothing is held out, and training goes without held-out evaluation.
+        token ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that
+        message. 'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
+    text_field: the field that holds the text (format 'text').
+    validation_fraction: local files only: share of documents held out; a document's content alone decides whether it
+        is. 0 without a validation_path, for any source, holds nothing out, and training runs without held-out
+        evaluation.
     validation_path: local files only: the held-out files, in place of a fraction.
     train_split, validation_split: TFDS only; slices such as 'train[:95%]' are allowed.
     max_bytes: stdlib only: at most this much text, training and validation together (None: all, about 10 MB).
@@ -57,36 +56,36 @@ class SourceConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the source has held-out documents. With validation_fraction=0 and no validation_path all are trained
+        """True if the source has held-out documents. With validation_fraction=0 and no validation_path, all are trained
         on."""
         return self.validation_fraction > 0 or self.validation_path is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What `build_loader` reads.
+    """The data of `build_loader`.
 
-    packing: 'split' joins documents and cuts them at row borders, so no position is wasted; 'whole' keeps each document
-        in one row (best fit) and pads.
-    long_documents: with packing='whole', documents longer than a row are an 'error', lose their tail ('truncate'), or
-    are
-        'cut' into pieces of a row: long texts and short dialogues mix in one loader, and no dialogue is torn.
-    shuffle: a new order of the documents in every epoch. Where long documents are cut, one of them fills many
-        successive rows, so rows are shuffled too, within `shuffle_window` of a stream's: a batch should not be one
-        document.
-    num_epochs: None repeats every source for ever and mixes rows by weight; a number shows every document that many
-    times,
-        whatever the weights.
-    streams: the data is dealt into this many streams, each packed on its own, and each gives an equal part of every
-    batch's rows.
-        A host reads only the streams that its rows come from, so hosts share the work if there are at least as many
-        streams as hosts. The batches depend on `streams` and not on the number of hosts: choose what the largest
-        machine will need.
-    open_rows: with packing='whole', how many rows a stream fills at the same time; more rows, less padding.
+    packing: 'split' joins documents and cuts them at the ends of sequences, so no position is wasted; 'whole' keeps
+        each document in one sequence (best fit) and pads.
+    long_documents: with packing='whole', a document longer than a sequence is an 'error', loses its tail ('truncate'),
+        or is 'cut' into pieces of one sequence, so that one loader can mix long texts with short dialogues and tears no
+        dialogue.
+    shuffle: draw a new order of the documents in every epoch. Where long documents are cut, one of them fills many
+        successive sequences; so sequences are shuffled too, among `shuffle_window` of a stream's, to keep one document
+        from filling a batch.
+    num_epochs: None repeats every source without end and mixes sequences by weight; a number shows every document that
+        many times, and weights must be equal.
+    streams: the data is dealt into this many streams. Each is packed on its own and gives an equal share of every
+        batch's sequences. A host reads only the streams that its sequences come from, so hosts share the work if there
+        are at least as many streams as hosts. The batches depend on `streams` and not on the number of hosts: choose
+        what the largest machine will need.
+    open_sequences: with packing='whole', the sequences that a stream fills at the same time; more of them leave less
+        padding.
     read_threads: threads that read and tokenize for each source; 0 does it inside the prefetch thread. The batches
-    never depend on it. prefetch_rows: rows prepared ahead in a background thread; 0 prepares them when asked. data_dir:
-    where TFDS datasets are prepared and found again (None: TFDS's own default, ~/tensorflow_datasets or
-    $TFDS_DATA_DIR).
+        never depend on it.
+    prefetch_sequences: sequences prepared ahead in a background thread; 0 prepares them when asked.
+    data_dir: the folder in which TFDS datasets are prepared and found again (None: TFDS's own default,
+        ~/tensorflow_datasets or $TFDS_DATA_DIR).
     """
 
     sources: tuple[SourceConfig, ...] = (SourceConfig("stdlib"),)
@@ -96,9 +95,9 @@ class DataConfig:
     shuffle_window: int = 1024
     num_epochs: int | None = None
     streams: int = 1
-    open_rows: int = 32
+    open_sequences: int = 32
     read_threads: int = free(1)
-    prefetch_rows: int = free(64)
+    prefetch_sequences: int = free(64)
     data_dir: str | None = free(None)
 
     def __post_init__(self):
@@ -108,10 +107,10 @@ class DataConfig:
             packing=one_of(PACKINGS),
             long_documents=one_of(LONG_DOCUMENTS),
             streams=at_least(1),
-            open_rows=at_least(1),
+            open_sequences=at_least(1),
             shuffle_window=at_least(1),
             read_threads=at_least(0),
-            prefetch_rows=at_least(0),
+            prefetch_sequences=at_least(0),
             num_epochs=or_none(at_least(1), "to repeat the data without end"),
         )
         if not self.sources:

@@ -95,7 +95,7 @@ class JsonRecords:
     @classmethod
     def of_records(cls, path: str, records: Iterator[tuple[int, Any]], unit: str = "line") -> "JsonRecords":
         """Records with their line numbers, moved to a temporary file."""
-        moved, start = cls(path, tempfile.TemporaryFile(), unit), 0
+        moved, start = cls(path, tempfile.TemporaryFile(), unit), 0  # noqa: SIM115, it lives as long as the records
         for number, record in records:
             line = json.dumps(record).encode()
             moved._file.write(line)
@@ -105,9 +105,8 @@ class JsonRecords:
         return moved
 
     def _add(self, start: int, line: bytes, number: int) -> None:
-        for column, value in zip(
-            (self._starts, self._sizes, self._numbers, self._checksums), (start, len(line), number, zlib.crc32(line))
-        ):
+        columns = self._starts, self._sizes, self._numbers, self._checksums
+        for column, value in zip(columns, (start, len(line), number, zlib.crc32(line)), strict=True):
             column.append(value)
 
     def where(self, index: int) -> str:
@@ -281,7 +280,7 @@ def _unpacked(path: str) -> BinaryIO:
     """The bytes of a file; a compressed one is unpacked to a temporary file first."""
     if not is_packed(path):
         return open(path, "rb")
-    unpacked = tempfile.TemporaryFile()
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115, the caller closes it
     with PACKED[Path(path).suffix.lower()](path) as file:
         shutil.copyfileobj(file, unpacked)
     unpacked.seek(0)

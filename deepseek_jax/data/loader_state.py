@@ -1,7 +1,7 @@
-"""A loader's position: {"data": what it depends on, "streams": {number of a stream: where it is}}, all of it JSON.
+"""Loader state: {"data": what it depends on, "streams": {number of a stream: its state in Grain}}, all of it JSON.
 
-A process knows where its own streams are. `gather` makes the position of all streams from what the processes know; that
-is the one to save, and `select` takes from it what a process needs, however many of them there are then.
+Each process has the state of its own streams. `gather` puts the states of all processes together, to be saved; `select`
+takes from it what a process needs, for any number of processes.
 """
 
 import json
@@ -17,56 +17,50 @@ from deepseek_jax.errors import DataError
 LoaderState = dict[str, Any]
 
 
-def merge(positions: Sequence[LoaderState]) -> LoaderState:
-    """One position of all streams from those of several processes.
+def merge(states: Sequence[LoaderState]) -> LoaderState:
+    """The state of all streams, from those of several processes.
 
-    Raises DataError if they read different data, or if two that read the same stream are at different places in it.
+    Raises DataError if they read different data, or if two that read the same stream disagree about it.
     """
-    data, streams = positions[0]["data"], {}
-    for position in positions:
+    data, streams = states[0]["data"], {}
+    for state in states:
         _refuse_other_data(
-            position["data"],
-            data,
-            "two processes read different data: {}. Give all of them the same settings and files",
+            state["data"], data, "two processes read different data: {}. Give all of them the same settings and files"
         )
-        for stream, place in position["streams"].items():
-            if streams.setdefault(stream, place) != place:
+        for stream, own in state["streams"].items():
+            if streams.setdefault(stream, own) != own:
                 raise DataError(
-                    f"stream {stream} is at different places in two processes: take the position after the same batch "
+                    f"stream {stream} is at different places in two processes: save the state after the same batch "
                     "on all"
                 )
     return {"data": data, "streams": {stream: streams[stream] for stream in sorted(streams, key=int)}}
 
 
-def gather(position: Any) -> Any:
-    """`merge` over the processes of this run, the same on every one; each has to call it after the same batch.
+def gather(state: Any) -> Any:
+    """`merge` over the processes of this run, with the same result on each; all must call it after the same batch.
 
-    With one process the position is what it was, whichever loader it came from.
+    With one process the state stays what it was, whichever loader it came from.
     """
     if jax.process_count() == 1:
-        return position
-    raw = np.frombuffer(json.dumps(position).encode(), np.uint8)
+        return state
+    raw = np.frombuffer(json.dumps(state).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(raw)))
     everything = multihost_utils.process_allgather(np.pad(raw, (0, max(lengths) - len(raw))))
     return merge([json.loads(row[:length].tobytes()) for row, length in zip(everything, lengths, strict=True)])
 
 
-def select(position: LoaderState, data: dict[str, Any], streams: Iterable[int]) -> list[Any]:
-    """Where each of `streams` is, for Grain. Raises DataError if the position belongs to other data or lacks one of
-    them."""
+def select(state: LoaderState, data: dict[str, Any], streams: Iterable[int]) -> list[Any]:
+    """The saved states of `streams`, for Grain. Raises DataError if the state is of other data or lacks a stream."""
     _refuse_other_data(
-        position["data"],
-        data,
-        "the saved data position belongs to other data: {}. Restore the setting or start a new run",
+        state["data"], data, "the saved loader state belongs to other data: {}. Restore the setting or start a new run"
     )
-    missing = [stream for stream in streams if str(stream) not in position["streams"]]
+    missing = [stream for stream in streams if str(stream) not in state["streams"]]
     if missing:
         raise DataError(
-            f"the saved data position has the streams {', '.join(position['streams'])} and not "
-            f"{', '.join(map(str, missing))}: "
-            "it is one process's part; save what data.loader_state.gather makes of the parts"
+            f"the saved loader state has the streams {', '.join(state['streams'])} and not "
+            f"{', '.join(map(str, missing))}: it is one process's; save what data.loader_state.gather makes of all"
         )
-    return [_restore_tuples(position["streams"][str(stream)]) for stream in streams]
+    return [_restore_tuples(state["streams"][str(stream)]) for stream in streams]
 
 
 def _refuse_other_data(found: dict[str, Any], wanted: dict[str, Any], problem: str) -> None:

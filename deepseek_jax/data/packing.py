@@ -1,4 +1,4 @@
-"""Documents to rows of fixed length, with Grain's packers."""
+"""Packing: documents to sequences of fixed length, with Grain's packers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,24 +12,24 @@ _FIELD = "document"
 
 
 def pack_split(documents: grain.IterDataset, seq_len: int) -> grain.IterDataset:
-    """Joins documents [tokens, 3] and cuts at row borders: no padding but in the last row. Each piece is a segment of
-    its own."""
+    """Joins documents [tokens, 3] and cuts them every `seq_len` tokens: only the last sequence has padding. Each piece
+    is a segment of its own."""
     return grain.experimental.ConcatThenSplitIterDataset(documents.map(_wrap), length_struct={_FIELD: seq_len})
 
 
-def pack_whole(documents: grain.IterDataset, seq_len: int, open_rows: int) -> grain.IterDataset:
-    """Best fit of whole documents, none longer than `seq_len`, into `open_rows` rows at a time; the rest of a row is
-    padding."""
+def pack_whole(documents: grain.IterDataset, seq_len: int, open_sequences: int) -> grain.IterDataset:
+    """Fits whole documents, none longer than `seq_len`, into `open_sequences` sequences at a time, each where it fits
+    best; the rest of a sequence is padding."""
     return grain.experimental.BestFitPackIterDataset(
-        documents.map(_wrap), length_struct={_FIELD: seq_len}, num_packing_bins=open_rows, shuffle_bins=False
+        documents.map(_wrap), length_struct={_FIELD: seq_len}, num_packing_bins=open_sequences, shuffle_bins=False
     )
 
 
 class CutOverlapping(grain.experimental.FlatMapTransform):
     """Cuts a document into pieces of at most `seq_len` tokens, each starting with the last token of the piece before.
 
-    A segment's first token is nobody's target, so this way every token but the document's first is a target exactly
-    once: what held-out bits per byte have to sum over.
+    The first token of a segment is never a target. With the overlap every token but the document's first is a target
+    exactly once, over which held-out bits per byte have to sum.
     """
 
     max_fan_out = 2**31
@@ -46,8 +46,8 @@ class CutOverlapping(grain.experimental.FlatMapTransform):
         return pieces
 
 
-def finish_row(packed: Mapping[str, np.ndarray], pad_id: int) -> dict[str, Any]:
-    """The fields of a batch, int32 [T] each, and `num_bytes`, the bytes of text behind the row's targets (int32
+def finish_sequence(packed: Mapping[str, np.ndarray], pad_id: int) -> dict[str, Any]:
+    """The fields of a batch, int32 [T] each, and `num_bytes`, the bytes of text behind the sequence's targets (int32
     scalar)."""
     columns_TC, segment_ids_T = packed[_FIELD], packed[f"{_FIELD}_segment_ids"]
     return {
@@ -59,8 +59,8 @@ def finish_row(packed: Mapping[str, np.ndarray], pad_id: int) -> dict[str, Any]:
     }
 
 
-def empty_row(seq_len: int, pad_id: int) -> dict[str, Any]:
-    """A row that is padding throughout; it fills up the last batch of a finite pass."""
+def empty_sequence(seq_len: int, pad_id: int) -> dict[str, Any]:
+    """A sequence of padding alone; it fills up the last batch of a finite pass."""
     zeros_T = np.zeros(seq_len, np.int32)
     return {
         "tokens": np.full(seq_len, pad_id, np.int32),

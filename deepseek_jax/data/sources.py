@@ -20,7 +20,10 @@ from deepseek_jax.data.files import is_packed, read_file, suffixes
 from deepseek_jax.errors import DataError, nearest
 
 InMemory = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # source name -> split -> records
-OTHER_DATA = "data from the Hugging Face Hub has to be downloaded first (hf download NAME --repo-type dataset) and named as PATH/*.parquet"
+OTHER_DATA = (
+    "data from the Hugging Face Hub has to be downloaded first (hf download NAME --repo-type dataset) and named as "
+    "PATH/*.parquet"
+)
 
 
 class Records(Protocol):

@@ -1,11 +1,10 @@
-"""Prompts in, completions out, in one program: prefill with expanded MLA, then decoding with absorbed MLA over a latent
-cache.
+"""Generation in one program: prefill with expanded MLA, then decoding with absorbed MLA over a latent cache.
 
-Layout. Prompts are right-padded to P slots; completion token n of every row lives in slot P + n, at position
-`prompt_length + n` of its row. Cache, expert ids and reinforcement learning all use these T = P + N slots, so nothing
-is ever moved. Padding slots hold position -1, which no query attends to.
+Layout. Prompts are right-padded to P slots; completion token n of every sequence is in slot P + n, at position
+`prompt_length + n` of its sequence. Cache, expert ids and reinforcement learning all use these T = P + N slots, so
+nothing is ever moved. Padding slots hold position -1, which no query attends to.
 
-`start` and `advance` are the two halves of `generate`, for callers that want to look at the tokens in between.
+`start` and `advance` are the two halves of `generate`, for callers that read the tokens in between.
 """
 
 import flax
@@ -22,11 +21,11 @@ from deepseek_jax.model.transformer import Output, Transformer
 
 @flax.struct.dataclass
 class Generation:
-    """Completions of B rows, at most N tokens each.
+    """Completions of B sequences, at most N tokens each.
 
     tokens_BN int32, pad after the end; mask_BN bool, true on the tokens of the completion, eos included; lengths_B
     int32 their number; finished_B bool, whether eos was reached; finite_B bool, false where the network's logits were
-    NaN or infinite: nothing is drawn from those, and the row ends before them, unfinished. logp_BN float32 is the
+    NaN or infinite: nothing is drawn from those, and the sequence ends before them, unfinished. logp_BN float32 is the
     log-probability of each token under the distribution it was drawn from (temperature, top-k and top-p applied; 0 when
     greedy, and on padding). expert_ids_LBTK int32 are the experts chosen for every slot that was fed through the model,
     in the order the router chose them; other slots hold 0…K-1. None unless asked for, or without MoE.
@@ -43,7 +42,8 @@ class Generation:
 
 @flax.struct.dataclass
 class State:
-    """Decoding between two tokens: `step` tokens were drawn for every row, the last of them is not in the cache yet.
+    """Decoding between two tokens: `step` tokens were drawn for every sequence, and the last of them is not in the
+    cache yet.
 
     uniform_BN is the randomness of every token to come; the other arrays are those of `Generation`.
     """
@@ -61,7 +61,7 @@ class State:
 
     @property
     def live_B(self) -> jax.Array:
-        """Rows that want more tokens. A row without a prompt is batch padding and never does."""
+        """Sequences that want more tokens. A sequence without a prompt is batch padding and never does."""
         return ~self.finished_B & self.finite_B & (self.prompt_lengths_B > 0)
 
 
@@ -73,26 +73,26 @@ def generate(
     rng: jax.Array,
     sampling: SamplingConfig,
     *,
-    row_ids_B: jax.Array | None = None,
+    sequence_ids_B: jax.Array | None = None,
     samples_per_prompt: int = 1,
     return_experts: bool = False,
 ) -> Generation:
     """Completes every prompt until eos or `sampling.max_new_tokens`; pure, to be jitted with `model`, `sampling`,
     `samples_per_prompt` and `return_experts` static.
 
-    A row's result depends on its prompt and its random key alone, never on the rows beside it or on how far it is
-    padded. That key is `fold_in(rng, row id)`. Row ids default to 0…B-1; pass them to give a row the same samples in
-    another batch.
+    A sequence's result depends on its prompt and its random key alone, never on the other sequences of the batch or on
+    its padding. That key is `fold_in(rng, sequence id)`. Sequence ids default to 0…B-1; pass them to give a sequence
+    the same samples in another batch.
 
     Args:
-      prompts_BP: int32 [B, P], right-padded. prompt_lengths_B: int32 [B], 1…P; 0 marks a row that is only there to fill
-      the batch and gets an empty completion. samples_per_prompt: G completions for each prompt, which is prefilled
-      once; the result has B·G rows, those of a prompt
-        side by side.
-      return_experts: also keep the chosen experts of all layers.
+        prompts_BP: int32 [B, P], right-padded.
+        prompt_lengths_B: int32 [B], 1…P; 0 marks a sequence that only fills the batch and gets an empty completion.
+        samples_per_prompt: G completions for each prompt, which is prefilled once; the result has B·G sequences, those
+            of a prompt adjacent.
+        return_experts: also keep the chosen experts of all layers.
 
     Raises:
-      DataError: prompts that `check_prompts` refuses.
+        DataError: prompts that `check_prompts` refuses.
     """
     state = start(
         model,
@@ -101,7 +101,7 @@ def generate(
         prompt_lengths_B,
         rng,
         sampling,
-        row_ids_B=row_ids_B,
+        sequence_ids_B=sequence_ids_B,
         samples_per_prompt=samples_per_prompt,
         return_experts=return_experts,
     )
@@ -117,7 +117,7 @@ def start(
     rng: jax.Array,
     sampling: SamplingConfig,
     *,
-    row_ids_B: jax.Array | None = None,
+    sequence_ids_B: jax.Array | None = None,
     samples_per_prompt: int = 1,
     return_experts: bool = False,
 ) -> State:
@@ -132,7 +132,7 @@ def start(
     logits_BV = model.apply(variables, hidden_BD, method="unembed")
 
     def divided(x: jax.Array, axis: int = 0) -> jax.Array:
-        """On a mesh every device has its own rows."""
+        """On a mesh every device has its own sequences."""
         return model.placement.constrain(x, *(None,) * axis, "batch", *(None,) * (x.ndim - axis - 1))
 
     def per_sample(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -152,13 +152,13 @@ def start(
         expert_ids_LBTK = jnp.broadcast_to(any_experts_K, (config.num_moe_layers, B, P + N, config.moe.top_k))
         expert_ids_LBTK = expert_ids_LBTK.at[:, :, :P].set(per_sample(output.routing.expert_ids_LBTK, axis=1))
 
-    if row_ids_B is None:
-        row_ids_B = jnp.arange(B)
+    if sequence_ids_B is None:
+        sequence_ids_B = jnp.arange(B)
     state = State(
         cache=cache,
         step=jnp.zeros((), jnp.int32),
         uniform_BN=divided(
-            jax.vmap(lambda row_id: jax.random.uniform(jax.random.fold_in(rng, row_id), (N,)))(row_ids_B)
+            jax.vmap(lambda sequence_id: jax.random.uniform(jax.random.fold_in(rng, sequence_id), (N,)))(sequence_ids_B)
         ),
         prompt_lengths_B=per_sample(prompt_lengths_B.astype(jnp.int32)),
         lengths_B=divided(jnp.zeros(B, jnp.int32)),
@@ -192,10 +192,10 @@ def check_prompts(
         raise DataError(f"prompt_lengths {lengths.tolist()}: must be from 0 to the {prompts.shape[1]} slots")
     wrong = (np.arange(prompts.shape[1]) < lengths[:, None]) & ((prompts < 0) | (prompts >= vocab_size))
     if np.any(wrong):
-        row, slot = np.argwhere(wrong)[0]
+        sequence, slot = np.argwhere(wrong)[0]
         raise DataError(
-            f"prompt {row} has token {prompts[row, slot]} in slot {slot}: the model's vocabulary has the ids 0 to "
-            f"{vocab_size - 1}"
+            f"prompt {sequence} has token {prompts[sequence, slot]} in slot {slot}: the model's vocabulary has the ids "
+            f"0 to {vocab_size - 1}"
         )
 
 
@@ -212,7 +212,8 @@ def feed(
 
 
 def advance(model: Transformer, variables, state: State, sampling: SamplingConfig, steps: int | jax.Array) -> State:
-    """Draws up to `steps` more tokens per row; stops earlier when all rows are done or their buffers are full."""
+    """Draws up to `steps` more tokens per sequence; stops earlier when all sequences are done or their buffers are
+    full."""
     N = state.tokens_BN.shape[1]
     P = state.cache.positions_BS.shape[1] - N
     last_step = jnp.minimum(state.step + steps, N)
@@ -236,7 +237,7 @@ def advance(model: Transformer, variables, state: State, sampling: SamplingConfi
 
 
 def finish(state: State) -> Generation:
-    """What was drawn so far."""
+    """The completions so far."""
     return Generation(
         tokens_BN=state.tokens_BN,
         mask_BN=jnp.arange(state.tokens_BN.shape[1]) < state.lengths_B[:, None],
@@ -249,8 +250,8 @@ def finish(state: State) -> Generation:
 
 
 def _append(state: State, logits_BV: jax.Array, sampling: SamplingConfig) -> State:
-    """Draws token `state.step` of every live row from `logits_BV` and notes it; rows whose logits are not finite end
-    here."""
+    """Draws token `state.step` of every live sequence from `logits_BV` and stores it; a sequence whose logits are not
+    finite ends here."""
     finite_B, step = state.finite_B & (~state.live_B | are_finite(logits_BV)), state.step
     drawn_B = state.live_B & finite_B
     uniform_B = lax.dynamic_index_in_dim(state.uniform_BN, step, axis=1, keepdims=False)

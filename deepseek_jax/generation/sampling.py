@@ -1,4 +1,4 @@
-"""From logits to the next token: the distribution that is sampled, and one draw from it per row.
+"""Sampling: from logits to the next token of each sequence.
 
 The order is temperature, then top-k, then top-p over what top-k left. Tokens of equal logit are treated alike: where
 the k-th largest logit or the border of the nucleus falls on a tie, every tied token stays, so the sets never depend on
@@ -16,9 +16,9 @@ from deepseek_jax.ranges import above, at_least, check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How completions are drawn; static, so a change compiles a new program.
+    """Sampling of completions; static, so a change compiles a new program.
 
-    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A row stops at `eos_id`, or at any of several (a
+    `temperature=0` is greedy, `top_k=0` and `top_p=1` are off. A sequence stops at `eos_id`, or at any of several (a
     negative id never stops), and is filled with `pad_id` from there on.
     """
 
@@ -46,13 +46,13 @@ class SamplingConfig:
 
 
 def are_finite(logits_BV: jax.Array) -> jax.Array:
-    """bool [B]: rows of logits that can be sampled from. -inf excludes a token; NaN, +inf or nothing but -inf spoil the
-    row."""
+    """bool [B]: True for logits that can be sampled from. -inf excludes a token; NaN, +inf or nothing but -inf make a
+    distribution unusable."""
     return jnp.isfinite(jnp.max(logits_BV, axis=-1))
 
 
 def keep_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
-    """`logits_BV` with everything below the row's `top_k`-th largest logit set to -inf."""
+    """`logits_BV` with everything below the `top_k`-th largest logit of a sequence set to -inf."""
     kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
     return jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
 
@@ -89,10 +89,10 @@ def log_probs(logits_BV: jax.Array, sampling: SamplingConfig) -> jax.Array:
 
 
 def draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
-    """One token id per row, int32 [B], by inverting the cumulative sum of normalized log-probabilities.
+    """One token id per sequence, int32 [B], by inverting the cumulative sum of normalized log-probabilities.
 
-    `uniform_B` in [0, 1) is a row's only randomness: one number a token is far cheaper than V Gumbel numbers. It has 23
-    bits, so probabilities below 1e-7 are only approximate. A token of probability zero is never drawn.
+    `uniform_B` in [0, 1) is a sequence's only randomness: one number a token is far cheaper than V Gumbel numbers. It
+    has 23 bits, so probabilities below 1e-7 are only approximate. A token of probability zero is never drawn.
     """
     probs_BV = jnp.exp(logp_BV)
     # Sums taken in parallel need not be monotone to the last bit: masking keeps excluded tokens out even then.
@@ -102,11 +102,11 @@ def draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
 
 
 def sample(uniform_B: jax.Array, logits_BV: jax.Array, sampling: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row and its log-probability under the distribution that is sampled.
+    """The next token of each sequence and its log-probability under the distribution that is sampled.
 
     Args:
       uniform_B: float32 in [0, 1); unused when greedy.
-      logits_BV: float32 [B, V]; rows that are not finite give tokens without a meaning (see `are_finite`).
+      logits_BV: float32 [B, V]; logits that are not finite give meaningless tokens (see `are_finite`).
 
     Returns:
       tokens_B int32, logp_B float32; greedy log-probabilities are 0.

@@ -116,9 +116,9 @@ class AttentionConfig(Variant, abc.ABC):
         """The same for a key in the cache."""
         return self.pair_flops
 
-    def mean_keys(self, sequence_length: int) -> float:
+    def mean_keys(self, seq_len: int) -> float:
         """Keys that a query of a causal sequence attends to, on average: half of the sequence."""
-        return sequence_length / 2
+        return seq_len / 2
 
     def cached_keys(self, context: int) -> int:
         """Keys that a decoded token attends to, of `context` tokens in the cache: all of them."""

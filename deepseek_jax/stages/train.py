@@ -21,7 +21,7 @@ from deepseek_jax.precision.fp8 import FP8Precision
 from deepseek_jax.rl.tasks.documents import TaskDocuments
 from deepseek_jax.stages.base import Stage, Variables, require_length
 from deepseek_jax.stages.held_out import check_data, held_out_batches
-from deepseek_jax.training.batches import batch_rows
+from deepseek_jax.training.batches import batch_size_at
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.objective import uses_mtp
@@ -92,7 +92,7 @@ class TrainStage(Stage):
         if config.batch_size is None:
             return np.full(config.steps, self.batch_size)
         shards = self.experiment.model.placement.batch_shards if shards is None else shards
-        return batch_rows(config, np.arange(config.steps), shards)
+        return batch_size_at(config, np.arange(config.steps), shards)
 
     @property
     def flops_per_token(self) -> int:

@@ -18,7 +18,7 @@ class Loader(Protocol):
     """Batches for ever, with a position that can be saved; `take` only where the batch size is scheduled."""
 
     def __next__(self) -> Batch: ...
-    def take(self, num_rows: int) -> Batch: ...
+    def take(self, num_sequences: int) -> Batch: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
     def close(self) -> None: ...
@@ -27,14 +27,14 @@ class Loader(Protocol):
 def step_batches(
     loader: Loader, config: TrainConfig, vocab_size: int, first_step: int, shards: int = 1
 ) -> Iterator[Batch]:
-    """The checked batch of each step: the loader's own, or as many rows as the schedule says, a multiple of the
+    """The checked batch of each step: the loader's own, or as many sequences as the schedule says, a multiple of the
     microbatch and of the `shards` that a mesh divides it into."""
     for step in itertools.count(first_step):
         try:
             if config.batch_size is None:
                 batch = next(loader)
             else:
-                batch = loader.take(int(batch_rows(config, step, shards)))
+                batch = loader.take(int(batch_size_at(config, step, shards)))
         except StopIteration:
             raise DataError(
                 f"the data ended after {step} of {config.steps} steps: repeat it more often or lower train.steps"
@@ -42,7 +42,7 @@ def step_batches(
         yield check_batch(batch, vocab_size)
 
 
-def batch_rows(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
+def batch_size_at(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
     """Rows of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple of
     the microbatch and of the `shards` that a mesh divides them into."""
     unit = math.lcm(max(config.microbatch, 1), shards)
@@ -50,7 +50,8 @@ def batch_rows(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
 
 
 def check_batch(batch: Batch, vocab_size: int) -> Batch:
-    """The fields a step takes, of this process's rows. Raises DataError for a batch that does not fit the model."""
+    """The fields a step takes, of this process's sequences. Raises DataError for a batch that does not fit the
+    model."""
     missing = [field for field in FIELDS if field not in batch]
     if missing:
         raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(batch)}")

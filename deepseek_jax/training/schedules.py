@@ -89,7 +89,7 @@ class BatchSchedule:
     """Sequences per step: from `start` to `end` while the first `ramp_tokens` are read, linear in steps or as one
     jump."""
 
-    sequence_length: int
+    seq_len: int
     start: int
     end: int
     ramp_tokens: float = 0.0
@@ -101,7 +101,7 @@ class BatchSchedule:
 
     @property
     def ramp_steps(self) -> float:
-        return self.ramp_tokens / (self.sequence_length * self._mean)
+        return self.ramp_tokens / (self.seq_len * self._mean)
 
     def size(self, step: int) -> int:
         """Sequences in step `step` (from 0)."""
@@ -111,9 +111,9 @@ class BatchSchedule:
 
     def step_at(self, tokens: float) -> int:
         """The step after which `tokens` have been read; in the ramp, the root of its quadratic token count."""
-        sequences = tokens / self.sequence_length
+        sequences = tokens / self.seq_len
         if tokens >= self.ramp_tokens:
-            return round(self.ramp_steps + (tokens - self.ramp_tokens) / (self.sequence_length * self.end))
+            return round(self.ramp_steps + (tokens - self.ramp_tokens) / (self.seq_len * self.end))
         growth = 0.0 if self.jump else (self.end - self.start) / (2 * self.ramp_steps)
         return round(2 * sequences / (self.start + math.sqrt(self.start**2 + 4 * growth * sequences)))
 

@@ -103,8 +103,8 @@ def test_the_bill_is_that_of_the_experiments_own_stages(tmp_path, capsys):
     pretrain = 30 * 8 * 512 * training_flops_per_token(config, 512, mtp=True)
     sft = 20 * 4 * 256 * training_flops_per_token(config, 256)
     bill = figures["cost"]
-    assert bill["stages"]["pretrain"] == {"tokens": 30 * 8 * 512, "flops": pretrain, "sequence_length": 512}
-    assert bill["stages"]["sft"] == {"tokens": 20 * 4 * 256, "flops": sft, "sequence_length": 256}
+    assert bill["stages"]["pretrain"] == {"tokens": 30 * 8 * 512, "flops": pretrain, "seq_len": 512}
+    assert bill["stages"]["sft"] == {"tokens": 20 * 4 * 256, "flops": sft, "seq_len": 256}
     assert (bill["tokens"], bill["flops"]) == (30 * 8 * 512 + 20 * 4 * 256, pretrain + sft)
     assert bill["gpu_hours"] == pytest.approx((pretrain + sft) / 385e12 / 3600) and bill["dollars"] == pytest.approx(
         2 * bill["gpu_hours"]

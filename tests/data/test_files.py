@@ -202,7 +202,10 @@ def test_a_changed_file_ends_the_loader_with_its_name(tmp_path, byte_tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content([{"text": "x" * 2000} for _ in range(400)], ".jsonl"))
     loader = build_loader(
-        DataConfig(sources=(SourceConfig(str(path), validation_fraction=0.0),), prefetch_rows=2), byte_tokenizer, 64, 2
+        DataConfig(sources=(SourceConfig(str(path), validation_fraction=0.0),), prefetch_sequences=2),
+        byte_tokenizer,
+        64,
+        2,
     )
     next(loader)
     path.write_text('{"text": "a mended copy"}\n')
@@ -419,7 +422,7 @@ def test_a_record_that_fails_later_is_named(tmp_path, byte_tokenizer):
 
     path = write(tmp_path / "a.jsonl", [{"text": "good enough"}] * 30 + [{"text": "bad"}])
     config = DataConfig(
-        sources=(SourceConfig(path, validation_fraction=0.0),), shuffle=False, prefetch_rows=0, num_epochs=1
+        sources=(SourceConfig(path, validation_fraction=0.0),), shuffle=False, prefetch_sequences=0, num_epochs=1
     )
     loader = build_loader(config, Moody(byte_tokenizer), 8, 2)
     with pytest.raises(DataError, match="a.jsonl line 31: cannot encode"):

@@ -21,7 +21,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def make(documents, byte_tokenizer):
-    """Two sources mixed 3:1: traced ids, and rows of short texts."""
+    """Two sources mixed 3:1: traced ids, and sequences of short texts."""
     texts = [{"text": f"text number {i}"} for i in range(30)]
     memory = {"ids": {"train": documents, "validation": documents}, "texts": {"train": texts, "validation": texts}}
 
@@ -37,7 +37,7 @@ def make(documents, byte_tokenizer):
 
 ENDLESS_SPLIT = {}
 FINITE_SPLIT = {"sources": (SourceConfig("ids", format="tokens"),), "num_epochs": 2}
-WHOLE = {"packing": "whole", "seq_len": 64, "open_rows": 3, "prefetch_rows": 5}
+WHOLE = {"packing": "whole", "seq_len": 64, "open_sequences": 3, "prefetch_sequences": 5}
 HELD_OUT = {"split": "validation"}
 
 
@@ -78,9 +78,9 @@ def test_slices_of_the_hosts_make_up_the_same_global_batches(make, kwargs):
 
 
 def test_threads_do_not_change_the_batches(make):
-    plain = make(read_threads=0, prefetch_rows=0)
-    for threads, rows in ((1, 0), (4, 7)):
-        other = make(read_threads=threads, prefetch_rows=rows)
+    plain = make(read_threads=0, prefetch_sequences=0)
+    for threads, sequences in ((1, 0), (4, 7)):
+        other = make(read_threads=threads, prefetch_sequences=sequences)
         other.set_state(plain.get_state())  # positions carry over, too
         start = plain.get_state()
         assert all([same(next(plain), next(other)) for _ in range(30)])
@@ -94,21 +94,23 @@ def test_seed_decides_the_order(make):
 
 def test_batch_size_may_grow_without_losing_the_place(make):
     steady, ramped = make(), make()
-    rows = np.concatenate([next(steady)["tokens"] for _ in range(6)])
+    sequences = np.concatenate([next(steady)["tokens"] for _ in range(6)])
     first = ramped.take(B)
     ramped.batch_size = 2 * B
     np.testing.assert_array_equal(
-        np.concatenate([first["tokens"], next(ramped)["tokens"], ramped.take(3 * B)["tokens"]]), rows
+        np.concatenate([first["tokens"], next(ramped)["tokens"], ramped.take(3 * B)["tokens"]]), sequences
     )
 
 
-def test_weights_are_shares_of_the_rows(make):
-    rows = make().take(50 * B)["tokens"]
-    assert (rows[:, 0] >= 1000).mean() == 0.75
-    assert not ((rows >= 1000).any(axis=1) & (rows < 1000).any(axis=1)).any(), "a row holds documents of one source"
+def test_weights_are_shares_of_the_sequences(make):
+    sequences = make().take(50 * B)["tokens"]
+    assert (sequences[:, 0] >= 1000).mean() == 0.75
+    assert not ((sequences >= 1000).any(axis=1) & (sequences < 1000).any(axis=1)).any(), (
+        "a sequence holds documents of one source"
+    )
 
 
-def test_last_batch_of_a_pass_is_filled_up_with_empty_rows(make):
+def test_last_batch_of_a_pass_is_filled_up_with_empty_sequences(make):
     *_, last = make(**FINITE_SPLIT)
     assert last["tokens"].shape == (B, T)
     assert not last["segment_ids"][-1].any() and last["segment_ids"][0].any()
@@ -118,9 +120,9 @@ def test_empty_and_too_short_data_are_refused(byte_tokenizer):
     config = DataConfig(sources=(SourceConfig("texts"),))
     with pytest.raises(DataError, match="'texts' has no documents in its train split"):
         build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": []}})
-    with pytest.raises(DataError, match="'texts': 11 tokens in all, fewer than one batch of 4 rows × 16 tokens"):
+    with pytest.raises(DataError, match="'texts': 11 tokens in all, fewer than one batch of 4 sequences × 16 tokens"):
         build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": [{"text": "nine byte"}]}})
-    with pytest.raises(DataError, match="'texts': 30 tokens in all, fewer than one batch of 4 rows × 16 tokens"):
+    with pytest.raises(DataError, match="'texts': 30 tokens in all, fewer than one batch of 4 sequences × 16 tokens"):
         build_loader(config, byte_tokenizer, T, B, in_memory={"texts": {"train": [{"text": 28 * "x"}]}})
     with pytest.raises(DataError, match="in-memory source 'texts': no split 'validation': .*train"):
         build_loader(config, byte_tokenizer, T, B, "validation", in_memory={"texts": {"train": []}})
@@ -213,11 +215,11 @@ def test_tensorflow_is_never_imported_and_the_program_ends_quietly(tmp_path):
 
 
 def test_pieces_of_a_long_document_are_spread_over_batches(byte_tokenizer):
-    """Packing leaves the rows of one document side by side; the window keeps them from filling a batch, and loses
+    """Packing leaves the sequences of one document side by side; the window keeps them from filling a batch, and loses
     none."""
     records = [{"tokens": np.full(20 * T, document)} for document in range(8)]
 
-    def rows(window):
+    def sequences(window):
         config = DataConfig(sources=(SourceConfig("long", format="tokens"),), num_epochs=1, shuffle_window=window)
         return np.concatenate(
             [
@@ -226,7 +228,7 @@ def test_pieces_of_a_long_document_are_spread_over_batches(byte_tokenizer):
             ]
         )
 
-    together, spread = rows(1), rows(80)
+    together, spread = sequences(1), sequences(80)
     assert sorted(together[:, 0]) == sorted(spread[:, 0])
     neighbors_alike = [float((x[1:, 0] == x[:-1, 0]).mean()) for x in (together, spread)]
     assert neighbors_alike[0] > 0.9 and neighbors_alike[1] < 0.5

@@ -25,7 +25,7 @@ def load(documents, tokenizer, split="train", batch_size=4, seq_len=T, **config)
 
 
 def segments(batches):
-    """Every segment as (tokens, loss_mask), in row order; checks what has to hold in any row."""
+    """Every segment as (tokens, loss_mask), in sequence order; checks what has to hold in any sequence."""
     found = []
     for batch in batches:
         assert all(value.dtype == np.int32 for value in batch.values())
@@ -47,20 +47,20 @@ def segments(batches):
 
 def test_split_packing_is_the_concatenation_cut_every_T_tokens(documents, byte_tokenizer):
     batches = list(load(documents, byte_tokenizer, num_epochs=1, shuffle=False))
-    rows = {field: np.concatenate([batch[field] for batch in batches]) for field in batches[0]}
+    sequences = {field: np.concatenate([batch[field] for batch in batches]) for field in batches[0]}
     joined = np.concatenate([document["tokens"] for document in documents])
     owner = np.concatenate([np.full(len(document["tokens"]), i) for i, document in enumerate(documents)])
     masks = np.concatenate([document["loss_mask"] for document in documents])
-    flat = {field: value.reshape(-1)[: len(joined)] for field, value in rows.items()}
+    flat = {field: value.reshape(-1)[: len(joined)] for field, value in sequences.items()}
     np.testing.assert_array_equal(flat["tokens"], joined)
     np.testing.assert_array_equal(flat["loss_mask"], masks)
-    assert not rows["segment_ids"].reshape(-1)[len(joined) :].any(), "only the end of the pass is padding"
+    assert not sequences["segment_ids"].reshape(-1)[len(joined) :].any(), "only the end of the pass is padding"
     new_segment = (np.arange(len(joined)) % T == 0) | (np.diff(owner, prepend=-1) != 0)
     starts = np.flatnonzero(new_segment)
     expected_position = np.arange(len(joined)) - starts[np.cumsum(new_segment) - 1]
     np.testing.assert_array_equal(flat["positions"], expected_position)
-    first_of_row = np.cumsum(new_segment)[np.arange(len(joined)) // T * T]
-    np.testing.assert_array_equal(flat["segment_ids"], np.cumsum(new_segment) - first_of_row + 1)
+    first_of_sequence = np.cumsum(new_segment)[np.arange(len(joined)) // T * T]
+    np.testing.assert_array_equal(flat["segment_ids"], np.cumsum(new_segment) - first_of_sequence + 1)
     segments(batches)
 
 
@@ -80,7 +80,7 @@ def test_every_epoch_shows_every_document_in_a_new_order(documents, byte_tokeniz
     order = [
         tokens[0]
         for tokens, _ in segments(
-            load(documents, byte_tokenizer, seq_len=48, packing="whole", num_epochs=2, open_rows=1)
+            load(documents, byte_tokenizer, seq_len=48, packing="whole", num_epochs=2, open_sequences=1)
         )
     ]
     first, second = order[: len(documents)], order[len(documents) :]
@@ -129,7 +129,7 @@ def test_held_out_bytes_sum_to_the_size_of_the_text(byte_tokenizer):
     targets_R = np.concatenate([batch["loss_mask"].sum(axis=1) for batch in batches])
     segments_R = np.concatenate([batch["segment_ids"].max(axis=1) for batch in batches])
     assert (bytes_R <= targets_R).all() and (bytes_R >= targets_R - segments_R).all(), (
-        "rows carry the bytes of their own targets"
+        "sequences carry the bytes of their own targets"
     )
 
 

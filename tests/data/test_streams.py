@@ -1,4 +1,4 @@
-"""Streams: the batches are the same for any number of hosts, and each host reads only what its rows come from."""
+"""Streams: the batches are the same for any number of hosts, and each host reads only what its sequences come from."""
 
 import json
 import os
@@ -39,7 +39,13 @@ def make(documents, byte_tokenizer):
         sources = (SourceConfig("ids", weight=3.0, format="tokens"), SourceConfig("texts"))
         config = DataConfig(
             **(
-                {"sources": sources, "streams": STREAMS, "shuffle_window": 8, "read_threads": 0, "prefetch_rows": 0}
+                {
+                    "sources": sources,
+                    "streams": STREAMS,
+                    "shuffle_window": 8,
+                    "read_threads": 0,
+                    "prefetch_sequences": 0,
+                }
                 | config
             )
         )
@@ -54,10 +60,10 @@ def hosts(make, count, **kwargs):
     return [make(share=(i, count), **kwargs) for i in range(count)]
 
 
-def joined(loaders, num_rows=B):
+def joined(loaders, num_sequences=B):
     """The global batch that several hosts hold parts of."""
-    parts = [loader.take(num_rows) for loader in loaders]
-    assert all(len(part["tokens"]) == num_rows // len(loaders) for part in parts)
+    parts = [loader.take(num_sequences) for loader in loaders]
+    assert all(len(part["tokens"]) == num_sequences // len(loaders) for part in parts)
     return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
 
 
@@ -75,7 +81,7 @@ def saved(loaders):
 @pytest.mark.parametrize("count", [2, 4, 8])
 @pytest.mark.parametrize(
     "packing",
-    [{}, {"packing": "whole", "long_documents": "cut", "open_rows": 3, "prefetch_rows": 3}],
+    [{}, {"packing": "whole", "long_documents": "cut", "open_sequences": 3, "prefetch_sequences": 3}],
     ids=["split", "whole"],
 )
 def test_any_number_of_hosts_gives_the_same_batches(make, count, packing):
@@ -105,13 +111,13 @@ def test_documents_are_dealt_round_robin(make, documents):
         loader = make(streams=streams, **only_ids)
         batches = [next(loader)["tokens"] for _ in range(3)]
         for stream in range(streams):
-            rows = np.concatenate([batch.reshape(streams, -1, T)[stream] for batch in batches])
+            sequences = np.concatenate([batch.reshape(streams, -1, T)[stream] for batch in batches])
             endless = np.concatenate([document["tokens"] for document in documents[stream::streams]] * 4)
-            np.testing.assert_array_equal(rows.reshape(-1), endless[: rows.size])
+            np.testing.assert_array_equal(sequences.reshape(-1), endless[: sequences.size])
 
 
 def test_every_document_is_shown_once_in_an_epoch_and_in_a_new_order_in_the_next(make, documents):
-    """Documents of one row each, so that rows are documents: 60 of them, dealt to four streams."""
+    """Documents of one sequence each, so that sequences are documents: 60 of them, dealt to four streams."""
     records = [{"tokens": np.full(T, 1000 + i)} for i in range(60)]
     loader = make(records=records, sources=(SourceConfig("ids", format="tokens"),), batch_size=4, shuffle_window=1)
     epochs = [np.stack([next(loader)["tokens"][:, 0] for _ in range(15)]) for _ in range(2)]
@@ -142,7 +148,7 @@ def test_a_host_reads_only_its_own_documents(make, documents, shuffle):
 
 
 def test_a_host_checks_only_its_share_of_the_documents(make, documents):
-    """Where no document may be longer than a row all of them are looked at, by all hosts together once."""
+    """Where no document may be longer than a sequence all of them are looked at, by all hosts together once."""
     records = [Counted({"tokens": document["tokens"][:T]} for document in documents) for _ in range(4)]
     for i in range(4):
         make(share=(i, 4), records=records[i], packing="whole", sources=(SourceConfig("ids", format="tokens"),))
@@ -188,7 +194,8 @@ def test_too_little_for_so_many_streams_is_refused(make, documents):
     short = [{"tokens": np.arange(5)}] * 8
     with pytest.raises(
         DataError,
-        match="'ids': 10 tokens in stream 3 of 4, fewer than its part of a batch, 2 rows × 16 tokens; .* lower data.streams",
+        match="'ids': 10 tokens in stream 3 of 4, fewer than its share of a batch, 2 sequences × 16 tokens; .* lower "
+        "data.streams",
     ):
         make(share=(3, 4), records=short, **only_ids)
 
@@ -212,7 +219,7 @@ def test_held_out_passes_are_one_stream_whatever_the_streams(make):
 
 def test_positions_that_do_not_fit_are_refused(make):
     first, second = hosts(make, 2)
-    with pytest.raises(DataError, match="has the streams 0, 1 and not 2, 3: it is one process's part"):
+    with pytest.raises(DataError, match="has the streams 0, 1 and not 2, 3: it is one process's"):
         second.set_state(first.get_state())
     with pytest.raises(DataError, match="belongs to other data: streams was 4 and is 2"):
         make(streams=2).set_state(saved([first, second]))

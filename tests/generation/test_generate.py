@@ -125,7 +125,7 @@ def test_a_sampled_row_gets_alone_what_it_gets_in_a_batch(gqa):
     together = gqa.rollout(gqa.prompts_BP, LENGTHS)
     for b in range(B):
         rows = slice(b, b + 1)
-        alone = gqa.rollout(gqa.prompts_BP[rows], LENGTHS[rows], row_ids_B=jnp.asarray([b]))
+        alone = gqa.rollout(gqa.prompts_BP[rows], LENGTHS[rows], sequence_ids_B=jnp.asarray([b]))
         assert_same(alone, jax.tree.map(lambda x: x[rows], together))
 
 
