@@ -105,3 +105,8 @@ def tiles(x: jax.Array, tile: tuple[int, int]) -> jax.Array:
     rows, columns = (-size % part for size, part in zip(x.shape[-2:], tile, strict=True))
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
     return x.reshape(*x.shape[:-2], x.shape[-2] // tile[0], tile[0], x.shape[-1] // tile[1], tile[1])
+
+
+def round_up(size: jax.Array | int, multiple: int) -> jax.Array | int:
+    """The least multiple that is not smaller than `size`, for each of an array of sizes."""
+    return -(-size // multiple) * multiple

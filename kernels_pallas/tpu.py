@@ -1,15 +1,10 @@
 """What the kernels for TPUs have in common."""
 
 import jax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a float32 register: blocks end at multiples of them, or with the array
 ROWS = 32  # of numbers of eight bits in one tile of VMEM
-
-
-def round_up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple
 
 
 def block_of(index: jax.Array, size: int) -> jax.Array:

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas._compat import load, output, plgpu, priced, vary_alike
+from kernels_pallas.attention.reference import MASKED
 from kernels_pallas.hopper import ROWS, tiled, unavailable
 
 # One warpgroup holds ROWS queries, or keys for their gradients.
@@ -34,7 +35,6 @@ QUERIES = 32
 BLOCK = 2 * ROWS
 STAGES = 2  # steps in shared memory
 BF16 = jnp.dtype(jnp.bfloat16)
-MASKED = -1e30  # finite: a row that sees nothing stays finite
 LOG2_E = math.log2(math.e)
 
 

@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output, priced
+from kernels_pallas.attention.reference import MASKED
 from kernels_pallas.tpu import LANES, block_of
 
 BLOCKS = (512, 256, 128)  # of queries and of keys: the largest that divides the length
 BF16 = jnp.dtype(jnp.bfloat16)
-MASKED = -1e30  # finite: a row that sees nothing stays finite
 LOG2_E = math.log2(math.e)
 SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
 

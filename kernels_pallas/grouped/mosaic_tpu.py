@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output, priced
-from kernels_pallas.grouped.layout import group_of, pad_groups, take_rows
+from kernels_pallas.grouped.layout import choose_block, group_of, pad_groups, take_rows
 from kernels_pallas.matmul import mosaic_tpu as dense
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
@@ -53,7 +53,7 @@ def grouped_matmul(
     a_PK, a_scales_PT, b_GNK, b_scales_GTN = dense.operands(a_RK, b_GNK, tile)
     block, padding = math.gcd(alignment, dense.LARGE.m), None
     if block < ROWS:
-        block = _rows_at_once(num_rows, num_groups)
+        block = choose_block(num_rows, num_groups, smallest=ROWS, largest=dense.LARGE.m)
         padding = pad_groups(sizes_G, num_rows, block)
         a_PK, a_scales_PT, sizes_G = (
             take_rows(a_PK, padding.source_P),
@@ -94,11 +94,6 @@ def grouped_matmul(
 
 def _kernel(group_ref, *refs, num_groups, tile, dtypes):
     dense.kernel(*refs, tile=tile, dtypes=dtypes, wanted=group_ref[pl.program_id(0)] < num_groups)
-
-
-def _rows_at_once(num_rows: int, num_groups: int) -> int:
-    """About half a mean group: more would be padding for the most part, fewer read each matrix more often."""
-    return min(dense.LARGE.m, max(ROWS, (1 << (num_rows // num_groups).bit_length()) // 4))
 
 
 def grouped_weight_gradient(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas._compat import zeros
-from kernels_pallas.grouped.layout import group_of, pad_groups, take_quantized, take_rows
+from kernels_pallas.grouped.layout import choose_block, group_of, pad_groups, take_quantized, take_rows
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.reference import matmul
 from kernels_pallas.qtensor import QTensor, retile
@@ -18,7 +18,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Rows of group g times b[g] transposed: [R, N]; zero past the last group."""
     num_rows, num_groups = a_RK.shape[0], b_GNK.shape[0]
-    block = alignment if alignment > 1 else _block(num_rows, num_groups)
+    block = alignment if alignment > 1 else choose_block(num_rows, num_groups)
     a_RK = retile(a_RK, a_RK.tile[1])
     padding = None if alignment == block else pad_groups(sizes_G, num_rows, block)
     a_PK = a_RK if padding is None else take_quantized(a_RK, padding.source_P)
@@ -33,11 +33,6 @@ def grouped_matmul(
     y_JbN = jnp.where((group_J < num_groups)[:, None, None], y_JbN, 0)
     y_PN = y_JbN.reshape(-1, y_JbN.shape[-1])
     return y_PN if padding is None else take_rows(y_PN, padding.target_R)
-
-
-def _block(num_rows: int, num_groups: int) -> int:
-    """About half a mean group, between 8 and 128: smaller wastes fewer rows, larger reads each matrix less often."""
-    return min(128, max(8, 1 << (max(num_rows // (2 * num_groups), 1).bit_length() - 1)))
 
 
 def grouped_weight_gradient(

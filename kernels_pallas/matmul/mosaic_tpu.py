@@ -23,8 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output, priced
 from kernels_pallas.matmul.accumulation import Accumulation
-from kernels_pallas.qtensor import QTensor, retile
-from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
+from kernels_pallas.qtensor import QTensor, retile, round_up
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column
 
 
 @dataclasses.dataclass(frozen=True)

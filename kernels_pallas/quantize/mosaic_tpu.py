@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas._compat import output
-from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer, retile
+from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer, retile, round_up
 from kernels_pallas.quantize.reference import scale_of, swiglu
-from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column, round_up
+from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column
 
 ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
 TILES = {"tile": 64, "block": 16}  # side by side at once

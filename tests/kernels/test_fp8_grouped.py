@@ -143,6 +143,22 @@ def test_padding_moves_each_group_to_a_multiple_of_the_block(sizes, block):
     np.testing.assert_array_equal(padding.source_P, source)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_groups", "fields", "block"),
+    [
+        (1000, 4, {}, 64),  # half a mean group is 125
+        (1024, 4, {}, 128),
+        (4096, 4, {}, 128),
+        (5, 7, {}, 8),
+        (1024, 4, {"share": 4}, 64),
+        (4096, 4, {"smallest": 32, "largest": 512}, 512),
+        (8, 4, {"smallest": 32, "largest": 512}, 32),
+    ],
+)
+def test_blocks_are_powers_of_two_at_or_below_a_share_of_a_mean_group(num_rows, num_groups, fields, block):
+    assert layout.choose_block(num_rows, num_groups, **fields) == block
+
+
 @pytest.mark.parametrize("scope", ["tile", "block", "tensor"])
 def test_rows_keep_their_scales_where_they_go(scope):
     q = oracle.call(quantize, oracle.matrix("outlier_rows", 140, 200), quantizer=Quantizer(scope))

@@ -47,7 +47,9 @@ def exact(numbers, query_segments, segments, first):
 
     def call(q, k, v):
         s = einsum("BTHk,BSHk->BHTS", q, k) * q.shape[-1] ** -0.5
-        p = jax.nn.softmax(jnp.where(reference.visible(query_segments, segments, first), s, -jnp.inf), axis=-1)
+        p = jax.nn.softmax(
+            jnp.where(reference.causal_mask(query_segments, segments, first)[:, None], s, -jnp.inf), axis=-1
+        )
         return einsum("BHTS,BSHv->BTHv", p, v)
 
     o, pull = jax.vjp(call, *qkv)
