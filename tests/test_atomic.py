@@ -39,12 +39,11 @@ def test_two_writers_do_not_meet(tmp_path):
     path, barrier = tmp_path / "file", threading.Barrier(2, timeout=20)
 
     def write(text):
-        with atomic_path(path) as temporary:
-            with temporary.open("w") as file:
-                barrier.wait()
-                file.write(text[:1000])
-                barrier.wait()
-                file.write(text[1000:])
+        with atomic_path(path) as temporary, temporary.open("w") as file:
+            barrier.wait()
+            file.write(text[:1000])
+            barrier.wait()
+            file.write(text[1000:])
 
     writers = [threading.Thread(target=write, args=(letter * 2000,)) for letter in "ab"]
     for writer in writers:

@@ -26,7 +26,7 @@ CONFIG = "from ml_collections import ConfigDict\n\n\n"
             "mine.py.*TypeError: .*missing 1 required positional argument: 'seed'",
         ),
         (
-            "from deepseek_jax.model.presets import preset\n\n\ndef get_config():\n    return {'model': preset('v4')}\n",
+            "from deepseek_jax.model.presets import preset\n\n\ndef get_config():\n    return {'m': preset('v4')}\n",
             "mine.py:5: preset='v4': .*allowed",
         ),
         ("from helper import broken\n\n\ndef get_config():\n    return broken()\n", r"helper.py:2: ValueError: oh"),
@@ -60,7 +60,8 @@ def test_an_override_leaves_what_a_neighbor_holds_alone(tmp_path):
     (tmp_path / "shared_part.py").write_text(CONFIG + "SOURCES = [{'name': 'a'}]\nMODEL = ConfigDict({'width': 1})\n")
     (tmp_path / "mine.py").write_text(
         CONFIG
-        + "import shared_part\n\ndef get_config():\n    return ConfigDict({'m': shared_part.MODEL, 's': shared_part.SOURCES})\n"
+        + "import shared_part\n\ndef get_config():\n"
+        + "    return ConfigDict({'m': shared_part.MODEL, 's': shared_part.SOURCES})\n"
     )
     path = str(tmp_path / "mine.py")
     assert plain(read_config(path, [("m.width", "2"), ("s[0].name", "b")])) == {"m": {"width": 2}, "s": [{"name": "b"}]}

@@ -173,7 +173,10 @@ def test_the_batch_of_a_schedule_is_the_one_that_is_used_and_checked():
 
 
 def test_the_learning_rate_of_reinforcement_learning_has_one_meaning(tmp_path):
-    lines = "from r1_tiny import get_config as base\n\n\ndef get_config():\n    config = base()\n    del config.grpo.grpo.learning_rate, config.grpo.grpo.warmup_steps\n    return config\n"
+    lines = (
+        "from r1_tiny import get_config as base\n\n\ndef get_config():\n    config = base()\n"
+        "    del config.grpo.grpo.learning_rate, config.grpo.grpo.warmup_steps\n    return config\n"
+    )
     (tmp_path / "mine.py").write_text(
         "import sys\n\nsys.path.append(" + repr(str(ROOT / "experiments")) + ")\n" + lines
     )

@@ -28,10 +28,14 @@ from deepseek_jax.training.schedules import SCHEDULES
 ROOT = Path(__file__).parents[1]
 R1_TINY = str(ROOT / "experiments" / "r1_tiny.py")
 SCALARS = (
-    *("0", "1", "-1", "2", "3", "7", "64", "2.5", "-0.5", "1e3", "1e-400", "1e400", "-1e30", "nan", "inf", "-inf", "0x10", "1_000", "007", "9" * 30),
-    *("9" * 5000, "True", "False", "true", "no", "yes", "None", "null", "", " ", "abc", "abc def", "'5'", '"x"', "é", "\u0000", "../x", "a.b:c", "os:sep"),
-    *("byte", "float32", "stdlib", "task", "parity", "chain", "dapo", "cosine", "text", "whole", "cut", "none", "full", "softmax", "--dry", "{", "[", "(" * 500),
-    *("b'x'", "1j", "...", "{1, 2}", "lambda: 0", "__import__('os')", "1 if", "[1, [2, {}]]", "{1: 2}", "{'a': {'b': [None]}}", "()", "[]", "{}", "(1,)", "[0.2, 0.3]"),
+    *("0", "1", "-1", "2", "3", "7", "64", "2.5", "-0.5", "1e3", "1e-400", "1e400", "-1e30", "nan", "inf", "-inf",
+      "0x10", "1_000", "007", "9" * 30),
+    *("9" * 5000, "True", "False", "true", "no", "yes", "None", "null", "", " ", "abc", "abc def", "'5'", '"x"', "é",
+      "\u0000", "../x", "a.b:c", "os:sep"),
+    *("byte", "float32", "stdlib", "task", "parity", "chain", "dapo", "cosine", "text", "whole", "cut", "none", "full",
+      "softmax", "--dry", "{", "[", "(" * 500),
+    *("b'x'", "1j", "...", "{1, 2}", "lambda: 0", "__import__('os')", "1 if", "[1, [2, {}]]", "{1: 2}",
+      "{'a': {'b': [None]}}", "()", "[]", "{}", "(1,)", "[0.2, 0.3]"),
 )  # fmt: skip
 
 

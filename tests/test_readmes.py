@@ -41,7 +41,8 @@ def small_deepseek(vocab_size: int) -> ModelConfig:
     """A network with every piece of V2-Lite and V3 that a checkpoint folder can hold, in widths of whole FP8 blocks."""
     return ModelConfig(
         vocab_size=vocab_size, hidden_size=128, num_layers=2, intermediate_size=128, first_k_dense=1, init_std=0.1,
-        attention=MLAConfig(num_heads=2, q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64),
+        attention=MLAConfig(num_heads=2, q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64,
+        v_head_dim=64),
         moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=128, num_shared_experts=1),
     )  # fmt: skip
 
@@ -62,8 +63,8 @@ def small_tokenizer(folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
     template = (
         "{{bos_token}}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{m.content}}{% else %}"
-        "<｜Assistant｜>{{m.content}}{{eos_token}}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% "
-        "endif %}"
+        "<｜Assistant｜>{{m.content}}{{eos_token}}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
     )
     settings = {"bos_token": special[0], "eos_token": special[1], "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

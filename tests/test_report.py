@@ -78,7 +78,10 @@ def test_a_place_without_a_panel_stays_empty(tmp_path):
 
 
 def test_importing_changes_no_backend():
-    code = "import matplotlib; matplotlib.use('pdf'); import deepseek_jax.report as r; assert matplotlib.get_backend() == 'pdf'; assert 'matplotlib.pyplot' not in __import__('sys').modules"
+    code = (
+        "import matplotlib; matplotlib.use('pdf'); import deepseek_jax.report as r; "
+        "assert matplotlib.get_backend() == 'pdf'; assert 'matplotlib.pyplot' not in __import__('sys').modules"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

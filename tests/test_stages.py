@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -22,7 +23,8 @@ from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
 def get_config():
     model = ModelConfig(
         vocab_size=272, hidden_size=8, num_layers=2, intermediate_size=12, first_k_dense=1, mtp_depth=1,
-        attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=4), moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=6),
+        attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=4),
+        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=6),
     )
     stage = {"kind": "pretrain", "data": {"sources": SOURCES}, "seq_len": 16, "batch_size": 2, "train": {"steps": 3}}
     last = {"kind": "eval", "data": {"sources": HELD_OUT}, "seq_len": 16, "batch_size": 2}
@@ -70,8 +72,9 @@ def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch
     assert ("pretrain: nothing is held out" in capsys.readouterr().out) != held_out
     if held_out:
         batches = list(found["held_out"]())
+        lines = Path(text).read_text().splitlines()
         assert sum(int(batch["num_bytes"].sum()) for batch in batches) == sum(
-            len(json.loads(line)["text"]) for line in open(text)
+            len(json.loads(line)["text"]) for line in lines
         )
 
 

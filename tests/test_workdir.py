@@ -155,7 +155,10 @@ def test_a_schedule_over_the_stage_is_another_one_when_the_stage_is_longer(tmp_p
     run = tmp_path / "run"
     start(run, cosine % "")
     finish(run)
-    message = r"pretrain.train.optimizer.learning_rate \(0.00\d+ -> 0.00\d+ at step \d+, which is made; .*give it the 'steps' it had"
+    message = (
+        r"pretrain.train.optimizer.learning_rate \(0.00\d+ -> 0.00\d+ at step \d+, which is made; "
+        r".*give it the 'steps' it had"
+    )
     with pytest.raises(ConfigError, match=message):
         start(run, cosine % "", "--config.pretrain.train.steps=300")
     longer = start(run, cosine % ",'steps':240", "--config.pretrain.train.steps=300")
@@ -198,7 +201,10 @@ def test_a_stage_may_be_as_short_as_one_of_its_checkpoints(tmp_path):
     ):
         start(run, CONSTANT, "--config.pretrain.train.steps=180")
     # A schedule that is the same as far as the shorter stage goes, and another one after it.
-    switch = "--config.pretrain.train.optimizer.learning_rate={'kind':'switch','first':0.001,'second':0.0005,'at':0.5,'steps':240}"
+    switch = (
+        "--config.pretrain.train.optimizer.learning_rate="
+        "{'kind':'switch','first':0.001,'second':0.0005,'at':0.5,'steps':240}"
+    )
     assert start(run, switch, "--config.pretrain.train.steps=120")["pretrain"] == "keep"
     with pytest.raises(ConfigError, match=r"learning_rate \(0.001 -> 0.0005 at step 120, which is made"):
         start(run, switch)
@@ -259,7 +265,10 @@ def test_one_run_at_a_time(tmp_path):
     """Another process holds the folder, and is killed."""
     run = tmp_path / "new" / "run"
     run.mkdir(parents=True)
-    program = f"import time; from deepseek_jax.locks import lock\nwith lock({str(run / 'run.lock')!r}, ''): print('held', flush=True); time.sleep(600)"
+    program = (
+        f"import time; from deepseek_jax.locks import lock\n"
+        f"with lock({str(run / 'run.lock')!r}, ''): print('held', flush=True); time.sleep(600)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

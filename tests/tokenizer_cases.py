@@ -29,7 +29,8 @@ CHATML = """{%- for message in messages %}
 {%- endif %}
 """
 LLAMA = """{% set loop_messages = messages %}{% for message in loop_messages %}
-{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
+{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim
+    + '<|eot_id|>' %}
 {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}
 {{- content }}
 {%- endfor %}

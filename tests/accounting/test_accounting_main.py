@@ -85,9 +85,12 @@ from ml_collections import ConfigDict
 from deepseek_jax.model.presets import preset
 
 def get_config():
-    config = ConfigDict({"model": preset("v2_lite_16b").replace(num_layers=3, mtp_depth=1).to_dict(), "stages": ("pretrain", "sft"), "tokenizer": "byte"})
-    config.pretrain = {"kind": "pretrain", "seq_len": 512, "batch_size": 8, "train": {"steps": 30, "objective": {"mtp_weight": 0.3}}}
-    config.sft = {"kind": "sft", "seq_len": 256, "batch_size": 4, "train": {"steps": 20, "objective": {"mtp_weight": 0.0}}}
+    model = preset("v2_lite_16b").replace(num_layers=3, mtp_depth=1)
+    config = ConfigDict({"model": model.to_dict(), "stages": ("pretrain", "sft"), "tokenizer": "byte"})
+    config.pretrain = {"kind": "pretrain", "seq_len": 512, "batch_size": 8}
+    config.pretrain.train = {"steps": 30, "objective": {"mtp_weight": 0.3}}
+    config.sft = {"kind": "sft", "seq_len": 256, "batch_size": 4}
+    config.sft.train = {"steps": 20, "objective": {"mtp_weight": 0.0}}
     return config
 """
 

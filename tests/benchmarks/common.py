@@ -151,7 +151,8 @@ def describe(config: ModelConfig, flags: argparse.Namespace) -> dict[str, Any]:
 
     counts = count_parameters(config)
     return {
-        "machine": f"{platform.machine()}, {flags.cores} threads on {flags.cores} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {flags.cores} threads on {flags.cores} cores, "
+        f"Python {platform.python_version()}",
         "clock": "processor" if flags.cpu_time else "wall",
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "parameters": counts.total,

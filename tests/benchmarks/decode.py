@@ -1,6 +1,7 @@
 """Batched greedy decoding against transformers' `generate`: tokens/s, same weights, prompts, cores, float32.
 
-    python tests/benchmarks/decode.py [--size=small] [--batch=32] [--prompt=32] [--new_tokens=96] [--breakdown] [--json=out.json]
+    python tests/benchmarks/decode.py [--size=small] [--batch=32] [--prompt=32] [--new_tokens=96] [--breakdown]
+        [--json=out.json]
 
 Needs `.[parity]`. End-of-sequence is off, so that both sides make the same number of tokens; both use a key-value cache
 (ours the latent one) and have to produce the same text. Prefill is part of the time on both sides.

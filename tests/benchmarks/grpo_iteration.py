@@ -1,7 +1,8 @@
 """One GRPO iteration against the same work with transformers' `generate` and a torch update: seconds, same weights,
 cores, float32.
 
-    python tests/benchmarks/grpo_iteration.py [--prompts=16] [--group=16] [--new_tokens=64] [--breakdown] [--json=out.json]
+    python tests/benchmarks/grpo_iteration.py [--prompts=16] [--group=16] [--new_tokens=64] [--breakdown]
+        [--json=out.json]
 
 Needs `.[parity]`. Both sides sample completions of the main job's task, reward them and make the main job's updates
 with clipped ratio and KL to a reference. Random weights hardly ever end a completion, so that both sides decode all

@@ -1,7 +1,8 @@
 """An experiment's whole training step in several precisions, taking turns on the device that is here: tokens/s, memory,
 ratio to the first.
 
-    python tests/benchmarks/precisions.py [--config=experiments/v3_style_1b.py] [--config.any.field=value] [--precisions=bfloat16,fp8_deepseek]
+    python tests/benchmarks/precisions.py [--config=experiments/v3_style_1b.py] [--config.any.field=value]
+        [--precisions=bfloat16,fp8_deepseek]
 
 Forward, backward, clipping and AdamW, compiled as training compiles them, on random tokens. Before anything is timed
 the losses of the first steps have to agree within 1%. What the step can reach at most: the dry run

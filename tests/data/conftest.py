@@ -23,5 +23,5 @@ def documents():
     trained on."""
     lengths = np.random.default_rng(0).integers(1, 41, size=60)
     starts = np.concatenate([[1000], 1000 + np.cumsum(lengths)])
-    ids = [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths)]
+    ids = [np.arange(start, start + length, dtype=np.int32) for start, length in zip(starts, lengths, strict=False)]
     return [{"tokens": tokens, "loss_mask": (tokens % 3 > 0).astype(np.int32)} for tokens in ids]

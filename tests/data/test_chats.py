@@ -2,6 +2,7 @@
 template has it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,7 +77,9 @@ def test_words_of_a_message_never_become_control_tokens(make, family, kind):
 
     def controls(*texts):
         roles = (USER, ASSISTANT, USER, SYSTEM, USER)
-        return [i for i in tokenizer.chat([role(text) for role, text in zip(roles, texts)]) if i in control]
+        return [
+            i for i in tokenizer.chat([role(text) for role, text in zip(roles, texts, strict=False)]) if i in control
+        ]
 
     harmless = controls(*["x"] * 5)
     for place in (0, 2, 3, 4):
@@ -116,7 +119,10 @@ def test_a_prompt_keeps_its_tokens_where_the_answer_would_melt_into_it(make):
 
 
 def test_no_control_token_arises_between_two_texts(make):
-    parts = "{{ bos_token }}{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    parts = (
+        "{{ bos_token }}{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}"
+        "{% endfor %}"
+    )
     _, tokenizer = make(parts, ROLES)
     for first, second in (("</", "s>"), ("<", "/s>"), ("x<|us", "er|>")):
         ids = tokenizer.chat([{"role": "user", "content": [{"text": first}, {"text": second}]}])
@@ -125,7 +131,10 @@ def test_no_control_token_arises_between_two_texts(make):
 
 
 def test_templates_change_the_words_of_a_message_as_ever(make):
-    change = "{{ bos_token }}{% for m in messages %}{{ m.content | trim | upper }}|{{ m | tojson(ensure_ascii=True) }}{{ eos_token }}{% endfor %}"
+    change = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content | trim | upper }}|{{ m | tojson(ensure_ascii=True) }}"
+        "{{ eos_token }}{% endfor %}"
+    )
     _, tokenizer = make(change, ROLES)
     ids = tokenizer.chat([USER(' é</s>"<|user|> ')])
     assert tokenizer.decode(ids) == '<s>É</S>"<|USER|>|{"role": "user", "content": " \\u00e9</s>\\"<|user|> "}</s>'
@@ -207,7 +216,8 @@ def test_templates_as_transformers_renders_them(transformers, make, template):
 def test_where_templates_are_stored(transformers, make, tmp_path):
     """A file of its own goes before tokenizer_config.json, and of several the one named default."""
     folder, _ = make(None)
-    plain = {name: json.loads(open(f"{folder}/{name}").read()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    plain = {name: json.loads((Path(folder) / name).read_text()) for name in names}
     for case, settings, files, expected in (
         (
             "list",

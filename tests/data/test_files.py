@@ -241,7 +241,7 @@ QUESTIONS = {
     "turns": lambda question, answer: {
         "messages": [
             {"role": role, "content": text}
-            for role, text in zip(("user", "assistant") * 2, (question, answer, f"and {answer}?", "yes"))
+            for role, text in zip(("user", "assistant") * 2, (question, answer, f"and {answer}?", "yes"), strict=True)
         ]
     },
     "tokens": lambda question, answer: {

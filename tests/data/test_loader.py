@@ -83,7 +83,7 @@ def test_threads_do_not_change_the_batches(make):
         other = make(read_threads=threads, prefetch_sequences=sequences)
         other.set_state(plain.get_state())  # positions carry over, too
         start = plain.get_state()
-        assert all([same(next(plain), next(other)) for _ in range(30)])
+        assert all(same(next(plain), next(other)) for _ in range(30))
         plain.set_state(start)
 
 

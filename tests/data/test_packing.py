@@ -30,7 +30,7 @@ def segments(batches):
     for batch in batches:
         assert all(value.dtype == np.int32 for value in batch.values())
         for tokens, ids, positions, mask in zip(
-            batch["tokens"], batch["segment_ids"], batch["positions"], batch["loss_mask"]
+            batch["tokens"], batch["segment_ids"], batch["positions"], batch["loss_mask"], strict=True
         ):
             used = int((ids > 0).sum())
             assert (ids[:used] > 0).all() and (np.diff(ids[:used]) >= 0).all(), (
@@ -111,10 +111,13 @@ def test_long_documents_may_be_cut_while_short_ones_stay_whole(documents, byte_t
 def test_held_out_pass_has_every_token_but_the_first_as_a_target_once(documents, byte_tokenizer, seq_len):
     batches = list(load(documents, byte_tokenizer, "validation", seq_len=seq_len))
     targets = sorted(
-        token for tokens, mask in segments(batches) for token, wanted in zip(tokens[1:], mask[1:]) if wanted
+        token
+        for tokens, mask in segments(batches)
+        for token, wanted in zip(tokens[1:], mask[1:], strict=True)
+        if wanted
     )
     expected = sorted(
-        t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:]) if m
+        t for document in documents for t, m in zip(document["tokens"][1:], document["loss_mask"][1:], strict=True) if m
     )
     assert targets == expected
 
@@ -136,6 +139,6 @@ def test_held_out_bytes_sum_to_the_size_of_the_text(byte_tokenizer):
 def test_the_held_out_pass_is_always_the_same(documents, byte_tokenizer):
     first, second = (list(load(documents, byte_tokenizer, "validation")) for _ in range(2))
     assert len(first) == len(second)
-    for a, b in zip(first, second):
+    for a, b in zip(first, second, strict=True):
         for field in a:
             np.testing.assert_array_equal(a[field], b[field])

@@ -167,7 +167,7 @@ def test_growing_batches_keep_every_stream_in_its_place(make):
     np.testing.assert_array_equal(
         np.concatenate([batch.reshape(STREAMS, -1, T) for batch in batches], axis=1), expected
     )
-    for size, batch in zip(sizes, batches):
+    for size, batch in zip(sizes, batches, strict=True):
         np.testing.assert_array_equal(joined(hosts_ramped, size)["tokens"], batch)
 
 
@@ -182,7 +182,8 @@ def test_sizes_that_do_not_divide_are_refused(make):
         make(batch_size=2)
     with pytest.raises(
         ConfigError,
-        match=r"data.streams=4 cannot be dealt to 6 .*: the hosts can hold 1, 2, 4 blocks, or a multiple of 4; or set .* multiple of 6",
+        match=r"data.streams=4 cannot be dealt to 6 .*: the hosts can hold 1, 2, 4 blocks, or a multiple of 4; "
+        "or set .* multiple of 6",
     ):
         make(share=(0, 6), batch_size=24)
 

@@ -11,23 +11,27 @@ from tokenizer_cases import FAMILIES, make_tokenizer
 from deepseek_jax.data.tokenizers import StreamDecoder, load_tokenizer
 
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 3, 258, 10**10, 2**64, 0.5, float("nan"), "", "a", "</s>", "<|user|>", "<think>", "\ud800", "\ufdd0", [], {}, [1],
-    [[]], {"a": 1}, {"content": "<s>"}, {"type": "Sequence"}, "BPE", "WordLevel", "Unigram", "ByteLevel", "Metaspace", "{{ messages }}", "(", "[",
-    {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}, {"type": "ByteFallback"}, {"type": "Lowercase"},
-    {"type": "Replace", "pattern": {"String": "a"}, "content": "</s>"}, {"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "NFKC"},
+    None, True, False, 0, 1, -1, 2, 3, 258, 10**10, 2**64, 0.5, float("nan"), "", "a", "</s>", "<|user|>", "<think>",
+    "\ud800", "\ufdd0", [], {}, [1], [[]], {"a": 1}, {"content": "<s>"}, {"type": "Sequence"}, "BPE", "WordLevel",
+    "Unigram", "ByteLevel", "Metaspace", "{{ messages }}", "(", "[",
+    {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}, {"type": "ByteFallback"},
+    {"type": "Lowercase"},
+    {"type": "Replace", "pattern": {"String": "a"}, "content": "</s>"}, {"type": "WordPiece", "prefix": "##",
+    "cleanup": True}, {"type": "NFKC"},
 ]  # fmt: skip
 PIECES = [
-    "{%", "%}", "{{", "}}", "{#", "-", "for", "in", "if", "else", "endif", "endfor", "messages", "message", "m.content", "loop.last", "|", "| trim",
-    "| tojson", "| first", ".split('</think>')", "[-1]", "[", "]", "(", ")", "'", '"', "\n", "set x = ", "~", "+", "*", "**", "% 3", "999999999",
-    "range(99999)", "namespace(a=1)", "raise_exception('no')", "macro f(x)", "endmacro", "{% generation %}", "{% "
-    "endgeneration %}", "strftime_now('%q')",
-    "bos_token", "is defined", "not", "none", "{% break %}", "recursive", "loop(m)", "self", "caller()", "{% include "
-    "'x' %}", "{% extends x %}",
-    "{% raw %}", "{% for i in range(99999) %}", "{% call f(1) %}", "cycler(1)", "lipsum(9999)", "| indent(999999999)", "| center(10**10)", "\ufdd0",
-    ".format(1)", "'{:>9999999999}'", "| replace('', 'a' * 999)", "| list", "| join('a' * 999)", "__class__",
+    "{%", "%}", "{{", "}}", "{#", "-", "for", "in", "if", "else", "endif", "endfor", "messages", "message", "m.content",
+    "loop.last", "|", "| trim", "| tojson", "| first", ".split('</think>')", "[-1]", "[", "]", "(", ")", "'", '"', "\n",
+    "set x = ", "~", "+", "*", "**", "% 3", "999999999", "range(99999)", "namespace(a=1)", "raise_exception('no')",
+    "macro f(x)", "endmacro", "{% generation %}", "{% " "endgeneration %}", "strftime_now('%q')", "bos_token",
+    "is defined", "not", "none", "{% break %}", "recursive", "loop(m)", "self", "caller()", "{% include " "'x' %}",
+    "{% extends x %}", "{% raw %}", "{% for i in range(99999) %}", "{% call f(1) %}", "cycler(1)", "lipsum(9999)",
+    "| indent(999999999)", "| center(10**10)", "\ufdd0", ".format(1)", "'{:>9999999999}'", "| replace('', 'a' * 999)",
+    "| list", "| join('a' * 999)", "__class__",
 ]  # fmt: skip
 CHAT = [
-    {"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "<think>é</think> c"}, {"role": "user", "content": "日"},
+    {"role": "user", "content": "a</s>b"}, {"role": "assistant", "content": "<think>é</think> c"},
+    {"role": "user", "content": "日"},
 ]  # fmt: skip
 
 

@@ -29,7 +29,8 @@ TEMPLATE = """  {% set unused = 1 %}
     {%- if message['role'] == 'tool' %}{% continue %}{% endif %}
     {%- if message['role'] == 'system' %}{{ message['content'] | tojson }}{% endif %}
     {%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{% endif %}
-    {%- if message['role'] == 'assistant' %}{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"""
 CHAT = [

@@ -1,8 +1,8 @@
 """What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every
 machine.
 
-python tests/dry_run/dry_run_cases.py [CASE …]      compiles them (all but the small ones if none is named) and writes golden/CASE.json
-pytest tests/dry_run -m big_dry_run                 compiles the big ones again and compares
+python tests/dry_run/dry_run_cases.py [CASE …]  compiles them (default: all but the small) into golden/CASE.json
+pytest tests/dry_run -m big_dry_run             compiles the big ones again and compares
 """
 
 import json

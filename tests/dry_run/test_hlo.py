@@ -130,6 +130,7 @@ def test_trip_counts(changes, trips):
     assert found.assumed_loops == (("while",) if trips is None else ())
 
 
+TRUE_AND_FALSE = "true_computation=%sums_0, false_computation=%sums_1"
 BRANCHES = """HloModule test
 
 FileNames
@@ -173,7 +174,7 @@ ENTRY %main (x: f32[8], yes: pred[], other: s32[]) -> f32[8] {{
   %other = s32[] parameter(2)
   %index = s32[] convert(%yes)
   %first = f32[8]{{0}} conditional(%index, %x, %x), branch_computations={{%sums_1, %sums_3}}{forward}
-  ROOT %second = f32[8]{{0}} conditional({test}, %first, %first), true_computation=%sums_0, false_computation=%sums_1{backward}
+  ROOT %second = f32[8]{{0}} conditional({test}, %first, %first), {branches}{backward}
 }}
 """
 FORWARD, BACKWARD, ELSEWHERE = (f', metadata={{op_name="cond" stack_frame_id={frame}}}' for frame in (1, 3, 2))
@@ -191,7 +192,7 @@ FORWARD, BACKWARD, ELSEWHERE = (f', metadata={{op_name="cond" stack_frame_id={fr
     ],
 )
 def test_compiled_conditionals_of_one_predicate_take_the_same_branch(forward, backward, test, least, most):
-    module = hlo.parse(BRANCHES.format(forward=forward, backward=backward, test=test))
+    module = hlo.parse(BRANCHES.format(branches=TRUE_AND_FALSE, forward=forward, backward=backward, test=test))
     assert [len(traffic(module, 8, branch=branch).collectives) for branch in ("least", "most")] == [least, most]
 
 
@@ -235,7 +236,7 @@ ENTRY"""
 
 def test_branches_follow_another_measure():
     """Each branch has so many collectives, whatever the other one costs; memory follows as well."""
-    module = hlo.parse(BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other"))
+    module = hlo.parse(BRANCHES.format(branches=TRUE_AND_FALSE, forward=FORWARD, backward=BACKWARD, test="%other"))
     place = hlo.Place("model.py", 30, 8)
     assert (
         module.place(module["main"].instructions["first"])
@@ -255,7 +256,7 @@ def test_a_report_counts_the_branches_of_the_flops():
 
     class Compiled:
         def as_text(self):
-            return BRANCHES.format(forward=FORWARD, backward=BACKWARD, test="%other")
+            return BRANCHES.format(branches=TRUE_AND_FALSE, forward=FORWARD, backward=BACKWARD, test="%other")
 
         def memory_analysis(self):
             return types.SimpleNamespace(

@@ -121,20 +121,20 @@ def test_every_expert_slot_holds_a_valid_choice(rollout):
     assert ids.min() >= 0 and ids.max() < 8 and np.all(np.diff(ids, axis=-1) > 0)
 
 
-def test_a_sampled_row_gets_alone_what_it_gets_in_a_batch(gqa):
+def test_a_sampled_sequence_gets_alone_what_it_gets_in_a_batch(gqa):
     together = gqa.rollout(gqa.prompts_BP, LENGTHS)
     for b in range(B):
         rows = slice(b, b + 1)
         alone = gqa.rollout(gqa.prompts_BP[rows], LENGTHS[rows], sequence_ids_B=jnp.asarray([b]))
-        assert_same(alone, jax.tree.map(lambda x: x[rows], together))
+        assert_same(alone, jax.tree.map(lambda x, rows=rows: x[rows], together))
 
 
-def test_a_greedy_row_gets_alone_what_it_gets_in_a_batch(mla):
+def test_a_greedy_sequence_gets_alone_what_it_gets_in_a_batch(mla):
     together = mla.generate(mla.prompts_BP, LENGTHS, sampling=GREEDY)
     for b in range(B):
         rows = slice(b, b + 1)
         alone = mla.generate(mla.prompts_BP[rows], LENGTHS[rows], sampling=GREEDY)
-        assert_same(alone, jax.tree.map(lambda x: x[rows], together))
+        assert_same(alone, jax.tree.map(lambda x, rows=rows: x[rows], together))
     logits_BTV, _ = mla.forward(*layout(mla.prompts_BP, LENGTHS, together))
     mask = np.asarray(together.mask_BN)
     np.testing.assert_array_equal(
@@ -235,7 +235,7 @@ def test_the_loop_ends_with_its_longest_row(mla, rollout):
     assert mla.advance(mla.start(mla.prompts_BP, lengths, return_experts=True), N).step == longest
 
 
-def test_a_row_without_a_prompt_only_fills_the_batch(mla, rollout):
+def test_a_sequence_without_a_prompt_only_fills_the_batch(mla, rollout):
     lengths = LENGTHS * (np.arange(B) != 1)
     generation = mla.rollout(mla.prompts_BP, lengths)
     assert generation.lengths_B[1] == 0 and not np.any(generation.mask_BN[1]) and np.all(generation.tokens_BN[1] == PAD)

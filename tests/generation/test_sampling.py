@@ -82,7 +82,9 @@ def test_greedy_is_a_point_mass_on_the_first_maximum():
 def test_log_probabilities_of_the_drawn_token():
     x, options = logits(), dict(temperature=0.6, top_k=12, top_p=0.9)
     tokens, logp = sample(jax.random.uniform(jax.random.key(3), len(x)), jnp.asarray(x), config(**options))
-    np.testing.assert_allclose(np.exp(logp), [oracle(row, **options)[t] for row, t in zip(x, tokens)], rtol=2e-5)
+    np.testing.assert_allclose(
+        np.exp(logp), [oracle(row, **options)[t] for row, t in zip(x, tokens, strict=True)], rtol=2e-5
+    )
 
 
 def test_rows_that_can_be_sampled_from():

@@ -7,9 +7,9 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 # Sizes that differ from one another, so that a shape names its axes.
 COMMON = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12, num_attention_heads=4, num_key_value_heads=4,
-    kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6, n_routed_experts=8, num_experts_per_tok=3,
-    first_k_dense_replace=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
+    vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12, num_attention_heads=4,
+    num_key_value_heads=4, kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6, n_routed_experts=8,
+    num_experts_per_tok=3, first_k_dense_replace=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
 )  # fmt: skip
 YARN = dict(type="yarn", factor=8.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1)
 torch.set_num_threads(1)  # the models are far too small for more
@@ -17,8 +17,8 @@ torch.set_num_threads(1)  # the models are far too small for more
 CASES = {
     # DeepSeek-V3: every piece on.
     "v3": dict(
-        num_hidden_layers=3, q_lora_rank=18, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
-        rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
+        num_hidden_layers=3, q_lora_rank=18, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True,
+        routed_scaling_factor=2.5, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
     ),
     # Moonlight: no query latent, no YaRN, one group, another epsilon; and no shared expert, unnormalized gates.
     "v3_plain": dict(
@@ -27,16 +27,18 @@ CASES = {
     ),
     # Rotary dimensions in halves and a stronger mscale than mscale_all_dim, which scales cos and sin.
     "v3_halves": dict(
-        num_hidden_layers=2, q_lora_rank=18, n_shared_experts=2, n_group=2, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
-        rope_interleave=False, rope_scaling=YARN | dict(mscale=1.3, mscale_all_dim=0.6),
+        num_hidden_layers=2, q_lora_rank=18, n_shared_experts=2, n_group=2, topk_group=1, norm_topk_prob=True,
+        routed_scaling_factor=1.0, rope_interleave=False, rope_scaling=YARN | dict(mscale=1.3, mscale_all_dim=0.6),
     ),
     # DeepSeek-V2.
     "v2": dict(
-        num_hidden_layers=2, q_lora_rank=18, n_shared_experts=2, n_group=4, topk_group=2, topk_method="group_limited_greedy",
-        routed_scaling_factor=4.0, rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
+        num_hidden_layers=2, q_lora_rank=18, n_shared_experts=2, n_group=4, topk_group=2,
+        topk_method="group_limited_greedy", routed_scaling_factor=4.0,
+        rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
     ),
     # DeepSeek-V2-Lite.
-    "v2_lite": dict(num_hidden_layers=2, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", routed_scaling_factor=1.0),
+    "v2_lite": dict(num_hidden_layers=2, q_lora_rank=None, n_shared_experts=2, topk_method="greedy",
+                    routed_scaling_factor=1.0),
 }  # fmt: skip
 
 

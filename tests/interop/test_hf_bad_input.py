@@ -99,8 +99,9 @@ def test_index_that_points_to_the_wrong_shard(folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "is damaged"), ("[]", r"is damaged \(it holds list, not an object\)"), ('{"weight_map": 3}', "no readable weight_map"),
-        ('{"weight_map": {"a": 3}}', "no readable weight_map"), ('{"weight_map": {"a": "../x"}}', "no readable weight_map"),
+        ("{", "is damaged"), ("[]", r"is damaged \(it holds list, not an object\)"),
+        ('{"weight_map": 3}', "no readable weight_map"), ('{"weight_map": {"a": 3}}', "no readable weight_map"),
+        ('{"weight_map": {"a": "../x"}}', "no readable weight_map"),
         ("[" * 100_000, "is damaged"),
     ],
 )  # fmt: skip
@@ -126,7 +127,7 @@ def test_pickles_are_never_opened(folder):
 
 def test_mtp_copies_may_be_absent(folder):
     for name in ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"):
-        rewrite(folder, lambda tensors: tensors.pop(name), name)
+        rewrite(folder, lambda tensors, name=name: tensors.pop(name), name)
     assert import_folder(folder)[0].mtp_depth == 1
 
 
@@ -180,9 +181,9 @@ def test_failed_export_leaves_nothing(tmp_path, variables):
 
 
 def test_full_disk_is_reported_before_and_during_writing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes, its disk has"):
-        with atomic_folder(tmp_path / "out", needed_bytes=10**18):
-            pass
+    too_much = atomic_folder(tmp_path / "out", needed_bytes=10**18)
+    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes, its disk has"), too_much:
+        pass
     with pytest.raises(CheckpointError, match="No space left on device"), atomic_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []

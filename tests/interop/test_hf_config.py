@@ -11,46 +11,51 @@ from deepseek_jax.model.presets import PRESETS, preset
 
 YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "factor": 40, "beta_fast": 32, "beta_slow": 1}
 COMMON = dict(
-    attention_bias=False, attention_dropout=0.0, hidden_act="silu", moe_layer_freq=1, rms_norm_eps=1e-6, rope_theta=10000,
-    tie_word_embeddings=False, use_cache=True, initializer_range=0.02, torch_dtype="bfloat16", transformers_version="4.33.1",
-    pretraining_tp=1, seq_aux=True, aux_loss_alpha=0.001, num_experts_per_tok=6, n_routed_experts=64, n_shared_experts=2,
-    moe_intermediate_size=1408, first_k_dense_replace=1, vocab_size=102400,
+    attention_bias=False, attention_dropout=0.0, hidden_act="silu", moe_layer_freq=1, rms_norm_eps=1e-6,
+    rope_theta=10000, tie_word_embeddings=False, use_cache=True, initializer_range=0.02, torch_dtype="bfloat16",
+    transformers_version="4.33.1", pretraining_tp=1, seq_aux=True, aux_loss_alpha=0.001, num_experts_per_tok=6,
+    n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1408, first_k_dense_replace=1, vocab_size=102400,
 )  # fmt: skip
 MLA = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 # The released files' fields.
 RELEASED = {
     "v3_671b": COMMON | MLA | dict(
-        model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "x"}, bos_token_id=0, eos_token_id=1,
-        num_hidden_layers=61, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_attention_heads=128,
-        num_key_value_heads=128, q_lora_rank=1536, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
-        first_k_dense_replace=3, n_group=8, topk_group=4, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True,
-        routed_scaling_factor=2.5, num_nextn_predict_layers=1, vocab_size=129280, ep_size=1, max_position_embeddings=163840,
+        model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "x"}, bos_token_id=0,
+        eos_token_id=1, num_hidden_layers=61, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+        num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, n_routed_experts=256, n_shared_experts=1,
+        num_experts_per_tok=8, first_k_dense_replace=3, n_group=8, topk_group=4, scoring_func="sigmoid",
+        topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        vocab_size=129280, ep_size=1, max_position_embeddings=163840,
         rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
         quantization_config={
-            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+            "scale_fmt": "ue8m0"
         },
     ),
     "v2_236b": COMMON | MLA | dict(
-        model_type="deepseek_v2", num_hidden_layers=60, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536,
-        num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, n_routed_experts=160, n_group=8, topk_group=3,
-        scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False, routed_scaling_factor=16.0,
+        model_type="deepseek_v2", num_hidden_layers=60, hidden_size=5120, intermediate_size=12288,
+        moe_intermediate_size=1536, num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536,
+        n_routed_experts=160, n_group=8, topk_group=3, scoring_func="softmax", topk_method="group_limited_greedy",
+        norm_topk_prob=False, routed_scaling_factor=16.0,
         rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     ),
     "v2_lite_16b": COMMON | MLA | dict(
-        model_type="deepseek_v2", num_hidden_layers=27, hidden_size=2048, intermediate_size=10944, num_attention_heads=16,
-        num_key_value_heads=16, q_lora_rank=None, n_group=1, topk_group=1, scoring_func="softmax", topk_method="greedy",
-        norm_topk_prob=False, routed_scaling_factor=1.0, rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        model_type="deepseek_v2", num_hidden_layers=27, hidden_size=2048, intermediate_size=10944,
+        num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, n_group=1, topk_group=1,
+        scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0,
+        rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     ),
     "moonlight_16b": COMMON | MLA | dict(
-        model_type="deepseek_v3", num_hidden_layers=27, hidden_size=2048, intermediate_size=11264, num_attention_heads=16,
-        num_key_value_heads=16, q_lora_rank=None, n_group=1, topk_group=1, scoring_func="sigmoid", topk_method="noaux_tc",
-        norm_topk_prob=True, routed_scaling_factor=2.446, rope_scaling=None, rope_theta=50000.0, rms_norm_eps=1e-5, vocab_size=163840,
-        num_nextn_predict_layers=0,
+        model_type="deepseek_v3", num_hidden_layers=27, hidden_size=2048, intermediate_size=11264,
+        num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, n_group=1, topk_group=1,
+        scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.446,
+        rope_scaling=None, rope_theta=50000.0, rms_norm_eps=1e-5, vocab_size=163840, num_nextn_predict_layers=0,
     ),
     "kimi_k2_1t": COMMON | MLA | dict(
-        model_type="kimi_k2", num_hidden_layers=61, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
-        num_attention_heads=64, num_key_value_heads=64, q_lora_rank=1536, n_routed_experts=384, n_shared_experts=1, num_experts_per_tok=8,
-        n_group=1, topk_group=1, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.827,
+        model_type="kimi_k2", num_hidden_layers=61, hidden_size=7168, intermediate_size=18432,
+        moe_intermediate_size=2048, num_attention_heads=64, num_key_value_heads=64, q_lora_rank=1536,
+        n_routed_experts=384, n_shared_experts=1, num_experts_per_tok=8, n_group=1, topk_group=1,
+        scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.827,
         rope_theta=50000.0, vocab_size=163840, num_nextn_predict_layers=0,
         rope_scaling=YARN | {"factor": 32.0, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     ),
@@ -219,7 +224,8 @@ def test_other_names_of_a_field():
 
 def test_fields_of_other_software_change_nothing():
     foreign = {
-        "_attn_implementation_autoset": True, "unsloth_version": "1", "tokenizer_class": "X", "_name_or_path": "x", "temperature": 0.6, "transformers.js_config": {"a": 1},
+        "_attn_implementation_autoset": True, "unsloth_version": "1", "tokenizer_class": "X", "_name_or_path": "x",
+        "temperature": 0.6, "transformers.js_config": {"a": 1},
     }  # fmt: skip
     assert config_from_hf(V3 | foreign) == config_from_hf(V3)
 
@@ -319,7 +325,7 @@ def test_dense_networks_read_back():
     mla = preset("v2_lite_16b").replace(moe=None, first_k_dense=0, remat="none")
     assert config_from_hf(config_to_hf(mla)).replace(first_k_dense=0) == mla
     gqa = ModelConfig(
-        vocab_size=9, hidden_size=8, num_layers=2, intermediate_size=7, attention=GQAConfig(4, 2, 2), moe=None, tie_embeddings=True,
-        rope=dataclasses.replace(mla.rope, interleaved=False, yarn=None),
+        vocab_size=9, hidden_size=8, num_layers=2, intermediate_size=7, attention=GQAConfig(4, 2, 2), moe=None,
+        tie_embeddings=True, rope=dataclasses.replace(mla.rope, interleaved=False, yarn=None),
     )  # fmt: skip
     assert config_from_hf(config_to_hf(gqa)).replace(first_k_dense=0) == gqa

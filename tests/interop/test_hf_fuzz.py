@@ -12,15 +12,19 @@ from deepseek_jax.interop.hf_config import read_config
 from deepseek_jax.interop.safetensors_io import DTYPES, read_header, read_tensor
 
 CONFIG = dict(
-    model_type="deepseek_v3", vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=14, q_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6,
-    n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=3, rms_norm_eps=1e-6, n_group=4, topk_group=2,
-    routed_scaling_factor=2.5, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", rope_theta=1e4, tie_word_embeddings=False,
-    num_nextn_predict_layers=1, max_position_embeddings=163840, eos_token_id=1, bos_token_id=0, head_dim=16, hidden_act="silu",
+    model_type="deepseek_v3", vocab_size=96, hidden_size=32, intermediate_size=40, moe_intermediate_size=12,
+    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=14, q_lora_rank=18,
+    qk_nope_head_dim=10, qk_rope_head_dim=16, v_head_dim=6, n_routed_experts=16, num_experts_per_tok=3,
+    n_shared_experts=1, first_k_dense_replace=3, rms_norm_eps=1e-6, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc", rope_theta=1e4, tie_word_embeddings=False,
+    num_nextn_predict_layers=1, max_position_embeddings=163840, eos_token_id=1, bos_token_id=0, head_dim=16,
+    hidden_act="silu",
     rope_scaling=dict(
-        type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0
+        type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1.0,
+        mscale_all_dim=1.0
     ),
-    quantization_config=dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128], activation_scheme="dynamic", scale_fmt="ue8m0"),
+    quantization_config=dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128], activation_scheme="dynamic",
+                             scale_fmt="ue8m0"),
 )  # fmt: skip
 HEADER = {
     "__metadata__": {"format": "pt"},
@@ -30,9 +34,10 @@ HEADER = {
 }
 INDEX = {"metadata": {"total_size": 35}, "weight_map": dict.fromkeys("abc", "one.safetensors")}
 VALUES = [
-    None, -1, 0, 1, 2, 3, 7, 1e9, 10**30, 10**400, 1.5, -0.0, 1e-300, float("nan"), float("inf"), True, False, "x", "", "8", "sigmoid",
-    "\ud800", "\x00", "../x", ".", "F32", "I64", "F8_E4M3", [], {}, [1], [-1], [2.0, 3], ["2", 3], [[1]], {"a": 1}, [0, 24, 1], [24, 0],
-    [0, 10**20], [128, 128], "deepseek", "deepseek_v2", "one.safetensors", "two.safetensors",
+    None, -1, 0, 1, 2, 3, 7, 1e9, 10**30, 10**400, 1.5, -0.0, 1e-300, float("nan"), float("inf"), True, False, "x", "",
+    "8", "sigmoid", "\ud800", "\x00", "../x", ".", "F32", "I64", "F8_E4M3", [], {}, [1], [-1], [2.0, 3], ["2", 3],
+    [[1]], {"a": 1}, [0, 24, 1], [24, 0], [0, 10**20], [128, 128], "deepseek", "deepseek_v2", "one.safetensors",
+    "two.safetensors",
 ]  # fmt: skip
 
 

@@ -18,15 +18,18 @@ from deepseek_jax.training.checkpoints import load_variables
 # Words as tokens, with ids that the tiny vocabulary has.
 TOKENIZER = {
     "tokenizer.json": {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": None,
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "decoder": None,
         "added_tokens": [
-            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
             for i, text in ((0, "<s>"), (7, "</s>"))
         ],
         "pre_tokenizer": {"type": "Whitespace"},
         "model": {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1, "b": 2, "</s>": 7}, "unk_token": "a"},
     },
-    "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}{{ messages[0].content }}"},
+    "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>",
+                              "chat_template": "{{ bos_token }}{{ messages[0].content }}"},
     "generation_config.json": {"bos_token_id": 0, "eos_token_id": [7, 1], "temperature": 0.6},
 }  # fmt: skip
 

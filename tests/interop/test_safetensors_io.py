@@ -80,8 +80,8 @@ def test_header_that_contradicts_itself_is_refused(tmp_path):
 
 
 def test_writer_refuses_a_tensor_it_did_not_declare_so(tmp_path):
-    with pytest.raises(ValueError, match="declared F32"):
-        with ShardWriter(tmp_path / "x", {"w": ("F32", (2,))}) as writer:
-            writer.write("w", np.ones(3, np.float32))
+    shards = ShardWriter(tmp_path / "x", {"w": ("F32", (2,))})
+    with pytest.raises(ValueError, match="declared F32"), shards as writer:
+        writer.write("w", np.ones(3, np.float32))
     with pytest.raises(ValueError, match="not written"), ShardWriter(tmp_path / "x", {"w": ("F32", (2,))}):
         pass

@@ -16,7 +16,8 @@ SWEEP = """
 from deepseek_jax.launch import Run, Sweep
 
 SMALL = {{
-    "model.num_layers": 1, "model.first_k_dense": 0, "model.scan_unroll": 1, "model.moe.num_experts": 8, "model.moe.intermediate_size": 8,
+    "model.num_layers": 1, "model.first_k_dense": 0, "model.scan_unroll": 1, "model.moe.num_experts": 8,
+    "model.moe.intermediate_size": 8,
     "pretrain.seq_len": 16, "pretrain.batch_size": 2, "pretrain.train.steps": 2, "pretrain.train.eval_batches": 1,
     "pretrain.train.optimizer.learning_rate.warmup_steps": 1, "pretrain.train.log_every": 1,
 }}
@@ -24,7 +25,8 @@ SMALL = {{
 
 def get_sweep():
     source = {{"name": "stdlib", "max_bytes": 200_000}}
-    runs = [Run(name, SMALL | {{"pretrain.data.sources": (source | more,)}}) for name, more in (("good", {{}}), ("bad", {{"name": {nowhere!r}}}))]
+    sources = {{"good": source, "bad": source | {{"name": {nowhere!r}}}}}
+    runs = [Run(name, SMALL | {{"pretrain.data.sources": (each,)}}) for name, each in sources.items()]
     return Sweep({base!r}, runs)
 """
 

@@ -289,7 +289,10 @@ def test_a_damaged_evaluation_is_refused_in_words(tmp_path):
 
 
 def test_plots_leave_matplotlibs_backend_alone():
-    code = "import matplotlib; matplotlib.use('pdf'); import deepseek_jax.launch.plots; assert matplotlib.get_backend() == 'pdf', matplotlib.get_backend()"
+    code = (
+        "import matplotlib; matplotlib.use('pdf'); import deepseek_jax.launch.plots; "
+        "assert matplotlib.get_backend() == 'pdf', matplotlib.get_backend()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 

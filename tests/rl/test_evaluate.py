@@ -26,7 +26,8 @@ CONFIG = EvalConfig(
     problems=48, sampled_problems=20, samples=4, temperature=0.9, max_completion_length=8, show=3, seed=5
 )
 RIGHT, LONG, WRONG, CUT_OFF, EMPTY, BROKEN = range(6)
-TEXTS = ["<think></think><answer>{}</answer>", "<think>1</think><answer>{}</answer>", "<think></think><answer>{}</answer>",
+TEXTS = ["<think></think><answer>{}</answer>", "<think>1</think><answer>{}</answer>",
+         "<think></think><answer>{}</answer>",
          "<think></think><answer>{}</answer>", "<think></think><answer></answer>", "<think></think>"]  # fmt: skip
 LENGTHS = np.array([6, 7, 6, 5, 5, 2])  # the end-of-text token included, where there is one
 

@@ -62,9 +62,8 @@ def test_one_run(tmp_path, clock):
         and values["goodput"] == pytest.approx(40 / 120)
         and values["restarts"] == 0
     )
-    assert (
-        line
-        == "goodput 33.3% of 120 s; starting and compiling 50.0%, waiting for data 4.2%, evaluation 7.5%, checkpoints 5.0%"
+    assert line == (
+        "goodput 33.3% of 120 s; starting and compiling 50.0%, waiting for data 4.2%, evaluation 7.5%, checkpoints 5.0%"
     )
 
 

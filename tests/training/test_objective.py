@@ -71,10 +71,9 @@ def reference_cross_entropy(logits_BTV, batch, ahead):
             t + ahead < LENGTH
             and len(set(batch["segment_ids"][b, t : t + ahead + 1])) == 1
             and batch["segment_ids"][b, t]
-        ):
-            if batch["loss_mask"][b, t + ahead]:
-                total -= log_probs[b, t, batch["tokens"][b, t + ahead]]
-                count += 1
+        ) and batch["loss_mask"][b, t + ahead]:
+            total -= log_probs[b, t, batch["tokens"][b, t + ahead]]
+            count += 1
     return total, count
 
 

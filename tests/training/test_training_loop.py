@@ -137,7 +137,10 @@ def test_a_finished_stage_returns_what_it_left(uninterrupted):
 
 def test_killed_and_stopped_and_started_again_is_bit_identical(uninterrupted, tmp_path, compilation_cache, capsys):
     """SIGKILL at a random step in a process of its own, then SIGTERM, then to the end."""
-    program = "import sys; sys.path.insert(0, sys.argv[2]); import test_training_loop as t; t.run(sys.argv[1], t.Counting(pause=0.03))"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_training_loop as t; "
+        "t.run(sys.argv[1], t.Counting(pause=0.03))"
+    )
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
