@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.attention import Tokens
+from deepseek_jax.model.auxiliary import LOSSES, METRICS
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
@@ -106,7 +107,7 @@ class Transformer(nn.Module):
         def stack(length, moe):
             return nn.scan(
                 block(looped=config.scan_unroll < length),
-                variable_axes={"params": 0, "router_bias": 0},
+                variable_axes={"params": 0, "router_bias": 0, LOSSES: 0, METRICS: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=length,
@@ -193,7 +194,7 @@ def _boxed_init(model: Transformer, rng: jax.Array):
     def everything(module: Transformer, tokens_BT):
         return module.unembed(module(tokens_BT, mtp=True).hidden_BTD)
 
-    return model.init(rng, jnp.zeros((1, 2), jnp.int32), method=everything)
+    return model.init(rng, jnp.zeros((1, 2), jnp.int32), method=everything, mutable=("params", "router_bias"))
 
 
 def init_variables(model: Transformer, rng: jax.Array, shardings: Any = None) -> dict[str, Any]:

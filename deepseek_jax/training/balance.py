@@ -37,8 +37,14 @@ def batch_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:
     return _balance(counts_LE, probs_LE, jnp.sum(stats.tokens_LB, axis=1), top_k)
 
 
+# A balance loss takes RoutingStats of L routers and top_k to float32 [L], for each router the mean over the sequences.
 # "expert" is V2's name for the loss that V3 calls sequence-wise.
-BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": sequence_balance_loss, "batch": batch_balance_loss}
+BALANCE_LOSSES = {
+    "none": None,
+    "sequence": sequence_balance_loss,
+    "expert": sequence_balance_loss,
+    "batch": batch_balance_loss,
+}
 
 
 def update_bias(
@@ -66,12 +72,11 @@ def update_router_bias(
 
     `loads` and `router_bias` share their top-level names, one per stack of routers.
     """
-    return {
-        stack: jax.tree.map(lambda bias: update_bias(bias, loads[stack], bias_update_speed, zero_sum), biases)
-        if stack in loads
-        else biases
-        for stack, biases in router_bias.items()
-    }
+
+    def updated(stack: str) -> Any:
+        return jax.tree.map(lambda b: update_bias(b, loads[stack], bias_update_speed, zero_sum), router_bias[stack])
+
+    return {stack: updated(stack) if stack in loads else biases for stack, biases in router_bias.items()}
 
 
 def max_violation(counts_LE: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import constrain_state
+from deepseek_jax.training.auxiliary import add_names, mean_metrics
 from deepseek_jax.training.balance import load_metrics, update_router_bias
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn, uses_mtp
 from deepseek_jax.training.schedules import Schedule
@@ -45,7 +46,6 @@ def make_train_step(
         new_state, grad_norm = guarded_update(state, optimizer, loss, grads, aux.loads, gamma, zero_sum)
         metrics = {
             "loss": loss,
-            **aux.losses,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.step - state.skipped),
             "tokens": aux.tokens,
@@ -57,7 +57,8 @@ def make_train_step(
             metrics["bias_update_speed"] = gamma
             metrics |= load_metrics(aux.loads)
             metrics["expert_overflows"] = aux.overflows
-        return constrain_state(model, new_state), metrics
+        metrics = add_names(metrics, aux.losses)
+        return constrain_state(model, new_state), add_names(metrics, mean_metrics(aux.metrics))
 
     return train_step
 

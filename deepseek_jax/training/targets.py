@@ -17,7 +17,8 @@ class Denominators:
     """Counts of a global batch, at least 1 each, by which the sums of its microbatches are divided."""
 
     targets_K: jax.Array  # float32 [1 + D]: targets one place ahead, two places ahead, …
-    sequences_K: jax.Array  # float32 [1 + D]: sequences that hold any token, a token that has one a place ahead, …
+    tokens_K: jax.Array  # float32 [1 + D]: tokens, tokens that have another one place ahead, …
+    sequences_K: jax.Array  # float32 [1 + D]: sequences that hold such tokens
 
 
 def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
@@ -37,6 +38,8 @@ def has_token_ahead(batch: Mapping[str, jax.Array], ahead: int) -> jax.Array:
 
 def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
     """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
-    counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
-    sequences = [jnp.sum(jnp.any(has_token_ahead(batch, k), axis=1).astype(jnp.float32)) for k in range(mtp_depth + 1)]
-    return Denominators(*(jnp.maximum(jnp.stack(numbers), 1.0) for numbers in (counts, sequences)))
+    target_counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
+    ahead_KBT = [has_token_ahead(batch, k) for k in range(mtp_depth + 1)]
+    tokens = [jnp.sum(ahead_BT, dtype=jnp.float32) for ahead_BT in ahead_KBT]
+    sequences = [jnp.sum(jnp.any(ahead_BT, axis=1), dtype=jnp.float32) for ahead_BT in ahead_KBT]
+    return Denominators(*(jnp.maximum(jnp.stack(counts), 1.0) for counts in (target_counts, tokens, sequences)))
