@@ -18,7 +18,8 @@ from kernels_pallas.linear.api import (
     prepare,
     prequantize_weight,
 )
-from kernels_pallas.linear.vjp import LinearQuantization, PreQuantized, plain
+from kernels_pallas.linear.quantization import LinearQuantization, PreQuantized
+from kernels_pallas.linear.quantization import master as plain
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer, dequantize

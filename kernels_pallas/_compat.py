@@ -49,13 +49,13 @@ def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> ja
 
 
 def priced(
-    flops: int, format: jnp.dtype, grid: tuple[int, ...], ragged: bool = False
+    flops: int, dtype: jnp.dtype, grid: tuple[int, ...], ragged: bool = False
 ) -> contextlib.AbstractContextManager:
     """Notes on the kernel called within what who counts its program cannot see, because its loops and conditions depend
-    on data: FLOPs, a multiply-add as two, of numbers in `format`, over the whole `grid`, to which jax.vmap may add
+    on data: FLOPs, a multiply-add as two, of numbers in `dtype`, over the whole `grid`, to which jax.vmap may add
     axes. `ragged`: as if every row belonged to a group."""
     return set_xla_metadata(
-        kernel_flops=flops, kernel_format=jnp.dtype(format).name, kernel_points=math.prod(grid), kernel_ragged=ragged
+        kernel_flops=flops, kernel_format=jnp.dtype(dtype).name, kernel_points=math.prod(grid), kernel_ragged=ragged
     )
 
 

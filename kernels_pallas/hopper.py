@@ -57,10 +57,11 @@ def launch(
     dtype: jnp.dtype,
     flops: int,
     *arrays: jax.Array,
-    format: jnp.dtype = E4M3,
+    operand_dtype: jnp.dtype = E4M3,
     ragged: bool = False,
 ) -> jax.Array:
-    """Runs body(*references) once on each core, in three warpgroups; `flops`, `format` and `ragged` as for `priced`."""
+    """Runs body(*references) once on each core, in three warpgroups; `flops`, `operand_dtype` and
+    `ragged` as for `priced`."""
     grid = (device()[1],)
     kernel = plgpu.kernel(
         body,
@@ -71,7 +72,7 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    with priced(flops, format, grid, ragged):
+    with priced(flops, operand_dtype, grid, ragged):
         y = kernel(*arrays)
     return vary_alike(y, *arrays)[0]  # jax 0.10 forgets along which mesh axes the output differs
 

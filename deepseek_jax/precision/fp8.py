@@ -23,7 +23,7 @@ from kernels_pallas import (
     quantize,
 )
 from kernels_pallas.implementations import PREFERRED, preferred
-from kernels_pallas.linear.vjp import PRODUCTS
+from kernels_pallas.linear.quantization import PRODUCTS
 from kernels_pallas.qtensor import retile
 from kernels_pallas.trust import say_once
 
@@ -31,7 +31,7 @@ ROLES = ("linear", "attention_output", "experts", "mtp_projection")
 # V3 keeps the attention's output with more fraction bits than E4M3 has, and with scales by which scaling is exact
 # (§3.3.3).
 ATTENTION_OUTPUT = LinearQuantization(
-    input=Quantizer(power_of_two=True), saved=Quantizer(format="e5m6", power_of_two=True)
+    input=Quantizer(power_of_two=True), residual=Quantizer(dtype="e5m6", power_of_two=True)
 )
 
 

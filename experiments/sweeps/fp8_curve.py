@@ -41,7 +41,7 @@ from deepseek_jax.launch import Run, Sweep
 LINEARS = ("precision.format", "precision.attention_output")
 
 HALF, FULL = {"precision.name": "bfloat16"}, {"precision.name": "float32"}
-E5M2_GRADIENTS = {f"{linear}.gradient.format": "float8_e5m2" for linear in LINEARS}
+E5M2_GRADIENTS = {f"{linear}.gradient.dtype": "float8_e5m2" for linear in LINEARS}
 NO_PROMOTION = {
     f"{linear}.accumulation.{field}": value
     for linear in LINEARS

@@ -92,7 +92,9 @@ def grouped_product(x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment
 
         product_tiles(a.at(x_ref), b.at(w_ref), y_ref, columns, tiles[0] * tiles[1], locate)
 
-    y_PN = launch(body, shape, BF16, 2 * num_rows * n * a.depth, a.values, b.values, group_J, format=BF16, ragged=True)
+    y_PN = launch(
+        body, shape, BF16, 2 * num_rows * n * a.depth, a.values, b.values, group_J, operand_dtype=BF16, ragged=True
+    )
     return (y_PN if padding is None else take_rows(y_PN, padding.target_R))[:, :n]
 
 
@@ -122,7 +124,9 @@ def grouped_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Arra
         product_tiles(a.at(x_ref), b.at(dy_ref), y_ref, columns, num_groups * tiles[0] * tiles[1], locate)
 
     flops = 2 * d * f * num_rows
-    return launch(body, shape, BF16, flops, a.values, b.values, first_G, steps_G, format=BF16, ragged=True)[:, :d, :f]
+    return launch(body, shape, BF16, flops, a.values, b.values, first_G, steps_G, operand_dtype=BF16, ragged=True)[
+        :, :d, :f
+    ]
 
 
 def columns_of(n: int) -> int:

@@ -1,4 +1,4 @@
-"""Linear layers in FP8 with gradients: what a user calls."""
+"""Linear layers in FP8 with gradients, and operands that are quantized ahead of them."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.linear import vjp
-from kernels_pallas.linear.vjp import How, LinearQuantization, PreQuantized
+from kernels_pallas.linear.quantization import LinearQuantization, PreQuantized, StaticArgs
 from kernels_pallas.qtensor import BLOCK, TILE, QTensor, Quantizer, retile
 from kernels_pallas.quantize import api as quantize_api
 from kernels_pallas.quantize.reference import quantize
@@ -19,20 +19,26 @@ def prepare(
     take: Callable[[jax.Array], jax.Array] = lambda x: x,
     implementation: str | tuple[str, ...] | None = None,
 ) -> PreQuantized:
-    """Rows of x [N, D], with what the Linears below would make of them first: `take`, which moves whole rows ([N, ·] ->
-    [R, ·], zeros where there is none), then moves eight bits. Its gradient is the gradient of take(x)."""
+    """Quantizes x [N, D] before `take` moves its rows, as the Linears below would quantize it after.
+
+    `take` maps [N, ·] to [R, ·], row by row, with zeros for a row that comes from nowhere; it moves eight bits for each
+    number. The gradient is that of take(x).
+    """
     q = quantize_api.quantize(jax.lax.stop_gradient(x), quantizer, implementation=implementation)
     q = retile(q, q.tile[1])
     return PreQuantized(take(x), QTensor(take(q.values), take(q.scales), q.tile))
 
 
-def prequantize_weight(w: jax.Array, quantizer: Quantizer = BLOCK, part: tuple[int, int] | None = None) -> PreQuantized:
-    """W [..., D, F], a float32 master copy, with what the Linears below would make of it first: for a W that is sent
-    somewhere before it is multiplied, or multiplied more than once. Its gradient is the gradient of W.
+def prequantize_weight(
+    w: jax.Array, quantizer: Quantizer = BLOCK, local_shape: tuple[int, int] | None = None
+) -> PreQuantized:
+    """Quantizes W [..., D, F], a float32 master copy, as the Linears below would: for a W that travels before it is
+    multiplied, or is multiplied more than once. Its gradient is the gradient of W.
 
-    Through XLA, which divides it among devices as W is divided: in parts of rows × columns = `part`, if any.
+    XLA does it, and divides it among devices as W is divided. `local_shape` gives the rows and columns that each device
+    holds, if W is divided.
     """
-    return PreQuantized(w, quantize(jax.lax.stop_gradient(w), quantizer, part))
+    return PreQuantized(w, quantize(jax.lax.stop_gradient(w), quantizer, local_shape))
 
 
 def fp8_linear(
@@ -42,16 +48,17 @@ def fp8_linear(
     format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """x [N, D] times W [D, F] -> [N, F] in the dtype of x, forward and backward in FP8 as V3 does it (§3.3.1).
+    """x [N, D] times W [D, F] -> [N, F] in the dtype of x, forward and backward in FP8 as in V3 (§3.3.1, Fig. 6).
 
-    x is quantized in 1 × 128 tiles and W in 128 × 128 blocks, from its master copy; dy in 1 × 128 tiles for the input
-    gradient and in 128 × 1 for W's, which comes in W's dtype. Kept for the backward pass: x in E4M3. `format` has a
-    field for each of these choices. Both may be quantized already (`prepare`, `prequantize_weight`), and W a QTensor, such
-    as a released checkpoint's: then there is a forward pass only. Raises ValueError for shapes that do not match.
+    By default x is quantized in 1 × 128 tiles and W, from its master copy, in 128 × 128 blocks; dy in 1 × 128 tiles
+    for the input gradient and in 128 × 1 tiles for W's gradient, which has W's dtype. The backward pass holds x in
+    E4M3. `format` has a field for each of these choices. x and W may come quantized (`prequantize`,
+    `prequantize_weight`), and W may be a QTensor, such as a released checkpoint's, which has no gradient. Raises
+    ValueError for shapes that do not match.
     """
     if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"fp8_linear: x {x.shape} and w {w.shape} must be [N, D] and [D, F]")
-    return _linear(How(format, implementation=implementation), x, w, None)
+    return vjp.linear(StaticArgs(format, 1, implementation), *vary_alike(x, w, None))
 
 
 def fp8_grouped_linear(
@@ -65,12 +72,12 @@ def fp8_grouped_linear(
 ) -> jax.Array:
     """Rows of group g of x [R, D] times W[g] of W [G, D, F] -> [R, F]: `fp8_linear` for the experts of a mixture.
 
-    `group_sizes` int32 [G]; groups lie one after another and may be empty; rows past the last give zero and have no
-    gradient. `alignment` promises that every size, and R, is a multiple of it. Raises ValueError for shapes that do not
-    match.
+    `group_sizes` is int32 [G]. Groups follow one another from row 0 and may be empty; rows past the last group give
+    zero and have no gradient. The caller promises that `alignment` divides every size and R. Raises ValueError for
+    shapes that do not match.
     """
-    _check("fp8_grouped_linear", x, w, group_sizes, alignment)
-    return _linear(How(format, alignment, implementation), x, w, group_sizes)
+    _check_grouped("fp8_grouped_linear", x, w, group_sizes, alignment)
+    return vjp.linear(StaticArgs(format, alignment, implementation), *vary_alike(x, w, group_sizes))
 
 
 def fp8_swiglu_linear(
@@ -81,13 +88,13 @@ def fp8_swiglu_linear(
     format: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. Keeps gate and up quantized and computes their product
-    again (V3 §3.3.3)."""
+    """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. The backward pass holds gate and up, quantized, and
+    computes their product again (V3 §3.3.3)."""
     if gate.shape != up.shape or gate.ndim != 2 or len(w.shape) != 2 or gate.shape[1] != w.shape[0]:
         raise ValueError(
             f"fp8_swiglu_linear: gate {gate.shape}, up {up.shape} and w {w.shape} must be [N, F], [N, F] and [F, D]"
         )
-    return _swiglu_linear(How(format, implementation=implementation), gate, up, w, None)
+    return vjp.swiglu_linear(StaticArgs(format, 1, implementation), *vary_alike(gate, up, w, None))
 
 
 def fp8_grouped_swiglu_linear(
@@ -103,23 +110,11 @@ def fp8_grouped_swiglu_linear(
     """`fp8_swiglu_linear` for groups of rows: [R, F] twice, [G, F, D] and sizes [G] -> [R, D]."""
     if gate.shape != up.shape:
         raise ValueError(f"fp8_grouped_swiglu_linear: gate {gate.shape} and up {up.shape} must be alike")
-    _check("fp8_grouped_swiglu_linear", gate, w, group_sizes, alignment)
-    return _swiglu_linear(How(format, alignment, implementation), gate, up, w, group_sizes)
+    _check_grouped("fp8_grouped_swiglu_linear", gate, w, group_sizes, alignment)
+    return vjp.swiglu_linear(StaticArgs(format, alignment, implementation), *vary_alike(gate, up, w, group_sizes))
 
 
-def _linear(how: How, x, w, group_sizes):
-    if isinstance(w, QTensor):
-        return vjp.forward(how, x, w, group_sizes)[0]
-    return vjp.linear(how, *vary_alike(x, w, group_sizes))
-
-
-def _swiglu_linear(how: How, gate, up, w, group_sizes):
-    if isinstance(w, QTensor):
-        return vjp.swiglu_forward(how, gate, up, w, group_sizes)
-    return vjp.swiglu_linear(how, *vary_alike(gate, up, w, group_sizes))
-
-
-def _check(
+def _check_grouped(
     name: str,
     x: jax.Array | PreQuantized,
     w: jax.Array | QTensor | PreQuantized,

@@ -36,8 +36,8 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
         return missing
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"quantizes bfloat16 or float32, not {x.dtype}"
-    if quantizer.format != E4M3:
-        return f"makes {E4M3}, not {quantizer.format}"
+    if quantizer.dtype != E4M3:
+        return f"makes {E4M3}, not {quantizer.dtype}"
     if quantizer.scope == "tensor":
         return 'takes the scopes "tile" and "block", not "tensor"'
     if quantizer.scope == "block" and quantizer.size > STEP:

@@ -31,7 +31,7 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
         return f"reads bfloat16 or float32, not {x.dtype}"
     if quantizer.scope == "tensor":
         return "scales tiles and blocks, not whole tensors"
-    if quantizer.format == "e5m6":
+    if quantizer.dtype == "e5m6":
         return "rounds to the formats of eight bits, not to e5m6"
     if 0 in x.shape:
         return f"quantizes no empty array such as {x.shape}"
@@ -89,7 +89,7 @@ def quantize_rows(function: Callable[..., jax.Array], arrays: tuple[jax.Array, .
     values, scales = pl.pallas_call(
         functools.partial(_rows_kernel, function=function, quantizer=quantizer, shape=(rows, columns)),
         out_shape=(
-            output(arrays[0].shape, FORMATS[quantizer.format][1], *arrays),
+            output(arrays[0].shape, FORMATS[quantizer.dtype][1], *arrays),
             output((*grid, scale_rows, tiles), jnp.float32, *arrays),
         ),
         grid=grid,
@@ -131,7 +131,7 @@ def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quan
     values, scales = pl.pallas_call(
         functools.partial(_columns_kernel, width=width, quantizer=quantizer, rows=rows),
         out_shape=(
-            output((grid[0], columns, rows), FORMATS[quantizer.format][1], *arrays),
+            output((grid[0], columns, rows), FORMATS[quantizer.dtype][1], *arrays),
             output((grid[0], pl.cdiv(rows, size), columns), jnp.float32, *arrays),
         ),
         grid=grid,
@@ -172,7 +172,7 @@ def _columns_kernel(x_ref, *refs, width, quantizer, rows):
 def _quantized(x: jax.Array, axes: int | tuple[int, ...], quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
     """A tile's values in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN above
     infinity."""
-    largest = FORMATS[quantizer.format][0]
+    largest = FORMATS[quantizer.dtype][0]
     amax = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axes, keepdims=True)
     scale = scale_of(jax.lax.bitcast_convert_type(amax, jnp.float32), quantizer)
     return jnp.clip(x / scale, -largest, largest), scale

@@ -1,6 +1,7 @@
 """Linears in FP8 and their gradients against float64."""
 
 import dataclasses
+import traceback
 
 import fp8_oracles as oracle
 import jax
@@ -25,13 +26,13 @@ from kernels_pallas import (
 )
 from kernels_pallas.grouped import reference as grouped_reference
 from kernels_pallas.linear import vjp
-from kernels_pallas.linear.vjp import PRODUCTS
+from kernels_pallas.linear.quantization import PRODUCTS
 from kernels_pallas.matmul import reference
 
 SHAPES = {"aligned": (128, 256, 128), "ragged": (37, 200, 130), "one row": (1, 130, 70), "K cut off": (33, 576, 96)}
 SMALL = SHAPES["ragged"]
 RAGGED, GROUPED_SHAPE = [[50, 0, 57, 23], [0, 0, 1, 149], [0, 0, 0, 0], [150, 0, 0, 0]], (150, 200, 130)
-E5M6 = Quantizer(format="e5m6", power_of_two=True)  # what V3 keeps of the attention's output
+E5M6 = Quantizer(dtype="e5m6", power_of_two=True)  # what V3 keeps of the attention's output
 
 # E4M3 rounds an evenly spread number with a relative error of 2.6% rms, so that each rounding adds 3.4e-4 to
 # `calc_diff`: forward and input gradient have two. x is rounded a second time, along rows, for the weight gradient:
@@ -209,17 +210,17 @@ def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
 # Roundings of x for the weight gradient beside that to E4M3 along rows and that of dy: E5M6's has a variance 64 times
 # smaller, E5M2's 4 times larger.
 @pytest.mark.parametrize(
-    ("saved", "least", "most"),
+    ("residual", "least", "most"),
     [
         (Quantizer(power_of_two=True), 0.9e-3, 1.15e-3),
         (E5M6, 0.6e-3, 0.8e-3),
-        (Quantizer(format="float8_e5m2"), 1.7e-3, 2.4e-3),
+        (Quantizer(dtype="float8_e5m2"), 1.7e-3, 2.4e-3),
     ],
-    ids=lambda value: getattr(value, "format", ""),
+    ids=lambda value: getattr(value, "dtype", ""),
 )
-def test_what_is_saved_for_the_weight_gradient_may_have_another_format(saved, least, most):
+def test_what_is_residual_for_the_weight_gradient_may_have_another_format(residual, least, most):
     x, w, dy = operands(SMALL)
-    y, dx, dw = oracle.call(gradients, x, w, dy, format=LinearQuantization(saved=saved))
+    y, dx, dw = oracle.call(gradients, x, w, dy, format=LinearQuantization(residual=residual))
     plain = oracle.call(gradients, x, w, dy)
     np.testing.assert_array_equal(y, plain[0])
     np.testing.assert_array_equal(dx, plain[1])
@@ -243,8 +244,8 @@ def test_the_backward_pass_holds_x_in_eight_bits():
         [((1,), "int32"), *in_e4m3[:2], ((1, 256, 96), "float32")]
     )
     for format, dtype in (
-        (LinearQuantization(saved=E5M6), "bfloat16"),
-        (LinearQuantization(saved=Quantizer(format="float8_e5m2")), "float8_e5m2"),
+        (LinearQuantization(residual=E5M6), "bfloat16"),
+        (LinearQuantization(residual=Quantizer(dtype="float8_e5m2")), "float8_e5m2"),
     ):
         assert kept(lambda x, w, format=format: fp8_linear(x, w, format=format), x, jnp.asarray(w)) == [
             in_e4m3[0],
@@ -261,7 +262,7 @@ def test_the_backward_pass_holds_x_in_eight_bits():
 def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
     gate, w, _ = operands((48, 256, 96))
     gate = jnp.asarray(gate, jnp.bfloat16)
-    for format, dtype in ((LinearQuantization(), "float8_e4m3fn"), (LinearQuantization(saved=E5M6), "bfloat16")):
+    for format, dtype in ((LinearQuantization(), "float8_e4m3fn"), (LinearQuantization(residual=E5M6), "bfloat16")):
         held = kept(lambda *args, format=format: fp8_swiglu_linear(*args, format=format), gate, gate, jnp.asarray(w))
         assert held == [*[((48, 2), "float32")] * 2, *[((48, 256), dtype)] * 2, ((256, 96), "float32")]
 
@@ -352,6 +353,40 @@ def test_rows_may_be_prepared_and_then_moved(forward, products):
     first, last = (oracle.call(call, x[:25], w, dy, first=first) for first in (True, False))
     assert first[1].shape == (25, 130) and np.any(first[1])
     jax.tree.map(np.testing.assert_array_equal, first, last)
+
+
+@pytest.mark.parametrize("forward", [fp8_linear, fp8_swiglu_linear])
+def test_inputs_have_a_gradient_where_weights_come_quantized(forward):
+    """The one they have where the same weights are quantized on the way; no residual of x is held for a gradient that
+    nobody takes."""
+    x, w, dy = operands((37, 130, 140))
+    inputs = (x, x[::-1].copy()) if forward is fp8_swiglu_linear else (x,)
+
+    def call(inputs, w, dy):
+        y, pull_back = jax.vjp(lambda *inputs: forward(*inputs, w), *inputs)
+        return y, *pull_back(dy)
+
+    q = oracle.call(quantize_block, w)
+    jax.tree.map(np.testing.assert_array_equal, oracle.call(call, inputs, q, dy), oracle.call(call, inputs, w, dy))
+    if forward is fp8_linear:
+        assert all(shape != x.shape for shape, _ in kept(lambda x: fp8_linear(x, q), jnp.asarray(x)))
+
+
+def test_a_linear_is_four_calls_from_its_product(monkeypatch):
+    """Frames of the package between the caller and `fp8_matmul`, with and without gradients."""
+    frames, product = [], vjp.fp8_matmul
+
+    def recorded(*args, **fields):
+        stack = traceback.extract_stack()
+        frames.append([frame.name for frame in stack if "/kernels_pallas/" in frame.filename])
+        return product(*args, **fields)
+
+    monkeypatch.setattr(vjp, "fp8_matmul", recorded)
+    x, w = jnp.ones((8, 128)), jnp.ones((128, 128))
+    jax.eval_shape(fp8_linear, x, w)
+    jax.eval_shape(lambda x, w: jax.vjp(fp8_linear, x, w)[0], x, w)
+    assert frames[0] == ["fp8_linear", "linear", "forward", "matmul"]
+    assert all(len(calls) <= 4 for calls in frames)
 
 
 def test_zeros_give_zeros_and_a_nan_stays_in_its_row():

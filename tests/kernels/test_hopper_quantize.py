@@ -172,12 +172,12 @@ def test_machine_code(name):
             "quantize: mosaic_gpu_sm90 quantizes bfloat16 or float32, not float16",
         ),
         (quantize, (jnp.zeros((8, 128)), Quantizer("tensor")), 'takes the scopes "tile" and "block", not "tensor"'),
-        (quantize, (jnp.zeros((8, 128)), Quantizer(format="e5m6")), "makes float8_e4m3fn, not e5m6"),
+        (quantize, (jnp.zeros((8, 128)), Quantizer(dtype="e5m6")), "makes float8_e4m3fn, not e5m6"),
         (quantize, (jnp.zeros((8, 256)), Quantizer("block", 256)), "makes blocks of 128, not of 256"),
         (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantizes no empty arrays"),
         (
             swiglu_quantize,
-            (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(format="float8_e5m2")),
+            (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(dtype="float8_e5m2")),
             "swiglu_quantize: .* not float8_e5m2",
         ),
         (

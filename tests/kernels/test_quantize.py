@@ -54,7 +54,7 @@ def released(x, tile, largest, dtype, power_of_two=False, min_amax=1e-4):
         dict(scope="block"),
         dict(scope="block", size=256, power_of_two=True),
         dict(size=256),
-        dict(format="float8_e5m2"),
+        dict(dtype="float8_e5m2"),
         dict(min_amax=1e-30),
     ],
     ids=str,
@@ -66,7 +66,7 @@ def test_equals_the_released_quantizer_bit_for_bit(kind, fields):
     if kind == "denormals":
         x = x * 0  # which XLA takes for zeros
     values, scales = released(
-        x, quantizer.tile(x.shape), *AS_NUMPY[quantizer.format], quantizer.power_of_two, quantizer.min_amax
+        x, quantizer.tile(x.shape), *AS_NUMPY[quantizer.dtype], quantizer.power_of_two, quantizer.min_amax
     )
     np.testing.assert_array_equal(q.scales, scales)
     assert q.values.dtype == values.dtype
@@ -101,7 +101,7 @@ def test_powers_of_two_are_the_smallest_that_hold_the_tile():
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_each_number_is_within_half_a_step(kind, format, scope):
     x = oracle.matrix(kind, 20, 260)
-    q = oracle.call(quantize, x, quantizer=Quantizer(scope, format=format))
+    q = oracle.call(quantize, x, quantizer=Quantizer(scope, dtype=format))
     assert np.all(np.abs(oracle.exact(q) - x) <= oracle.quantization_bound(x, q, format))
 
 
@@ -119,10 +119,10 @@ def test_every_number_of_the_format_comes_back_and_ties_go_to_even():
 def test_equals_the_cast_of_torch():
     torch = pytest.importorskip("torch", reason="needs torch")
     x = oracle.matrix("mixed_magnitudes", 64, 256)
-    for fields in (dict(), dict(power_of_two=True), dict(format="float8_e5m2")):
+    for fields in (dict(), dict(power_of_two=True), dict(dtype="float8_e5m2")):
         q = oracle.call(quantize, x, quantizer=Quantizer(**fields))
         tiles = torch.from_numpy(x).view(64, 2, 128)
-        largest, dtype = (57344.0, torch.float8_e5m2) if fields.get("format") else (448.0, torch.float8_e4m3fn)
+        largest, dtype = (57344.0, torch.float8_e5m2) if fields.get("dtype") else (448.0, torch.float8_e4m3fn)
         scales = tiles.abs().amax(-1).clamp(1e-4) * torch.tensor(1 / largest)
         scales = torch.exp2(torch.ceil(torch.log2(scales))) if fields.get("power_of_two") else scales
         values = (tiles / scales[..., None]).clamp(-largest, largest).to(dtype).float().view(64, 256)
@@ -160,7 +160,7 @@ def test_e5m6_is_rounded_to_six_fraction_bits():
     """Numbers below its smallest normal one, 2^-30 of the largest, become zero."""
     x = oracle.matrix("mixed_magnitudes", 16, 256)
     x[0, :3] = 1e-9, 2e-8, -1e-7
-    q = oracle.call(quantize, x, quantizer=Quantizer(format="e5m6", power_of_two=True))
+    q = oracle.call(quantize, x, quantizer=Quantizer(dtype="e5m6", power_of_two=True))
     scaled = x / oracle.scale_at(q)
     mantissa, exponent = np.frexp(scaled)
     expected = np.ldexp(np.rint(mantissa * 128), exponent - 7)
@@ -168,7 +168,7 @@ def test_e5m6_is_rounded_to_six_fraction_bits():
     np.testing.assert_array_equal(np.asarray(q.values).astype(np.float64), expected)
     assert q.values.dtype == jnp.bfloat16 and np.abs(expected).max() <= 65024
     largest = oracle.call(
-        quantize, np.full((16, 256), 65024, np.float32), quantizer=Quantizer(format="e5m6", power_of_two=True)
+        quantize, np.full((16, 256), 65024, np.float32), quantizer=Quantizer(dtype="e5m6", power_of_two=True)
     )
     assert np.all(np.asarray(largest.values).astype(np.float32) == 65024)
 
@@ -205,8 +205,8 @@ def test_transposed_tiles_run_along_rows():
 
 
 def test_requantized_numbers_are_within_half_a_step_of_what_was_kept():
-    for saved in (Quantizer(format="e5m6", power_of_two=True), Quantizer("block")):
-        kept = oracle.call(quantize, oracle.matrix("outlier_channels", 200, 131), quantizer=saved)
+    for residual in (Quantizer(dtype="e5m6", power_of_two=True), Quantizer("block")):
+        kept = oracle.call(quantize, oracle.matrix("outlier_channels", 200, 131), quantizer=residual)
         again = oracle.call(requantize_transposed, kept)
         assert again.tile == (1, 128) and again.shape == (131, 200)
         assert np.all(
@@ -249,7 +249,7 @@ def test_swiglu_is_computed_in_float32_and_rounded_to_the_dtype_of_its_inputs():
     ("fields", "message"),
     [
         (dict(scope="row"), "one of tile, block, tensor"),
-        (dict(format="int8"), "one of float8_e4m3fn"),
+        (dict(dtype="int8"), "one of float8_e4m3fn"),
         (dict(size=64), "128 or 256"),
         (dict(min_amax=0.0), "at least 1e-30"),
         (dict(min_amax=math.nan), "at least 1e-30"),

@@ -54,7 +54,7 @@ def extreme(shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
         ((32, 128), TILE, jnp.float32),
         ((70, 576), POWERS, jnp.float32),  # ragged rows, a last tile that is cut off
         ((2, 40, 300), Quantizer("tile", 256, min_amax=1e-30), jnp.bfloat16),
-        ((40, 256), Quantizer("tile", format="float8_e5m2"), jnp.float32),
+        ((40, 256), Quantizer("tile", dtype="float8_e5m2"), jnp.float32),
         ((1, 200), TILE, jnp.bfloat16),
         ((200, 300), BLOCK, jnp.float32),
         ((2, 260, 130), Quantizer("block", 256, power_of_two=True), jnp.bfloat16),
@@ -146,7 +146,7 @@ def test_an_amax_of_the_wrong_tile_is_caught(monkeypatch):
     [
         (quantize, jnp.zeros((8, 128), jnp.float16), TILE, "reads bfloat16 or float32, not float16"),
         (quantize, jnp.zeros((8, 128)), Quantizer("tensor"), "scales tiles and blocks, not whole tensors"),
-        (quantize, jnp.zeros((8, 128)), Quantizer(format="e5m6"), "rounds to the formats of eight bits, not to e5m6"),
+        (quantize, jnp.zeros((8, 128)), Quantizer(dtype="e5m6"), "rounds to the formats of eight bits, not to e5m6"),
         (quantize, jnp.zeros((0, 128)), TILE, "quantizes no empty array"),
         (quantize_transposed, jnp.zeros((8, 128)), BLOCK, "scales tiles where it transposes, not blocks"),
         (requantize_transposed, whole_numbers(0, (8, 128), (1, 64)), TILE, "takes scales for multiples of 128 columns"),

@@ -168,17 +168,18 @@ def test_a_file_changes_single_choices():
     changed = get_precision(
         {
             "name": "fp8_deepseek",
-            "format": {"gradient": {"format": "float8_e5m2"}, "accumulation": {"promote_every": None}},
+            "format": {"gradient": {"dtype": "float8_e5m2"}, "accumulation": {"promote_every": None}},
         }
     )
-    assert changed.format.gradient.format == "float8_e5m2" and changed.format.gradient.scope == "tile"
+    assert changed.format.gradient.dtype == "float8_e5m2" and changed.format.gradient.scope == "tile"
     assert changed.format.gradient.min_amax == get_precision("fp8_deepseek").format.gradient.min_amax
     assert (
         changed.format.accumulation.promote_every is None
         and changed.attention_output == get_precision("fp8_deepseek").attention_output
     )
     assert (
-        get_precision({"name": "fp8_deepseek", "format": {"saved": {"format": "e5m6"}}}).format.saved.format == "e5m6"
+        get_precision({"name": "fp8_deepseek", "format": {"residual": {"dtype": "e5m6"}}}).format.residual.dtype
+        == "e5m6"
     )
     assert hash(changed) != hash(get_precision("fp8_deepseek")) and isinstance(changed, FP8Precision)
     assert get_precision({"name": "fp8_deepseek"}) == get_precision("fp8_deepseek")
