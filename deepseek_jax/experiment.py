@@ -38,10 +38,8 @@ from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules, check_divisible
 from deepseek_jax.precision import get_precision
-from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import build_task
-from deepseek_jax.stages import Experiment
-from deepseek_jax.training.config import TrainConfig
+from deepseek_jax.stages import Experiment, find_kind
 
 FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
 
@@ -187,16 +185,10 @@ def mesh_sizes(
     don't fit it."""
     sequences, lengths = [], []
     for stage in stages:
-        section = fields[stage]
+        kind = find_kind(stage, fields[stage]["kind"])
         with inside(f"config.{stage}"):
-            if "train" in section:
-                train = TrainConfig.from_dict(section["train"])
-                sizes = train.batch_sizes(convert(section.get("batch_size"), int | None, "batch_size"))
-                field, sizes = ("train.microbatch", [train.microbatch]) if train.microbatch else ("batch_size", sizes)
-                sequences += [(f"{stage}.{field}", size) for size in sizes]
-                lengths.append((f"{stage}.seq_len", convert(section.get("seq_len", 1), int, "seq_len")))
-            if "grpo" in section:
-                size = GRPOConfig.from_dict(section["grpo"]).minibatch_size
-                sequences.append((f"{stage}.grpo's prompts_per_rollout × group_size / num_minibatches", size))
+            batches = kind.batches(stage, {name: value for name, value in fields[stage].items() if name != "kind"})
+        sequences += batches.sequences
+        lengths += batches.lengths
     check = functools.partial(check_divisible, config=config, model=model, sequences=sequences, lengths=lengths)
     return resolve(config, num_devices, check)

@@ -33,6 +33,6 @@ def get_config():
     config.pretrain.train.steps = 420
     config.sft.task_documents.cot_probability = 0.1
     config.sft.train.steps = 80
-    config.grpo.grpo.steps = 160
+    config.grpo.steps = 160
     config.grpo.loop.eval_every = 10
     return config

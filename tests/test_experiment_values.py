@@ -45,9 +45,9 @@ def built(*overrides: str, base: str = R1_TINY) -> dict:
         ("pretrain.train.optimizer.clip_norm=inf", "pretrain.train.optimizer.clip_norm", float("inf")),
         ("pretrain.data.sources[1].max_bytes=None", "pretrain.data.sources[1].max_bytes", None),
         ("pretrain.data.sources=[{'name': 'task', 'format': 'tokens'}]", "pretrain.data.sources[0].weight", 1.0),
-        ("grpo.grpo.clip_epsilon=0.3", "grpo.grpo.config.clip_epsilon", (0.3, 0.3)),
-        ("grpo.grpo.rewards={'os.path:basename': 2}", "grpo.grpo.config.rewards", (("os.path:basename", 2.0),)),
-        ("grpo.grpo.preset=dr_grpo", "grpo.grpo.config.advantage_normalization", "none"),
+        ("grpo.clip_epsilon=0.3", "grpo.program.config.clip_epsilon", (0.3, 0.3)),
+        ("grpo.rewards={'os.path:basename': 2}", "grpo.program.config.rewards", (("os.path:basename", 2.0),)),
+        ("grpo.preset=dr_grpo", "grpo.program.config.advantage_estimator", "group_mean"),
         ("grpo.eval.problems=64", "grpo.evaluation.num_sampled", 64),
         ("grpo.loop.keep_last=3", "grpo.loop.keep_last", 3),
         ("before.eval.temperature=1", "before.eval.temperature", 1.0),
@@ -115,10 +115,13 @@ def test_a_network_without_experts_or_compressed_queries():
         ("grpo.optimizer.b2=abc", "config.grpo: optimizer.b2='abc'"),
         (
             "grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}",
-            "optimizer.learning_rate and grpo.learning_rate and grpo.warmup_steps are two answers",
+            "optimizer.learning_rate and learning_rate and warmup_steps are two answers",
         ),
-        ("grpo.grpo.group_size=abc", "config.grpo: grpo.group_size='abc': must be a whole number"),
-        ("grpo.grpo.rewards=['accuracy']", r"grpo.rewards\[0\]='accuracy': must be a list of 2"),
+        ("grpo.group_size=abc", "config.grpo: group_size='abc': must be a whole number"),
+        ("grpo.rewards=['accuracy']", r"config.grpo: rewards\[0\]='accuracy': must be a list of 2"),
+        ("grpo.grpo.steps=3", "config.grpo: grpo: GRPO's own fields now stand in the stage's section itself"),
+        ("grpo.clip_eps=0.2", "config.grpo: unknown field clip_eps: did you mean 'clip_epsilon'"),
+        ("grpo.lop={}", "config.grpo: unknown field lop: did you mean 'loop'"),
         ("before.batch_size=0", "config.before: batch_size=0"),
         ("before.eval_batches=0", "config.before: eval_batches=0"),
         ("sft.task_documents.cot_probability=2", "task_documents.cot_probability=2.0: a probability"),
@@ -175,17 +178,17 @@ def test_the_batch_of_a_schedule_is_the_one_that_is_used_and_checked():
 def test_the_learning_rate_of_reinforcement_learning_has_one_meaning(tmp_path):
     lines = (
         "from r1_tiny import get_config as base\n\n\ndef get_config():\n    config = base()\n"
-        "    del config.grpo.grpo.learning_rate, config.grpo.grpo.warmup_steps\n    return config\n"
+        "    del config.grpo.learning_rate, config.grpo.warmup_steps\n    return config\n"
     )
     (tmp_path / "mine.py").write_text(
         "import sys\n\nsys.path.append(" + repr(str(ROOT / "experiments")) + ")\n" + lines
     )
     given = built("grpo.optimizer.learning_rate={'kind': 'cosine', 'peak': 1e-3}", base=str(tmp_path / "mine.py"))[
         "grpo"
-    ].grpo.optimizer
-    plainly = built("grpo.grpo.learning_rate=1e-3", "grpo.grpo.warmup_steps=0", base=str(tmp_path / "mine.py"))[
+    ].program.optimizer
+    plainly = built("grpo.learning_rate=1e-3", "grpo.warmup_steps=0", base=str(tmp_path / "mine.py"))[
         "grpo"
-    ].grpo.optimizer
+    ].program.optimizer
     import jax.numpy as jnp
 
     params = gradients = {"kernel": jnp.ones((2, 2))}
@@ -240,7 +243,7 @@ def test_a_sweep_can_override_what_a_command_line_can(tmp_path):
         "pretrain.data.shuffle": False,
         "model.attention.q_lora_rank": None,
         "pretrain.train.optimizer.clip_norm": float("inf"),
-        "grpo.grpo.rewards": {"os.path:basename": 1.0},
+        "grpo.rewards": {"os.path:basename": 1.0},
         "stages": ("pretrain",),
     }
     (job,) = build_jobs(Sweep(R1_TINY, [Run("a", values)]), tmp_path)
@@ -251,4 +254,4 @@ def test_a_sweep_can_override_what_a_command_line_can(tmp_path):
     )
     assert fields["pretrain"]["train"]["bias_update_speed"] == values["pretrain.train.bias_update_speed"]
     assert fields["pretrain"]["data"]["sources"][1]["name"] == "2024" and fields["pretrain"]["data"]["shuffle"] is False
-    assert fields["grpo"]["grpo"]["rewards"] == {"os.path:basename": 1.0} and tuple(fields["stages"]) == ("pretrain",)
+    assert fields["grpo"]["rewards"] == {"os.path:basename": 1.0} and tuple(fields["stages"]) == ("pretrain",)

@@ -72,8 +72,7 @@ def all_paths() -> list[tuple[str, Any]]:
         "sft": [TrainStage],
     }
     classes |= {
-        "grpo": [GRPOSection],
-        "grpo.grpo": [GRPOConfig],
+        "grpo": [GRPOSection, GRPOConfig],
         "grpo.optimizer": [OptimizerConfig],
         "before": [EvalStage],
         "after": [OutliersStage],

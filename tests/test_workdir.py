@@ -142,7 +142,7 @@ def test_a_longer_run_keeps_its_steps_and_runs_again_what_came_after(finished, c
     )
     finish(finished)
     assert start(finished, CONSTANT, "--config.pretrain.train.steps=300") == actions()
-    assert start(finished, CONSTANT, "--config.grpo.grpo.steps=90", "--config.pretrain.train.steps=300") == actions(
+    assert start(finished, CONSTANT, "--config.grpo.steps=90", "--config.pretrain.train.steps=300") == actions(
         grpo="continue", after="again"
     )
     assert (finished / "after.old-4" / "evaluation.json").is_file() and (
@@ -177,12 +177,12 @@ def test_a_schedule_over_the_stage_is_another_one_when_the_stage_is_longer(tmp_p
 
 
 def test_a_later_stage_that_changed_is_run_again(finished, capsys):
-    assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="again", after="again")
+    assert start(finished, CONSTANT, "--config.grpo.kl_coefficient=0.01") == actions(grpo="again", after="again")
     assert (
-        "run again: grpo, for another config.grpo.grpo.kl_coefficient (0.001 -> 0.01); what it had left is in"
+        "run again: grpo, for another config.grpo.kl_coefficient (0.001 -> 0.01); what it had left is in"
         in capsys.readouterr().out
     )
-    assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="run", after="run")
+    assert start(finished, CONSTANT, "--config.grpo.kl_coefficient=0.01") == actions(grpo="run", after="run")
     finish(finished)
     # The settings it had before: what it left then is still there, under another name.
     assert start(finished, CONSTANT) == actions(grpo="again", after="again")
@@ -224,13 +224,13 @@ def test_stages_may_be_left_out_and_added(finished):
         "grpo": "keep",
     }
     assert start(finished, CONSTANT) == actions()  # they were not touched, and know what they were made with
-    assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01", change=without("grpo")) == {
+    assert start(finished, CONSTANT, "--config.grpo.kl_coefficient=0.01", change=without("grpo")) == {
         "pretrain": "keep",
         "sft": "keep",
         "before": "keep",
         "after": "again",
     }
-    assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="again", after="run")
+    assert start(finished, CONSTANT, "--config.grpo.kl_coefficient=0.01") == actions(grpo="again", after="run")
 
 
 def test_a_stage_goes_on_in_the_middle(finished):
@@ -252,7 +252,7 @@ def test_runs_of_older_versions_have_one_configuration(finished):
         (finished / name / "experiment.json").unlink()
     with pytest.raises(ConfigError, match=r"config.seed \(0 -> 3\)"):
         start(finished, CONSTANT, "--config.seed=3")
-    assert start(finished, CONSTANT, "--config.grpo.grpo.kl_coefficient=0.01") == actions(grpo="again", after="again")
+    assert start(finished, CONSTANT, "--config.grpo.kl_coefficient=0.01") == actions(grpo="again", after="again")
 
 
 def test_a_damaged_configuration_is_said(finished):

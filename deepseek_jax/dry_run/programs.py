@@ -21,7 +21,7 @@ from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import batch_sharding, variables_sharding, with_sharding
 from deepseek_jax.ranges import at_least, check_value, or_none
 from deepseek_jax.rl.grpo import abstract_grpo_state
-from deepseek_jax.stages import build_stage
+from deepseek_jax.stages import KINDS, GRPOStage, Stage, TrainStage, build_stages
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state
 from deepseek_jax.training.step import make_train_step
@@ -46,8 +46,7 @@ class Program:
 
 def train(experiment: Experiment, stage: str | None) -> Program:
     """The optimizer step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
-    name = _stage(experiment, stage, ("pretrain", "sft"))
-    section = build_stage(experiment, name)
+    section = _stage(experiment, stage, TrainStage)
     model, config = experiment.model, section.train
     optimizer = build_optimizer(config.optimizer)
     state = abstract_state(model, optimizer)
@@ -106,9 +105,8 @@ def decode(experiment: Experiment, stage: str | None, sequences: int | None = No
 
 def grpo(experiment: Experiment, stage: str | None) -> Program:
     """One rollout with its updates, every completion at its full length; with rewards in Python, the updates alone."""
-    name = _stage(experiment, stage, ("grpo",))
-    section = build_stage(experiment, name)
-    program, config, model = section.grpo, section.grpo.config, experiment.model
+    section = _stage(experiment, stage, GRPOStage)
+    program, config, model = section.program, section.program.config, experiment.model
     state = abstract_grpo_state(model, program.optimizer, config.has_reference)
     sequences, drawn = config.completions_per_rollout, config.max_completion_length
     useful = section.rollout_flops(sampled=program.rewards.in_graph)
@@ -149,16 +147,17 @@ def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
     return Assumptions(branch="least", ragged_fill=fill, **changes)
 
 
-def _stage(experiment: Experiment, stage: str | None, kinds: tuple[str, ...]) -> str:
-    fitting = [name for name, fields in experiment.sections.items() if fields["kind"] in kinds]
+def _stage(experiment: Experiment, stage: str | None, cls: type[Stage]) -> Stage:
+    """The stage of that name, or the first one, of a class or derived from it."""
+    fitting = {built.name: built for built in build_stages(experiment) if isinstance(built, cls)}
     if not fitting:
+        kinds = " or ".join(kind for kind, known in KINDS.items() if known is cls)
         raise ConfigError(
-            f"{experiment.name} has no stage of kind {' or '.join(kinds)}; its stages: "
-            f"{', '.join(experiment.sections) or 'none'}"
+            f"{experiment.name} has no stage of kind {kinds}; its stages: {', '.join(experiment.sections) or 'none'}"
         )
     if stage is not None and stage not in fitting:
         raise ConfigError(f"stage {stage!r}: {nearest(stage, fitting)}")
-    return stage or fitting[0]
+    return next(iter(fitting.values())) if stage is None else fitting[stage]
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

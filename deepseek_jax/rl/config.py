@@ -1,4 +1,4 @@
-"""Every published GRPO hyper-parameter as a field, and the published recipes as presets."""
+"""GRPO's configuration: every published hyper-parameter as a field, and the published recipes as presets."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,35 +6,14 @@ from typing import Any
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import change, is_mapping
+from deepseek_jax.ranges import above, at_least, check, one_of, or_none
 from deepseek_jax.training.schedules import Schedule, constant, ramp
 
-CHOICES = {
-    "ratio": ("token", "sequence"),
-    "kl_estimator": ("k1", "k2", "k3", "unbiased_k3"),
-    "aggregation": ("sequence_mean", "token_mean", "constant"),
-    "denominator": ("all", "live"),
-    "advantage_normalization": ("group_std", "none", "batch_std"),
-    "on_reward_error": ("raise", "skip"),
-}
-AT_LEAST_ONE = (
-    "prompts_per_rollout",
-    "num_minibatches",
-    "inner_epochs",
-    "steps",
-    "oversampling",
-    "max_prompt_length",
-    "max_completion_length",
-)
-AT_LEAST_ZERO = (
-    "learning_rate",
-    "warmup_steps",
-    "kl_coefficient",
-    "reference_refresh_every",
-    "advantage_eps",
-    "advantage_std_floor",
-    "overlong_buffer",
-    "bias_update_speed",
-)
+RATIOS = ("token", "sequence")
+AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+DENOMINATORS = ("all", "live")
+KL_ESTIMATORS = ("k1", "k2", "k3", "unbiased_k3")
+ON_REWARD_ERROR = ("raise", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +24,21 @@ class GRPOConfig:
     vocabulary, up to `max_prompt_length` and `max_completion_length` tokens. `oversampling` draws that many times the
     prompts and keeps the groups that carry a gradient (DAPO's dynamic sampling).
 
+    Advantage: `advantage_estimator` is a name of `advantages.ESTIMATORS` or your own as package.module:function;
+    `advantage_eps` and `advantage_std_floor` keep its division by a deviation finite.
+
     Update: the rollout is split at random into `num_minibatches`, each used once per inner epoch; `inner_epochs` > 1
     reuses samples. `clip_epsilon` is (low, high); R1's 10 leaves the lower side open. `dual_clip` bounds the loss of
     bad tokens, `off_policy_delta` is V3.2's sequence mask; None turns either off. Every `reference_refresh_every` steps
-    (0: never) the reference policy becomes ref_mix * policy + (1 - ref_mix) * reference. `denominator="live"` divides
-    the policy term by the completions whose group has variance. `mask_truncated` leaves completions that hit the length
-    limit out of the loss; `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so many tokens of
-    it (DAPO eq. 13).
+    (0: never) the reference policy becomes ref_mix * policy + (1 - ref_mix) * reference. With `kl_in_reward` each token
+    pays kl_coefficient * k1 out of its reward (PPO, REINFORCE++), and the loss has no KL term. `denominator="live"`
+    divides the policy term by the completions whose group carries a gradient. `mask_truncated` leaves completions that
+    hit the length limit out of the loss; `overlong_buffer` > 0 takes up to 1 off the reward of those that end within so
+    many tokens of it (DAPO eq. 13).
 
-    Reward: `rewards` are (name, weight) pairs; `wrong_reward` is what a wrong answer scores where a right one scores 1.
-    `on_reward_error="skip"` gives a completion whose Python reward failed no reward, so that it trains nothing; "raise"
-    stops the run.
+    Reward: `rewards` are (name, weight) pairs, names of `rewards.REWARDS` or your own as package.module:attribute.
+    `wrong_reward` is what a wrong answer scores where a right one scores 1. `on_reward_error="skip"` gives a completion
+    whose Python reward failed no reward, so that it trains nothing; "raise" stops the run.
 
     `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_speed` is gamma of the
     auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's
@@ -77,10 +60,11 @@ class GRPOConfig:
     denominator: str = "all"
     kl_coefficient: float = 0.001
     kl_estimator: str = "k3"
+    kl_in_reward: bool = False
     off_policy_delta: float | None = None
     reference_refresh_every: int = 400
     ref_mix: float = 1.0
-    advantage_normalization: str = "group_std"
+    advantage_estimator: str = "group_std"
     advantage_eps: float = 1e-4
     advantage_std_floor: float = 1e-3
     temperature: float = 1.0
@@ -95,61 +79,63 @@ class GRPOConfig:
     bias_update_speed: float = 0.0
 
     def __post_init__(self):
-        for field, allowed in CHOICES.items():
-            value = getattr(self, field)
-            _require(value in allowed, f"grpo.{field}={value!r}: {nearest(str(value), allowed)}")
-        for field in AT_LEAST_ONE:
-            _require(getattr(self, field) >= 1, f"grpo.{field}={getattr(self, field)}: must be at least 1")
-        for field in AT_LEAST_ZERO:
-            _require(getattr(self, field) >= 0, f"grpo.{field}={getattr(self, field)}: 0 or more")
-        _require(
-            self.group_size >= 2,
-            f"grpo.group_size={self.group_size}: a completion is judged against its siblings, so a group needs at "
-            "least 2",
+        check(
+            self,
+            "",
+            group_size=at_least(2, why="a completion is judged against the others of its group"),
+            prompts_per_rollout=at_least(1),
+            num_minibatches=at_least(1),
+            inner_epochs=at_least(1),
+            steps=at_least(1),
+            oversampling=at_least(1),
+            max_prompt_length=at_least(1),
+            max_completion_length=at_least(1),
+            learning_rate=at_least(0),
+            warmup_steps=at_least(0),
+            ratio=one_of(RATIOS),
+            aggregation=one_of(AGGREGATIONS),
+            denominator=one_of(DENOMINATORS),
+            kl_estimator=one_of(KL_ESTIMATORS),
+            on_reward_error=one_of(ON_REWARD_ERROR),
+            dual_clip=or_none(above(1), "to turn it off"),
+            kl_coefficient=at_least(0),
+            reference_refresh_every=at_least(0),
+            ref_mix=above(0, at_most=1, why="1 replaces the reference by the policy"),
+            advantage_eps=at_least(0),
+            advantage_std_floor=at_least(0),
+            temperature=above(0, why="greedy completions of one prompt are all alike and teach nothing"),
+            overlong_buffer=at_least(0, below=self.max_completion_length, why="max_completion_length is the limit"),
+            bias_update_speed=at_least(0),
         )
-        _require(
-            self.completions_per_rollout % self.num_minibatches == 0,
-            f"grpo: num_minibatches={self.num_minibatches} must divide prompts_per_rollout * group_size = "
-            f"{self.completions_per_rollout}",
-        )
-        _require(
-            self.temperature > 0,
-            f"grpo.temperature={self.temperature}: must be above 0; greedy completions of one prompt are all alike and "
-            "teach nothing",
-        )
-        low_high = self.clip_epsilon
-        _require(
-            len(low_high) == 2 and min(low_high) > 0,
-            f"grpo.clip_epsilon={low_high}: two positive numbers, (low, high); values above 1 are fine (R1 uses 10)",
-        )
-        _require(
-            self.dual_clip is None or self.dual_clip > 1,
-            f"grpo.dual_clip={self.dual_clip}: above 1, or None to turn it off",
-        )
-        _require(
-            0 < self.ref_mix <= 1,
-            f"grpo.ref_mix={self.ref_mix}: above 0 and at most 1 (1 replaces the reference by the policy)",
-        )
-        _require(
-            self.advantage_eps + self.advantage_std_floor > 0,
-            "grpo: advantage_eps and advantage_std_floor are both 0; one of them must keep the division by the "
-            "deviation finite",
-        )
-        _require(
-            self.overlong_buffer < self.max_completion_length,
-            f"grpo.overlong_buffer={self.overlong_buffer} must be below "
-            f"max_completion_length={self.max_completion_length}",
-        )
+        if self.completions_per_rollout % self.num_minibatches:
+            raise ConfigError(
+                f"num_minibatches={self.num_minibatches} must divide prompts_per_rollout * group_size = "
+                f"{self.completions_per_rollout}"
+            )
+        if len(self.clip_epsilon) != 2 or min(self.clip_epsilon) <= 0:
+            raise ConfigError(
+                f"clip_epsilon={self.clip_epsilon}: must be two positive numbers, (low, high); values above 1 are fine "
+                "(R1 uses 10)"
+            )
+        if self.advantage_eps + self.advantage_std_floor == 0:
+            raise ConfigError(
+                "advantage_eps and advantage_std_floor are both 0; one of them must keep the division by the deviation "
+                "finite"
+            )
+        if self.kl_in_reward and self.kl_estimator != "k1":
+            raise ConfigError(
+                f"kl_estimator={self.kl_estimator!r}: must be 'k1' with kl_in_reward=True; the others are made for the "
+                "loss"
+            )
         names = [name for name, _ in self.rewards]
-        _require(
-            len(names) > 0,
-            "grpo.rewards is empty: name at least one reward, for example {'accuracy': 1.0, 'format': 1.0}",
-        )
-        _require(len(names) == len(set(names)), f"grpo.rewards names a reward twice: {', '.join(names)}")
-        _require(
-            any(weight != 0 for _, weight in self.rewards),
-            "grpo.rewards: every weight is 0, so no completion is better than another",
-        )
+        if not names:
+            raise ConfigError(
+                "rewards is empty: name at least one reward, for example {'accuracy': 1.0, 'format': 1.0}"
+            )
+        if len(names) != len(set(names)):
+            raise ConfigError(f"rewards names a reward twice: {', '.join(names)}")
+        if all(weight == 0 for _, weight in self.rewards):
+            raise ConfigError("rewards: every weight is 0, so no completion is better than another")
 
     @property
     def completions_per_rollout(self) -> int:
@@ -168,6 +154,11 @@ class GRPOConfig:
     def has_reference(self) -> bool:
         """Whether a reference policy is kept: a copy of the weights, which the KL term alone needs."""
         return self.kl_coefficient > 0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss has a KL term."""
+        return self.has_reference and not self.kl_in_reward
 
     @property
     def rollouts(self) -> int:
@@ -191,16 +182,11 @@ class GRPOConfig:
             fields.pop("preset", None)
             if isinstance(fields.get("clip_epsilon"), int | float):
                 fields["clip_epsilon"] = [fields["clip_epsilon"]] * 2
-        return change(base, fields, "grpo")
+        return change(base, fields, "")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "clip_epsilon": list(self.clip_epsilon), "rewards": dict(self.rewards)}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def learning_rate(config: GRPOConfig) -> Schedule:
@@ -258,7 +244,7 @@ def v32() -> GRPOConfig:
     mask, Keep Routing. The report gives no figures; the sizes are R1's and delta = 0.5 is a choice.
     """
     return r1_stage1().replace(
-        advantage_normalization="none", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
+        advantage_estimator="group_mean", kl_estimator="unbiased_k3", off_policy_delta=0.5, replay_experts=True
     )
 
 
@@ -292,7 +278,7 @@ def dr_grpo() -> GRPOConfig:
         num_minibatches=8,
         learning_rate=1e-6,
         aggregation="constant",
-        advantage_normalization="none",
+        advantage_estimator="group_mean",
         kl_coefficient=0.0,
         reference_refresh_every=0,
         max_completion_length=3_000,
@@ -307,5 +293,6 @@ PRESETS: dict[str, Callable[[], GRPOConfig]] = {
 
 def preset(name: str) -> GRPOConfig:
     """The published recipe called `name`; raises ConfigError with the nearest name."""
-    _require(isinstance(name, str) and name in PRESETS, f"grpo.preset={name!r}: {nearest(str(name), PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"preset={name!r}: {nearest(str(name), PRESETS)}")
     return PRESETS[name]()

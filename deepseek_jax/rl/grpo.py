@@ -18,8 +18,8 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.shardings import constrain_state
 from deepseek_jax.rl.advantages import finite_mean, first_live_groups, group_advantages, group_metrics
 from deepseek_jax.rl.config import GRPOConfig
-from deepseek_jax.rl.losses import grpo_loss
-from deepseek_jax.rl.rewards import RewardSet
+from deepseek_jax.rl.losses import grpo_loss, log_ratio
+from deepseek_jax.rl.rewards import RewardSet, reward_to_go
 from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
 from deepseek_jax.training.balance import load_metrics
@@ -90,52 +90,56 @@ class GRPO:
         return self._sample(state)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def learn(self, state: GRPOState, samples: Samples, text_parts: dict[str, jax.Array]):
+    def learn(self, state: GRPOState, samples: Samples, text_components: dict[str, jax.Array]):
         """The second half, given what the Python rewards made of the completions, float32[B] each -> as `iteration`."""
-        return self._learn(state, samples, text_parts)
+        return self._learn(state, samples, text_components)
 
     def _sample(self, state: GRPOState) -> Samples:
         config = self.config
         num_prompts = config.prompts_per_rollout * config.oversampling
         return Samples(*roll_out(self.model, state.variables, self.task, config, rollout_keys(state)[0], num_prompts))
 
-    def _learn(self, state: GRPOState, samples: Samples, text_parts: dict[str, jax.Array]):
+    def _learn(self, state: GRPOState, samples: Samples, text_components: dict[str, jax.Array]):
         config = self.config
         trajectories = samples.trajectories
-        parts = text_parts | self.rewards.graph_parts(
-            self.task, samples.instances, trajectories.completions_BN, trajectories.mask_BN
+        mask_BN = trajectories.mask_BN
+        sampled_B = mask_BN.any(axis=1)
+        components = text_components | self.rewards.graph_components(
+            self.task, samples.instances, trajectories.completions_BN, mask_BN
         )
-        lengths_B = jnp.sum(trajectories.mask_BN, axis=1)
-        parts = {name: jnp.where(lengths_B > 0, values_B, jnp.nan) for name, values_B in parts.items()}
-        rewards_B = self.rewards.total(parts, lengths_B, config.max_completion_length)
-        correct_B = next((parts[reward.name] for reward in self.rewards.rewards if reward.role == "accuracy"), None)
+        rewards = self.rewards.total(components, mask_BN)
+        if config.has_reference and config.kl_in_reward:
+            penalty_BN = -config.kl_coefficient * self._rollout_kl(state, trajectories)
+            components["kl_penalty"] = penalty_BN
+            rewards = (rewards if rewards.ndim == 2 else rewards[:, None]) + reward_to_go(penalty_BN, mask_BN)
+        rewards = jnp.where(sampled_B if rewards.ndim == 1 else sampled_B[:, None], rewards, jnp.nan)
+        rewards_B = rewards if rewards.ndim == 1 else rewards[:, 0]
+
+        def of_completions(values):
+            return jnp.where(sampled_B, values if values.ndim == 1 else values.sum(1), jnp.nan)
+
+        components = {name: of_completions(values) for name, values in components.items()}
+        correct_B = next(
+            (components[reward.name] for reward in self.rewards.rewards if reward.role == "accuracy"), None
+        )
         metrics = group_metrics(rewards_B, config.group_size, correct_B)
-        metrics |= {f"reward_{name}": finite_mean(values_B) for name, values_B in parts.items()}
+        metrics |= {f"reward_{name}": finite_mean(values_B) for name, values_B in components.items()}
         metrics |= length_metrics(trajectories, correct_B)
-        advantages = group_advantages(
-            rewards_B,
-            config.group_size,
-            config.advantage_normalization,
-            eps=config.advantage_eps,
-            std_floor=config.advantage_std_floor,
-        )
-        batch = (trajectories, advantages.advantages_B, advantages.live_B)
+        advantages = group_advantages(rewards, config, mask_BN)
+        batch = (trajectories, advantages.advantages, advantages.live_B)
         if config.oversampling > 1:  # dynamic sampling: the groups that carry a gradient first
-            rows = first_live_groups(advantages.live_B, config.group_size, config.prompts_per_rollout)
-            batch, samples, rewards_B = jax.tree.map(lambda x: x[rows], (batch, samples, rewards_B))
+            chosen = first_live_groups(advantages.live_B, config.group_size, config.prompts_per_rollout)
+            batch, samples, rewards_B = jax.tree.map(lambda x: x[chosen], (batch, samples, rewards_B))
 
         epoch_keys = jax.random.split(rollout_keys(state)[1], config.inner_epochs)
-        rows_EB = jax.vmap(lambda key: jax.random.permutation(key, config.completions_per_rollout))(epoch_keys)
-        rows_MB = rows_EB.reshape(config.steps_per_rollout, config.minibatch_size)
+        order_EB = jax.vmap(lambda key: jax.random.permutation(key, config.completions_per_rollout))(epoch_keys)
+        minibatches_MB = order_EB.reshape(config.steps_per_rollout, config.minibatch_size)
 
-        def update(state, rows_B):
-            def own(x):  # on a mesh every device has its part of the minibatch
-                return self.model.placement.constrain(x[rows_B], "batch", *(None,) * (x.ndim - 1))
-
-            return self._update(state, *jax.tree.map(own, batch))
+        def update(state, indices_B):
+            return self._update(state, *self._minibatch(batch, indices_B))
 
         skipped_before = state.skipped
-        state, steps = jax.lax.scan(update, state, rows_MB)
+        state, steps = jax.lax.scan(update, state, minibatches_MB)
         metrics |= {name: finite_mean(values, axis=0) for name, values in steps.items()}
         # The policy that sampled is the policy of the first minibatch: its ratios are 1 but for rounding.
         metrics["first_ratio_error"] = jnp.maximum(steps["ratio_max"][0] - 1.0, 1.0 - steps["ratio_min"][0])
@@ -144,24 +148,43 @@ class GRPO:
         state = constrain_state(self.model, state.replace(rollouts=state.rollouts + 1))
         return state, metrics, samples, rewards_B
 
-    def _update(self, state: GRPOState, trajectories: Trajectories, advantages_B: jax.Array, live_B: jax.Array):
+    def _minibatch(self, batch, indices_B: jax.Array):
+        """The completions `indices_B` of a pytree; on a mesh every device holds its share of them."""
+
+        def take(x):
+            return self.model.placement.constrain(x[indices_B], "batch", *(None,) * (x.ndim - 1))
+
+        return jax.tree.map(take, batch)
+
+    def _log_probs(self, variables, trajectories: Trajectories):
+        return completion_log_probs(self.model, variables, trajectories, self.config.temperature, self.loss_chunk)
+
+    def _reference_log_probs(self, state: GRPOState, trajectories: Trajectories) -> jax.Array:
+        """float32 [B, N]; the experts that are replayed are the policy's, not the reference's."""
+        return self._log_probs(state.reference, trajectories.replace(expert_ids_BLTK=None))[0]
+
+    def _rollout_kl(self, state: GRPOState, trajectories: Trajectories) -> jax.Array:
+        """k1 = log(pi_old / pi_ref) of every sampled token, float32 [B, N], a minibatch at a time."""
+        size = self.config.minibatch_size
+        indices_MB = jnp.arange(len(trajectories.mask_BN)).reshape(-1, size)
+        of_minibatch = functools.partial(self._reference_log_probs, state)
+        ref_logp_MBN = jax.lax.map(lambda indices_B: of_minibatch(self._minibatch(trajectories, indices_B)), indices_MB)
+        ref_logp_BN = ref_logp_MBN.reshape(trajectories.mask_BN.shape)
+        return log_ratio(trajectories.old_logp_BN, ref_logp_BN, trajectories.mask_BN)
+
+    def _update(self, state: GRPOState, trajectories: Trajectories, advantages: jax.Array, live_B: jax.Array):
         """One optimizer step on one minibatch -> (state, metrics)."""
         config = self.config
-
-        def log_probs(variables, trajectories):
-            return completion_log_probs(self.model, variables, trajectories, config.temperature, self.loss_chunk)
-
-        ref_logp_BN = None
-        if config.has_reference:  # the experts that are replayed are the policy's, not the reference's
-            ref_logp_BN, _, _ = log_probs(state.reference, trajectories.replace(expert_ids_BLTK=None))
+        ref_logp_BN = self._reference_log_probs(state, trajectories) if config.kl_in_loss else None
 
         def loss_fn(params):
-            logp_BN, entropy_BN, routing = log_probs({"params": params, "router_bias": state.router_bias}, trajectories)
+            variables = {"params": params, "router_bias": state.router_bias}
+            logp_BN, entropy_BN, routing = self._log_probs(variables, trajectories)
             loss, metrics = grpo_loss(
                 config,
                 logp_BN,
                 trajectories.old_logp_BN,
-                advantages_B,
+                advantages,
                 trajectories.mask_BN,
                 ref_logp_BN=ref_logp_BN,
                 finished_B=trajectories.finished_B,

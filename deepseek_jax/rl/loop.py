@@ -205,7 +205,7 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     )
     # a completion that was emptied (see `Trajectories`) is nobody's to judge
     whole_B = here.trajectories.mask_BN.any(axis=1)
-    judged = grpo.rewards.text_parts(*([column[row] for row in np.flatnonzero(whole_B)] for column in texts))
+    judged = grpo.rewards.text_components(*([column[row] for row in np.flatnonzero(whole_B)] for column in texts))
     parts = {name: np.full(len(whole_B), np.nan, np.float32) for name in judged}
     for name, values in judged.items():
         parts[name][whole_B] = values

@@ -33,19 +33,24 @@ def policy_ratio(log_ratio_BN: jax.Array, mask_BN: jax.Array, level: str) -> jax
 
 
 def clipped_surrogate(
-    ratio_BN: jax.Array, advantages_B: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None = None
+    ratio_BN: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> jax.Array:
     """min(r A, clip(r, 1 - low, 1 + high) A) per token (DeepSeekMath eq. 3); to be maximized.
 
     With `low` >= 1 the lower bound is never active: R1's epsilon of 10 clips at ratio 11 only. `dual_clip` = c > 1
     bounds the term by c A where A < 0, where r A is otherwise unbounded.
     """
-    advantages_B1 = advantages_B[:, None]
+    advantages_BN = per_token(advantages)
     clipped_BN = jnp.clip(ratio_BN, 1.0 - clip_low, 1.0 + clip_high)
-    surrogate_BN = jnp.minimum(ratio_BN * advantages_B1, clipped_BN * advantages_B1)
+    surrogate_BN = jnp.minimum(ratio_BN * advantages_BN, clipped_BN * advantages_BN)
     if dual_clip is not None:
-        surrogate_BN = jnp.where(advantages_B1 < 0, jnp.maximum(surrogate_BN, dual_clip * advantages_B1), surrogate_BN)
+        surrogate_BN = jnp.where(advantages_BN < 0, jnp.maximum(surrogate_BN, dual_clip * advantages_BN), surrogate_BN)
     return surrogate_BN
+
+
+def per_token(advantages: jax.Array) -> jax.Array:
+    """Advantages as they multiply tokens: [B, N] stays, [B] becomes [B, 1]."""
+    return advantages if advantages.ndim == 2 else advantages[:, None]
 
 
 def kl_divergence(
@@ -70,11 +75,11 @@ def kl_divergence(
     raise ValueError(f"estimator={estimator!r}: 'k1', 'k2', 'k3' or 'unbiased_k3'")
 
 
-def off_policy_mask(log_ratio_BN: jax.Array, advantages_B: jax.Array, mask_BN: jax.Array, delta: float) -> jax.Array:
-    """V3.2's M: 0 for a completion with A < 0 and mean_t log(pi_old / pi_theta) > delta, else 1. float32[B], no
-    gradient."""
+def off_policy_mask(log_ratio_BN: jax.Array, advantages: jax.Array, mask_BN: jax.Array, delta: float) -> jax.Array:
+    """V3.2's M: 0 where A < 0 in a completion with mean_t log(pi_old / pi_theta) > delta, else 1. float32, no gradient:
+    [B, 1] for advantages [B], [B, N] for those of tokens."""
     drift_B = -_sequence_mean(jax.lax.stop_gradient(log_ratio_BN), mask_BN)
-    return 1.0 - ((advantages_B < 0) & (drift_B > delta)).astype(jnp.float32)
+    return 1.0 - ((per_token(advantages) < 0) & (drift_B[:, None] > delta)).astype(jnp.float32)
 
 
 def aggregate(x_BN: jax.Array, mask_BN: jax.Array, counted_B: jax.Array, mode: str) -> jax.Array:
@@ -100,7 +105,7 @@ def grpo_loss(
     config: GRPOConfig,
     logp_BN: jax.Array,
     old_logp_BN: jax.Array,
-    advantages_B: jax.Array,
+    advantages: jax.Array,
     mask_BN: jax.Array,
     ref_logp_BN: jax.Array | None = None,
     finished_B: jax.Array | None = None,
@@ -108,14 +113,16 @@ def grpo_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-J of DeepSeekMath eq. 3 and its relatives, as `config` says: a scalar to minimize, and metrics.
 
-    `ref_logp_BN` is needed where `config.kl_coefficient > 0`, `finished_B` (end-of-sequence reached) where
-    `config.mask_truncated`, `live_B` (see `Advantages`) where `config.denominator == "live"`. Gradients flow through
-    `logp_BN` alone. At the first update of a rollout every ratio is 1 and the loss is close to 0 while its gradient is
-    not; watch the reward, not the loss. Metrics are scalars: loss, pg_loss, kl (where it is measured),
-    clip_low_fraction, clip_high_fraction, dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean,
-    off_policy_fraction (of completions), tokens.
+    `advantages` are those of completions [B] or of tokens [B, N]. `ref_logp_BN` is needed where `config.kl_in_loss`,
+    `finished_B` (end-of-sequence reached) where `config.mask_truncated`, `live_B` (see `Advantages`) where
+    `config.denominator == "live"`. Gradients flow only through `logp_BN`. At the first update of a rollout every ratio
+    is 1 and the loss is close to 0 while its gradient is not; watch the reward, not the loss.
+
+    Metrics are scalars: loss, pg_loss, kl (where it is measured), clip_low_fraction, clip_high_fraction,
+    dual_clip_fraction, ratio_mean, ratio_min, ratio_max, log_ratio_abs_mean, off_policy_fraction (of completions),
+    tokens.
     """
-    old_logp_BN, advantages_B = jax.lax.stop_gradient((old_logp_BN, advantages_B.astype(jnp.float32)))
+    old_logp_BN, advantages_BN = jax.lax.stop_gradient((old_logp_BN, per_token(advantages).astype(jnp.float32)))
     mask_BN = mask_BN.astype(jnp.float32)
     if config.mask_truncated:
         mask_BN = mask_BN * finished_B.astype(jnp.float32)[:, None]
@@ -125,20 +132,20 @@ def grpo_loss(
 
     log_ratio_BN = log_ratio(logp_BN, old_logp_BN, mask_BN)
     ratio_BN = policy_ratio(log_ratio_BN, mask_BN, config.ratio)
-    surrogate_BN = clipped_surrogate(ratio_BN, advantages_B, clip_low, clip_high, config.dual_clip)
-    kept_B = jnp.ones_like(advantages_B)
+    surrogate_BN = clipped_surrogate(ratio_BN, advantages_BN, clip_low, clip_high, config.dual_clip)
+    kept_BN = jnp.ones_like(advantages_BN)
     if config.off_policy_delta is not None:
-        kept_B = off_policy_mask(log_ratio_BN, advantages_B, mask_BN, config.off_policy_delta)
-    pg_loss = -aggregate(surrogate_BN * kept_B[:, None], mask_BN, counted_B, config.aggregation)
+        kept_BN = off_policy_mask(log_ratio_BN, advantages_BN, mask_BN, config.off_policy_delta)
+    pg_loss = -aggregate(surrogate_BN * kept_BN, mask_BN, counted_B, config.aggregation)
 
     loss, kl = pg_loss, {}
-    if config.has_reference:
+    if config.kl_in_loss:
         ref_logp_BN = jax.lax.stop_gradient(ref_logp_BN)
         kl_BN = kl_divergence(logp_BN, ref_logp_BN, old_logp_BN, mask_BN, config.kl_estimator)
         kl = {"kl": aggregate(kl_BN, mask_BN, every_B, config.aggregation)}
         loss += config.kl_coefficient * kl["kl"]
 
-    negative_B1 = advantages_B[:, None] < 0
+    negative_BN = advantages_BN < 0
     tokens = mask_BN.sum()
 
     def token_share(x_BN):
@@ -148,14 +155,14 @@ def grpo_loss(
         "loss": loss,
         "pg_loss": pg_loss,
         **kl,
-        "clip_low_fraction": token_share((ratio_BN < 1.0 - clip_low) & negative_B1),
-        "clip_high_fraction": token_share((ratio_BN > 1.0 + clip_high) & (advantages_B[:, None] > 0)),
-        "dual_clip_fraction": token_share((ratio_BN > (config.dual_clip or jnp.inf)) & negative_B1),
+        "clip_low_fraction": token_share((ratio_BN < 1.0 - clip_low) & negative_BN),
+        "clip_high_fraction": token_share((ratio_BN > 1.0 + clip_high) & (advantages_BN > 0)),
+        "dual_clip_fraction": token_share((ratio_BN > (config.dual_clip or jnp.inf)) & negative_BN),
         "ratio_mean": token_share(ratio_BN),
         "ratio_min": jnp.where(tokens > 0, jnp.where(mask_BN > 0, ratio_BN, jnp.inf).min(), 1.0),
         "ratio_max": jnp.where(tokens > 0, jnp.where(mask_BN > 0, ratio_BN, -jnp.inf).max(), 1.0),
         "log_ratio_abs_mean": token_share(jnp.abs(log_ratio_BN)),
-        "off_policy_fraction": 1.0 - kept_B.mean(),
+        "off_policy_fraction": 1.0 - kept_BN.min(1).mean(),
         "tokens": tokens,
     }
     return loss, jax.lax.stop_gradient(metrics)

@@ -7,8 +7,9 @@ again returns what it left.
 from collections.abc import Iterable
 
 from deepseek_jax.accounting.cost import Work
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import inside
+from deepseek_jax.registry import resolve
 from deepseek_jax.stages.base import Experiment, Stage, Variables
 from deepseek_jax.stages.eval import EvalStage
 from deepseek_jax.stages.grpo import GRPOSection, GRPOStage
@@ -27,6 +28,7 @@ __all__ = [
     "Variables",
     "build_stage",
     "build_stages",
+    "find_kind",
     "works",
 ]
 
@@ -41,11 +43,21 @@ def build_stages(experiment: Experiment) -> list[Stage]:
 def build_stage(experiment: Experiment, name: str) -> Stage:
     """The stage called `name`. Raises ConfigError for what its section of the experiment file cannot be."""
     fields = dict(experiment.sections[name])
-    kind = fields.pop("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"{name}.kind={kind!r}: {nearest(str(kind), KINDS)}")
+    kind = find_kind(name, fields.pop("kind"))
     with inside(f"config.{name}"):
-        return KINDS[kind].build(name, experiment, fields)
+        return kind.build(name, experiment, fields)
+
+
+def find_kind(stage: str, kind: str) -> type[Stage]:
+    """The class of a stage's kind: one of `KINDS`, or your own as package.module:Class. Raises ConfigError for an
+    unknown name, and for what is no class derived from Stage."""
+    found = resolve(KINDS, kind, f"config.{stage}.kind")
+    if not (isinstance(found, type) and issubclass(found, Stage)):
+        raise ConfigError(
+            f"config.{stage}.kind={kind!r} is a {type(found).__name__}: must be a class derived from "
+            "deepseek_jax.stages.Stage"
+        )
+    return found
 
 
 def works(stages: Iterable[Stage], shards: int | None = None) -> dict[str, Work]:

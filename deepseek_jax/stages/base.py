@@ -44,6 +44,15 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Batches:
+    """Sizes that a mesh has to divide, each with the field that a message names: sequences of a batch, and tokens of a
+    sequence."""
+
+    sequences: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    lengths: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of an experiment, built from its section: it takes the weights that the stage before left.
 
@@ -62,6 +71,12 @@ class Stage:
     def build(cls, name: str, experiment: Experiment, fields: Mapping[str, Any]) -> "Stage":
         """The stage from its section without `kind`. Raises ConfigError for an unknown, missing or impossible field."""
         return build(cls, fields, "", given={"name": name, "experiment": experiment})
+
+    @classmethod
+    def batches(cls, name: str, fields: Mapping[str, Any]) -> Batches:
+        """The batches of a section of this kind, read before there is a mesh to build the stage on."""
+        del name, fields
+        return Batches()
 
     @property
     def folder(self) -> Path:

@@ -1,6 +1,7 @@
 """Training stages: pre-training and SFT, next-token prediction on packed documents."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,12 +15,13 @@ from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
 from deepseek_jax.data.sources import holds_out
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.fields import convert
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import host_share
 from deepseek_jax.precision.fp8 import FP8Precision
 from deepseek_jax.rl.tasks.documents import TaskDocuments
-from deepseek_jax.stages.base import Stage, Variables, require_length
+from deepseek_jax.stages.base import Batches, Stage, Variables, require_length
 from deepseek_jax.stages.held_out import check_data, held_out_batches
 from deepseek_jax.training.batches import batch_size_at
 from deepseek_jax.training.config import TrainConfig
@@ -54,6 +56,14 @@ class TrainStage(Stage):
                     f"seq_len={self.seq_len}: a demonstration of the task has up to {needed} tokens and would be torn; "
                     f"raise seq_len to at least {needed}, or make the task smaller"
                 )
+
+    @classmethod
+    def batches(cls, name: str, fields: Mapping[str, Any]) -> Batches:
+        train = TrainConfig.from_dict(fields.get("train", {}))
+        sizes = train.batch_sizes(convert(fields.get("batch_size"), int | None, "batch_size"))
+        field, sizes = ("train.microbatch", [train.microbatch]) if train.microbatch else ("batch_size", sizes)
+        length = convert(fields.get("seq_len", 1), int, "seq_len")
+        return Batches([(f"{name}.{field}", size) for size in sizes], [(f"{name}.seq_len", length)])
 
     def _uses_task(self) -> bool:
         return any(source.name == "task" for source in self.data.sources)

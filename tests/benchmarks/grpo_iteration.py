@@ -32,6 +32,7 @@ from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.rollout import Trajectories
 from deepseek_jax.rl.tasks import build_task
 from deepseek_jax.rl.tasks.base import EOS, PAD
+from deepseek_jax.stages.grpo import divided
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
 
@@ -70,9 +71,8 @@ class Theirs:
 
         @jax.jit
         def advantages(completions_BN, mask_BN):
-            parts = grpo.rewards.graph_parts(task, instances, completions_BN, mask_BN)
-            rewards_B = grpo.rewards.total(parts, jnp.sum(mask_BN, axis=1), config.max_completion_length)
-            return group_advantages(rewards_B, config.group_size).advantages_B
+            components = grpo.rewards.graph_components(task, instances, completions_BN, mask_BN)
+            return group_advantages(grpo.rewards.total(components, mask_BN), config).advantages
 
         self.advantages = advantages
 
@@ -170,7 +170,8 @@ def main(flags) -> None:
     model = Transformer(common.SIZES[flags.size])
     variables = init_variables(model, jax.random.key(0))
     task = build_task(common.R1_TINY.task.to_dict())
-    settings = common.R1_TINY.grpo.grpo.to_dict() | {"group_size": flags.group, "prompts_per_rollout": flags.prompts}
+    section = {name: value for name, value in common.R1_TINY.grpo.to_dict().items() if name != "kind"}
+    settings = divided(section)[0] | {"group_size": flags.group, "prompts_per_rollout": flags.prompts}
     settings |= {"max_prompt_length": task.prompt_length, "max_completion_length": flags.new_tokens}
     config = GRPOConfig.from_dict(settings)
     optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(config.learning_rate), weight_decay=0.0))

@@ -85,7 +85,7 @@ def test_reinforcement_learning_is_work_too(kl, passes, tmp_path):
         "group_size": 8,
         "oversampling": 2,
     }
-    overrides = {"stages": ("grpo",), **{f"grpo.grpo.{name}": value for name, value in changes.items()}}
+    overrides = {"stages": ("grpo",), **{f"grpo.{name}": value for name, value in changes.items()}}
     (job,) = build_jobs(
         Sweep(str(ROOT / "experiments" / "r1_tiny.py"), [Run("a", overrides)], metric="grpo.rollout_seconds"), tmp_path
     )

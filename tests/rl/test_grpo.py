@@ -114,7 +114,7 @@ def test_python_rewards_give_what_in_graph_rewards_give(first, grpo, variables):
     state = grpo_state(MODEL, variables, host.optimizer, jax.random.key(2))
     samples = host.sample(state)
     texts = to_texts(samples.trajectories.completions_BN, samples.trajectories.mask_BN)
-    parts = host.rewards.text_parts([""] * len(texts), texts, [""] * len(texts))
+    parts = host.rewards.text_components([""] * len(texts), texts, [""] * len(texts))
     in_graph = np.asarray(
         digit_share_in_graph(TASK, samples.instances, samples.trajectories.completions_BN, samples.trajectories.mask_BN)
     )
@@ -252,7 +252,7 @@ def test_python_rewards_do_not_judge_what_a_broken_network_left(first, variables
     class Recorded:
         in_graph = False
 
-        def text_parts(self, prompts, completions, answers, finished):
+        def text_components(self, prompts, completions, answers, finished):
             judged.append(list(zip(prompts, completions, answers, finished, strict=True)))
             return {"digits": np.arange(len(completions), dtype=np.float32)}
 

@@ -29,7 +29,7 @@ def test_r1():
             1.0,
         )
         assert fields(name, "clip_epsilon", "kl_estimator", "aggregation") == ((10.0, 10.0), "k3", "sequence_mean")
-        assert fields(name, "advantage_normalization", "max_completion_length") == ("group_std", 32_768)
+        assert fields(name, "advantage_estimator", "max_completion_length") == ("group_std", 32_768)
     assert fields("r1_zero", "steps", "temperature", "rollouts") == (10_400, 1.0, 650)
     assert dict(preset("r1_zero").rewards) == {"accuracy": 1.0, "format": 1.0}
     assert fields("r1_stage1", "temperature") == (1.0,)
@@ -40,7 +40,7 @@ def test_r1():
 def test_deepseekmath():
     assert fields("deepseekmath", "group_size", "completions_per_rollout", "steps_per_rollout") == (64, 1024, 1)
     assert fields("deepseekmath", "learning_rate", "kl_coefficient", "max_completion_length") == (1e-6, 0.04, 1024)
-    assert fields("deepseekmath", "aggregation", "kl_estimator", "advantage_normalization") == (
+    assert fields("deepseekmath", "aggregation", "kl_estimator", "advantage_estimator") == (
         "sequence_mean",
         "k3",
         "group_std",
@@ -48,7 +48,7 @@ def test_deepseekmath():
 
 
 def test_v32():
-    assert fields("v32", "advantage_normalization", "kl_estimator") == ("none", "unbiased_k3")
+    assert fields("v32", "advantage_estimator", "kl_estimator") == ("group_mean", "unbiased_k3")
     assert fields("v32", "aggregation", "ratio") == ("sequence_mean", "token")
     assert preset("v32").off_policy_delta > 0 and preset("v32").replay_experts
 
@@ -76,7 +76,7 @@ def test_dapo():
 
 
 def test_dr_grpo():
-    assert fields("dr_grpo", "advantage_normalization", "aggregation", "kl_coefficient") == ("none", "constant", 0.0)
+    assert fields("dr_grpo", "advantage_estimator", "aggregation", "kl_coefficient") == ("group_mean", "constant", 0.0)
     assert fields("dr_grpo", "group_size", "minibatch_size", "max_completion_length", "learning_rate") == (
         8,
         128,
@@ -118,10 +118,10 @@ def test_from_dict_starts_from_a_preset():
         ({"rewards": {}}, "at least one reward"),
         ({"rewards": {"accuracy": 0.0}}, "every weight is 0"),
         ({"rewards": [("format", 1), ("format", 1)]}, "twice"),
-        ({"overlong_buffer": 50_000}, "below max_completion_length"),
+        ({"overlong_buffer": 50_000}, "overlong_buffer=50000: must be at least 0 and below 32768"),
         ({"advantage_eps": 0.0, "advantage_std_floor": 0.0}, "both 0"),
         ({"inner_epochs": 0}, "at least 1"),
-        ({"kl_coefficient": -0.1}, "0 or more"),
+        ({"kl_coefficient": -0.1}, "at least 0"),
         ({"group_size": "16"}, "whole number"),
         ({"temperature": "hot"}, "a number"),
         ({"replay_experts": "no"}, "True or False"),

@@ -33,13 +33,18 @@ def completions(texts):
     return jnp.asarray(tokens), jnp.asarray([[1] * len(row) + [0] * (WIDTH - len(row)) for row in rows])
 
 
-graph_parts = jax.jit(RewardSet.graph_parts, static_argnums=(0, 1))
+def masks(lengths, width):
+    """mask_BN of completions of these lengths."""
+    return (jnp.arange(width) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+
+
+graph_components = jax.jit(RewardSet.graph_components, static_argnums=(0, 1))
 
 
 def scores(name, task, instance, texts):
     reward_set = build_rewards(GRPOConfig(rewards=((name, 1.0),)), task)
     instances = type(instance)(*(np.repeat(x[None], len(texts), 0) for x in vars(instance).values()))
-    return np.asarray(graph_parts(reward_set, task, instances, *completions(texts))[name]).tolist()
+    return np.asarray(graph_components(reward_set, task, instances, *completions(texts))[name]).tolist()
 
 
 PARITY = ParityTask(bits=8)
@@ -137,13 +142,13 @@ def test_total_weighs_and_accuracy_needs_the_format():
     reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0), ("format", 0.5))), PARITY)
     parts = {"accuracy": jnp.array([1.0, 0.0, 1.0, 0.0]), "format": jnp.array([1.0, 1.0, 0.0, 0.0])}
     lengths = jnp.array([3, 3, 3, 3])
-    np.testing.assert_allclose(reward_set.total(parts, lengths, 8), [1.5, 0.5, 0.0, 0.0])
+    np.testing.assert_allclose(reward_set.total(parts, masks(lengths, 8)), [1.5, 0.5, 0.0, 0.0])
 
 
 def test_wrong_reward_and_overlong_punishment():
     reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0),), wrong_reward=-1.0, overlong_buffer=4), PARITY)
     parts = {"accuracy": jnp.array([1.0, 0.0, 1.0, 0.0])}
-    np.testing.assert_allclose(reward_set.total(parts, jnp.array([4, 4, 6, 8]), 8), [1.0, -1.0, 0.5, -2.0])
+    np.testing.assert_allclose(reward_set.total(parts, masks([4, 4, 6, 8], 8)), [1.0, -1.0, 0.5, -2.0])
     np.testing.assert_allclose(
         soft_overlong_punishment(jnp.array([0, 16_384, 18_432, 20_480, 30_000]), 20_480, 4_096), [0, 0, -0.5, -1, -1]
     )
@@ -151,11 +156,11 @@ def test_wrong_reward_and_overlong_punishment():
 
 def test_a_reward_of_weight_zero_cannot_spoil_the_sum():
     reward_set = build_rewards(GRPOConfig(rewards=(("accuracy", 1.0), ("text_format", 0.0))), PARITY)
-    total = reward_set.total({"accuracy": jnp.array([1.0]), "text_format": jnp.array([jnp.nan])}, jnp.array([3]), 8)
+    total = reward_set.total({"accuracy": jnp.array([1.0]), "text_format": jnp.array([jnp.nan])}, masks([3], 8))
     assert float(total[0]) == 0.0, "without a format that holds, no accuracy"
     reward_set = build_rewards(GRPOConfig(rewards=(("format", 1.0), ("text_language_consistency", 0.0))), PARITY)
     total = reward_set.total(
-        {"format": jnp.array([1.0]), "text_language_consistency": jnp.array([jnp.nan])}, jnp.array([3]), 8
+        {"format": jnp.array([1.0]), "text_language_consistency": jnp.array([jnp.nan])}, masks([3], 8)
     )
     assert float(total[0]) == 1.0
 
@@ -181,9 +186,9 @@ def test_own_function_by_name(monkeypatch):
     module.own_reward = own_reward
     monkeypatch.setitem(__import__("sys").modules, "own_rewards", module)
     reward_set = build_rewards(GRPOConfig(rewards=(("own_rewards:own_reward", 2.0), ("text_format", 1.0))))
-    parts = reward_set.text_parts(["p", "p"], ["12345", "<think></think><answer></answer>"], ["a", "a"])
+    parts = reward_set.text_components(["p", "p"], ["12345", "<think></think><answer></answer>"], ["a", "a"])
     np.testing.assert_allclose(parts["own_rewards:own_reward"], [0.5, 3.2])
-    np.testing.assert_allclose(reward_set.total(parts, jnp.array([1, 1]), 8), [1.0, 7.4], rtol=1e-6)
+    np.testing.assert_allclose(reward_set.total(parts, masks([1, 1], 8)), [1.0, 7.4], rtol=1e-6)
     assert parts["text_format"].dtype == np.float32
 
 
@@ -220,23 +225,22 @@ def test_a_skipped_sample_trains_nothing_and_spoils_nothing():
     reward_set = build_rewards(config)
     broken = Reward("text_accuracy", lambda p, c, a: {"a": 1.0, "b": 0.0}[c], in_graph=False, role="accuracy")
     reward_set = type(reward_set)((broken,), reward_set.weights, on_error=reward_set.on_error)
-    parts = reward_set.text_parts(["p"] * 4, ["a", "b", "?", "a"], [""] * 4)
-    advantages = group_advantages(reward_set.total(parts, jnp.ones(4), 8), 4)
+    parts = reward_set.text_components(["p"] * 4, ["a", "b", "?", "a"], [""] * 4)
+    advantages = group_advantages(reward_set.total(parts, masks([1] * 4, 8)), GRPOConfig(group_size=4))
     assert (
-        np.asarray(advantages.valid_B).tolist() == [True, True, False, True]
-        and float(advantages.advantages_B[2]) == 0.0
+        np.asarray(advantages.valid_B).tolist() == [True, True, False, True] and float(advantages.advantages[2]) == 0.0
     )
-    assert np.isfinite(advantages.advantages_B).all() and float(advantages.advantages_B[0]) > 0
+    assert np.isfinite(advantages.advantages).all() and float(advantages.advantages[0]) > 0
 
 
 @pytest.mark.parametrize(
     "names,task,message",
     [
         (["acuracy"], PARITY, "did you mean 'accuracy'"),
-        (["no_such_module:reward"], PARITY, "package.module:function"),
-        (["math:no_such_function"], PARITY, "package.module:function"),
+        (["no_such_module:reward"], PARITY, "Write package.module:attribute; the folder that holds the module"),
+        (["math:no_such_function"], PARITY, "math has no 'no_such_function'"),
         (["accuracy"], None, "use 'text_accuracy'"),
-        (["language_consistency"], PARITY, "two alphabets"),
+        (["language_consistency"], PARITY, r"a task with a method in_alphabet \(chain\).*use 'text_language"),
     ],
 )
 def test_refused(names, task, message):
@@ -302,9 +306,9 @@ def test_rewards_in_threads_keep_the_order_and_the_first_error():
 
     reward_set = RewardSet((Reward("slow", slow, in_graph=False, threads=4),), (1.0,))
     texts = [str(i) for i in range(12)]
-    assert reward_set.text_parts(texts, texts, texts)["slow"].tolist() == list(range(12))
+    assert reward_set.text_components(texts, texts, texts)["slow"].tolist() == list(range(12))
     with pytest.raises(RewardError, match="raised KeyError: 'bad'"):
-        reward_set.text_parts(["p"] * 3, ["0", "bad", "2"], ["a"] * 3)
+        reward_set.text_components(["p"] * 3, ["0", "bad", "2"], ["a"] * 3)
 
 
 def test_a_completion_without_its_end_has_no_format():
@@ -313,12 +317,12 @@ def test_a_completion_without_its_end_has_no_format():
         GRPOConfig(rewards=(("text_format", 1.0), ("text_accuracy", 1.0), ("text_language_consistency", 1.0)))
     )
     text = "<think>one and one</think><answer>2</answer>"
-    parts = reward_set.text_parts(["how many"] * 2, [text] * 2, ["2"] * 2, [True, False])
+    parts = reward_set.text_components(["how many"] * 2, [text] * 2, ["2"] * 2, [True, False])
     assert {name: values.tolist() for name, values in parts.items()} == dict.fromkeys(parts, [1.0, 0.0]) and len(
         parts
     ) == 3
     own = RewardSet((Reward("own", own_reward, in_graph=False),), (1.0,))
-    assert (own.text_parts(["p"], [text], ["2"], [False])["own"] > 0).all(), (
+    assert (own.text_components(["p"], [text], ["2"], [False])["own"] > 0).all(), (
         "a function of one's own sees every completion"
     )
 
@@ -332,3 +336,71 @@ def test_math_accuracy():
     assert score("１２", "12") == score(r"x=\frac{1}{2}", "0.5") == score("x+y", "y+x") == 1.0
     assert score("13", "12") == score("", "12") == score("9**9**9**9", "12") == 0.0
     assert math_accuracy_reward("", "<answer>12</answer>", "12") == 0.0
+
+
+def own_count(prompt, completion, answer):
+    """A plain function, as a user writes one."""
+    return float(len(completion))
+
+
+def positions(task, instances, completions_BN, mask_BN):
+    """Token n earns n + 1."""
+    return jnp.broadcast_to(jnp.arange(1.0, mask_BN.shape[1] + 1), mask_BN.shape)
+
+
+OWN_TOKENS = Reward("whatever", positions, in_graph=True, per_token=True)
+OWN_FORMAT = Reward("whatever", lambda task, instances, c, mask_BN: mask_BN[:, 2] > 0, in_graph=True, role="format")
+OWN_MODULE = Reward("whatever", own_count, in_graph=False, requires=("no_such_package", "no-such-package"))
+OWN_METHOD = Reward("whatever", positions, in_graph=True, per_token=True, requires_task="grade")
+NOT_A_REWARD = 3
+
+
+def test_a_reward_of_ones_own_is_a_function_or_says_more():
+    names = {"accuracy": 2.0, f"{__name__}:OWN_FORMAT": 0.5, f"{__name__}:own_count": 1.0}
+    reward_set = build_rewards(GRPOConfig(rewards=tuple(names.items())), PARITY)
+    assert [(r.name, r.role, r.in_graph) for r in reward_set.rewards] == [
+        ("accuracy", "accuracy", True),
+        (f"{__name__}:OWN_FORMAT", "format", True),
+        (f"{__name__}:own_count", "", False),
+    ]
+    components = {"accuracy": jnp.ones(2), f"{__name__}:OWN_FORMAT": jnp.array([1.0, 0.0])}
+    components |= reward_set.text_components(["p"] * 2, ["abc", "ab"], ["a"] * 2)
+    # the own format gates our accuracy: 2 + 0.5 + 3 letters, and 0 + 0 + 2 letters
+    np.testing.assert_allclose(reward_set.total(components, masks([3, 2], 4)), [5.5, 2.0])
+
+
+def test_a_reward_of_tokens_is_what_is_still_to_come():
+    names = {"accuracy": 10.0, f"{__name__}:OWN_TOKENS": 0.5}
+    reward_set = build_rewards(GRPOConfig(rewards=tuple(names.items())), PARITY)
+    tokens, mask = completions([GOOD[0], HACKS["truncated"]])
+    instances = Bits(np.repeat(BITS.bits_BK[None], 2, 0))
+    components = graph_components(reward_set, PARITY, instances, tokens, mask)
+    total = np.asarray(reward_set.total(components, mask))
+    for b, outcome in enumerate((10.0, 0.0)):
+        length = int(mask[b].sum())
+        expected = [outcome + 0.5 * sum(s + 1 for s in range(n, length)) for n in range(WIDTH)]
+        np.testing.assert_allclose(total[b], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NOT_A_REWARD", "is a int: must be a function .* or a deepseek_jax.rl.rewards.Reward"),
+        ("OWN_MODULE", "needs a package that is not installed; run pip install 'no-such-package'"),
+        ("OWN_METHOD", "needs a task with a method grade, and ParityTask has none"),
+        ("own_cuont", "has no 'own_cuont': did you mean 'own_count'"),
+    ],
+)
+def test_a_reward_of_ones_own_that_cannot_work(name, message):
+    with pytest.raises(ConfigError, match=message):
+        build_rewards(GRPOConfig(rewards=((f"{__name__}:{name}", 1.0),)), PARITY)
+
+
+def test_a_reward_of_the_wrong_shape_is_one_sentence():
+    reward_set = RewardSet((Reward("flat", positions, in_graph=True),), (1.0,))
+    with pytest.raises(ConfigError, match=r"'flat' returns shape \(1, 40\) .* must be \(1,\)"):
+        reward_set.graph_components(PARITY, Bits(BITS.bits_BK[None]), *completions([GOOD[0]]))
+    with pytest.raises(ConfigError, match="per_token: then it runs in the graph .* and has no role"):
+        Reward("both", positions, in_graph=True, per_token=True, role="accuracy")
+    with pytest.raises(ConfigError, match="role='acuracy': did you mean 'accuracy'"):
+        Reward("role", positions, in_graph=True, role="acuracy")
