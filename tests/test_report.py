@@ -9,6 +9,7 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
+from deepseek_jax import report
 from deepseek_jax.errors import DataError
 from deepseek_jax.report import (
     PANELS,
@@ -34,6 +35,7 @@ def test_whatever_rewards_there_are_are_drawn_and_what_is_no_number_is_not():
         {"step": 0, "held_out_accuracy": 0.25, "held_out_pass@16": 0.5},
         {"step": 1, "reward_mean": 1.0, "reward_std": 9.0, "reward_my_rewards:brevity": 0.25, "length_mean": math.nan},
         {"step": 2, "reward_mean": None, "reward_my_rewards:brevity": 0.5, "length_mean": "x", "kl": 1.0},
+        {"step": 3, "length_mean": True, "held_out_length": 1e300},
     ]
     assert panels(records) == {
         "reward": {"total": [(1, 1.0)], "my rewards:brevity": [(1, 0.25), (2, 0.5)]},
@@ -55,6 +57,23 @@ def test_whatever_rewards_there_are_are_drawn_and_what_is_no_number_is_not():
 def test_a_figure_is_drawn_whatever_there_is(tmp_path, records):
     plot_curves(records, tmp_path / "curves.png", "title")
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] > 400 and not list(tmp_path.glob("*.partial*"))
+
+
+def test_lines_markers_and_axes(tmp_path, monkeypatch):
+    """A curve of one point has a marker, or nothing would be seen; zero has no place on a logarithmic axis."""
+    figures = []
+
+    class Kept(report.Figure):
+        def savefig(self, *arguments, **keywords):
+            figures.append(self)
+            super().savefig(*arguments, **keywords)
+
+    monkeypatch.setattr(report, "Figure", Kept)
+    plot_curves([{"step": 1, "grad_norm": 0.0, "cross_entropy": 1.0}], tmp_path / "one.png", "one")
+    plot_curves([{"step": step, "grad_norm": 0.5, "held_out_loss": 1.0} for step in (1, 2)], tmp_path / "b.png", "two")
+    lines = [[panel.get_lines()[0] for panel in figure.axes if panel.get_lines()] for figure in figures]
+    assert [[line.get_marker() for line in panels] for panels in lines] == [["o", "o"], ["o", "None"]]
+    assert [[panel.get_yscale() for panel in figure.axes] for figure in figures] == [2 * ["linear"], ["linear", "log"]]
 
 
 def test_a_place_without_a_panel_stays_empty(tmp_path):
@@ -95,10 +114,8 @@ def test_text_is_folded_at_spaces_and_never_inside_a_tag(width):
     assert "".join(lines).replace(" ", "") == LONG.replace(" ", "")
     for tag in ("<think>", "</think>", "<answer>", "</answer>"):
         assert any(tag in line for line in lines)
-    assert TaggedText("one two three").fold(8) == ["one two", "three"] or TaggedText("one two three").fold(8) == [
-        "one two ",
-        "three",
-    ]
+    assert TaggedText("one two three").fold(8) == ["one two", "three"]
+    assert TaggedText("one two three").fold(7) == ["one two", "three"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -119,6 +136,26 @@ def test_tables_break_no_tag_and_cut_no_number(width, stages):
         and shown.count("</answer>") == shown.count("</think>") == 2 * stages
         and shown.count("right") == 2 * stages
     )
+
+
+def test_a_problem_is_shown_once_and_its_answers_are_right_or_wrong():
+    def row(prompt, right):
+        return {"prompt": prompt, "completion": "c", "right": right}
+
+    evaluations = {
+        "before": {"samples": [row("first", False), row("second", True)]},
+        "after": {"samples": [row("first", True), row("third", False)]},
+    }
+    console = Console(width=100, file=io.StringIO())
+    console.print(samples_table(evaluations, 2))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    shown = [[word for word in line if word.isalpha()] for line in lines if "c" in line]
+    assert shown == [
+        ["first", "before", "c", "wrong"],
+        ["after", "c", "right"],
+        ["second", "before", "c", "right"],
+        ["third", "after", "c", "wrong"],
+    ]
 
 
 def test_a_damaged_evaluation_is_refused(tmp_path):

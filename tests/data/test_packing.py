@@ -91,6 +91,9 @@ def test_every_epoch_shows_every_document_in_a_new_order(documents, byte_tokeniz
 def test_long_documents_are_refused_by_name_or_truncated(documents, byte_tokenizer):
     with pytest.raises(DataError, match=r"'ids': document \d+ has \d+ tokens, more than seq_len=16; .*truncate.*split"):
         load(documents, byte_tokenizer, packing="whole")
+    behind = [{"tokens": np.arange(T)}] * 40 + [{"tokens": np.arange(T + 1)}]  # the rows are full long before it
+    with pytest.raises(DataError, match="'ids': document 40 has 17 tokens, more than seq_len=16"):
+        load(behind, byte_tokenizer, packing="whole")
     cut = segments(load(documents, byte_tokenizer, packing="whole", long_documents="truncate", num_epochs=1))
     assert sorted(tuple(tokens) for tokens, _ in cut) == sorted(tuple(document["tokens"][:T]) for document in documents)
 

@@ -18,7 +18,7 @@ from deepseek_jax.rl.evaluate import EvalConfig
 from deepseek_jax.rl.grpo import abstract_grpo_state, grpo_state
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.rollout import completion_log_probs
-from deepseek_jax.rl.tasks.base import to_texts
+from deepseek_jax.rl.tasks.base import PAD, to_texts
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables
 
 
@@ -347,6 +347,9 @@ def test_completions_of_a_network_whose_numbers_break_train_nothing(first, grpo,
     t = samples.trajectories
     np.testing.assert_array_equal(t.mask_BN.sum(1) == 0, broken_B)
     assert 0 < broken_B.sum() < 16 and float(metrics["non_finite_completions"]) == broken_B.sum()
+    prompts_BP, lengths_B, old_logp_BN = map(np.asarray, (t.prompts_BP, t.prompt_lengths_B, t.old_logp_BN))
+    assert (prompts_BP[broken_B] == PAD).all() and not lengths_B[broken_B].any() and not old_logp_BN[broken_B].any()
+    np.testing.assert_array_equal(np.asarray(t.sequences()[1]).any(1), ~broken_B)  # no router's load counts them
     np.testing.assert_array_equal(np.isnan(rewards_B), broken_B)
     assert float(metrics["reward_mean"]) == pytest.approx(float(first[3][~broken_B].mean()), abs=1e-6)
     assert float(metrics["length_mean"]) == pytest.approx(
