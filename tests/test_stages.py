@@ -10,10 +10,11 @@ import pytest
 
 from deepseek_jax import stages
 from deepseek_jax.__main__ import main
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, read_flags
 from deepseek_jax.precision import get_precision
 from deepseek_jax.stages.train import matmul_peak_flops
+from deepseek_jax.training import batches
 
 FILE = """
 from ml_collections import ConfigDict
@@ -136,8 +137,29 @@ def test_flops_count_the_mtp_module(tmp_path, text, monkeypatch):
     assert found["flops_per_token"] == 3 * (2 * main_model + pairs * 2 // 3)
 
 
+def test_work_sums_a_ramp_of_batch_sizes_step_by_step(tmp_path, text):
+    """Four to sixteen sequences over 7 of 50 steps, in multiples of 3 shards; and sizes that nothing can hold."""
+    config = read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0]
+    ramp = {"kind": "ramp", "start": 4, "end": 16, "steps": 7}
+    with config.unlocked():
+        config.pretrain.train = {"steps": 50, "batch_size": ramp}
+        del config.pretrain["batch_size"]
+    stage = stages.build_stages(build_experiment(config, "e", tmp_path / "run"))[0]
+    each = [int(batches.batch_size_at(stage.train, step, 3)) for step in range(50)]
+    assert set(each) >= {3, 9, 15} and each[7:] == 43 * [15]
+    assert stage.work(shards=3).tokens == sum(each) * 16
+    with config.unlocked():
+        config.pretrain = {**config.pretrain.to_dict(), "train": {"steps": 2**31 - 1}, "batch_size": 2}
+    stage = stages.build_stages(build_experiment(config, "e", tmp_path / "run"))[0]
+    assert stage.work().tokens == (2**31 - 1) * 2 * 16
+    for field, message in {"train.steps": "a step is an int32", "seq_len": "positions are int32"}.items():
+        with pytest.raises(ConfigError, match=f"{field}=1000000000000: .*{message}"):
+            flags = [experiment_file(tmp_path, [{"name": text}], []), f"--config.pretrain.{field}={10**12}"]
+            stages.build_stages(build_experiment(read_flags(flags)[0], "e", tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("bfloat16", 989.5e12), ("fp8_deepseek", 1979e12), ("float32", None)]
+    ("precision", "expected"), [("bfloat16", 989.5e12), ("fp8_deepseek", 989.5e12), ("float32", None)]
 )
 def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, monkeypatch, precision, expected):
     experiment = build_experiment(

@@ -102,9 +102,8 @@ DEVICE_KINDS = {
 }
 
 
-def peak_flops(devices: Iterable[jax.Device], number_format: str) -> float | None:
-    """FLOP/s of the chips that the devices belong to, at the rate of `number_format` ("bf16", "fp8"); None if one is
-    not in the table.
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
+    """FLOP/s in bfloat16 of the chips that the devices belong to; None if one is not in the table.
 
     Two devices may be the cores of one chip, and one device may be a whole chip of two cores: TPUs say where on the
     chip they are.
@@ -117,4 +116,4 @@ def peak_flops(devices: Iterable[jax.Device], number_format: str) -> float | Non
         chips[getattr(device, "slice_index", 0), place if isinstance(place, int) else tuple(place)] = CHIPS[
             DEVICE_KINDS[device.device_kind]
         ]
-    return sum(chip.peak(number_format) for chip in chips.values())
+    return sum(chip.bf16 for chip in chips.values())

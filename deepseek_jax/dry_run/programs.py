@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deepseek_jax.accounting.flops import decode_flops_per_token
 from deepseek_jax.dry_run.program_flops import Assumptions
@@ -63,7 +62,7 @@ def train(experiment: Experiment, stage: str | None) -> Program:
         zero_sum=config.bias_update_zero_sum,
     )
     # smaller batches first: as many tokens take fewer of the largest
-    calls = float(np.sum(section.step_sequences())) / section.batch_size
+    calls = float(section.total_sequences()) / section.batch_size
     tokens = section.batch_size * section.seq_len
     return Program(
         step, (state, batch), _parts(state), tokens, calls, tokens * section.flops_per_token, assumptions(experiment)

@@ -86,7 +86,7 @@ class GRPOConfig:
             prompts_per_rollout=at_least(1),
             num_minibatches=at_least(1),
             inner_epochs=at_least(1),
-            steps=at_least(1),
+            steps=at_least(1, at_most=2**31 - 1, why="a step is an int32"),
             oversampling=at_least(1),
             max_prompt_length=at_least(1),
             max_completion_length=at_least(1),
@@ -107,6 +107,12 @@ class GRPOConfig:
             overlong_buffer=at_least(0, below=self.max_completion_length, why="max_completion_length is the limit"),
             bias_update_speed=at_least(0),
         )
+        length = self.max_prompt_length + self.max_completion_length
+        if length >= 2**31:
+            raise ConfigError(
+                f"max_prompt_length + max_completion_length = {length}: must be at most {2**31 - 1}; positions are "
+                "int32"
+            )
         if self.completions_per_rollout % self.num_minibatches:
             raise ConfigError(
                 f"num_minibatches={self.num_minibatches} must divide prompts_per_rollout * group_size = "

@@ -163,6 +163,8 @@ class Stage:
 
 
 def require_length(seq_len: int) -> None:
-    """Raises ConfigError unless a sequence has a token and a next one to predict."""
+    """Raises ConfigError unless a sequence has a token and a next one to predict, and positions that an int32 holds."""
     if seq_len < 2:
         raise ConfigError(f"seq_len={seq_len}: at least 2, a token and the next one")
+    if seq_len >= 2**31:
+        raise ConfigError(f"seq_len={seq_len}: positions are int32, so at most {2**31 - 1:,}")

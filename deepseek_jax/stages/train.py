@@ -19,7 +19,6 @@ from deepseek_jax.fields import convert
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.shardings import host_share
-from deepseek_jax.precision.fp8 import FP8Precision
 from deepseek_jax.rl.tasks.documents import TaskDocuments
 from deepseek_jax.stages.base import Batches, Stage, Variables, require_length
 from deepseek_jax.stages.held_out import check_data, held_out_batches
@@ -95,14 +94,17 @@ class TrainStage(Stage):
         vocab_size = self.experiment.model.config.vocab_size
         return tuple(source for source in self._text() if holds_out(source, self.data.data_dir, vocab_size))
 
-    def step_sequences(self, shards: int | None = None) -> np.ndarray:
-        """Sequences in the batch of every step, as the training loop takes them, int64 [steps]. `shards` as in
-        `work`."""
+    def total_sequences(self, shards: int | None = None) -> int:
+        """Sequences in the batches of all steps together, as the training loop takes them. `shards` as in `work`."""
         config = self.train
         if config.batch_size is None:
-            return np.full(config.steps, self.batch_size)
+            return config.steps * self.batch_size
         shards = self.experiment.model.placement.batch_shards if shards is None else shards
-        return batch_size_at(config, np.arange(config.steps), shards)
+        ramp = min(config.steps, sum(segment.steps for segment in config.batch_size.segments))
+        total = (config.steps - ramp) * int(batch_size_at(config, ramp, shards))
+        for begin in range(0, ramp, 2**20):  # a long ramp need not fit into memory
+            total += int(np.sum(batch_size_at(config, np.arange(begin, min(begin + 2**20, ramp)), shards)))
+        return total
 
     @property
     def flops_per_token(self) -> int:
@@ -111,7 +113,7 @@ class TrainStage(Stage):
         return training_flops_per_token(model.config, self.seq_len, mtp=uses_mtp(model, self.train.objective))
 
     def work(self, shards: int | None = None) -> Work:
-        tokens = int(np.sum(self.step_sequences(shards))) * self.seq_len
+        tokens = self.total_sequences(shards) * self.seq_len
         return Work(tokens, float(tokens) * self.flops_per_token, self.seq_len)
 
     def run(self, variables: Variables | None) -> Variables:
@@ -163,10 +165,11 @@ class TrainStage(Stage):
 
 
 def matmul_peak_flops(model: Transformer) -> float | None:
-    """FLOP/s of the devices that the network is on, at the rate of its products' number format; None if either is not
-    in the table of chips, as float32 is not."""
-    placement, precision = model.placement, model.precision
+    """The bfloat16 FLOP/s of the devices that the network is on: utilization is of this peak for FP8 too, as in
+    "Insights into DeepSeek-V3" (Table 4) and in the dry run. None in float32, or where a device is not in the table of
+    chips."""
+    placement = model.placement
     devices = placement.mesh.devices.flat if isinstance(placement, MeshPlacement) else jax.devices()[:1]
-    if precision.compute_dtype != jnp.bfloat16:
+    if model.precision.compute_dtype != jnp.bfloat16:
         return None
-    return peak_flops(devices, "fp8" if isinstance(precision, FP8Precision) else "bf16")
+    return peak_flops(devices)

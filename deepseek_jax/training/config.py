@@ -67,8 +67,10 @@ class TrainConfig:
             if "steps" not in fields:
                 raise ConfigError(f"missing field {path}.steps: how many optimizer steps to make")
             context = {**context, "steps": convert(fields["steps"], int, f"{path}.steps")}
-            if context["steps"] < 1:
-                raise ConfigError(f"{path}.steps={context['steps']}: at least 1")
+            if not 1 <= context["steps"] < 2**31:
+                raise ConfigError(
+                    f"{path}.steps={context['steps']}: at least 1, and at most {2**31 - 1:,}, since a step is an int32"
+                )
         return build(cls, fields, path, context)
 
     def batch_sizes(self, batch_size: int | None) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines
 elsewhere."""
 
+import collections
 import contextlib
 import pathlib
 import re
@@ -158,7 +159,7 @@ class Progress:
     def __init__(self, name: str, total: int, done: int = 0):
         self.name, self.total, self.done = name, total, done
         self._start = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when the first step was done: it holds the compilation
+        self._advances: collections.deque[tuple[float, int]] = collections.deque(maxlen=1000)  # (seconds, steps done)
         self._headline = "compiling"
         self._live = self._console = None
         if sys.stdout.isatty():
@@ -189,7 +190,7 @@ class Progress:
 
     def advance(self, done: int) -> None:
         self.done = done
-        self._first = self._first or (time.monotonic(), done)
+        self._advances.append((time.monotonic(), done))
 
     def report(self, headline: str) -> None:
         """Shows a few numbers below the bar, or as a line of their own."""
@@ -208,9 +209,12 @@ class Progress:
         return f"{self.name} {self.done}/{self.total}  {self._headline}  {self._time_left()}"
 
     def _time_left(self) -> str:
+        """The seconds spent, and those left if the rest goes as fast as the newer half of the steps made here: the
+        first ones hold compilations, after a restart two of them."""
         now = time.monotonic()
         spent = f"{now - self._start:.0f} s"
-        if self._first is None or self.done in (self._first[1], self.total):
+        if len(self._advances) < 3 or self.done == self.total:
             return spent
-        left = (now - self._first[0]) / (self.done - self._first[1]) * (self.total - self.done)
+        (begin, first), (end, last) = self._advances[(len(self._advances) - 1) // 2], self._advances[-1]
+        left = max((end - begin) / (last - first) * (self.total - last) - (now - end), 0.0)
         return f"{spent}, {left:.0f} s left" if left < 120 else f"{spent}, {left / 60:.0f} min left"

@@ -1,5 +1,7 @@
 """FLOPs, cache sizes, training state, YaRN constants and costs against the figures the reports print."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,6 +66,39 @@ def test_decoding_flops_of_v3():
     assert flops.decode_flops_per_token(config, 1000) - flops.decode_flops_per_token(
         config, 0
     ) == 61 * 1000 * 2 * 128 * (512 + 64 + 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windowed(GQAConfig, kind="windowed in a test"):
+    """A decoded token sees at most the last 5,000 tokens."""
+
+    def cached_keys(self, context):
+        return min(context, 5_000)
+
+
+GQA = dict(num_heads=2, num_kv_heads=1, head_dim=4)
+
+
+@pytest.mark.parametrize("attention, closeness", [(GQAConfig(**GQA), 0), (Windowed(**GQA), 1e-6)])
+def test_the_flops_of_a_rollout_are_those_of_its_tokens(attention, closeness):
+    config = ModelConfig(vocab_size=50, hidden_size=8, num_layers=2, intermediate_size=12, attention=attention)
+    prompt, drawn = 100, 20_000
+    one = sum(flops.decode_flops_per_token(config, context) for context in range(prompt, prompt + drawn))
+    read = prompt * flops.forward_flops_per_token(config, prompt)
+    sizes = dict(completions=8, group_size=4, prompt_length=prompt, completion_length=drawn)
+    found = flops.rollout_flops(config, passes=0, oversampling=2, **sizes)
+    assert found == pytest.approx(16 * one + 4 * read, rel=closeness, abs=0)
+    trained = 4 * 8 * 20_100 * flops.forward_flops_per_token(config, 20_100)
+    assert flops.rollout_flops(config, passes=4, oversampling=0, **sizes) == trained
+
+
+def test_the_flops_of_a_long_rollout_need_no_loop_over_its_tokens():
+    config = ModelConfig(vocab_size=50, hidden_size=8, num_layers=2, intermediate_size=12, attention=GQAConfig(**GQA))
+    sizes = dict(completions=2, group_size=2, prompt_length=1, completion_length=10**12)
+    weights = 2 * count_parameters(config).activated()
+    pairs = 2 * config.attention.pair_flops * 10**12 * (10**12 + 1) // 2  # two layers, each token all before it
+    read = flops.forward_flops_per_token(config, 1)
+    assert flops.rollout_flops(config, passes=0, **sizes) == float(2 * (10**12 * weights + pairs) + read)
 
 
 @pytest.mark.parametrize(

@@ -145,23 +145,21 @@ class Core(Device):
 
 
 @pytest.mark.parametrize(
-    ("devices", "number_format", "expected"),
+    ("devices", "expected"),
     [
-        ([Device(i, "NVIDIA H100 80GB HBM3") for i in range(8)], "bf16", 8 * 989.5e12),
-        ([Device(0, "NVIDIA H100 80GB HBM3")], "fp8", 1979e12),
-        ([Core(0, "TPU v5 lite")], "bf16", 197e12),
-        ([Core(0, "TPU v5 lite")], "fp8", 197e12),  # has no such mode
-        ([Core(i, "TPU v5p", (i, 0, 0)) for i in range(4)], "bf16", 4 * 459e12),
-        ([Core(i, "TPU7x", (i // 2, 0, 0)) for i in range(4)], "bf16", 2 * 2307e12),  # two cores to a chip
-        ([Core(i, "TPU v4", (i, 0, 0)) for i in range(4)], "bf16", 4 * 275e12),  # a device that is a whole chip
-        ([Core(i, "TPU v6 lite", (0, 0, 0), slice_index=i) for i in range(2)], "bf16", 2 * 918e12),
-        ([Device(0, "NVIDIA H100 PCIe")], "bf16", None),
-        ([Device(0, "cpu")], "bf16", None),
-        ([Device(0, "NVIDIA H200"), Device(1, "something new")], "bf16", None),
+        ([Device(i, "NVIDIA H100 80GB HBM3") for i in range(8)], 8 * 989.5e12),
+        ([Core(0, "TPU v5 lite")], 197e12),
+        ([Core(i, "TPU v5p", (i, 0, 0)) for i in range(4)], 4 * 459e12),
+        ([Core(i, "TPU7x", (i // 2, 0, 0)) for i in range(4)], 2 * 2307e12),  # two cores to a chip
+        ([Core(i, "TPU v4", (i, 0, 0)) for i in range(4)], 4 * 275e12),  # a device that is a whole chip
+        ([Core(i, "TPU v6 lite", (0, 0, 0), slice_index=i) for i in range(2)], 2 * 918e12),
+        ([Device(0, "NVIDIA H100 PCIe")], None),
+        ([Device(0, "cpu")], None),
+        ([Device(0, "NVIDIA H200"), Device(1, "something new")], None),
     ],
 )
-def test_peak_of_the_devices_that_jax_names(devices, number_format, expected):
-    assert peak_flops(devices, number_format) == expected
+def test_peak_of_the_devices_that_jax_names(devices, expected):
+    assert peak_flops(devices) == expected
 
 
 def test_every_chip_has_a_name_that_jax_gives():

@@ -121,6 +121,8 @@ def test_from_dict_starts_from_a_preset():
         ({"overlong_buffer": 50_000}, "overlong_buffer=50000: must be at least 0 and below 32768"),
         ({"advantage_eps": 0.0, "advantage_std_floor": 0.0}, "both 0"),
         ({"inner_epochs": 0}, "at least 1"),
+        ({"max_completion_length": 10**12}, "= 1000000001024: must be at most 2147483647; positions are int32"),
+        ({"steps": 10**12}, "steps=1000000000000: must be at least 1 and at most 2147483647; a step is an int32"),
         ({"kl_coefficient": -0.1}, "at least 0"),
         ({"group_size": "16"}, "whole number"),
         ({"temperature": "hot"}, "a number"),

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.json_io import read_json_lines
+from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import MetricsWriter, Progress, _picture, read_metrics
 
 
@@ -136,12 +137,27 @@ def test_plain_lines_without_a_terminal(capsys):
     with Progress("pretrain", total=10) as progress:
         progress.advance(1)
         progress.report("loss 4.0")
+        progress.advance(3)
         progress.advance(5)
         progress.report("loss 3.0")
         progress.say("saved")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("pretrain 1/10  loss 4.0") and lines[2] == "saved"
     assert lines[1].startswith("pretrain 5/10  loss 3.0") and lines[1].endswith("left")
+
+
+def test_the_time_left_after_a_restart_leaves_compilations_out(monkeypatch):
+    """After a restart the first two steps compile, 30 s each; the others take 1 s, so that 97 of them take 97 s."""
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    progress = Progress("pretrain", total=200, done=100)
+    shown = []
+    for done, clock[0] in ((101, 30.0), (102, 60.0), (103, 61.0), (104, 62.0)):
+        progress.advance(done)
+        shown.append(progress._time_left())
+    assert shown == ["30 s", "60 s", "61 s, 97 s left", "62 s, 96 s left"]
+    clock[0] = 62.75
+    assert progress._time_left() == "63 s, 95 s left", "it goes down between steps"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -164,8 +180,8 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize("width", [40, 80, 100])
 def test_no_number_is_cut_off_on_a_narrow_terminal(width):
     progress = Progress("pretrain", total=100_000, done=99)
-    progress.advance(100)
-    progress.advance(200)
+    for done in (100, 150, 200):
+        progress.advance(done)
     headline = "  ".join(f"number {i}.25" for i in range(9))
     progress._headline = headline
     console = rich.console.Console(width=width, file=io.StringIO())
