@@ -1,9 +1,9 @@
-"""What a network costs before anybody builds it: parameters, FLOPs, memory, GPU-hours. Nothing is allocated.
+"""Accounting: parameters, FLOPs, memory and GPU-hours of a network, by closed formulas. Nothing is allocated.
 
     python -m deepseek_jax.accounting v3_671b
 
-`counts` asks the model itself for its shapes; `flops`, `memory` and `cost` are closed formulas of the config and those
-counts.
+`counts` takes the shapes from the model itself; `flops`, `memory` and `cost` are closed formulas of the config and
+those counts.
 """
 
 from deepseek_jax.accounting.counts import ParameterCounts, count_parameters

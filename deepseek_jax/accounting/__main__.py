@@ -1,8 +1,8 @@
 """python -m deepseek_jax.accounting v3_671b | FOLDER | --config=experiments/x.py [--config.model.any.field=value]
 [--json]
 
-What a network costs: a published one, the one of a Hugging Face folder, or an experiment with all its stages; without
-any, the published ones in a list.
+Prints parameters, FLOPs, memory and cost of a published network, of a Hugging Face folder's, or of an experiment with
+all its stages. Without an argument it lists the published networks.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def assumptions_from(flags) -> Assumptions:
 
 
 def named_model(name: str) -> ModelConfig:
-    """A published model, or that of a Hugging Face folder, of which config.json is enough."""
+    """The config of a published model, or of a Hugging Face folder, of which config.json is enough."""
     if name in PRESETS or not Path(name).is_dir():
         return preset(name)
     from deepseek_jax.interop.hf_config import config_from_hf, read_config
@@ -85,8 +85,8 @@ def named_model(name: str) -> ModelConfig:
 
 
 def experiment_work(path: str, overrides: Sequence[tuple[str, str]] = ()) -> tuple[ModelConfig, dict[str, Work]]:
-    """The model of an experiment file and what its stages do, overrides applied; {} for a file without stages. Raises
-    ConfigError where the file or its model can't be read."""
+    """The model of an experiment file and the work of its stages, overrides applied; {} for a file without stages.
+    Raises ConfigError where the file or its model can't be read."""
     config, name = read_config(path, overrides), Path(path).stem
     if "model" not in config:
         raise ConfigError(f"{path}: get_config() has no field 'model'; it has {', '.join(sorted(config))}")

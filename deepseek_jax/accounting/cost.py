@@ -1,4 +1,4 @@
-"""Work, GPU-hours and dollars."""
+"""Cost: tokens, FLOPs and GPU-hours."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ V3_SUSTAINED_TFLOPS = 385.0  # per H800, causal attention ("Insights into DeepSe
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """`tokens` that a stage trains on, padding included, or draws (RL), and the useful `flops`, recomputation not
-    counted; a sequence is so long."""
+    """The work of a stage: `tokens` that it trains on, padding included, or draws (RL), the useful `flops`,
+    recomputation not counted, and the length of a sequence."""
 
     tokens: int
     flops: float
@@ -20,7 +20,7 @@ class Work:
 
 
 def gpu_hours(flops: float, sustained_tflops: float = V3_SUSTAINED_TFLOPS) -> float:
-    """GPU-hours for so many FLOPs, at `sustained_tflops` TFLOP/s a GPU that really go into the model."""
+    """GPU-hours for `flops`, at `sustained_tflops` TFLOP/s of useful work per GPU."""
     return flops / (sustained_tflops * 1e12) / 3600
 
 

@@ -1,4 +1,4 @@
-"""Parameters, counted on the shapes of the real network (`jax.eval_shape`: nothing is allocated)."""
+"""Parameter counts, from the shapes of the real network (`jax.eval_shape`: nothing is allocated)."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """Parameters of the main model: the figure the reports call its size."""
+        """Parameters of the main model, which the reports call its size."""
         return sum(self.main.values())
 
     @property
@@ -64,7 +64,7 @@ class ParameterCounts:
 
     @property
     def head_product(self) -> int:
-        """Parameters in the product that makes the logits, whoever owns the matrix."""
+        """Parameters in the product that makes the logits; with tied embeddings, those of the embedding."""
         return self.main["embedding"] if self.tied else self.main["head"]
 
     def _visited(self, components: Mapping[str, int]) -> int:

@@ -1,5 +1,4 @@
-"""Floating-point operations per token. A multiply-add is two; elementwise work, norms and the softmax are not
-counted."""
+"""FLOPs per token. A multiply-add is two; elementwise work, norms and the softmax are not counted."""
 
 import itertools
 

@@ -1,7 +1,8 @@
-"""What a number format saves: bytes of the weights that are multiplied and of the activations that are kept, under each
+"""Bytes by number format: of the weights that are multiplied and of the activations that are kept, under each
 precision.
 
-Master weights, gradients and moments are `memory.training_state_bytes`."""
+Master weights, gradients and moments are in `memory.training_state_bytes`.
+"""
 
 import math
 from collections import Counter
@@ -17,9 +18,11 @@ from deepseek_jax.precision import FP8Precision, Precision
 
 
 def weight_bytes(config: ModelConfig, precision: Precision, with_duplicates: bool = False) -> int:
-    """Bytes of the weights as the precision multiplies with them: under FP8 as released, matrices in E4M3 with a float32
-    scale for each block of 128 × 128 and the rest in bfloat16. Routers' biases are float32. `with_duplicates` counts
-    what a released MTP module repeats."""
+    """Bytes of the weights as the precision multiplies with them.
+
+    Under FP8 they are as released: matrices in E4M3 with a float32 scale for each block of 128 × 128, the rest in
+    bfloat16. Routers' biases are float32. `with_duplicates` also counts the tensors that a released MTP module repeats.
+    """
     total = 0
     for spec in tensor_table(config):
         if spec.duplicate and not with_duplicates:
@@ -34,29 +37,32 @@ def weight_bytes(config: ModelConfig, precision: Precision, with_duplicates: boo
 
 
 class _Accelerator(Placement):
-    """Experts' rows are padded by a constant number there, and on a CPU by one that grows with them."""
+    """Pads experts' groups by a constant number of rows, as accelerators do; on a CPU it would grow with the batch."""
 
     device_kind = "gpu"
 
 
-def activation_bytes(config: ModelConfig, precision: Precision, rows: int, length: int) -> dict[str, int]:
-    """Bytes that the layers keep for the backward pass, by dtype, for tokens [rows, length] and without recomputation.
+def activation_bytes(config: ModelConfig, precision: Precision, sequences: int, length: int) -> dict[str, int]:
+    """Bytes that the layers keep for the backward pass, by dtype, for tokens [sequences, length] and without
+    recomputation.
 
-    What `rows` more rows add to what is kept: weights, and the padding of experts' rows, do not count. The network is
-    differentiated abstractly: nothing is allocated. Attention's scores are recomputed, and not among them.
+    Counted is the growth from `sequences` to twice as many, so that weights and the padding of experts' groups cancel.
+    The network is differentiated abstractly: nothing is allocated. Attention's scores are recomputed and not counted.
     """
     model = Transformer(config.replace(remat="none", attention_chunk=length // 2), precision, _Accelerator())
     variables = abstract_variables(Transformer(config))
 
-    def kept(rows: int) -> Counter[str]:
+    def kept(sequences: int) -> Counter[str]:
         def pull_back(params, others, tokens_BT):
             return jax.vjp(lambda params: model.apply({**others, "params": params}, tokens_BT).hidden_BTD, params)[1]
 
         others = {name: value for name, value in variables.items() if name != "params"}
-        arrays = jax.eval_shape(pull_back, variables["params"], others, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+        arrays = jax.eval_shape(
+            pull_back, variables["params"], others, jax.ShapeDtypeStruct((sequences, length), jnp.int32)
+        )
         totals: Counter[str] = Counter()
         for x in jax.tree.leaves(arrays):
             totals[x.dtype.name] += math.prod(x.shape) * x.dtype.itemsize
         return totals
 
-    return dict(kept(2 * rows) - kept(rows))
+    return dict(kept(2 * sequences) - kept(sequences))

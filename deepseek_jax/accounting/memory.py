@@ -1,4 +1,4 @@
-"""Bytes: the cache while decoding, weights and optimizer state while training."""
+"""Memory: bytes of the cache while decoding, of weights and optimizer state while training."""
 
 import jax.numpy as jnp
 
@@ -24,7 +24,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
 def training_state_bytes(counts: ParameterCounts, moment_dtype: str = "float32") -> dict[str, int]:
     """Bytes of master weights and gradients (float32) and of AdamW's two moments, MTP included, before any sharding.
 
-    V3 keeps its moments in bfloat16. Activations come on top.
+    V3 keeps its moments in bfloat16. Activations come in addition.
     """
     parameters = counts.total + counts.mtp_total
     return {

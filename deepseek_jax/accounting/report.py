@@ -1,4 +1,4 @@
-"""All figures of one network, as plain data and as a table."""
+"""The report on one network: all its figures, as plain data and as a table."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,8 +17,11 @@ DEFAULT_TOKENS = 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Assumptions of the figures besides the network. `seq_len` None: that of the experiment's first stage,
-    4096 without an experiment; `tokens` None: as many as its stages train on, 1T without one."""
+    """Assumptions of the cost figures.
+
+    `seq_len` None is that of the experiment's first stage, 4096 without an experiment; `tokens` None is as many as its
+    stages train on, 1T without one.
+    """
 
     seq_len: int | None = None
     tokens: float | None = None
@@ -29,11 +32,10 @@ class Assumptions:
 def report(
     config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}
 ) -> dict[str, Any]:
-    """The attention, parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, under names fit for
-    JSON.
+    """Attention, parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, with names for JSON.
 
-    The cost is that of the `stages` of an experiment; of so many tokens of pre-training where `assumptions` say how
-    many, or there are no stages.
+    The cost is that of the experiment's `stages`; where `assumptions.tokens` is given or there are no stages, that of
+    pre-training on so many tokens.
     """
     counts = count_parameters(config)
     length = assumptions.seq_len or next((work.seq_len for work in stages.values()), 4096)
@@ -181,7 +183,7 @@ def quantity(count: float) -> str:
 
 
 def _rounded(number: float) -> str:
-    """Whole from 100 on, two digits below."""
+    """Rounds to a whole number from 100 on, to two digits below."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 

@@ -1,8 +1,8 @@
-"""python -m deepseek_jax.dry_run --config=experiments/x.py --topology=v5p:8x8x16
-[--program=train|decode|grpo] [--config.any.field=value]
+"""python -m deepseek_jax.dry_run --config=experiments/x.py --topology=v5p:8x8x16 [--program=train|decode|grpo]
+[--config.any.field=value]
 
-Compiles the real program for hardware that is not there: does it fit, what does it move, how fast can it be at most,
-what does that cost. Nothing is allocated and nothing runs; a host without accelerators will do.
+Compiles the real program for hardware that is not there, and prints its memory, its traffic, and lower bounds of its
+time and cost. Nothing is allocated and nothing runs; a host without accelerators is enough.
 """
 
 from collections.abc import Sequence

@@ -1,40 +1,41 @@
-"""The branch that runs of each conditional, chosen for all conditionals of one predicate together.
+"""Branches: which one of each conditional runs, chosen for all conditionals of one predicate together.
 
-Differentiation makes several conditionals of one: the forward pass, what is computed again before the backward pass,
-and the backward pass itself. They take the same branch, though the cheapest branch of each may be another one. Two
-conditionals belong together where they stand at the same place of the source, which differentiation keeps, or test the
-same value.
+Differentiation makes several conditionals of one: the forward pass, its recomputation before the backward pass, and the
+backward pass itself. They take the same branch, although each may have another cheapest branch. Two conditionals belong
+together if they have the same place in the source, which differentiation keeps, or test the same value.
 """
 
 import dataclasses
+import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from deepseek_jax.dry_run.hlo import Module, Place, Scope, entry_scope, origin, trip_count
 
 Key = tuple[Hashable, int]
 Taken = Mapping[Key, int]  # the index of the branch that runs
+NOTHING_TAKEN: Taken = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditional:
-    """`costs` are those of the branches, each at its worst, in all runs of the conditional; `keys` are what it shares
-    with others of its predicate."""
+    """`costs` are the costs of the branches, each at its worst, in all runs of the conditional; `keys` are what it
+    shares with others of its predicate."""
 
     keys: tuple[Key, ...]
     costs: tuple[float, ...]
 
 
 def keys_of(num_branches: int, place: Place | None, value: Hashable) -> tuple[Key, ...]:
-    """The keys of a conditional that stands at `place`, if that is known, and tests `value`."""
+    """The keys of a conditional at `place`, if that is known, that tests `value`."""
     return tuple((key, num_branches) for key in (place, value) if key is not None)
 
 
-def taken_branches(conditionals: Iterable[Conditional], branch: str, known: Taken = {}) -> dict[Key, int]:
+def taken_branches(conditionals: Iterable[Conditional], branch: str, known: Taken = NOTHING_TAKEN) -> dict[Key, int]:
     """The branch of every key: the "most" or the "least" expensive one by the sum over all conditionals that belong
     together.
 
-    What `known` says stays, so that a second measure follows the choice of the first. Groups whose branches all cost
-    the same are left out.
+    Choices that are `known` stay, so that a second measure follows the first. Groups whose branches all cost the same
+    are left out.
     """
     taken = dict(known)
     for keys, costs in _groups(conditionals):
@@ -47,7 +48,7 @@ def taken_branches(conditionals: Iterable[Conditional], branch: str, known: Take
 
 
 def taken_branch(keys: Iterable[Key], taken: Taken) -> int:
-    """The branch that a conditional with these keys runs: the first where nothing tells them apart."""
+    """The branch that a conditional with these keys runs; the first one if all of them cost the same."""
     return next((taken[key] for key in keys if key in taken), 0)
 
 
@@ -68,7 +69,7 @@ def _groups(conditionals: Iterable[Conditional]) -> list[tuple[set[Key], list[fl
 def compiled_branches(
     module: Module, branch: str, cost: Callable[[Scope], float], while_trips: int, known: Taken
 ) -> tuple[dict[tuple[str, str], int], dict[Key, int]]:
-    """Of a compiled program: the branch that each conditional runs, by the names of its computation and of itself, and
+    """The branch that each conditional of a compiled program runs, by the names of its computation and of itself, and
     the choices by key.
 
     `cost` is that of a computation at its worst.

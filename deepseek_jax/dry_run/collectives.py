@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: what each moves, how often, and along which axes of the mesh."""
+"""Collectives of a compiled program: the bytes of each, how often it runs, and its axes of the mesh."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from deepseek_jax.dry_run.branches import Taken, compiled_branches
+from deepseek_jax.dry_run.branches import NOTHING_TAKEN, Taken, compiled_branches
 from deepseek_jax.dry_run.hlo import Instruction, Module, Scope, entry_scope, shape_bytes, trip_count
 
 KINDS = (
@@ -25,10 +25,9 @@ KINDS = (
 class Collective:
     """One collective instruction and the `times` it runs in one call of the program.
 
-    `buffer_bytes` is the whole of what it works on, on one device: the output of an all-gather, the input of anything
-    else. `groups` are the device groups [G, n] it runs in, indices into the mesh's devices in order; for a permute they
-    are its (source, target) pairs. A ragged all-to-all is counted as if its buffers were full (the smaller of input and
-    output).
+    `buffer_bytes` is the size of its buffer on one device: the output of an all-gather, the input of any other.
+    `groups` are its device groups [G, n], indices into the mesh's devices in order; for a permute they are its (source,
+    target) pairs. A ragged all-to-all is counted as if its buffers were full (the smaller of input and output).
     """
 
     kind: str
@@ -78,10 +77,10 @@ class Traffic:
 
 
 def traffic(
-    module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}
+    module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = NOTHING_TAKEN
 ) -> Traffic:
-    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches of which
-    `taken` does not say which one runs are compared by wire bytes."""
+    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches that
+    `taken` leaves open are compared by wire bytes."""
     worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))  # noqa: E731
     runs, taken = compiled_branches(module, branch, worst, while_trips, taken)
     assumed: list[str] = []
@@ -96,7 +95,8 @@ def _wire_bytes(collectives: Iterable[Collective]) -> float:
 def _collectives(
     scope: Scope, num_devices: int, while_trips: int, runs: Mapping[tuple[str, str], int] | None, assumed: list[str]
 ) -> Iterator[Collective]:
-    """`runs`: the branch of each conditional, by computation and name; None: every conditional at its worst."""
+    """`runs` holds the branch of each conditional, by computation and name; None counts every conditional at its
+    worst."""
     inside = functools.partial(
         _collectives, num_devices=num_devices, while_trips=while_trips, runs=runs, assumed=assumed
     )

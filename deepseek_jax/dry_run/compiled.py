@@ -1,4 +1,4 @@
-"""One jitted program compiled for one topology, and everything that can be read off without running it."""
+"""Measures one jitted program compiled for one topology, without running it."""
 
 import re
 import resource
@@ -62,11 +62,11 @@ def measure(
     """Compiles the jitted `program` for `arguments` (jax.ShapeDtypeStruct with shardings on `mesh`, whose devices are
     the topology's).
 
-    `named` picks parts of the arguments, such as {"parameters": state.params}, whose bytes are reported apart. Returns
-    fields fit for JSON: "flops" by number format for the whole mesh, "memory_bytes_per_device", "fits", "hbm_bytes"
-    (traffic per device), "collective_bytes" ({axes: {kind: bytes per device on the wire}}), "roofline" (seconds),
-    "assumed_loops", "compile_seconds", "peak_host_bytes". Where the compiler finds that the program does not fit, what
-    only the compiled text tells is None.
+    `named` picks arguments, such as {"parameters": state.params}, whose bytes are reported apart. Returns fields for
+    JSON: "flops" by number format for the whole mesh, "memory_bytes_per_device", "fits", "hbm_bytes" (traffic per
+    device), "collective_bytes" ({axes: {kind: bytes per device on the wire}}), "roofline" (seconds), "assumed_loops",
+    "compile_seconds", "peak_host_bytes". Where the compiler finds that the program does not fit, the fields that need
+    the compiled text are None.
     """
     started = time.monotonic()
     traced = program.trace(*arguments)
@@ -101,7 +101,7 @@ def measure(
 def compiled_report(
     compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions
 ) -> dict[str, Any]:
-    """Reads the compiled text into the fields of `measure`; `taken`: the branches that `flops` are those of."""
+    """Reads the compiled text into the fields of `measure`; `taken` holds the branches that `flops` counted."""
     memory = memory_bytes(compiled.memory_analysis(), parts)
     module = hlo.parse(compiled.as_text())
     choices = {"while_trips": assumptions.while_trips, "branch": assumptions.branch}
@@ -124,8 +124,8 @@ def compiled_report(
 
 
 def memory_bytes(analysis, parts: dict[str, int]) -> dict[str, int]:
-    """XLA's buffer sizes of one device: named parts of the arguments, other arguments, outputs that reuse no argument,
-    temporaries, code, total."""
+    """XLA's buffer sizes of one device: named arguments, other arguments, outputs that reuse no argument, temporaries,
+    code, total."""
     memory = dict(parts)
     memory["other arguments"] = analysis.argument_size_in_bytes - sum(parts.values())
     memory["outputs"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -146,6 +146,6 @@ def sharded_bytes(tree: Any) -> int:
 
 
 def needed_bytes(message: str) -> int | None:
-    """What a program would need, from the compiler's complaint that it does not fit."""
+    """The bytes that a program would need, from the compiler's message that it does not fit."""
     match = re.search(r"(?:Used|temporaries \(|hbm usage >=|program requires) *([\d.]+)([KMGT]?)", message)
     return round(float(match[1]) * _UNITS[match[2]]) if match else None

@@ -32,14 +32,14 @@ def dry_run(
     dollars_per_chip_hour: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """All figures of one program on one topology, fit for JSON; `options` are those of the program (sequences and context of
+    """All figures of one program on one topology, for JSON; `options` are the program's (sequences and context of
     "decode").
 
     Memory in bytes per device, "flops" of the whole mesh by number format, "collective_bytes" per device on the wire by
     mesh axes and kind, times in seconds and lower bounds, "dollars_lower_bound" None where no price is known
-    ("price_source" says whose it is). For a program that does not fit, what depends on the compiled text is None.
-    Raises ConfigError for names that mean nothing and for an experiment that does not fit the mesh, UserError where
-    libtpu or the CUDA plugin is missing.
+    ("price_source" names its source). For a program that does not fit, the figures that need the compiled text are
+    None. Raises ConfigError for unknown names and for an experiment that does not fit the mesh, UserError where libtpu
+    or the CUDA plugin is missing.
     """
     check_value("--program", program, one_of(PROGRAMS))
     if options and program != "decode":
@@ -78,8 +78,10 @@ def dry_run(
 def bounds(
     plan: Program, target: Topology, measured: dict[str, Any], price: float | None, is_v3: bool
 ) -> dict[str, Any]:
-    """Step time, utilization, hours and dollars from the roofline; all None for a program that does not fit. Without a
-    `price` it is the chip's. "v3_bill" is V3's own, for V3's own network, else None."""
+    """Step time, utilization, hours and dollars from the roofline; all None for a program that does not fit.
+
+    Without a `price` the chip's own is taken. "v3_bill" is V3's own, for V3's own network, else None.
+    """
     seconds = measured["roofline"]["seconds"] if measured["roofline"] else None
     source = "--dollars_per_hour" if price is not None else target.chip.price_source
     price = target.chip.dollars_per_hour if price is None else price

@@ -1,14 +1,14 @@
-"""Bytes that a compiled program moves to and from main memory, loops counted as often as they run.
+"""Main memory traffic of a compiled program, with loops counted as often as they run.
 
-Every instruction that is not fused away reads its operands and writes its results once. A slice reads what it takes and
-an update in place writes what it changes, inside fusions too; buffers in a TPU's on-chip memories cost nothing. XLA's
-own `cost_analysis` counts a loop's body once.
+Every instruction that is not fused away reads its operands and writes its results once. A slice reads only its own
+bytes and an update in place writes only the changed ones, inside fusions too; buffers in a TPU's on-chip memories cost
+nothing. XLA's own `cost_analysis` counts a loop's body once.
 """
 
 import functools
 from collections.abc import Iterator, Mapping
 
-from deepseek_jax.dry_run.branches import Taken, compiled_branches
+from deepseek_jax.dry_run.branches import NOTHING_TAKEN, Taken, compiled_branches
 from deepseek_jax.dry_run.collectives import KINDS
 from deepseek_jax.dry_run.hlo import (
     Computation,
@@ -37,9 +37,9 @@ _FREE = {
 _MOVES = ("bitcast", "copy", "convert")
 
 
-def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most", taken: Taken = {}) -> int:
+def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most", taken: Taken = NOTHING_TAKEN) -> int:
     """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions;
-    branches of which `taken` does not say which one runs are compared by these bytes."""
+    branches that `taken` leaves open are compared by these bytes."""
     runs, _ = compiled_branches(
         module, branch, lambda scope: _scope_bytes(scope, while_trips, None), while_trips, taken
     )
@@ -47,7 +47,8 @@ def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most"
 
 
 def _scope_bytes(scope: Scope, while_trips: int, runs: Mapping[tuple[str, str], int] | None) -> int:
-    """`runs`: the branch of each conditional, by computation and name; None: every conditional at its worst."""
+    """`runs` holds the branch of each conditional, by computation and name; None counts every conditional at its
+    worst."""
     inside = functools.partial(_scope_bytes, while_trips=while_trips, runs=runs)
     total = 0
     for instruction in scope.computation.instructions.values():
@@ -119,7 +120,7 @@ def _behind_moves(instruction: Instruction, body: Computation) -> Instruction:
 
 
 def _produced(name: str, body: Computation, module: Module) -> int:
-    """Bytes that a fusion writes for one of its results: the changed part of an update in place."""
+    """Bytes that a fusion writes for one of its results; for an update in place, those of the changed slice."""
     instruction = _behind_moves(body.instructions[name], body)
     if instruction.opcode == "dynamic-update-slice":
         return shape_bytes(body.instructions[instruction.operands[1]].shape)
@@ -130,7 +131,7 @@ def _produced(name: str, body: Computation, module: Module) -> int:
 
 
 def _used(body: Computation, position: int, module: Module) -> int:
-    """Bytes that a fusion reads of its operand at `position`: what its slices take, all of it for any other use."""
+    """Bytes that a fusion reads of its operand at `position`: those of its slices, or all of them for any other use."""
     return sum(_uses(_parameter(body, position), body, module))
 
 

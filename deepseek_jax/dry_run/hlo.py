@@ -1,7 +1,6 @@
-"""The text of a compiled XLA module as data: computations, instructions, and how often each loop runs.
+"""HLO: the text of a compiled XLA module as data: computations, instructions, and how often each loop runs.
 
-Only what the text states is read. A loop whose trip count is neither noted by XLA nor given by a counter compared with
-a constant has None.
+The trip count of a loop is None unless XLA notes it or the text compares a counter with a constant.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an operation was written; lines count from 1, columns from 0."""
+    """The place in the source where an operation was written; lines count from 1, columns from 0."""
 
     file: str
     line: int
@@ -62,8 +61,7 @@ class Instruction:
 
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
-        """Computations of a conditional, in the order in which JAX has them: that of False comes before that of
-        True."""
+        """Computations of a conditional, in JAX's order: that of False before that of True."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         if listed:
             return tuple(_REFERENCE.findall(listed[1]))
@@ -104,7 +102,8 @@ class Module:
         return self.computations[name]
 
     def place(self, instruction: Instruction) -> Place | None:
-        """Where the JAX operation that an instruction comes from was written, if the text says it."""
+        """The place in the source of the JAX operation that an instruction comes from, or None if the text does not
+        say."""
         frame = re.search(r"\bstack_frame_id=(\d+)", instruction.text)
         return self.places.get(int(frame[1])) if frame else None
 
@@ -129,7 +128,8 @@ def parse(text: str) -> Module:
 
 
 def _places(text: str) -> dict[int, Place]:
-    """From the tables before the computations: every frame of a stack has a location, and every location a file."""
+    """The places of the tables before the computations: every frame of a stack has a location, every location a
+    file."""
     tables = {
         name: dict(re.findall(r"^(\d+) (.*)$", rows, re.M))
         for name, rows in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", text, re.M)
@@ -168,7 +168,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, opening: int) -> int:
-    """Where the bracket that opens at `opening` closes."""
+    """The index of the bracket that closes the one at `opening`."""
     depth = 0
     for bracket in re.finditer(r"[()]", line[opening:]):
         depth += 1 if bracket[0] == "(" else -1
@@ -202,7 +202,7 @@ def shape_bytes(shape: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A computation as called from one place: what its parameters are bound to, names in the parent's scope."""
+    """A computation as called from one place, with the names in the parent's scope that its parameters are bound to."""
 
     module: Module
     computation: Computation
@@ -222,7 +222,7 @@ def entry_scope(module: Module) -> Scope:
 
 
 def origin(name: str, scope: Scope) -> tuple[str, str]:
-    """The computation and the instruction that made a value, behind copies and conversions of it."""
+    """The computation and the instruction that made a value, through copies and conversions of it."""
     instruction = scope.computation.instructions[name]
     while instruction.opcode in _TRANSPARENT:
         instruction = scope.computation.instructions[instruction.operands[0]]
@@ -254,7 +254,7 @@ def trip_count(loop: Instruction, scope: Scope) -> int | None:
 
 
 def _step(loop: Instruction, index: int, scope: Scope) -> int | None:
-    """What the body adds to element `index` of the carry."""
+    """The number that the body adds to element `index` of the carry."""
     body = scope.enter(loop, loop.attribute("body"))
     root = body.computation.root
     if root.opcode != "tuple":
@@ -274,14 +274,14 @@ def _step(loop: Instruction, index: int, scope: Scope) -> int | None:
 
 
 def _invariant(loop: Instruction, index: int, scope: Scope) -> bool:
-    """Whether the body hands element `index` of the carry on as it is."""
+    """True if the body returns element `index` of the carry unchanged."""
     body = scope.enter(loop, loop.attribute("body"))
     root = body.computation.root
     return root.opcode == "tuple" and _carried_index(root.operands[index], body) == index
 
 
 def _through_fusions(instruction: Instruction, scope: Scope) -> tuple[Instruction, Scope]:
-    """The instruction that makes a fusion's result, or the value behind copies, and the scope it stands in."""
+    """The instruction that makes a fusion's result, or the value that was copied, and its scope."""
     while True:
         if instruction.opcode in ("fusion", "call") and instruction.called:
             scope = scope.enter(instruction, instruction.called[0])
@@ -317,7 +317,7 @@ def _index(instruction: Instruction) -> int:
 
 
 def _value(name: str, scope: Scope) -> int | None:
-    """The integer that a scalar always has, or None."""
+    """The integer that a scalar always is, or None."""
     instruction, scope = _through_fusions(scope.computation.instructions[name], scope)
     if instruction.opcode == "constant":
         literal = re.match(r"\((-?\d+)\)", instruction.text)
@@ -330,7 +330,7 @@ def _value(name: str, scope: Scope) -> int | None:
 
 
 def _element(name: str, index: int, scope: Scope) -> int | None:
-    """The integer that element `index` of a tuple always has."""
+    """The integer that element `index` of a tuple always is, or None."""
     instruction = scope.computation.instructions[name]
     if instruction.opcode == "tuple":
         return _value(instruction.operands[index], scope)

@@ -1,10 +1,10 @@
-"""FLOPs of a traced program, counted on its jaxpr: a loop's body as often as it runs, recomputation included, whatever
-XLA makes of it.
+"""FLOPs of a traced program, counted on its jaxpr: a loop's body as often as it runs, recomputation included, before
+XLA changes anything.
 
 Matrix products, convolutions and grouped products count, a multiply-add as two; elementwise work does not. Shapes
-outside `shard_map` are global, so the count is that of the whole mesh; the body of a `shard_map` is what each device
-does, and is multiplied by the devices along its manual axes. Work that devices repeat there because their inputs are
-equal is real work, and is counted.
+outside `shard_map` are global, so the count is that of the whole mesh; the body of a `shard_map` is one device's work,
+and is multiplied by the devices along its manual axes. Work that devices repeat there because their inputs are equal is
+real work, and is counted.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from deepseek_jax.ranges import at_least, check, one_of
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a jaxpr does not say.
+    """Assumptions about what a jaxpr leaves open.
 
     `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their
     "least" expensive branch, each at its worst, and all conditionals of one predicate the same (see `branches`).
-    `ragged_fill`: which share of the rows of a grouped product belongs to a group; the rest is padding that no kernel
+    `ragged_fill`: the share of a grouped product's rows that belong to a group; the rest is padding that no kernel
     multiplies.
     """
 
@@ -49,12 +49,12 @@ def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumption
 
 
 def jaxpr_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> Counter[str]:
-    """The same of a jaxpr. What no output depends on is not counted."""
+    """FLOPs of a jaxpr, as `traced_flops`. Equations that no output depends on are not counted."""
     return counted(jaxpr, assumptions)[0]
 
 
 def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> tuple[Counter[str], dict[Key, int]]:
-    """FLOPs of a jaxpr, and which branches they are those of: its compiled text is asked about the same ones."""
+    """FLOPs of a jaxpr, and the branches that were counted, for the compiled text to follow."""
     jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     found = list(_conditionals(jaxpr, assumptions, 1, {}))
     taken = taken_branches([conditional for _, conditional in found], assumptions.branch)
@@ -66,7 +66,8 @@ def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> 
 def _conditionals(
     jaxpr: jex_core.Jaxpr, assumptions: Assumptions, times: int, origins: Mapping[Any, Hashable]
 ) -> Iterator[tuple[jex_core.JaxprEqn, Conditional]]:
-    """All conditionals of a jaxpr that runs `times` times. `origins` says what variables are bound to outside of it."""
+    """All conditionals of a jaxpr that runs `times` times. `origins` maps variables to what they are bound to outside
+    of it."""
     origins = dict(origins)
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, tuple(_inner_jaxprs(eqn.params))
@@ -93,7 +94,7 @@ _REBINDING = ("while", "pallas_call", "mpmd_map")  # their bodies' variables are
 
 
 def _place(eqn: jex_core.JaxprEqn) -> Place | None:
-    """Of the code that called jax."""
+    """The place of the code that called jax."""
     if eqn.source_info.traceback is None:
         return None
     for code, instruction in zip(*eqn.source_info.traceback.raw_frames(), strict=True):
@@ -107,7 +108,7 @@ _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
 def _flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions, taken: Mapping[int, int] | None) -> Counter[str]:
-    """`taken`: the branch that runs by the id of the equation; None: every conditional at its worst."""
+    """`taken` holds the branch that runs by the id of the equation; None counts every conditional at its worst."""
     total = Counter()
     for eqn in jaxpr.eqns:
         _add(total, _equation_flops(eqn, assumptions, taken))
@@ -137,7 +138,7 @@ def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions, taken: Map
 
 
 def _kernel_notes(eqn: jex_core.JaxprEqn) -> dict[str, Any] | None:
-    """Of a kernel that says itself what it computes (kernels_pallas._compat.priced)."""
+    """FLOPs that a kernel states for itself (kernels_pallas._compat.priced)."""
     notes = eqn.ctx.xla_metadata or {}
     return notes if "kernel_flops" in notes and eqn.primitive.name in _KERNEL_GRIDS else None
 
@@ -188,7 +189,8 @@ def _convolution(eqn: jex_core.JaxprEqn) -> int:
 
 
 def _ragged_dot(eqn: jex_core.JaxprEqn) -> int:
-    """Each row of the left operand meets one group: its elements times the free axes of the right operand."""
+    """Each row of the left operand is multiplied by one group: its elements times the free axes of the right
+    operand."""
     dimensions = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = dimensions.dot_dimension_numbers
     lhs, rhs = eqn.invars[0].aval, eqn.invars[1].aval

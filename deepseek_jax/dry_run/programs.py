@@ -1,5 +1,4 @@
-"""The programs that an experiment runs, as something to compile: the jitted function itself and abstract arguments
-where they will lie."""
+"""Programs of an experiment, ready to compile: the jitted function and its abstract arguments with their shardings."""
 
 import dataclasses
 import functools
@@ -28,10 +27,11 @@ from deepseek_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`tokens` are processed by one call (training) or drawn by it (decoding, RL), `calls` are made in all; None: as
-    many as one likes.
+    """A program to compile.
 
-    `named` are parts of the arguments to report apart, `model_flops` the useful work of a call by the closed formulas.
+    A call processes `tokens` (training) or draws them (decoding, RL), and the run makes `calls` calls; None for
+    decoding, which has no end. `named` are arguments to report apart, `model_flops` the useful work of a call by the
+    closed formulas.
     """
 
     jitted: Callable
@@ -79,7 +79,8 @@ def decode(experiment: Experiment, stage: str | None, sequences: int | None = No
     sequences = sequences or 8 * model.placement.batch_shards
     if sequences % model.placement.batch_shards:
         raise ConfigError(
-            f"--sequences={sequences}: the mesh divides them among {model.placement.batch_shards} devices; give a multiple"
+            f"--sequences={sequences}: the mesh divides them among {model.placement.batch_shards} devices; give a "
+            "multiple"
         )
     sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
     variables = with_sharding(abstract_variables(model), variables_sharding(model))
@@ -135,7 +136,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode,
 
 
 def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
-    """A balanced load: it fits the receive buffers, of which it fills one part in `buffer_factor`."""
+    """A balanced load: it fits the receive buffers, and fills 1 / `buffer_factor` of them."""
     placement, fill = experiment.model.placement, 1.0
     if (
         isinstance(placement, MeshPlacement)
@@ -164,7 +165,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 def _sequence_sharding(model: Transformer, sequences: int, leaf: jax.ShapeDtypeStruct):
-    """Rows are divided like those of a batch; a cache has them behind its layers."""
+    """Sequences are divided like those of a batch; in a cache they are the axis after the layers."""
     if not isinstance(model.placement, MeshPlacement):
         return None
     axis = next(

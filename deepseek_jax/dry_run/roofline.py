@@ -1,11 +1,10 @@
-"""The least time a step can take: matrix units, main memory and links each on their own, whatever a schedule hides
-behind what.
+"""Roofline: the least time a step can take on matrix units, main memory and links, each for itself.
 
 Compute: FLOPs over the matrix units' peak, float32 products at the bf16 rate. Memory: bytes over HBM bandwidth. Links:
 for every chip, bytes over the bandwidth of all its links together, times the hops that an all-to-all or a permute takes
 across the torus; an all-gather, a reduce-scatter and an all-reduce pass each piece on from neighbor to neighbor and
-take one. Host network: what leaves a slice (TPU) or a host (GPU), in the best arrangement: a piece that several devices
-of one host need crosses once.
+take one. Host network: bytes that leave a slice (TPU) or a host (GPU), in the best arrangement: a piece that several
+devices of one host need crosses once.
 """
 
 import dataclasses
@@ -47,8 +46,8 @@ class Roofline:
 def roofline(
     flops: Mapping[str, float], hbm_bytes: float, collectives: Iterable[Collective], topology: Topology, mesh_devices
 ) -> Roofline:
-    """`flops` of the whole mesh by number format (program_flops), `hbm_bytes` per device, `mesh_devices` in the mesh's
-    order."""
+    """The roofline of `flops` of the whole mesh by number format (program_flops), of `hbm_bytes` per device and of the
+    traffic; `mesh_devices` in the mesh's order."""
     share = topology.chip.devices  # a device has this part of its chip
     devices = np.asarray(mesh_devices, dtype=object).size
     compute = (
@@ -72,7 +71,7 @@ def unit(number_format: str) -> str:
 
 def link_bandwidth(topology: Topology) -> float:
     """Bytes/s one way over all links that a chip of this topology can use; an axis of two chips has one link, an axis
-    of one has none."""
+    of one none."""
     chip: Chip = topology.chip
     if not topology.torus:
         return chip.links * chip.link_bandwidth
@@ -97,8 +96,8 @@ def link_bytes(collectives: Iterable[Collective], topology: Topology, mesh_devic
 
 
 def _shares(collective: Collective, where: Mapping[str, np.ndarray], topology: Topology) -> tuple[float, float, float]:
-    """Parts of the buffer that one device sends out of its chip and out of its island, and the mean hops inside the
-    island."""
+    """The shares of the buffer that one device sends out of its chip and out of its island, and the mean hops inside
+    the island."""
     groups, kind = collective.groups, collective.kind
     if kind == "collective-permute":
         out = []

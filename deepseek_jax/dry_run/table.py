@@ -1,4 +1,4 @@
-"""A dry run's figures as a table."""
+"""The table of a dry run's figures."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ GIB = 2**30
 def table(figures: dict[str, Any]) -> Table:
     """A rich table of `dry_run`'s figures."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items()) or "one device"
-    title = f"{figures['experiment']}, {figures['program']}, on {figures['topology']} ({figures['num_chips']:,} chips, {mesh})"
+    title = f"{figures['experiment']}, {figures['program']}, on {figures['topology']}"
+    title += f" ({figures['num_chips']:,} chips, {mesh})"
     view = Table(
         title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False
     )
@@ -73,7 +74,7 @@ def _flop_rows(view: Table, figures: dict[str, Any]) -> None:
 
 
 def _rate(number_format: str, chip: Chip) -> str:
-    """At which rate products run that the matrix unit has no mode for."""
+    """The rate at which products run for which the matrix unit lacks a mode."""
     format_of_unit = unit(number_format)
     missing = getattr(chip, format_of_unit) is None or (format_of_unit == "bf16" and number_format != "bfloat16")
     return f"counted at the bfloat16 rate of {chip.name}" if missing else ""

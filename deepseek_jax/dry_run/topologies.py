@@ -1,5 +1,4 @@
-"""Devices that are not there: a name such as v5p:8x8x16 or h100:64 -> what XLA can compile for, on a host without
-accelerators.
+"""Topologies: devices that are not there, by a name such as v5p:8x8x16 or h100:64, for XLA to compile for.
 
 TPUs come from libtpu, NVIDIA GPUs from the CUDA plugin and a description of the device; neither needs hardware or a
 driver.
@@ -35,7 +34,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` in XLA's order, on `slices` equal parts joined by the host network; `torus` is the shape of one part in
+    """`devices` in XLA's order, on `slices` slices joined by the host network; `torus` is the shape of one slice in
     chips, () behind a switch."""
 
     name: str
@@ -54,7 +53,7 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which axes close to a ring: 3D slices made of whole 4x4x4 cubes, and the full 16 of a 2D pod."""
+        """True for the axes that close to a ring: 3D slices made of whole 4x4x4 cubes, and the full 16 of a 2D pod."""
         if len(self.torus) == 3:
             return (all(size % 4 == 0 for size in self.torus),) * 3
         return tuple(size == 16 for size in self.torus)
@@ -64,7 +63,7 @@ def topology(name: str) -> Topology:
     """The topology called `name`: CHIP:AxB (v5e, v6e), CHIP:AxBxC (v4, v5p, tpu7x), either with *SLICES, or GPU:COUNT
     (h100, h200, h800, b200).
 
-    Raises ConfigError for a name that means nothing and UserError where libtpu or the CUDA plugin is missing.
+    Raises ConfigError for an unknown name and UserError where libtpu or the CUDA plugin is missing.
     """
     prepare()
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
@@ -82,14 +81,14 @@ def topology(name: str) -> Topology:
 
 
 def prepare() -> None:
-    """Sets what libtpu and the CUDA plugin read from the environment. Call it before jax starts its backends; what is
-    set already stays."""
+    """Sets the environment variables of libtpu and the CUDA plugin, unless they are set. Call it before jax starts its
+    backends."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
 
 
 def installed(chip: Chip) -> bool:
-    """Whether what compiles for this chip is here: libtpu or the CUDA plugin."""
+    """True if the compiler for this chip is installed: libtpu or the CUDA plugin."""
     packages = ("libtpu",) if chip.torus_axes else ("jax-cuda13-plugin", "jax-cuda12-plugin")
     return any(_version(package) for package in packages)
 
@@ -133,7 +132,7 @@ def _gpus(name: str, chip: Chip, shape: tuple[int, ...], slices: int) -> Topolog
     count = shape[0]
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise ConfigError(
-            f"topology {name!r}: {GPUS_PER_HOST} GPUs a host; {count} is no multiple of that, "
+            f"topology {name!r}: {GPUS_PER_HOST} GPUs a host; {count} is not a multiple, "
             f"{count - count % GPUS_PER_HOST} is"
         )
     if not installed(chip):
@@ -168,8 +167,8 @@ def target_config(chip: Chip) -> str:
 
 
 def places(devices) -> dict[str, np.ndarray]:
-    """Where the devices of a mesh, in its order, stand: int [N] "chip" and "island" (slice of a TPU, host of GPUs: what
-    fast links join), int [N, 3] "coords" in the torus (zeros for GPUs)."""
+    """The location of each device of a mesh, in its order: int [N] "chip" and "island" (slice of a TPU, host of GPUs:
+    the chips that fast links join), int [N, 3] "coords" in the torus (zeros for GPUs)."""
     flat = np.asarray(devices, dtype=object).reshape(-1)
     if flat[0].platform != "tpu":
         return {

@@ -1,8 +1,8 @@
 """python -m deepseek_jax.interop import <hf_folder> <checkpoint> | export <checkpoint> <hf_folder> | inspect
 <hf_folder>
 
-An imported checkpoint is a folder like a training stage's: `checkpoints/` for generation and training, and beside it
-the tokenizer files and config.json of the original, which an export takes along again.
+An imported checkpoint is a folder like a training stage's: `checkpoints/` for generation and training, and next to it
+the tokenizer files and config.json of the original, which an export copies again.
 """
 
 import shutil
@@ -30,13 +30,13 @@ from deepseek_jax.interop.importer import PARAM_DTYPES, read_variables
 from deepseek_jax.interop.report import print_report
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables, resolve_checkpoint
 
-# What a tokenizer is made of, if not of what `Tokenizer.save` writes, and the settings of text generation.
+# Files of a tokenizer besides those that `Tokenizer.save` writes, and the settings of text generation.
 COMPANIONS = (tokenizer_files.TOKENIZER, *tokenizer_files.BESIDE, "tokenizer.model", "tiktoken.model")
 
 
 @flax.struct.dataclass
 class Weights:
-    """A training state with nothing but weights in it."""
+    """A training state that holds weights alone."""
 
     step: int
     params: Any
@@ -104,8 +104,8 @@ def import_checkpoint(hf_folder: Path, checkpoint: Path, dtype: str, console: Co
 def export_checkpoint(
     checkpoint: Path, hf_folder: Path, dtype: str, max_shard_bytes: int, console: Console, tokenizer: str | None = None
 ) -> None:
-    """Writes the newest weights of `checkpoint`, whatever `resolve_checkpoint` takes, as a Hugging Face folder, with
-    the tokenizer it was trained with (or `tokenizer`) and what an import left beside them."""
+    """Writes the newest weights of `checkpoint` (anything that `resolve_checkpoint` takes) as a Hugging Face folder,
+    with the tokenizer it was trained with (or `tokenizer`) and the files that an import left there."""
     check_absent(hf_folder)
     where = resolve_checkpoint(checkpoint)
     stage = where.parent.parent if where.parent.name == "checkpoints" else where.parent
@@ -120,7 +120,8 @@ def export_checkpoint(
 
 
 def _tokenizer(where: Path, spec: str | None, console: Console) -> Tokenizer | None:
-    """The tokenizer called `spec`, or that of the checkpoint at `where`; None, which is said, if nobody knows it."""
+    """The tokenizer called `spec`, or that of the checkpoint at `where`. None, with a printed note, if the checkpoint
+    does not name one."""
     try:
         return load_tokenizer(spec or find_tokenizer(where))
     except DataError as error:

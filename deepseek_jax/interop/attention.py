@@ -17,8 +17,8 @@ Tensor = tuple[str, str, tuple[int, ...]]  # name below self_attn, path of our p
 
 
 class AttentionNames(ABC):
-    """One variant there and here. `model_types` are those of the config.json files that have it; `latent_norms` says
-    whether it has norms of its own, which take `latent_norm_eps`."""
+    """One variant's names. `model_types` are those of the config.json files that have it; `latent_norms` is true if it
+    has norms of its own, which take `latent_norm_eps`."""
 
     model_types: tuple[str, ...] = ()
     latent_norms: bool = False
@@ -26,7 +26,7 @@ class AttentionNames(ABC):
     @staticmethod
     @abstractmethod
     def read(fields: Fields) -> AttentionConfig:
-        """The config of a config.json's fields. Raises CheckpointError for what is missing or unsupported."""
+        """The config from a config.json's fields. Raises CheckpointError for what is missing or unsupported."""
 
     @staticmethod
     @abstractmethod

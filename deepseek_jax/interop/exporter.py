@@ -1,4 +1,4 @@
-"""Our variables -> a Hugging Face folder that transformers loads, tensor by tensor."""
+"""Export: our variables to a Hugging Face folder that transformers loads, tensor by tensor."""
 
 import logging
 import math
@@ -169,13 +169,13 @@ def _write_tensor(
 
 
 def _stored(leaf: Any, spec: TensorSpec) -> np.ndarray:
-    """One tensor out of a variable, as files have it."""
+    """One tensor out of a variable, in the files' orientation."""
     value = _gathered(leaf, spec)
     return value.T if spec.transposed else value
 
 
 def _gathered(leaf: Any, spec: TensorSpec) -> np.ndarray:
-    """One tensor out of a variable, in our orientation. Of a jax array only what each device holds of the tensor is
+    """One tensor out of a variable, in our orientation. Of a jax array, only the devices' shares of this tensor are
     moved."""
     if not isinstance(leaf, jax.Array):
         return leaf[spec.index]

@@ -1,5 +1,4 @@
-"""A Hugging Face folder held against the network its config.json describes: what is there, and everything that isn't
-right.
+"""Checks a Hugging Face folder against the network that its config.json describes.
 
 `open_folder` reads config.json, the index and the safetensors headers; `usable_folder` also compares the tensors that
 are stored twice.
@@ -31,8 +30,11 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """`table` is what `config` needs, `stored` what the files hold; `problems` say in sentences where they disagree,
-    `notes` what was passed over."""
+    """A checked folder.
+
+    `table` lists the tensors that `config` needs, `stored` those that the files hold. `problems` are sentences about
+    where they disagree, `notes` about what was ignored.
+    """
 
     path: Path
     hf: dict[str, Any]
@@ -49,15 +51,17 @@ class Folder:
 
 
 def shown(lines: Sequence[str]) -> str:
-    """The first of many lines, and how many more there are."""
+    """The first of many lines, and the number of the others."""
     more = len(lines) - SHOWN
     return "\n  ".join([*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def precision_for(path: str | Path, precision: Precision) -> Precision:
-    """The policy `precision` as the weights of a Hugging Face folder want it: where its config.json says
-    scale_fmt="ue8m0" (DeepSeek-V3.1), an FP8 policy's scales are powers of two, those of activations too. Raises
-    CheckpointError as `open_folder` does."""
+    """The policy `precision`, adjusted to the weights of a Hugging Face folder.
+
+    Where its config.json says scale_fmt="ue8m0" (DeepSeek-V3.1), an FP8 policy's scales are powers of two, those of
+    activations too. Raises CheckpointError as `open_folder` does.
+    """
     powers_of_two = scale_format(read_config(Path(path)).get("quantization_config")) == "ue8m0"
     return precision.with_powers_of_two() if powers_of_two and isinstance(precision, FP8Precision) else precision
 
@@ -82,11 +86,11 @@ def open_folder(path: str | Path) -> Folder:
 
 
 def usable_folder(path: str | Path) -> Folder:
-    """`open_folder` for a folder to read: without problems, and with every copy of the embedding and the head a copy.
+    """As `open_folder`, for a folder whose weights are to be read: raises CheckpointError for its problems too.
 
-    An MTP module whose copies differ from the main model's is left out: here it shares them. A head that differs from
-    an embedding it is said to be tied to is a head of its own, as in transformers. Notes say so. Raises CheckpointError
-    as `open_folder` does, and with the problems if there are any.
+    Every stored copy of the embedding and the head must equal the original. An MTP module whose copies differ from the
+    main model's is left out, since here it shares them. A head that differs from an embedding it is said to be tied to
+    is a head of its own, as in transformers. Notes say so.
     """
     folder = open_folder(path)
     folder.raise_problems()
@@ -98,7 +102,10 @@ def usable_folder(path: str | Path) -> Folder:
             config = folder.config.replace(tie_embeddings=False)
         else:
             k = _layer(spec.name) - folder.config.num_layers
-            note = f"{spec.name} differs from the main model's, which an MTP module shares here: MTP module {k + 1} was left out"
+            note = (
+                f"{spec.name} differs from the main model's, which an MTP module shares here: MTP module {k + 1} was "
+                "left out"
+            )
             config = folder.config.replace(mtp_depth=k)
         folder = _held_against(dataclasses.replace(folder, notes=(*folder.notes, note)), config)
         folder.raise_problems()
@@ -106,8 +113,8 @@ def usable_folder(path: str | Path) -> Folder:
 
 
 def _differs(copy: TensorSpec, folder: Folder) -> bool:
-    """Whether a stored duplicate holds other numbers than the tensor it repeats, as precisely as the less precise of
-    them."""
+    """True if a stored duplicate holds other numbers than the tensor it repeats, compared in the less precise of their
+    dtypes."""
     if copy.name not in folder.stored:
         return False
     original = next(spec for spec in folder.table if spec.path == copy.path and not spec.duplicate)
@@ -129,7 +136,7 @@ def _differs(copy: TensorSpec, folder: Folder) -> bool:
 
 
 def _held_against(folder: Folder, config: ModelConfig) -> Folder:
-    """The folder with what is right and wrong about its tensors if the network is `config`'s."""
+    """The folder with its problems and notes if the network is `config`'s."""
     stored, problems, notes = folder.stored, list(folder.problems), list(folder.notes)
     table = tensor_table(config)
     for k in range(config.mtp_depth):

@@ -1,4 +1,4 @@
-"""The released FP8 weights: e4m3 values with one float32 scale for each block of 128 x 128 (V3 §3.3.2).
+"""Released FP8 weights: e4m3 values with one float32 scale for each block of 128 x 128 (V3 §3.3.2).
 
 A matrix [out, in] comes with `<name>_scale_inv` [ceil(out/128), ceil(in/128)]; the weight is value · scale_inv. Blocks
 at the lower and right edge may be smaller than 128.

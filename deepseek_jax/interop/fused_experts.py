@@ -1,5 +1,4 @@
-"""Experts stored as one tensor, as transformers 5 holds them in memory: each expert's matrices lie in it one after the
-other."""
+"""Fused experts: all experts' matrices in one tensor, one after the other, as transformers 5 holds them in memory."""
 
 import dataclasses
 import re
@@ -12,7 +11,7 @@ _FUSED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
 def separate_experts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The same bytes under the released names: gate_up_proj [E, 2F, D] and down_proj [E, D, F] as a matrix for each
+    """The same bytes under the released names: gate_up_proj [E, 2F, D] and down_proj [E, D, F] become a matrix for each
     expert."""
     separate: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():

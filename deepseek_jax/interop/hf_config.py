@@ -129,7 +129,7 @@ def _moe(fields: Fields, model_type: str) -> MoEConfig | None:
 
 
 def _rope(hf: Mapping[str, Any], interleaved: bool) -> RopeConfig:
-    """Both spellings: rope_theta beside rope_scaling, and transformers 5's rope_parameters, which holds everything.
+    """Reads both spellings: rope_theta with rope_scaling, and transformers 5's rope_parameters, which holds everything.
     Where both are there, rope_scaling counts, as in transformers."""
     parameters = mapping("rope_scaling", hf.get("rope_scaling")) or mapping(
         "rope_parameters", hf.get("rope_parameters")
@@ -176,8 +176,8 @@ def _yarn(parameters: Mapping[str, Any]) -> YarnConfig:
 
 
 def scale_format(quantization: Mapping[str, Any] | None) -> str | None:
-    """`scale_fmt` of a quantization_config, "ue8m0" or None: whether all scales are powers of two, those of activations
-    too (V3.1).
+    """`scale_fmt` of a quantization_config: "ue8m0" if all scales are powers of two, those of activations too (V3.1),
+    or None.
 
     Raises CheckpointError for a quantization that is not that of the released FP8 weights.
     """

@@ -1,5 +1,4 @@
-"""The fields of a config.json, taken one by one and checked: which are known, of which type, and what a missing one
-means."""
+"""The fields of a config.json, taken and checked one by one: known names, types and defaults."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +9,12 @@ from deepseek_jax.errors import CheckpointError
 CONFIG_NAME = "config.json"
 REQUIRED = object()
 
-# What the configuration class of each family takes where a field is missing, those of the behavior; sizes must be
-# there. Where the released class and transformers' disagree (the shared experts of V2, say) the field is required.
+# Defaults of each family's configuration class for fields about behavior; sizes must be there. Where the released class
+# and transformers' disagree (the shared experts of V2, say) the field is required.
 _V3_DEFAULTS = {
-    "first_k_dense_replace": 3, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rope_interleave": True,
+    "first_k_dense_replace": 3, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+    "rope_interleave": True,
 }  # fmt: skip
 _V2_DEFAULTS = {
     "first_k_dense_replace": 0, "n_group": None, "topk_group": None, "scoring_func": "softmax", "topk_method": "greedy",
@@ -38,16 +38,18 @@ _ALIASES = {
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARRIED = (*TOKEN_IDS, "max_position_embeddings")
 _IGNORED = CARRIED + (
-    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
-    "aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim", "rope_theta", "rope_scaling", "rope_parameters", "return_dict",
-    "chunk_size_feed_forward", "id2label", "label2id", "tokenizer_class", "output_router_logits", "router_aux_loss_coef", "attn_implementation",
-    "output_hidden_states", "output_attentions", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "use_bfloat16",
+    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "initializer_range", "aux_loss_alpha", "seq_aux", "ep_size", "qk_head_dim", "rope_theta", "rope_scaling",
+    "rope_parameters", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "tokenizer_class",
+    "output_router_logits", "router_aux_loss_coef", "attn_implementation", "output_hidden_states", "output_attentions",
+    "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params", "use_bfloat16",
 )  # fmt: skip
 # Text generation's settings, which transformers kept here before there was a generation_config.json, and their old
 # defaults.
 _GENERATION = (
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
-    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "num_return_sequences",
 )  # fmt: skip
 _SOFTWARE = (
     "unsloth",
@@ -65,13 +67,12 @@ _SOFTWARE = (
 
 
 def foreign(name: str) -> bool:
-    """Whether a field belongs to other software: its private state, its version, or its own name."""
+    """True for a field of other software: its private state, its version, or its own name."""
     return name.startswith("_") or name.endswith("_version") or any(name.startswith(software) for software in _SOFTWARE)
 
 
 class Fields:
-    """The fields of a config.json, and which of them are not accounted for yet. Raises CheckpointError as its methods
-    do."""
+    """The fields of a config.json, and those that nothing has taken yet. Raises CheckpointError as its methods do."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self.family = FAMILIES[fields["model_type"]]
@@ -86,7 +87,8 @@ class Fields:
         self._rest = {name for name in self._all if name not in (*_IGNORED, *_GENERATION) and not foreign(name)}
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """A field as it is. A missing one is `default`, or else what the family's own class takes, or else refused."""
+        """A field as it is. A missing one is `default`, or else the default of the family's own class, or else
+        refused."""
         self._rest.discard(name)
         default = self.family.get(name, REQUIRED) if default is REQUIRED else default
         if name not in self._all and default is REQUIRED:
@@ -116,7 +118,7 @@ class Fields:
         return value
 
     def finish(self) -> None:
-        """Raises CheckpointError for a field nobody took, unless it is switched off (null, false, empty)."""
+        """Raises CheckpointError for a field that nothing took, unless it is switched off (null, false, empty)."""
         for name in sorted(self._rest):
             value = self._all[name]
             if value is not None and value is not False and value not in ("", [], {}):
@@ -148,7 +150,8 @@ def number(name: str, value: Any, lowest: float = -math.inf) -> float:
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
-    """An object's fields that are not null; null is an object without any. Raises CheckpointError for anything else."""
+    """An object's fields that are not null; null counts as an empty object. Raises CheckpointError for anything
+    else."""
     if value is not None and not isinstance(value, Mapping):
         raise CheckpointError(f"{CONFIG_NAME}: {name}={value!r}: expected an object or null")
     return {field: entry for field, entry in (value or {}).items() if entry is not None}

@@ -1,8 +1,8 @@
-"""Hugging Face folder -> our variables, one after the other, each from the stored tensors that it stacks.
+"""Import: a Hugging Face folder to our variables, one after the other, each from the stored tensors that it stacks.
 
-A stored tensor is read on its own, converted in slices of rows straight into its place, and forgotten. As numpy arrays,
-peak host memory is the result plus about one tensor. As sharded jax arrays, each device's slice of a variable is read on
-its own: peak host memory is about one such slice, and a host reads only what its devices hold.
+A stored tensor is read on its own, converted in slices of rows straight into its section of the variable, and freed. As
+numpy arrays, peak host memory is the result plus about one tensor. As sharded jax arrays, each device's slice of a
+variable is read on its own: peak host memory is about one such slice, and a host reads only what its devices hold.
 """
 
 import itertools
@@ -129,7 +129,7 @@ def _refuse_numbers(folder: Folder, bad: Mapping[str, int]) -> None:
 
 
 def _sharding_of_scales(sharding: jax.sharding.Sharding, stacked: int) -> jax.sharding.Sharding:
-    """Divided as the values are by layer and expert; where these are cut inside a matrix, cuts need not meet the
+    """Divides the scales like the values by layer and expert, and not inside a matrix, where cuts need not meet the
     blocks."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding

@@ -1,4 +1,4 @@
-"""What `inspect` prints: the config as we read it, the tensors a folder holds, and what is wrong with it."""
+"""The report of `inspect`: the config as we read it, the tensors of a folder, and its problems."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ _SHOWN_PROBLEMS = 20
 
 
 def print_report(folder: Folder, console: Console) -> None:
-    """Headers only: a folder of any size is inspected in seconds."""
+    """Prints the report; it reads headers only, so a folder of any size takes seconds."""
     for table in (_config_table(folder), _tensor_table(folder)):
         cli.show(table)
     parameters = sum(math.prod(spec.shape) for spec in folder.table if not spec.duplicate)

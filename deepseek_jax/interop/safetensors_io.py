@@ -30,7 +30,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `shape` elements of the safetensors `dtype` at byte `offset` of `file`."""
+    """A tensor in a file: `shape` elements of the safetensors `dtype` at byte `offset` of `file`."""
 
     file: Path
     dtype: str
@@ -42,8 +42,8 @@ class StoredTensor:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """All tensors of one file, by name. Raises CheckpointError if the file is cut off or its header is damaged.
 
-    The `safetensors` library checks the header: that it is well formed, and that the tensors cover the file's bytes
-    without gaps or overlaps, each with as many as its dtype and shape take.
+    The `safetensors` library checks that the header is well formed and that the tensors cover the file's bytes without
+    gaps or overlaps, each with as many as its dtype and shape take.
     """
     try:
         with safetensors.safe_open(file, framework="np"), open(file, "rb") as stream:
@@ -90,10 +90,10 @@ def read_tensor(tensor: StoredTensor, ranges: Sequence[range] | None = None) -> 
 
 
 def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors of a Hugging Face folder by name, and what is wrong with its files, in sentences.
+    """All tensors of a Hugging Face folder by name, and the problems of its files, in sentences.
 
-    Reads headers only. Where there is a model.safetensors, it is read and no index, as transformers does. Raises
-    CheckpointError if there is nothing to read: no folder, no safetensors, a damaged index.
+    Reads headers only. Where there is a model.safetensors, it is read instead of the index, as transformers does.
+    Raises CheckpointError if there is nothing to read: no folder, no safetensors, a damaged index.
     """
     if (folder / SINGLE_NAME).is_file():
         return read_header(folder / SINGLE_NAME), []
@@ -138,12 +138,14 @@ def _nothing_to_read(folder: Path) -> str:
     if pickled:
         return (
             f"{folder} holds {pickled[0]} but no safetensors. Such files are pickles, which can run any code when "
-            "opened, "
-            "so they are not read; save the model with safe_serialization=True first"
+            "opened, so they are not read; save the model with safe_serialization=True first"
         )
     loose = sorted(p.name for p in folder.glob("*.safetensors"))
     if loose:
-        return f"{folder} holds {len(loose)} safetensors file(s), such as {loose[0]}, but neither {SINGLE_NAME} nor {INDEX_NAME}"
+        return (
+            f"{folder} holds {len(loose)} safetensors file(s), such as {loose[0]}, but neither {SINGLE_NAME} nor "
+            f"{INDEX_NAME}"
+        )
     return f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}"
 
 
@@ -167,7 +169,7 @@ class ShardWriter:
         self._header = header
         self._missing = set(tensors)
         self._data_start = 8 + len(raw)
-        self._stream = open(file, "wb")
+        self._stream = open(file, "wb")  # noqa: SIM115, __exit__ closes it
         self._stream.write(len(raw).to_bytes(8, "little") + raw)
 
     def write(self, name: str, array: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which part of which of our parameters.
+"""The table of Hugging Face tensors and the parameters that they fill.
 
 One table drives import, export, inspection and counting. Matrices are stored [out, in] there and [in, out] here; layers
 and experts are separate tensors there and leading axes here. Nothing else changes: rotary rows keep their order.
@@ -19,8 +19,8 @@ SCALE_SUFFIX = "_scale_inv"
 class TensorSpec:
     """One stored tensor and its place in our variables.
 
-    It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` says
-    that our side is [in, out]. `quantized` tensors are FP8 with a scale in the released checkpoints. A `duplicate`
+    It fills `variables[path...][index]`, where `stack` gives the sizes of the indexed leading axes; `transposed` is
+    true if our side is [in, out]. `quantized` tensors are FP8 with a scale in the released checkpoints. A `duplicate`
     repeats a tensor that another line of the table fills: it may be absent, and must agree where present
     (`folder.usable_folder`).
     """
@@ -60,8 +60,8 @@ class TensorSpec:
         return dataclasses.replace(self, name=self.scale_name, shape=self.scale_shape, quantized=False)
 
 
-class _Part(NamedTuple):
-    """A line of a block's table: stored name and our path below the block; `experts` > 0 for one line per expert."""
+class _Line(NamedTuple):
+    """A line of a block's table: stored name and our path below the block; `experts` > 0 makes one line per expert."""
 
     name: str
     path: str
@@ -134,26 +134,26 @@ def _block(
             )
 
 
-def _norms(config: ModelConfig) -> Iterator[_Part]:
-    yield _Part("input_layernorm.weight", "attn_norm/scale", (config.hidden_size,))
-    yield _Part("post_attention_layernorm.weight", "ffn_norm/scale", (config.hidden_size,))
+def _norms(config: ModelConfig) -> Iterator[_Line]:
+    yield _Line("input_layernorm.weight", "attn_norm/scale", (config.hidden_size,))
+    yield _Line("post_attention_layernorm.weight", "ffn_norm/scale", (config.hidden_size,))
 
 
-def _attention(config: ModelConfig) -> Iterator[_Part]:
+def _attention(config: ModelConfig) -> Iterator[_Line]:
     names = attention_names(config.attention)
     for name, path, shape in names.tensors(config.attention, config.hidden_size):
-        yield _Part(f"self_attn.{name}", f"attn/{path}", shape)
+        yield _Line(f"self_attn.{name}", f"attn/{path}", shape)
 
 
-def _dense_ffn(config: ModelConfig) -> Iterator[_Part]:
+def _dense_ffn(config: ModelConfig) -> Iterator[_Line]:
     yield from _swiglu("mlp", "ffn/{}/kernel", config.hidden_size, config.intermediate_size)
 
 
-def _moe(config: ModelConfig) -> Iterator[_Part]:
+def _moe(config: ModelConfig) -> Iterator[_Line]:
     d, moe = config.hidden_size, config.moe
-    yield _Part("mlp.gate.weight", "ffn/router/kernel", (moe.num_experts, d), quantized=False)
+    yield _Line("mlp.gate.weight", "ffn/router/kernel", (moe.num_experts, d), quantized=False)
     if moe.correction_bias:
-        yield _Part("mlp.gate.e_score_correction_bias", "ffn/router/bias", (moe.num_experts,), collection="router_bias")
+        yield _Line("mlp.gate.e_score_correction_bias", "ffn/router/bias", (moe.num_experts,), collection="router_bias")
     yield from _swiglu("mlp.experts.{}", "ffn/experts/{}", d, moe.intermediate_size, moe.num_experts)
     if moe.num_shared_experts:
         yield from _swiglu(
@@ -161,7 +161,7 @@ def _moe(config: ModelConfig) -> Iterator[_Part]:
         )
 
 
-def _swiglu(name: str, path: str, d: int, width: int, experts: int = 0) -> Iterator[_Part]:
-    yield _Part(f"{name}.gate_proj.weight", path.format("gate"), (width, d), experts=experts)
-    yield _Part(f"{name}.up_proj.weight", path.format("up"), (width, d), experts=experts)
-    yield _Part(f"{name}.down_proj.weight", path.format("down"), (d, width), experts=experts)
+def _swiglu(name: str, path: str, d: int, width: int, experts: int = 0) -> Iterator[_Line]:
+    yield _Line(f"{name}.gate_proj.weight", path.format("gate"), (width, d), experts=experts)
+    yield _Line(f"{name}.up_proj.weight", path.format("up"), (width, d), experts=experts)
+    yield _Line(f"{name}.down_proj.weight", path.format("down"), (d, width), experts=experts)

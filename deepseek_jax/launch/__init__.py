@@ -1,10 +1,10 @@
-"""Sweeps: many runs of one experiment, on this machine, on a SLURM cluster or in a cloud.
+"""Launch: sweeps, many runs of one experiment, on this machine, on a SLURM cluster or in a cloud.
 
     python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot
 
-`sweep` says what a sweep is, `jobs` checks every run before the first one starts, `execute` runs one and notes how it
-ended, `local`, `slurm` and `skypilot` say where; `plan` is the bill beforehand, `results` and `plots` are what comes
-back.
+`sweep` defines a sweep, `jobs` checks every run before the first one starts, `execute` runs one and records how it
+ended, `local`, `slurm` and `skypilot` start runs somewhere, `plan` estimates time and cost beforehand, `results` and
+`plots` collect what the runs leave.
 """
 
 from deepseek_jax.launch.ladder import Rung, ladder

@@ -1,8 +1,8 @@
 """python -m deepseek_jax.launch --sweep=experiments/sweeps/….py --launcher=local|slurm|skypilot [--only=…] [--plan]
 [--results]
 
-Runs a sweep's missing runs. Every run is checked before the first one starts; a sweep that is started again leaves
-alone what is done, running or queued; a failed run is reported and does not stop the rest. Exits with 1 if any failed.
+Runs a sweep's missing runs. Every run is checked before the first one starts. A sweep that is started again skips runs
+that are done, running or queued; a failed run is reported and does not stop the others. Exits with 1 if any failed.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from deepseek_jax.overrides import parse
 
 class Launcher(Protocol):
     def launch(self, jobs: Sequence[Job]) -> int:
-        """Runs `jobs`, or hands them over to whatever runs them. Returns how many are known to have failed."""
+        """Runs `jobs`, or submits them. Returns how many are known to have failed."""
 
 
 def main(argv: Sequence[str], dry_run: DryRun | None = None) -> int:
@@ -58,9 +58,10 @@ def main(argv: Sequence[str], dry_run: DryRun | None = None) -> int:
 
 
 def choose(jobs: Sequence[Job], only: str | None, here: bool) -> list[Job]:
-    """The jobs that one of the comma-separated patterns fits; without patterns all, or, to run here, those for a CPU.
+    """The jobs whose names match one of the comma-separated patterns. Without patterns: all jobs, or, to run here,
+    those for a CPU.
 
-    Raises ConfigError for a pattern that fits none.
+    Raises ConfigError for a pattern that matches none.
     """
     if only is None:
         elsewhere = [job for job in jobs if job.run.resources.kind != "cpu"] if here else []
@@ -79,8 +80,8 @@ def choose(jobs: Sequence[Job], only: str | None, here: bool) -> list[Job]:
 
 
 def write_results(sweep: Sweep, name: str, jobs: Sequence[Job], workdir: Path) -> None:
-    """Prints what the variants have brought and how many runs are in what state; leaves results.parquet, results.csv
-    and results.png in the workdir."""
+    """Prints the variants' results and the number of runs in each state; writes results.parquet, results.csv and
+    results.png into the workdir."""
     statuses = {job.name: read_status(job.folder) for job in jobs}
     rows = collect(jobs, statuses)
     paths = write_table(rows, workdir)

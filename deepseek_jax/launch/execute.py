@@ -1,8 +1,8 @@
 """python -m deepseek_jax.launch.execute --folder=F [--rank=0] -- COMMAND …
 
-Runs a command, appends its output to F/output.log and notes in F/status.json how it ended. Exits as the command did.
-Every launcher starts its runs through this. Whoever stops a run signals its process group: the command saves and exits,
-this process waits for it. Of a run on several hosts, only the one of rank 0 keeps the status.
+Runs a command, appends its output to F/output.log and records in F/status.json how it ended. Exits with the command's
+status. Every launcher starts its runs through this. To stop a run, signal its process group: the command saves and
+exits, and this process waits for it. Of a run on several hosts, only the process of rank 0 writes the status.
 """
 
 import argparse

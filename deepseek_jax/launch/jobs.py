@@ -1,4 +1,4 @@
-"""Every run of a sweep, checked as a whole before the first one starts."""
+"""Jobs: every run of a sweep, checked before the first one starts."""
 
 import dataclasses
 from pathlib import Path

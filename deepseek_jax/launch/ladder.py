@@ -1,4 +1,4 @@
-"""Model-size ladders: the same recipe at several sizes, each with its batch, length, learning rate and hardware."""
+"""Model-size ladders: one experiment at several sizes, each with its batch, length, learning rate and hardware."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Runs on this machine, a given number of them at a time."""
+"""The local launcher: runs on this machine, a given number of them at a time."""
 
 import os
 import signal
@@ -17,9 +17,11 @@ PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
 
 class LocalLauncher:
-    """`slots` runs at a time, each its own process. `environment` is set for them; "{slot}" in a value is the slot's
-    number, from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}. Where there are as many cores as slots, each slot has its share
-    of them. Every `report_seconds` each run says how far it is, if it has got further.
+    """Runs `slots` jobs at a time, each in a process of its own.
+
+    `environment` is set for them; "{slot}" in a value is the slot's number, from 0: {"CUDA_VISIBLE_DEVICES": "{slot}"}.
+    Where there are as many cores as slots, each slot has its share of them. Every `report_seconds` the progress of each
+    run is printed, if it has advanced.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class LocalLauncher:
     def launch(self, jobs: Sequence[Job]) -> int:
         """Runs all jobs and returns how many failed.
 
-        After SIGTERM or Ctrl-C it starts no more, passes SIGTERM on so that the runs save, waits for them and raises
-        KeyboardInterrupt; a second signal, passed on too, ends them at once.
+        After SIGTERM or Ctrl-C it starts no more jobs, passes SIGTERM on so that the runs save, waits for them and
+        raises KeyboardInterrupt; a second signal, passed on too, ends them at once.
         """
         waiting, running, failed, passed_on = deque(enumerate(jobs, start=1)), {}, 0, 0
         if self.cores is None:
@@ -92,7 +94,7 @@ class LocalLauncher:
 
     @staticmethod
     def _time_left(begin: float, ended: int, left: int) -> None:
-        """Prints how long the rest will take if it takes as long as what has ended."""
+        """Prints how long the remaining runs will take if they take as long as those that have ended."""
         if left:
             seconds = (time.monotonic() - begin) / ended * left
             time_left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

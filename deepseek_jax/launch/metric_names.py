@@ -1,4 +1,4 @@
-"""The metrics that a run of a sweep will have, asked of its program before it runs."""
+"""Metric names of a sweep's runs, from their program before it runs."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a SLURM job runs on each of its nodes. Unpickled there, so it imports little."""
+"""The process that a SLURM job starts on each of its nodes. It is unpickled there, so this module imports little."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from deepseek_jax.launch.execute import start, stop
 
 
 class RunOnNode:
-    """What SLURM starts on every node of a job: one process that drives all of the node's devices.
+    """Starts one process on a node, which drives all of the node's devices.
 
     submitit calls `checkpoint` when the job is preempted or its time is up; the run saves, and the job is queued again.
     """

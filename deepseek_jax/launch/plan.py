@@ -1,5 +1,4 @@
-"""What a sweep will take: for machines that are not here the dry run says, for this machine the runs that have
-finished."""
+"""The plan: estimates a sweep's time, memory and cost, by dry run for accelerators, from finished runs for this CPU."""
 
 import dataclasses
 import json
@@ -21,8 +20,8 @@ DryRun = Callable[..., Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What is None nobody knows. `memory` and `limit` are bytes per device; `basis` says where the figures are from,
-    `price` whose it is."""
+    """The estimate for a run; a field is None where the figure is unknown. `memory` and `limit` are bytes per device;
+    `basis` names the source of the figures, `price` that of the price."""
 
     job: Job
     status: Status
@@ -38,11 +37,11 @@ class Estimate:
 def plan(
     jobs: Sequence[Job], statuses: Mapping[str, Status], dry_run: DryRun, dollars_per_chip_hour: float | None = None
 ) -> list[Estimate]:
-    """An estimate for each job; `dry_run` is `dry_run.dry_run.dry_run`, called once for runs that differ in their
-    seed alone.
+    """An estimate for each job; `dry_run` is `dry_run.dry_run.dry_run`, called once for runs that differ in their seed
+    alone.
 
-    On the CPU a finished run tells its own time, and others the time of the finished run nearest in FLOPs, in
-    proportion to these.
+    On the CPU a finished run has its own time, and another run the time of the finished run nearest in FLOPs, scaled by
+    FLOPs.
     """
     known: dict[str, Mapping[str, Any] | UserError] = {}
     measured = [
@@ -97,8 +96,8 @@ _NOT_PRICED = {"local": "this machine's", "slurm": "the cluster's", "skypilot": 
 
 
 def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local") -> Table:
-    """One row per run: what its launcher asks for, and for how long; below, what is still to do in all and why a cost
-    is not known."""
+    """One row per run: the machine that its launcher asks for, and for how long. The caption sums up the runs that are
+    not done and says why a cost is unknown."""
     missing = [estimate for estimate in estimates if estimate.status.state != "done"]
     table = Table(
         title=f"{name}: {len(missing)} of {len(estimates)} runs to do",
@@ -138,15 +137,17 @@ def plan_table(name: str, estimates: Sequence[Estimate], launcher: str = "local"
 
 
 def _where(resources: Resources, launcher: str) -> str:
-    """What the launcher asks for, in its own words; why it cannot have it."""
+    """The launcher's request, in its own words, or the reason why it cannot have the machine."""
     try:
         if launcher == "slurm":
             asked = job_parameters(resources)
             gpus = f" × {asked['gpus_per_node']} GPUs" if "gpus_per_node" in asked else ""
-            return f"{resources.topology}: SLURM, {asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}{gpus}, {asked['timeout_min'] / 60:g} h a job"
+            nodes = f"{asked['nodes']} node{'s' if asked['nodes'] > 1 else ''}"
+            return f"{resources.topology}: SLURM, {nodes}{gpus}, {asked['timeout_min'] / 60:g} h a job"
         if launcher == "skypilot":
             spot = "spot" if resources.spot else "on demand"
-            return f"{resources.topology}: SkyPilot, {resources.num_nodes} × {resources.accelerators or 'a machine without accelerators'}, {spot}"
+            machine = resources.accelerators or "a machine without accelerators"
+            return f"{resources.topology}: SkyPilot, {resources.num_nodes} × {machine}, {spot}"
     except ConfigError as error:
         return str(error)
     return resources.topology

@@ -1,8 +1,8 @@
-"""A sweep as a figure: curves over one field or over training FLOPs, seeds as a mean with their spread, a map for two
+"""The figure of a sweep: curves over one field or over training FLOPs, seeds as a mean with their spread, a map for two
 fields.
 
-Where every point has the same seeds, the spread is that of the paired differences: what a seed adds to all points alike
-is taken out of it.
+Where every point has the same seeds, the spread is that of the paired differences: the part of the seed that all points
+share is subtracted.
 """
 
 import math
@@ -41,7 +41,7 @@ def plot(sweep: Sweep, rows: Sequence[Row], path: Path, title: str) -> bool:
 
 
 def draw(sweep: Sweep, rows: Sequence[Row], title: str) -> Figure:
-    """The figure, on a canvas of its own: whatever backend a notebook has chosen stays."""
+    """The figure, on a canvas of its own: the backend that a notebook has chosen stays."""
     points = group(sweep, rows)
     two_fields = len({x for x, _ in points}) > 1 and len({curve for _, curve in points}) > 1
     figure = Figure(figsize=(11.5, 4.4) if two_fields else (6.4, 4.4), layout="constrained")
@@ -58,7 +58,7 @@ def draw(sweep: Sweep, rows: Sequence[Row], title: str) -> Figure:
 
 
 def group(sweep: Sweep, rows: Sequence[Row]) -> Points:
-    """(x, curve) -> seed -> the metric, of the finished runs that have a number. A curve has a value of `by` or, where
+    """(x, curve) -> seed -> the metric, of the finished runs that have a number. A curve is a value of `by` or, where
     runs differ in other fields too, the values of all of these, in words."""
     fields = curve_fields(sweep, rows)
     points: Points = defaultdict(dict)
@@ -69,7 +69,7 @@ def group(sweep: Sweep, rows: Sequence[Row]) -> Points:
 
 
 def curve_fields(sweep: Sweep, rows: Sequence[Row]) -> tuple[str, ...]:
-    """What tells the curves apart: `by`, and whatever else runs at one x with one seed differ in."""
+    """The fields that distinguish the curves: `by`, and all others in which runs at one x with one seed differ."""
     by = () if sweep.by is None else (sweep.by,)
     return (*by, *distinguishing_fields(sweep, rows, (sweep.x, *by)))
 
@@ -96,7 +96,7 @@ def is_paired(points: Points) -> bool:
 
 
 def without_seed_effects(points: Points) -> Points:
-    """The same means, with each seed's mean over all points in place of the mean of all: only for paired points."""
+    """The same means, with each seed's mean over all points replaced by the mean of all; for paired points only."""
     effect = {seed: np.mean([values[seed] for values in points.values()]) for seed in next(iter(points.values()))}
     mean = np.mean(list(effect.values()))
     return {
@@ -134,7 +134,7 @@ def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
 
 
 def _names(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
-    """Sizes by their names, where a point is one run."""
+    """Labels sizes by their names, where a point is one run."""
     fields = curve_fields(sweep, rows)
     for row in rows:
         values = list(points.get((row["flops"], _curve(row, fields)), {}).values())
@@ -145,7 +145,8 @@ def _names(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
 
 
 def _scale(panel, xs: Sequence[Any]) -> bool:
-    """Logarithmic where numbers span a factor of 4 (returns whether), with a tick on each value where there are few."""
+    """Uses a logarithmic axis where numbers span a factor of 4 (returns True then), with a tick on each value where
+    there are few."""
     panel.margins(x=0.12, y=0.1)
     if not all(map(_is_number, xs)):
         return False
@@ -166,7 +167,7 @@ def _scale(panel, xs: Sequence[Any]) -> bool:
 
 
 def _map(figure, panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
-    """The mean at every combination, the best one framed."""
+    """Draws the mean at every combination, with a frame around the best one."""
     xs, bys = ordered(x for x, _ in points), ordered(by for _, by in points)
     means = np.full((len(bys), len(xs)), np.nan)
     for (x, by), values in points.items():
@@ -196,7 +197,7 @@ def _map(figure, panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> No
 
 
 def ordered(values: Iterable[Any]) -> list[Any]:
-    """Each value once: numbers by size, whatever else is not all numbers in the order it comes in."""
+    """Each value once: numbers by size, values of other or mixed types in their order of appearance."""
     found = list(dict.fromkeys(values))
     return sorted(found) if all(map(_is_number, found)) else found
 

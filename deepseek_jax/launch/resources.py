@@ -1,4 +1,4 @@
-"""What a run wants to run on, and what the clouds call it."""
+"""Resources of a run, and the names that SLURM and the clouds have for them."""
 
 import dataclasses
 import math
@@ -22,11 +22,13 @@ GPUS = ("h100", "h200", "h800", "b200")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """`topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis; "v6e:16x16*2" are two slices) or a
+    """The machine of a run.
+
+    `topology` is "cpu", a TPU slice such as "v5p:4x4x4" (chips along each axis; "v6e:16x16*2" are two slices) or a
     number of GPUs such as "h100:64".
 
-    `hours` limits one SLURM job; a run that takes longer is requeued and goes on from its checkpoint. `spot` asks a
-    cloud for machines that it may take back, at a third or so of the price: the run then goes on elsewhere.
+    `hours` limits one SLURM job; a longer run is requeued and resumes from its checkpoint. `spot` asks a cloud for
+    machines that it may take back, at about a third of the price: the run then resumes on others.
     """
 
     topology: str = "cpu"
@@ -53,7 +55,7 @@ class Resources:
         check(self, "", hours=above(0))
         if kind in GPUS and self.num_devices > self.gpus_per_node and self.num_devices % self.gpus_per_node:
             raise ConfigError(
-                f"topology={self.topology!r}: {self.num_devices} GPUs are no whole number of nodes with "
+                f"topology={self.topology!r}: {self.num_devices} GPUs is not a multiple of the node's "
                 f"{self.gpus_per_node}"
             )
 
@@ -73,7 +75,7 @@ class Resources:
 
     @property
     def num_nodes(self) -> int:
-        """Machines to ask for. A TPU slice is asked for as one, whatever number of hosts it has."""
+        """Machines to ask for. A TPU slice counts as one, for any number of hosts."""
         return math.ceil(self.num_devices / self.gpus_per_node) if self.is_gpu else 1
 
     @property
@@ -82,8 +84,8 @@ class Resources:
 
     @property
     def accelerators(self) -> str | None:
-        """SkyPilot's name for one node: "tpu-v5p-128", "H100:8"; None on a CPU. Raises ConfigError where it has
-        none."""
+        """SkyPilot's name for one node: "tpu-v5p-128", "H100:8"; None on a CPU. Raises ConfigError for a topology that
+        SkyPilot does not offer."""
         if self.kind == "cpu":
             return None
         if self.is_gpu:
@@ -108,10 +110,10 @@ class Resources:
 
 
 def job_parameters(resources: Resources, cluster: str = "slurm") -> dict[str, Any]:
-    """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM does not have."""
+    """submitit's parameters for a run. Raises ConfigError for a TPU slice, which SLURM cannot provide."""
     if resources.kind != "cpu" and not resources.is_gpu:
         raise ConfigError(
-            f"topology={resources.topology!r} is no SLURM machine: use 'cpu', GPUs such as 'h100:64', or "
+            f"topology={resources.topology!r} is not offered by SLURM: use 'cpu', GPUs such as 'h100:64', or "
             "--launcher=skypilot"
         )
     parameters = {"nodes": resources.num_nodes, "tasks_per_node": 1, "timeout_min": round(resources.hours * 60)}

@@ -1,4 +1,4 @@
-"""What a sweep has brought: one table with a row per run, as parquet and as CSV."""
+"""Results of a sweep: one table with a row per run, as parquet and as CSV."""
 
 import math
 import statistics
@@ -23,9 +23,7 @@ SPEEDS = ("tokens_per_second", "flops_per_second", "mfu")  # the run's median, n
 
 def collect(jobs: Sequence[Job], statuses: Mapping[str, Status]) -> list[Row]:
     """A row per run: name, status, seconds, topology, tokens and FLOPs of its training, its overrides, its seed, and
-    for each stage, as "stage.metric", the last value of every metric that is a number. What a run does not have is
-    None.
-    """
+    for each stage, as "stage.metric", the last value of every metric that is a number. Missing values are None."""
     rows = []
     for job in jobs:
         status = statuses[job.name]
@@ -52,7 +50,7 @@ def stage_metrics(folder: Path) -> dict[str, float]:
     """The last value of each metric in a stage's `metrics.jsonl`, speeds as medians, and the numbers of its
     `evaluation.json`.
 
-    A metric that was not finite in the end is left out: an earlier value would pass for the result.
+    A metric that was not finite in the end is left out: an earlier value would be taken for the result.
     """
     records = read_metrics(folder)
     last = {

@@ -1,7 +1,7 @@
-"""Runs in clouds, through SkyPilot: one task file per run, launched as a managed job.
+"""The cloud launcher, through SkyPilot: one task file per run, launched as a managed job.
 
-A managed job whose machines are taken away gets new ones, somewhere, and starts again; the run's folder lies on a
-bucket that is mounted there too, so it goes on from its newest checkpoint.
+A managed job whose machines are taken away gets new ones, anywhere, and starts again. The run's folder is on a bucket
+that is mounted there too, so it resumes from its newest checkpoint.
 """
 
 import json
@@ -29,8 +29,10 @@ UNFINISHED = ("PENDING", "SUBMITTED", "STARTING", "RUNNING", "WINDING_DOWN", "RE
 
 
 class SkyPilotLauncher:
-    """`bucket` is "gs://NAME" or "s3://NAME" and holds a folder for the sweep; `infra` is SkyPilot's, "gcp/us-east5",
-    or None for wherever there are machines. `install` is the pip target on the machines, None for the extra that fits
+    """Launches managed jobs.
+
+    `bucket` is "gs://NAME" or "s3://NAME" and holds a folder for the sweep; `infra` is SkyPilot's, "gcp/us-east5", or
+    None for any place that has machines. `install` is the pip target on the machines, None for the extra that suits
     them.
     """
 
@@ -50,7 +52,7 @@ class SkyPilotLauncher:
         )
 
     def launch(self, jobs: Sequence[Job]) -> int:
-        """Writes every task file, then launches those that SkyPilot neither runs nor has run to the end. Returns how
+        """Writes every task file, then launches the jobs that are neither running nor finished at SkyPilot. Returns how
         many it refused.
 
         Raises ConfigError without SkyPilot, naming the files.
@@ -87,7 +89,7 @@ class SkyPilotLauncher:
 
 def task(job: Job, sweep: str, bucket: str, infra: str | None = None, install: str | None = None) -> dict[str, Any]:
     """The fields of a run's SkyPilot task. Raises ConfigError for a topology that SkyPilot does not offer and for an
-    experiment file outside the working directory, which is what the machines get a copy of."""
+    experiment file outside the working directory, which is the folder that is copied to the machines."""
     resources, folder = job.run.resources, MOUNT / sweep / job.name
     experiment = os.path.relpath(job.experiment)
     if experiment.startswith(".."):
@@ -126,7 +128,8 @@ def _setup(install: str) -> str:
 
 
 def _run(resources: Resources, flags: Sequence[str], folder: PurePosixPath) -> str:
-    """SkyPilot runs this on every host. TPU hosts find each other by themselves; GPU nodes are told who they are."""
+    """The script that SkyPilot runs on every host. TPU hosts find each other; GPU nodes get the coordinator's address
+    and their ranks."""
     lines = ["set -e"]
     hosts = ""
     if resources.num_nodes > 1:
@@ -157,7 +160,7 @@ def _queue() -> dict[str, str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Scripts as blocks, the way a person writes them."""
+    """Writes scripts as literal blocks."""
 
 
 _Dumper.add_representer(

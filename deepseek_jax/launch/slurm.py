@@ -1,4 +1,4 @@
-"""Runs as SLURM jobs, through submitit: an array of jobs for all runs that want the same machines."""
+"""The SLURM launcher, through submitit: an array of jobs for all runs on the same kind of machine."""
 
 import re
 import sys
@@ -19,8 +19,10 @@ PROGRAM = (sys.executable, "-m", "deepseek_jax")
 
 
 class SlurmLauncher:
-    """Submits and returns. `parameters` are submitit's own (slurm_partition, slurm_account, cpus_per_task, …) and come
-    on top of what follows from a run's resources. `cluster` "local" is submitit's executor for a machine without SLURM.
+    """Submits jobs and returns.
+
+    `parameters` are submitit's own (slurm_partition, slurm_account, cpus_per_task, …) and override those that follow
+    from a run's resources. `cluster` "local" is submitit's executor for a machine without SLURM.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class SlurmLauncher:
             )
 
     def launch(self, jobs: Sequence[Job]) -> int:
-        """Submits those of `jobs` that are not in the queue already. Returns 0: nothing has failed yet.
+        """Submits those of `jobs` that are not queued yet. Returns 0: nothing has failed yet.
 
         Raises ConfigError, before the first is submitted, for a run that SLURM has no machines for.
         """
@@ -61,7 +63,7 @@ class SlurmLauncher:
         number = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\d+(_\d+)?", number):
             raise ConfigError(
-                f"{path} is damaged ({number[:20]!r} is no job): look for {job.name} in `squeue`, then write its "
+                f"{path} is damaged ({number[:20]!r} is not the number of a job): look for {job.name} in `squeue`, then write its "
                 "number there or remove the file"
             )
         submitted = _job_class(self.cluster)(self.folder, number)

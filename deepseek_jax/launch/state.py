@@ -1,4 +1,4 @@
-"""What a run's folder says about it: `status.json`, which `execute` writes, and the lock it holds meanwhile."""
+"""State of a run, in its folder: `status.json`, which `execute` writes, and the lock that it holds meanwhile."""
 
 import contextlib
 import dataclasses
@@ -23,8 +23,8 @@ STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 75)
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """`state` is "missing", "running", "done", "stopped" (it goes on when it is started again) or "failed"; `seconds`
-    adds up over restarts."""
+    """`state` is "missing", "running", "done", "stopped" (resumes when it is started again) or "failed"; `seconds` adds
+    up over restarts."""
 
     state: str = "missing"
     exit_status: int | None = None
@@ -81,6 +81,6 @@ def last_lines(folder: Path, count: int = 12) -> str:
 
 
 def progress_line(folder: Path) -> str:
-    """The newest line of a run's output that says how far it is ("pretrain 20/60 …"); "" without one."""
+    """The newest line of a run's output that shows its progress ("pretrain 20/60 …"); "" without one."""
     lines = (line.strip() for line in reversed(last_lines(folder, 50).splitlines()))
     return next((line for line in lines if re.search(r"(?<![\d/])\d+/\d+(?![\d/])", line)), "")

@@ -1,4 +1,4 @@
-"""What a sweep is: one base experiment and runs that override some of its fields.
+"""Sweep: one base experiment and runs that override some of its fields.
 
 A sweep file has one function, `get_sweep()`, that returns a Sweep.
 """
@@ -20,8 +20,8 @@ NAME = re.compile(r"[A-Za-z0-9]+([._-]{1,2}[A-Za-z0-9]+)*")  # a folder, a SLURM
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`overrides` maps fields to values, {"pretrain.train.steps": 100}: what `--config.field=value` says on the command
-    line."""
+    """One run. `overrides` maps fields to values, {"pretrain.train.steps": 100}, as `--config.field=value` does on the
+    command line."""
 
     name: str
     overrides: Mapping[str, Any]
@@ -34,11 +34,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """`experiment` is the base file, seen from the working directory.
+    """`experiment` is the path of the base file, from the working directory.
 
     The plot shows `metric` ("stage.name", a column of the table) over `x`: an overridden field, or "flops", the
     training FLOPs of a run. Runs that differ in their seed alone are one point with a spread; `by` is an overridden
-    field with a curve for each of its values; where runs differ in other fields too, these tell curves apart as well.
+    field with a curve for each of its values; where runs differ in other fields too, these distinguish curves as well.
     `best` is "lowest" or "highest".
     """
 
@@ -73,8 +73,8 @@ class Sweep:
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Run, ...]:
-    """Every combination of the fields' values; the last field varies fastest. Names are built from the fields' last
-    parts and the values; a value of several parts, such as a schedule, is called by its number in its row."""
+    """Every combination of the fields' values; the last field varies fastest. A name joins the last part of each field
+    with its value; a compound value, such as a schedule, is named by its number."""
     last = [field.rpartition(".")[2] for field in fields]
     short = last if len(set(last)) == len(last) else list(fields)
     named = [
@@ -88,8 +88,8 @@ def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Run, ...]:
 
 
 def _words(values: Sequence[Any]) -> list[str]:
-    """Each value as a part of a name; by its number where a value has several parts, or two would be called the
-    same."""
+    """Each value as a word of a name; by its number where a value is compound, or where two would have the same
+    name."""
     if any(isinstance(value, (Mapping, list, tuple)) for value in values):
         return [str(number) for number in range(len(values))]
     words = [
@@ -128,7 +128,7 @@ def paired_seeds(runs: Iterable[Run], seeds: Sequence[int]) -> tuple[Run, ...]:
 
 def load_sweep(path: str) -> Sweep:
     """The sweep of a file, which may import its neighbors and the experiments a folder above. Raises ConfigError for a
-    file that is not there, cannot be run or holds none."""
+    file that is missing, cannot be run or defines no sweep."""
     sweep, where = call(path, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"{where}: get_sweep() returns {type(sweep).__name__}, not a deepseek_jax.launch.Sweep")

@@ -1,5 +1,5 @@
-"""Variants of a sweep: runs that differ in their seed alone; what tells them apart, and what they have brought
-together."""
+"""Variants of a sweep: runs that differ in their seed alone, with their results and the fields that distinguish
+them."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ _SEED_IN_NAME = re.compile(r"(^|[-_.]+)seed[-_]?\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`values` are the metric's of the runs that have finished, finite all of them; `left_out` counts the other runs by
-    what became of them: "diverged" (the metric is NaN), "without the metric", or the run's state."""
+    """`values` are the metric's of the finished runs, all finite; `left_out` counts the other runs by reason:
+    "diverged" (the metric is NaN), "without the metric", or the run's state."""
 
     name: str
     values: tuple[float, ...]
@@ -39,7 +39,7 @@ class Variant:
 
 
 def fate(row: Row, metric: str) -> str | None:
-    """Why a run does not count; None for one that does."""
+    """The reason why a run does not count; None for one that does."""
     value = row.get(metric)
     if row["status"] != "done":
         return row["status"]
@@ -53,7 +53,7 @@ def left_out(rows: Iterable[Row], metric: str) -> Counter[str]:
 
 
 def variants(sweep: Sweep, rows: Sequence[Row]) -> list[Variant]:
-    """In the order of the sweep."""
+    """The variants, in the order of the sweep."""
     overrides = {run.name: run.overrides for run in sweep.runs}
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -73,7 +73,7 @@ def variants(sweep: Sweep, rows: Sequence[Row]) -> list[Variant]:
 
 def distinguishing_fields(sweep: Sweep, rows: Sequence[Row], point: Sequence[str]) -> tuple[str, ...]:
     """The overridden fields in which runs differ that would otherwise be one point of a plot with the same seed;
-    `point` are the columns that make a point. Runs that differ in nothing but their names have "name"."""
+    `point` are the columns that make a point. Runs that differ in their names alone have "name"."""
     fields = [
         field
         for field in dict.fromkeys(field for run in sweep.runs for field in run.overrides)
@@ -100,8 +100,8 @@ def distinguishing_fields(sweep: Sweep, rows: Sequence[Row], point: Sequence[str
 
 
 def results_table(sweep: Sweep, rows: Sequence[Row], title: str) -> Table:
-    """A row per variant: the metric's mean and standard deviation over seeds, how many runs that is of, and which runs
-    are left out and why."""
+    """A row per variant: the metric's mean and standard deviation over seeds, the number of runs, and the runs that are
+    left out, with reasons."""
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     view.add_column("variant")
     view.add_column(f"{sweep.metric}, mean ± standard deviation", justify="right", no_wrap=True)

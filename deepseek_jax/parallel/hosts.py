@@ -118,7 +118,10 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
         )
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"{alone} ({str(error).splitlines()[0]})") from error
-    lost = f"{me} stops because another process of this run was killed, failed or cannot be reached; the lines above name it"
+    lost = (
+        f"{me} stops because another process of this run was killed, failed or cannot be reached; the lines above name "
+        "it"
+    )
     _explain_abort(lambda: f"{lost}. {saved()} Start all {hosts.num_processes} processes again to go on.", status=LOST)
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process

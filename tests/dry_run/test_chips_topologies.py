@@ -106,7 +106,7 @@ def test_gpu_topologies(name, hosts):
         ("v5p:4x4", "3D torus, for example v5p:4x4x4"),
         ("v6e:0x4", "at least 1"),
         ("h100:2x4", "the number of GPUs"),
-        ("h100:12", "no multiple of that, 8 is"),
+        ("h100:12", "not a multiple, 8 is"),
         pytest.param("v6e:3x5", "libtpu refuses it", marks=NEEDS_LIBTPU),
     ],
 )

@@ -357,7 +357,7 @@ def test_the_plan_asks_the_dry_run_once_for_runs_that_differ_in_seed_alone():
     assert "30.8 h + unknown" in shown and "$2,469 + unknown" in shown  # what is done costs nothing more
     assert "no price known for v5e: pass --dollars_per_hour" in shown
     slurm, sky = (text(plan_table("sweep", estimates, launcher)) for launcher in ("slurm", "skypilot"))
-    assert "is no SLURM machine" in slurm and "v5p:2x2x1: SkyPilot, 1 × tpu-v5p-8, spot" in sky
+    assert "is not offered by SLURM" in slurm and "v5p:2x2x1: SkyPilot, 1 × tpu-v5p-8, spot" in sky
 
 
 def test_the_plan_says_what_a_launcher_asks_for():

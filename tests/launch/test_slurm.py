@@ -112,7 +112,7 @@ def test_no_gpus_are_asked_for_on_a_cpu_and_no_tpus_at_all(tmp_path):
     assert "gpus_per_node" not in job_parameters(Resources())
     launcher = SlurmLauncher(tmp_path, cluster="local", program=stand_in(tmp_path))
     jobs = [*jobs_of(tmp_path, "a"), *jobs_of(tmp_path, "b", resources=Resources("v5p:4x4x4"))]
-    with pytest.raises(ConfigError, match="no SLURM machine"):
+    with pytest.raises(ConfigError, match="not offered by SLURM"):
         launcher.launch(jobs)
     assert not jobs[0].folder.exists()  # refused before the first was submitted
 

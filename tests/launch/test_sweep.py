@@ -136,7 +136,7 @@ def test_resources_count_devices_and_nodes():
         ("v5x:2x2", "did you mean 'v5"),
         ("cpu:2", "takes no shape"),
         *((topology, "come sizes") for topology in ("v5p:", "v5p:4xx4", "v5p:64", "h100:8x8")),
-        ("h100:12", "no whole number of nodes"),
+        ("h100:12", "12 GPUs is not a multiple of the node's 8"),
     ],
 )
 def test_resources_that_do_not_exist(topology, message):
