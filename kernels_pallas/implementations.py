@@ -9,7 +9,8 @@ import jax
 
 from kernels_pallas import trust
 
-PREFERRED = {"sm90": "mosaic_gpu_sm90", "tpu": "mosaic_tpu"}  # by kind of device
+PREFERRED = {"sm90": "mosaic_gpu_sm90", "tpu": "mosaic_tpu"}  # the kernels for each kind of device
+IMPLEMENTATIONS = ("xla", *PREFERRED.values())
 
 
 class Unsupported(ValueError):

@@ -34,7 +34,7 @@ def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str,
 def programs() -> Iterator[tuple[str, str, tuple]]:
     """Name, shape, and the function with the shapes of its arguments: the FP8 products, and experts and attention in
     bfloat16."""
-    yield from ((f"{shape.operation}, {shape.name}", shape.text, _program(shape)) for shape in shapes())
+    yield from ((shape.title, shape.text, _program(shape)) for shape in shapes())
     yield from _bfloat16_programs()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.bench.flags import check_only
 from kernels_pallas.bench.measure import case, error
 from kernels_pallas.bench.shapes import Shape, shapes
 from kernels_pallas.bench.timing import seconds
@@ -70,13 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", default="", help="products whose name contains this")
     flags = parser.parse_args(argv)
+    check_only(parser, flags.only, (shape.title for shape in shapes()))
     device = jax.devices()[0]
     if getattr(device, "compute_capability", "") != "9.0":
         parser.error(f"this is {device.device_kind}; the table is measured on an NVIDIA Hopper GPU")
     path = table_path(device.device_kind)
     table = json.loads(path.read_text()) if path.exists() else {}
     for shape in shapes():
-        if flags.only in f"{shape.operation}, {shape.name}":
+        if flags.only in shape.title:
             operation, config, best = fastest(shape)
             print(
                 f"{operation} {shape.m}x{shape.n}x{shape.k}: {config}, {shape.flops / best / 1e12:.0f} TFLOP/s",

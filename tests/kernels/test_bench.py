@@ -198,6 +198,36 @@ def test_the_table_is_measured_on_a_hopper_gpu(capsys):
 def test_it_says_what_it_does_before_it_measures_and_is_small_on_a_cpu(monkeypatch, capsys):
     said = []
     monkeypatch.setattr(bench, "ceilings", lambda small: said.append((small, capsys.readouterr().err)) or LIMITS)
-    assert bench.main(["--only=nothing"]) == []
+    monkeypatch.setattr(bench, "quantizer_row", lambda *_, **__: {"verdict": "right"})
+    assert bench.main(["--only=quantize_block"]) == [{"operation": "quantize_block", "verdict": "right"}]
     ((small, before),) = said
-    assert small and before.startswith("cpu, jax ") and "a sixteenth of V3's" in before
+    assert small and "cpu, jax " in before and "a sixteenth of V3's" in before
+
+
+NAMES = "The names are: xla; mosaic_gpu_sm90; mosaic_tpu"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--implementation=mosaic_gpu_sm80"], f"does not exist. Did you mean 'mosaic_gpu_sm90'? {NAMES}"),
+        (
+            ["--only=quantise_tile"],
+            "is part of no operation's name. Did you mean 'quantize_tile'? The names are: dense,",
+        ),
+        (["--only=zzz"], "--only=zzz is part of no operation's name. The names are: dense, q_a and kv_a; "),
+        (["--aot", "--only=swiglu_quantize"], "--only=swiglu_quantize is part of no operation's name"),
+        (["--aot", "--implementation=xla"], "--implementation has no effect with --aot"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_runs(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ceilings", lambda small: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(argv)
+    assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_tuner_refuses_unknown_names(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--only=dense, gait and up"])
+    assert "Did you mean 'dense, gate and up'?" in capsys.readouterr().err
