@@ -47,7 +47,7 @@ def train(experiment: Experiment, stage: str | None) -> Program:
     """The optimizer step of a pre-training or SFT stage, on the largest batch that its ramp reaches."""
     section = _stage(experiment, stage, TrainStage)
     model, config = experiment.model, section.train
-    optimizer = build_optimizer(config.optimizer)
+    optimizer = build_optimizer(config.optimizer, model)
     state = abstract_state(model, optimizer)
     shape = (section.batch_size, section.seq_len)
     field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(model.placement, shape))

@@ -3,8 +3,9 @@
 Without a mesh the functions below give None, which `jax.jit` and `jax.device_put` take for "as it comes".
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +67,61 @@ def constrain_state(model: Transformer, state: Any) -> Any:
     """Inside a jitted function: the state laid out as `state_sharding` says, so that it comes back as it went in."""
     shardings = state_sharding(model, state)
     return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
+
+
+def on_whole_matrices(
+    model: Transformer, axes: Sequence[str | None], function: Callable[..., jax.Array], x: jax.Array
+) -> jax.Array:
+    """Inside a jitted function: function(x, lay_out) of a moment x [stack…, A, B], computed while every matrix lies
+    whole on one device, so that products of matrices are not summed over devices.
+
+    The function passes its intermediate results [stack…, A, B] or [stack…, B, A] through `lay_out`, since the compiler
+    lays out every step of a loop anew. x and the result lie where the optimizer's moments do.
+    """
+    if not isinstance(model.placement, MeshPlacement):
+        return function(x, lambda x: x)
+    layouts = whole_matrix_layouts(model.placement, axes, x.shape)
+    constraints = [
+        functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(model.placement.mesh, layout))
+        for layout in layouts
+    ]
+    for lay_out in constraints:
+        x = lay_out(x)
+    x = function(x, constraints[-1])
+    for lay_out in reversed(constraints):
+        x = lay_out(x)
+    return x
+
+
+def whole_matrix_layouts(place: MeshPlacement, axes: Sequence[str | None], shape: Sequence[int]) -> list[PartitionSpec]:
+    """From how a moment [stack…, A, B] lies to whole matrices: the mesh axes of A, then those of B, then those that
+    divide nothing move to the longest axis of the stack. The compiler can do each as one exchange, and not all at once.
+
+    The stack need not divide evenly: then some devices hold fewer matrices. Axes that would leave devices without a
+    matrix, or change the padding, are gathered instead, and so are those of a matrix without a stack.
+    """
+    divided = [list(each) for each in place.mesh_axes(axes, shape, OPTIMIZER)]
+    local = [size // math.prod(place.sizes[axis] for axis in each) for size, each in zip(shape, divided, strict=True)]
+    target = max(range(len(shape) - 2), key=lambda i: local[i], default=None)
+    idle = [axis for axis, size in place.sizes.items() if size > 1 and axis not in {*sum(divided, [])}]
+    layouts = [list(map(tuple, divided))]
+    moved = 1  # devices among which the stack is divided, beside those of its rule
+    for position in (-2, -1, None):
+        axes_here = idle if position is None else divided[position]
+        count = math.prod(place.sizes[axis] for axis in axes_here)
+        if target is not None and count > 1:
+            before, after = (-(-local[target] // n) for n in (moved, moved * count))
+            if before > 1 and (moved == 1 or before * moved == after * moved * count):
+                divided[target] += axes_here
+                moved *= count
+        if position is not None:
+            divided[position] = []
+        layouts.append(list(map(tuple, divided)))
+    return [
+        PartitionSpec(*(axes or None for axes in layout))
+        for layout, before in zip(layouts, [None, *layouts], strict=False)
+        if layout != before
+    ]
 
 
 def with_sharding(abstract: Any, shardings: Any) -> Any:

@@ -69,9 +69,8 @@ class GRPOStage(Stage):
                 f"optimizer.learning_rate and {' and '.join(twice)} are two answers to "
                 "one question: leave one of them out"
             )
-        program = GRPO(
-            experiment.model, task, config, build_rewards(config, task), build_optimizer(optimizer), section.loss_chunk
-        )
+        rewards, update = build_rewards(config, task), build_optimizer(optimizer, experiment.model)
+        program = GRPO(experiment.model, task, config, rewards, update, section.loss_chunk)
         return cls(name, experiment, program, optimizer, section.loop, section.eval, section.diagnostics)
 
     @classmethod

@@ -61,7 +61,7 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     clock = Goodput(workdir)
-    optimizer = build_optimizer(config.optimizer)
+    optimizer = build_optimizer(config.optimizer, model)
     rng = jax.random.key(seed)
     with contextlib.ExitStack() as stack:
         store = Checkpoints(

@@ -40,7 +40,7 @@ class Step:
         state, batch = self.program.arguments
         self.compiled = self.program.jitted.lower(state, batch).compile()
         stage = next(name for name, fields in experiment.sections.items() if fields["kind"] in ("pretrain", "sft"))
-        optimizer = build_optimizer(build_stage(experiment, stage).train.optimizer)
+        optimizer = build_optimizer(build_stage(experiment, stage).train.optimizer, experiment.model)
         self.state = create_state(experiment.model, optimizer, jax.random.key(0))
         shape = batch["tokens"].shape
         tokens_BT = np.random.default_rng(0).integers(0, experiment.model.config.vocab_size, shape, dtype=np.int32)
