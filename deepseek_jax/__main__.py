@@ -59,7 +59,7 @@ def run_stages(experiment: Experiment, stages: Sequence[Stage], begin: float) ->
     """All stages in order, each with the weights that the one before left."""
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
-    precision = experiment.model.precision.name
+    precision = experiment.model.ops.precision.name
     print(
         f"{experiment.name}: {total:,} parameters, {active:,} of them active for a token; {precision}; results in "
         f"{experiment.workdir}",

@@ -31,12 +31,12 @@ from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import convert, inside, is_mapping
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.overrides import override, plain, split
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
-from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules, check_divisible
+from deepseek_jax.parallel.sharding import MeshOps
 from deepseek_jax.precision import get_precision
 from deepseek_jax.rl.tasks import build_task
 from deepseek_jax.stages import Experiment, find_kind
@@ -116,11 +116,7 @@ def build_experiment(
     check_vocabulary(tokenizer, model_config.vocab_size)
     return Experiment(
         name=name,
-        model=Transformer(
-            model_config,
-            get_precision(fields.get("precision", "float32")),
-            place(fields, model_config, stages, devices, elsewhere),
-        ),
+        model=Transformer(model_config, build_ops(fields, model_config, stages, devices, elsewhere)),
         tokenizer=tokenizer,
         task=build_task(fields["task"]) if fields.get("task") else None,
         sections={stage: fields[stage] for stage in stages},
@@ -151,31 +147,33 @@ def _seed(value: Any) -> int:
     return seed
 
 
-def place(
+def build_ops(
     fields: Mapping[str, Any],
     model: ModelConfig,
     stages: Sequence[str],
     devices: Sequence[jax.Device] | None,
     elsewhere: int | None = None,
-) -> Placement:
-    """The placement on the mesh that `config.mesh` describes. Raises ConfigError if the network or a stage's batches
-    don't fit it."""
+) -> Ops:
+    """The number format of `config.precision` on the mesh of `config.mesh`. Raises ConfigError if the mesh does not
+    divide the network or a stage's batches."""
+    precision = get_precision(fields.get("precision", "float32"))
     if not fields.get("mesh"):
         if devices is None and elsewhere is None and jax.process_count() > 1:
             raise ConfigError(
                 f"{jax.process_count()} processes and no mesh: say how they share the work, for one "
                 f"config.mesh={{'fsdp': -1}}"
             )
-        return Placement()
+        return Ops(precision)
     config = MeshConfig.from_dict(fields["mesh"])
     rules = build_rules(config.rules, model.attention.sharding_rules)
     if elsewhere is not None:
         if elsewhere or -1 not in config.sizes.values():
             mesh_sizes(config, fields, model, stages, elsewhere or math.prod(config.sizes.values()))
-        return Placement()
+        return Ops(precision)
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, fields, model, stages, len(devices))
-    return MeshPlacement(build_mesh(sizes, dict(config.dcn), devices), rules, config.dispatch)
+    mesh = build_mesh(sizes, dict(config.dcn), devices)
+    return MeshOps(precision, mesh=mesh, rules=rules, dispatch=config.dispatch)
 
 
 def mesh_sizes(

@@ -12,7 +12,7 @@ from deepseek_jax import stages
 from deepseek_jax.__main__ import main
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import build_experiment, read_flags
-from deepseek_jax.precision import get_precision
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.stages.train import matmul_peak_flops
 from deepseek_jax.training import batches
 
@@ -165,7 +165,7 @@ def test_the_peak_is_that_of_the_precision_on_a_known_device(tmp_path, text, mon
     experiment = build_experiment(
         read_flags([experiment_file(tmp_path, [{"name": text}], [{"name": text}])])[0], "e", tmp_path / "run"
     )
-    experiment = dataclasses.replace(experiment, model=experiment.model.clone(precision=get_precision(precision)))
+    experiment = dataclasses.replace(experiment, model=experiment.model.clone(ops=Ops(precision)))
     assert handed_to_train(monkeypatch, experiment)["peak_flops"] is None  # a CPU is not in the table
     card = types.SimpleNamespace(id=0, device_kind="NVIDIA H100 80GB HBM3", platform="gpu", process_index=0)
     monkeypatch.setattr(jax, "devices", lambda *_: [card])

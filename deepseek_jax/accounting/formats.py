@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.config import ModelConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.precision import FP8Precision, Precision
 
@@ -36,20 +36,14 @@ def weight_bytes(config: ModelConfig, precision: Precision, with_duplicates: boo
     return total
 
 
-class _Accelerator(Placement):
-    """Pads experts' groups by a constant number of rows, as accelerators do; on a CPU it would grow with the batch."""
-
-    device_kind = "gpu"
-
-
 def activation_bytes(config: ModelConfig, precision: Precision, sequences: int, length: int) -> dict[str, int]:
     """Bytes that the layers keep for the backward pass, by dtype, for tokens [sequences, length] and without
-    recomputation.
+    recomputation, on a GPU without kernels of ours.
 
     Counted is the growth from `sequences` to twice as many, so that weights and the padding of experts' groups cancel.
     The network is differentiated abstractly: nothing is allocated. Attention's scores are recomputed and not counted.
     """
-    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), precision, _Accelerator())
+    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), Ops(precision, target="gpu"))
     variables = abstract_variables(Transformer(config))
 
     def kept(sequences: int) -> Counter[str]:

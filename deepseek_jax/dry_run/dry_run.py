@@ -55,7 +55,7 @@ def dry_run(
             config.mesh = {"fsdp": -1}
     experiment = build_experiment(config, name, Path("runs") / name, devices=target.devices)
     plan = PROGRAMS[program](experiment, stage, **options)
-    mesh = experiment.model.placement.mesh
+    mesh = experiment.model.ops.mesh
     measured = measure(plan.jitted, plan.arguments, target, mesh, named=plan.named, assumptions=plan.assumptions)
     is_v3 = count_parameters(experiment.model.config).main == count_parameters(preset("v3_671b")).main
     return {

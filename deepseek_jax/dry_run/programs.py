@@ -14,9 +14,10 @@ from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.generation.generate import advance, start
 from deepseek_jax.generation.sampling import SamplingConfig
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import batch_sharding, variables_sharding, with_sharding
+from deepseek_jax.parallel.arrays import batch_sharding, variables_sharding, with_sharding
+from deepseek_jax.parallel.sharding import MeshOps
 from deepseek_jax.ranges import at_least, check_value, or_none
 from deepseek_jax.rl.grpo import abstract_grpo_state
 from deepseek_jax.stages import KINDS, GRPOStage, Stage, TrainStage, build_stages
@@ -50,7 +51,7 @@ def train(experiment: Experiment, stage: str | None) -> Program:
     optimizer = build_optimizer(config.optimizer, model)
     state = abstract_state(model, optimizer)
     shape = (section.batch_size, section.seq_len)
-    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(model.placement, shape))
+    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(model.ops, shape))
     batch = dict.fromkeys(("tokens", "segment_ids", "positions", "loss_mask"), field)
     step = make_train_step(
         model,
@@ -76,16 +77,14 @@ def decode(experiment: Experiment, stage: str | None, sequences: int | None = No
         raise ConfigError(f"--stage={stage}: decoding belongs to no stage; leave it out")
     check_value("--context", context, at_least(2, why="a prompt's token and the one that is decoded"))
     check_value("--sequences", sequences, or_none(at_least(1), "for 8 a device"))
-    sequences = sequences or 8 * model.placement.batch_shards
-    if sequences % model.placement.batch_shards:
-        raise ConfigError(
-            f"--sequences={sequences}: the mesh divides them among {model.placement.batch_shards} devices; give a "
-            "multiple"
-        )
+    shards = model.ops.batch_shards
+    sequences = sequences or 8 * shards
+    if sequences % shards:
+        raise ConfigError(f"--sequences={sequences}: the mesh divides them among {shards} devices; give a multiple")
     sampling = SamplingConfig(max_new_tokens=2, eos_id=-1, pad_id=0)
     variables = with_sharding(abstract_variables(model), variables_sharding(model))
     prompts, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((sequences, context - 1), (sequences,)))
-    single = Transformer(model.config, model.precision)  # where things lie is decided below
+    single = Transformer(model.config, Ops(model.ops.precision, model.ops.runtime))  # divided among devices below
     state = jax.eval_shape(
         lambda *args: start(single, *args, jax.random.key(0), sampling), abstract_variables(single), prompts, lengths
     )
@@ -137,13 +136,9 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode,
 
 def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
     """A balanced load: it fits the receive buffers, and fills 1 / `buffer_factor` of them."""
-    placement, fill = experiment.model.placement, 1.0
-    if (
-        isinstance(placement, MeshPlacement)
-        and placement.sizes["expert"] > 1
-        and placement.dispatch.on(placement.device_kind) != "gather"
-    ):
-        fill = 1 / placement.dispatch.buffer_factor
+    ops, fill = experiment.model.ops, 1.0
+    if isinstance(ops, MeshOps) and ops.sizes["expert"] > 1 and ops.dispatch.on(ops.device) != "gather":
+        fill = 1 / ops.dispatch.buffer_factor
     return Assumptions(branch="least", ragged_fill=fill, **changes)
 
 
@@ -166,10 +161,10 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 def _sequence_sharding(model: Transformer, sequences: int, leaf: jax.ShapeDtypeStruct):
     """Sequences are divided like those of a batch; in a cache they are the axis after the layers."""
-    if not isinstance(model.placement, MeshPlacement):
+    if not isinstance(model.ops, MeshOps):
         return None
     axis = next(
         (axis for axis, size in enumerate(leaf.shape) if size == sequences and axis == (len(leaf.shape) > 3)), None
     )
     names = ["batch" if i == axis else None for i in range(len(leaf.shape))]
-    return model.placement.sharding(names, leaf.shape)
+    return model.ops.sharding(names, leaf.shape)

@@ -17,6 +17,7 @@ from deepseek_jax.errors import NumericsError
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
 from deepseek_jax.interop import import_folder, precision_for
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import PRECISIONS, FP8Precision, get_precision
 from deepseek_jax.training.checkpoints import load_variables, resolve_checkpoint
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         config, variables = load_variables(checkpoint)
     check_vocabulary(tokenizer, config.vocab_size)
-    model, variables = Transformer(config, precision), jax.device_put(variables)
+    model, variables = Transformer(config, Ops(precision)), jax.device_put(variables)
     rng = jax.random.key(flags.seed)
 
     def completion(prompt_ids: Sequence[int], turn: int) -> Iterator[list[int]]:

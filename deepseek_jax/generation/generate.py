@@ -133,14 +133,14 @@ def start(
 
     def divided(x: jax.Array, axis: int = 0) -> jax.Array:
         """On a mesh every device has its own sequences."""
-        return model.placement.constrain(x, *(None,) * axis, "batch", *(None,) * (x.ndim - axis - 1))
+        return model.ops.shard(x, *(None,) * axis, "batch", *(None,) * (x.ndim - axis - 1))
 
     def per_sample(x: jax.Array, axis: int = 0) -> jax.Array:
         return divided(jnp.repeat(x, samples_per_prompt, axis=axis), axis)
 
     B = prompts_BP.shape[0] * samples_per_prompt
     latents = jax.tree.map(lambda x: per_sample(x, axis=1), output.latents)
-    cache = init_cache(config, B, P + N, model.precision.compute_dtype)
+    cache = init_cache(config, B, P + N, model.ops.precision.compute_dtype)
     cache = cache.replace(
         entries=jax.tree.map(lambda x: divided(x, axis=1), cache.entries), positions_BS=divided(cache.positions_BS)
     )

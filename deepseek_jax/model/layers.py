@@ -1,15 +1,11 @@
 """RMSNorm, Linear and SwiGLU."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import Precision
+from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.ops import Ops
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -30,70 +26,39 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps)
 
 
-def place(
-    placement: Placement,
-    precision: Precision,
-    multiply: Callable[..., jax.Array],
-    w: Any,
-    role: str,
-    names: tuple[str, str],
-    *x: jax.Array,
-) -> jax.Array:
-    """multiply(*x, w) where the placement wants it; a plain product is the compiler's to divide."""
-    w = precision.weight(w, role, placement.part(w.shape, names))
-    if precision.has_kernels(placement.device_kind):
-        return placement.multiply(multiply, w, names, *x)
-    return multiply(*x, w)
-
-
 class Linear(nn.Module):
-    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks. `axes` names W's logical axes, `role`
-    whose product it is."""
+    """y = x W with W [in, out]; no bias, as everywhere in DeepSeek's networks.
 
+    `axes` names W's logical axes, `role` whose product it is (see `Precision`).
+    """
+
+    config: ModelConfig
+    ops: Ops
     features: int
     axes: tuple[str, str]
-    init_std: float
-    precision: Precision
-    placement: Placement
     role: str = "linear"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        multiply = functools.partial(self.precision.linear, role=self.role, kind=self.placement.device_kind)
-        y = place(
-            self.placement,
-            self.precision,
-            multiply,
-            self.weight(x.shape[-1]),
-            self.role,
-            self.axes,
-            self.placement.flatten(x),
-        )
-        return y.reshape(*x.shape[:-1], self.features)
+        return self.ops.linear(x, self.weight(x.shape[-1]), self.axes, self.role)
 
     @nn.compact
     def weight(self, in_features: int) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
-        return self.param("kernel", init, (in_features, self.features), self.precision.param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), self.axes)
+        return self.param("kernel", init, (in_features, self.features), self.ops.precision.param_dtype)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)): the dense feed-forward and the shared experts."""
+    """down(silu(gate(x)) · up(x)): the dense feed-forward and the shared experts, `features` wide inside."""
 
+    config: ModelConfig
+    ops: Ops
     features: int
-    init_std: float
-    precision: Precision
-    placement: Placement
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def linear(name, features, axes):
-            return Linear(features, axes, self.init_std, self.precision, self.placement, name=name)
-
-        flat = self.placement.flatten(x)
-        gate, up = (linear(name, self.features, ("embed", "ffn"))(flat) for name in ("gate", "up"))
-        down = linear("down", x.shape[-1], ("ffn", "embed"))
-        multiply = functools.partial(self.precision.swiglu_linear, kind=self.placement.device_kind)
-        return place(
-            self.placement, self.precision, multiply, down.weight(self.features), down.role, down.axes, gate, up
-        ).reshape(x.shape)
+        gate, up = (
+            Linear(self.config, self.ops, self.features, ("embed", "ffn"), name=name)(x) for name in ("gate", "up")
+        )
+        down = Linear(self.config, self.ops, x.shape[-1], ("ffn", "embed"), name="down")
+        return self.ops.swiglu_linear(gate, up, down.weight(self.features), down.axes)

@@ -1,42 +1,37 @@
-"""DeepSeekMoE: routed experts plus shared experts (V3 eqs. 12-16). No token is ever dropped.
-
-Tokens are laid out expert by expert, multiplied group by group and gathered back (see `rows`).
-"""
+"""DeepSeekMoE: routed experts plus shared experts (V3 eqs. 12-16). No token is ever dropped."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.layers import SwiGLU
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.permute import permute, sort_by_expert, unpermute
 from deepseek_jax.model.router import ROUTERS, RoutingStats
-from deepseek_jax.model.rows import from_rows, lay_out, to_rows
-from deepseek_jax.precision import Precision
 from deepseek_jax.registry import resolve
 from kernels_pallas import PreQuantized, swiglu
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
-def grouped_experts(
-    precision: Precision, kind: str, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array
-) -> jax.Array:
-    """Each token through its K SwiGLU experts, each expert over its own rows alone: [N, K, D]; zero for expert E or
-    more."""
+def grouped_experts(ops: Ops, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array) -> jax.Array:
+    """FFN_i(x) for each of a token's K experts i: [N, K, D]; zero for expert E or more.
+
+    Tokens are sorted by expert, each expert multiplies its own group, and the results go back to their tokens.
+    """
     gate_EDF, up_EDF, down_EFD = weights
-    block = precision.row_block(expert_ids_NK.size, gate_EDF.shape[0], kind)
-    layout, sizes_E = lay_out(expert_ids_NK, gate_EDF.shape[0], block)
-    x_RD = precision.rows(x_ND, lambda x: to_rows(x, layout), kind)
-    gate_RF, up_RF = (precision.grouped_linear(x_RD, w_EDF, sizes_E, block, kind) for w_EDF in (gate_EDF, up_EDF))
-    return from_rows(precision.grouped_swiglu_linear(gate_RF, up_RF, down_EFD, sizes_E, block, kind), layout)
+    num_experts = gate_EDF.shape[0]
+    alignment = ops.alignment(expert_ids_NK.size, num_experts)
+    order, sizes_E = sort_by_expert(expert_ids_NK, num_experts, alignment)
+    x_RD = jax.tree.map(lambda x: permute(x, order), ops.expert_tokens(x_ND))
+    gate_RF, up_RF = (ops.grouped_linear(x_RD, w_EDF, sizes_E, alignment) for w_EDF in (gate_EDF, up_EDF))
+    return unpermute(ops.grouped_swiglu_linear(gate_RF, up_RF, down_EFD, sizes_E, alignment), order)
 
 
-def dense_experts(
-    precision: Precision, kind: str, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array
-) -> jax.Array:
+def dense_experts(ops: Ops, weights: Weights, x_ND: jax.Array | PreQuantized, expert_ids_NK: jax.Array) -> jax.Array:
     """The same with every token through every expert: the oracle."""
-    del kind
+    precision = ops.precision
     x_ND, *weights = map(precision.dense, (x_ND, *weights))
 
     def expert(gate_DF, up_DF, down_FD):
@@ -50,42 +45,41 @@ def dense_experts(
 IMPLEMENTATIONS = {"grouped": grouped_experts, "dense": dense_experts}
 
 
+def combine(y_NKD: jax.Array, gates_NK: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Σ_i g_i FFN_i(x) over a token's K experts, in float32: [N, D] in `dtype`."""
+    return jnp.einsum("NKD,NK->ND", y_NKD.astype(jnp.float32), gates_NK).astype(dtype)  # eq. 12
+
+
 class Experts(nn.Module):
     """E SwiGLU experts, each token's K results weighted by its gates.
 
-    Call: x [B, T, D], expert_ids [B, T, K], gates [B, T, K] -> y [B, T, D], overflows (see `Placement.experts`).
+    Call: x [B, T, D], expert_ids [B, T, K], gates [B, T, K] -> y [B, T, D], overflows (see `Ops.experts`).
     """
 
-    config: MoEConfig
-    init_std: float
-    precision: Precision
-    placement: Placement
+    config: ModelConfig
+    ops: Ops
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, expert_ids_BTK: jax.Array, gates_BTK: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        config, precision = self.config, self.precision
-        width, features = x_BTD.shape[-1], config.intermediate_size
+        moe, ops, width = self.config.moe, self.ops, x_BTD.shape[-1]
+        into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
 
         def weight(name, shape, axes):
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), axes)
-            w = self.param(name, init, (config.num_experts, *shape), precision.param_dtype)
-            return precision.weight(w, "experts", self.placement.part(w.shape, axes))
+            init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), axes)
+            return self.param(name, init, (moe.num_experts, *shape), ops.precision.param_dtype)
 
-        into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
         weights = (
-            weight("gate", (width, features), into),
-            weight("up", (width, features), into),
-            weight("down", (features, width), out),
+            weight("gate", (width, moe.intermediate_size), into),
+            weight("up", (width, moe.intermediate_size), into),
+            weight("down", (moe.intermediate_size, width), out),
         )
 
         def apply(weights, x_ND, expert_ids_NK):
-            return IMPLEMENTATIONS[config.implementation](
-                precision, self.placement.device_kind, weights, x_ND, expert_ids_NK
-            )
+            return IMPLEMENTATIONS[moe.implementation](ops, weights, x_ND, expert_ids_NK)
 
-        return self.placement.experts(apply, weights, (into, into, out), x_BTD, expert_ids_BTK, gates_BTK)
+        return ops.experts(apply, combine, weights, (into, into, out), x_BTD, expert_ids_BTK, gates_BTK)
 
 
 class MoE(nn.Module):
@@ -95,21 +89,18 @@ class MoE(nn.Module):
     -> y [B, T, D], RoutingStats of this layer.
     """
 
-    config: MoEConfig
-    init_std: float
-    precision: Precision
-    placement: Placement
+    config: ModelConfig
+    ops: Ops
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None = None
     ) -> tuple[jax.Array, RoutingStats]:
-        config = self.config
-        router = resolve(ROUTERS, config.router, "MoEConfig.router")(config, self.init_std, name="router")
+        config, moe = self.config, self.config.moe
+        router = resolve(ROUTERS, moe.router, "MoEConfig.router")(config, name="router")
         gates_BTK, routing = router(x_BTD, valid_BT, expert_ids_BTK)
-        experts = Experts(config, self.init_std, self.precision, self.placement, name="experts")
-        y_BTD, overflows = experts(x_BTD, routing.expert_ids_LBTK, gates_BTK)
-        if config.num_shared_experts:
-            shared_width = config.num_shared_experts * config.intermediate_size
-            y_BTD += SwiGLU(shared_width, self.init_std, self.precision, self.placement, name="shared")(x_BTD)
+        y_BTD, overflows = Experts(config, self.ops, name="experts")(x_BTD, routing.expert_ids_LBTK, gates_BTK)
+        if moe.num_shared_experts:
+            shared = SwiGLU(config, self.ops, moe.num_shared_experts * moe.intermediate_size, name="shared")
+            y_BTD += shared(x_BTD)  # eq. 12
         return y_BTD, routing.replace(overflows_L=overflows)

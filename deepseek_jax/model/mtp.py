@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.layers import Linear, RMSNorm
-from deepseek_jax.model.placement import Placement
-from deepseek_jax.precision import Precision
+from deepseek_jax.model.ops import Ops
 
 
 def shift_left(x_BT: jax.Array, k: int) -> jax.Array:
@@ -25,8 +24,7 @@ class MTPModule(nn.Module):
     """
 
     config: ModelConfig
-    precision: Precision
-    placement: Placement
+    ops: Ops
     block: type[nn.Module]
 
     @nn.compact
@@ -37,15 +35,7 @@ class MTPModule(nn.Module):
             return RMSNorm(config.rms_norm_eps, name=name)
 
         joined = jnp.concatenate([norm("embed_norm")(embedding_BTD), norm("hidden_norm")(hidden_BTD)], axis=-1)
-        projection = Linear(
-            config.hidden_size,
-            ("mtp_input", "embed"),
-            config.init_std,
-            self.precision,
-            self.placement,
-            "mtp_projection",
-            name="proj",
-        )
-        block = self.block(config, config.moe, self.precision, self.placement, name="block")
+        projection = Linear(config, self.ops, config.hidden_size, ("mtp_input", "embed"), "mtp_projection", name="proj")
+        block = self.block(config, self.ops, config.moe, name="block")
         state_BTD, (routing, _) = block(projection(joined), tokens, None, None)
         return state_BTD, norm("final_norm")(state_BTD), routing

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.scores import group_scores, scores
 
 
@@ -24,7 +24,7 @@ class RoutingStats:
     counts_LBE: jax.Array  # float32, how often each sequence chose each expert
     probs_LBE: jax.Array  # float32, sum over the sequence's tokens of the scores normalized over all experts
     tokens_LB: jax.Array  # float32, tokens in the sequence
-    # int32, devices whose expert buffers were too small and that took the slower way
+    # int32, devices whose expert buffers were too small and that took the slower way (see `Ops.experts`)
     overflows_L: jax.Array | None = None
 
 
@@ -67,15 +67,14 @@ class Router(nn.Module):
     `config.moe.router` names a subclass of one's own; `route` is what most of them change.
     """
 
-    config: MoEConfig
-    init_std: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None
     ) -> tuple[jax.Array, RoutingStats]:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("embed", "router_experts"))
-        kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], self.config.num_experts), jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.init_std), ("embed", "router_experts"))
+        kernel_DE = self.param("kernel", init, (x_BTD.shape[-1], self.config.moe.num_experts), jnp.float32)
         logits_BTE = jnp.matmul(x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST)
         return self.route(logits_BTE, valid_BT, expert_ids_BTK)
 
@@ -83,7 +82,7 @@ class Router(nn.Module):
         self, logits_BTE: jax.Array, valid_BT: jax.Array, expert_ids_BTK: jax.Array | None
     ) -> tuple[jax.Array, RoutingStats]:
         """Gates and choices from float32 logits [B, T, E]."""
-        config = self.config
+        config = self.config.moe
         scores_BTE = scores(logits_BTE, config.scoring)
         biased_BTE = scores_BTE
         if config.correction_bias:

@@ -1,5 +1,6 @@
 """The network: embedding, dense blocks, MoE blocks, final norm, head, and the multi-token-prediction modules."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,16 +9,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention import Tokens
+from deepseek_jax.model.attention_core import Tokens
 from deepseek_jax.model.auxiliary import LOSSES, METRICS
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.router import RoutingStats
-from deepseek_jax.precision import Precision, get_precision
+from deepseek_jax.model.runtime import RuntimeConfig
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -43,32 +44,29 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is a MoE where `moe` is given."""
 
     config: ModelConfig
+    ops: Ops
     moe: MoEConfig | None
-    precision: Precision
-    placement: Placement
 
     @nn.compact
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
         """-> x [B, T, D], (RoutingStats of this layer or None, the cache arrays of the new tokens)."""
-        config, placement = self.config, self.placement
-        attention = config.attention.module(config.attention, config, self.precision, placement, name="attn")
+        config, ops = self.config, self.ops
+        attention = config.attention.module(config, ops, name="attn")
         y_BTD, latents = attention(RMSNorm(config.rms_norm_eps, name="attn_norm")(x_BTD), tokens, cache_entry)
-        x_BTD = placement.constrain(x_BTD + y_BTD, *RESIDUAL)
+        x_BTD = ops.shard(x_BTD + y_BTD, *RESIDUAL)
 
         normed_BTD = RMSNorm(config.rms_norm_eps, name="ffn_norm")(x_BTD)
         if self.moe is None:
-            y_BTD, routing = (
-                SwiGLU(config.intermediate_size, config.init_std, self.precision, placement, name="ffn")(normed_BTD),
-                None,
-            )
+            ffn = SwiGLU(config, ops, config.intermediate_size, name="ffn")
+            y_BTD, routing = ffn(normed_BTD), None
         else:
-            moe = MoE(self.moe, config.init_std, self.precision, placement, name="ffn")
+            moe = MoE(config, ops, name="ffn")
             y_BTD, routing = moe(normed_BTD, tokens.segment_ids_BT > 0, expert_ids_BTK)
-        return placement.constrain(x_BTD + y_BTD, *RESIDUAL), (routing, latents)
+        return ops.shard(x_BTD + y_BTD, *RESIDUAL), (routing, latents)
 
 
 class Transformer(nn.Module):
-    """DeepSeek's network. `precision` is the number format of its products, `placement` where its parts lie.
+    """DeepSeek's network. `ops` has the number format of its products and the devices that they run on.
 
     Call: tokens [B, T] int32;
       segment_ids [B, T] int32, 0 = padding, attention stays inside a segment (default: one document);
@@ -80,26 +78,29 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
-    precision: Precision = get_precision("float32")
-    placement: Placement = Placement()
+    ops: Ops = Ops()
 
     def setup(self):
         config = self.config
+        runtime = RuntimeConfig(
+            attention_chunk=config.attention_chunk, attention_heads_at_once=config.attention_heads_at_once
+        )
+        ops = dataclasses.replace(self.ops, runtime=runtime)
         normal = nn.initializers.normal(config.init_std)
         self.embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
-            param_dtype=self.precision.param_dtype,
+            param_dtype=self.ops.precision.param_dtype,
             embedding_init=nn.with_logical_partitioning(normal, ("vocab", "embed")),
         )
         if not config.tie_embeddings:
-            self.head = Linear(config.vocab_size, ("embed", "vocab"), config.init_std, self.precision, self.placement)
+            self.head = Linear(config, self.ops, config.vocab_size, ("embed", "vocab"))
         self.final_norm = RMSNorm(config.rms_norm_eps)
 
         def block(looped: bool):
             """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the
             forward pass."""
-            layer = self.placement.schedule(Block)
+            layer = self.ops.wrap_layer(Block)
             if config.remat == "none":
                 return layer
             return nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not looped)
@@ -113,16 +114,13 @@ class Transformer(nn.Module):
                 length=length,
                 unroll=min(config.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(config, moe, self.precision, self.placement)
+            )(config, ops, moe)
 
         if config.num_dense_layers:
             self.dense_layers = stack(config.num_dense_layers, None)
         if config.num_moe_layers:
             self.moe_layers = stack(config.num_moe_layers, config.moe)
-        self.mtp = [
-            MTPModule(config, self.precision, self.placement, block(looped=False), name=f"mtp_{k}")
-            for k in range(config.mtp_depth)
-        ]
+        self.mtp = [MTPModule(config, ops, block(looped=False), name=f"mtp_{k}") for k in range(config.mtp_depth)]
 
     def __call__(
         self,
@@ -159,8 +157,7 @@ class Transformer(nn.Module):
         return Output(hidden_BTD, mtp_hidden, routing, mtp_routing, latents)
 
     def _embed(self, tokens_BT):
-        table_VD = self.embed.embedding.astype(self.precision.compute_dtype)
-        return self.placement.constrain(self.placement.look_up(table_VD, tokens_BT), *RESIDUAL)
+        return self.ops.shard(self.ops.embed(self.embed.embedding, tokens_BT), *RESIDUAL)
 
     def _predict_ahead(self, state_BTD, tokens_BT, tokens: Tokens):
         """Runs the chain of MTP modules. Module k has an input where token i+k is in the same document (V3 eq. 22:
@@ -180,16 +177,13 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
-        flat = self.placement.flatten(hidden)  # one plain matrix product where that is possible (see Precision.linear)
         if self.config.tie_embeddings:
-            logits = self.precision.einsum("...D,VD->...V", flat, self.embed.embedding)
-        else:
-            logits = self.precision.einsum("...D,DV->...V", flat, self.head.weight(hidden.shape[-1]))
-        return logits.reshape(*hidden.shape[:-1], -1)
+            return self.ops.einsum("...D,VD->...V", hidden, self.embed.embedding)
+        return self.ops.einsum("...D,DV->...V", hidden, self.head.weight(hidden.shape[-1]))
 
 
 def _boxed_init(model: Transformer, rng: jax.Array):
-    model = model.clone(placement=Placement())  # variables are the same wherever they lie
+    model = model.clone(ops=Ops(model.ops.precision))  # variables are the same on any devices
 
     def everything(module: Transformer, tokens_BT):
         return module.unembed(module(tokens_BT, mtp=True).hidden_BTD)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.placement import combine
-from deepseek_jax.model.rows import Layout, from_rows, invert, rank_in_group, to_rows
+from deepseek_jax.model.moe import combine
+from deepseek_jax.model.permute import Permutation, invert, permute, rank_in_group, unpermute
 from deepseek_jax.ranges import at_least, check, one_of
 from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
 
@@ -58,11 +58,11 @@ class DispatchConfig:
             buffer_factor=at_least(1, why="a balanced load fills 1"),
         )
 
-    def on(self, kind: str) -> str:
+    def on(self, device: str) -> str:
         """The exchange that runs on a kind of device."""
         if self.exchange != "auto":
             return self.exchange
-        return "padded" if kind == "cpu" else "ragged"
+        return "padded" if device == "cpu" else "ragged"
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def total(x: jax.Array) -> jax.Array:
 class Plan:
     """One round: where every pair's row lies, and how many rows go where."""
 
-    layout: Layout  # pairs <-> S rows sent
+    permutation: Permutation  # pairs <-> S rows sent
     ids_S: jax.Array  # int32, the row's expert on its peer; E for an empty row
     sent_P: jax.Array  # int32, rows to each peer and, where they are ragged, their offsets here and at the peer
     sent_offsets_P: jax.Array
@@ -108,14 +108,14 @@ class Exchange:
             starts_P = jnp.arange(self.peers, dtype=jnp.int32) * self.rows
         inside_NK = (rank_NK >= low) & (rank_NK < low + width) & (dest_NK < self.peers)
         rows_NK = jnp.where(inside_NK, starts_P[jnp.minimum(dest_NK, self.peers - 1)] + rank_NK - low, num_rows)
-        layout = invert(rows_NK, num_rows)
+        permutation = invert(rows_NK, num_rows)
         # The id beyond the last expert marks an empty row.
         padded_ids = jnp.concatenate([ids_NK.reshape(-1), jnp.full((1,), jnp.iinfo(jnp.int32).max, jnp.int32)])
         received_P = self._to_peers(sent_P)
         received_offsets_P = jnp.cumsum(received_P) - received_P
         return Plan(
-            layout=layout,
-            ids_S=padded_ids[layout.pairs_R],
+            permutation=permutation,
+            ids_S=padded_ids[permutation.pairs_R],
             sent_P=sent_P,
             sent_offsets_P=starts_P,
             sent_at_peer_P=self._to_peers(received_offsets_P),
@@ -140,7 +140,9 @@ class Exchange:
         """Results to where their rows came from: [R, …] -> [S, …]."""
         if not self.ragged:
             return lax.all_to_all(y_R, self.axes, 0, 0, tiled=True)
-        empty_S = vary(jnp.zeros((plan.layout.pairs_R.shape[0], *y_R.shape[1:]), y_R.dtype), tuple(varying_axes(y_R)))
+        empty_S = vary(
+            jnp.zeros((plan.permutation.pairs_R.shape[0], *y_R.shape[1:]), y_R.dtype), tuple(varying_axes(y_R))
+        )
         return lax.ragged_all_to_all(
             y_R,
             empty_S,
@@ -161,10 +163,10 @@ class Exchange:
 
     def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
         """What the experts make of this round's pairs, weighted and summed: [N, D]."""
-        x_RD = send(self, plan, to_rows(x_ND, plan.layout))
+        x_RD = send(self, plan, permute(x_ND, plan.permutation))
         ids_R = self.move(plan, plan.ids_S, jnp.iinfo(jnp.int32).max)
         y_RD = apply(weights, x_RD, ids_R[:, None])[:, 0].astype(x_ND.dtype)
-        return combine(from_rows(send_back(self, plan, y_RD), plan.layout), gates_NK, x_ND.dtype)
+        return combine(unpermute(send_back(self, plan, y_RD), plan.permutation), gates_NK, x_ND.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -199,7 +201,7 @@ def buffer_rows(pairs: int, peers: int, factor: float) -> int:
 
 
 def dispatched(
-    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], config: DispatchConfig, kind: str
+    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], config: DispatchConfig, ragged: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit,
     int32.
@@ -208,9 +210,8 @@ def dispatched(
     has other tokens.
     """
     peers, experts = lax.axis_size(axes), jax.tree.leaves(weights)[0].shape[0]
-    exchange = Exchange(
-        axes, peers, buffer_rows(ids_NK.size, peers, config.buffer_factor), kind == "ragged", config.format == "fp8"
-    )
+    rows = buffer_rows(ids_NK.size, peers, config.buffer_factor)
+    exchange = Exchange(axes, peers, rows, ragged, config.format == "fp8")
     dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
     rank_NK, sizes_P = rank_in_group(dest_NK, peers)
     arriving = jnp.sum(lax.all_to_all(sizes_P, axes, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)

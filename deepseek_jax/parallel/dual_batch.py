@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.attention import Tokens
+from deepseek_jax.model.attention_core import Tokens
 from deepseek_jax.model.config import ModelConfig, MoEConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Block
-from deepseek_jax.precision import Precision
 from kernels_pallas.trust import say_once
 
 
@@ -27,16 +26,15 @@ class DualBatchBlock(nn.Module):
     of: ClassVar[type[nn.Module]] = Block
 
     config: ModelConfig
+    ops: Ops
     moe: MoEConfig | None
-    precision: Precision
-    placement: Placement
 
     def setup(self):
-        self.block = self.of(self.config, self.moe, self.precision, self.placement)
+        self.block = self.of(self.config, self.ops, self.moe)
         nn.share_scope(self, self.block)
 
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
-        rows, halves = x_BTD.shape[0], 2 * self.placement.batch_shards
+        rows, halves = x_BTD.shape[0], 2 * self.ops.batch_shards
         if cache_entry is None and rows % halves:
             say_once(
                 f"mesh.dispatch.dual_batch: {rows} sequences do not make two halves on each of the {halves // 2} devices "

@@ -42,8 +42,10 @@ class FP8Precision(Precision):
 
     format             how Linears and experts multiply
     attention_output   how the Linear after attention does
-    keep_swiglu_input  keep gate and up, quantized, and compute their product again in the backward pass; else the product is kept
-    high_precision     roles that multiply in `compute_dtype` after all: "linear", "attention_output", "experts", "mtp_projection"
+    keep_swiglu_input  keep gate and up, quantized, and compute their product again in the backward pass; else keep
+                       the product
+    high_precision     roles that multiply in `compute_dtype` after all: "linear", "attention_output", "experts",
+                       "mtp_projection"
     """
 
     format: LinearQuantization = LinearQuantization()
@@ -56,31 +58,31 @@ class FP8Precision(Precision):
             if role not in ROLES:
                 raise ValueError(f"high_precision={self.high_precision}: {role!r} is none of {', '.join(ROLES)}")
 
-    def has_kernels(self, kind: str) -> bool:
-        if kind not in PREFERRED and kind.startswith("sm"):
+    def has_kernels(self, device: str) -> bool:
+        if device not in PREFERRED and device.startswith("sm"):
             say_once(
-                f"precision {self.name}: there are no FP8 kernels for this kind of device, {kind}, so XLA emulates "
-                "every product in float32, which is "
-                "slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and config.precision=bfloat16 needs "
-                "none"
+                f"precision {self.name}: there are no FP8 kernels for this kind of device, {device}, so XLA emulates "
+                "every product in float32, which is slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and "
+                "config.precision=bfloat16 needs none"
             )
-        return kind in PREFERRED
+        return device in PREFERRED
 
-    def weight(self, w: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array | QTensor | PreQuantized:
-        """In eight bits, unless some product reads the master copy or devices hold crumbs of a block; the master copy,
-        whose gradient is summed in float32, otherwise."""
+    def weight(
+        self, w: jax.Array | QTensor, role: str, local_shape: tuple[int, ...]
+    ) -> jax.Array | QTensor | PreQuantized:
+        """Quantizes before the weight travels, so that eight bits do. The master copy travels instead, and its gradient
+        is summed in float32, if one of the three products reads it or a device holds fewer than 8 rows or columns of a
+        block."""
         if isinstance(w, QTensor) or role in self.high_precision:
             return w
         format = self._format(role)
-        crumbs = any(
-            size < all_of_it and math.gcd(size, format.weight.size) < 8
-            for size, all_of_it in zip(part[-2:], w.shape[-2:], strict=True)
+        cut_small = any(
+            size < whole and math.gcd(size, format.weight.size) < 8
+            for size, whole in zip(local_shape[-2:], w.shape[-2:], strict=True)
         )
-        return (
-            w
-            if crumbs or not set(PRODUCTS) <= set(format.products)
-            else prequantize_weight(w, format.weight, part[-2:])
-        )
+        if cut_small or not set(PRODUCTS) <= set(format.products):
+            return w
+        return prequantize_weight(w, format.weight, local_shape[-2:])
 
     def with_powers_of_two(self) -> "FP8Precision":
         """All scales rounded up to powers of two, of activations and weights alike, as the weights of DeepSeek-V3.1
@@ -109,11 +111,11 @@ class FP8Precision(Precision):
         columns = retile(w_DF.mT, w_DF.tile[0]).mT
         return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], heads, -1), columns)
 
-    def rounded_weight(self, w_DF: jax.Array | QTensor, role: str, part: tuple[int, ...]) -> jax.Array:
+    def rounded_weight(self, w_DF: jax.Array | QTensor, role: str, local_shape: tuple[int, ...]) -> jax.Array:
         format = self._format(role)
         if isinstance(w_DF, QTensor) or role in self.high_precision or "forward" not in format.products:
             return self.dense(w_DF)
-        return dequantize(prequantize_weight(w_DF, format.weight, part).quantized, self.compute_dtype)
+        return dequantize(prequantize_weight(w_DF, format.weight, local_shape).quantized, self.compute_dtype)
 
     def rounded_input(self, x: jax.Array, role: str = "linear") -> jax.Array:
         format = self._format(role)
@@ -122,48 +124,49 @@ class FP8Precision(Precision):
         return dequantize(quantize(x, format.input, implementation="xla"), x.dtype)
 
     def linear(
-        self, x: jax.Array, w_DF: jax.Array | QTensor | PreQuantized, role: str = "linear", kind: str = "cpu"
+        self, x: jax.Array, w_DF: jax.Array | QTensor | PreQuantized, role: str = "linear", device: str = "cpu"
     ) -> jax.Array:
         if role in self.high_precision:
             return super().linear(x, self.dense(w_DF))
-        multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(kind))
-        return _by_rows(multiply, w_DF, x.astype(self.compute_dtype))
+        multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(device))
+        return _by_sequence(multiply, x.ndim, 1)(x.astype(self.compute_dtype), w_DF)
 
     def swiglu_linear(
-        self, gate: jax.Array, up: jax.Array, w_FD: jax.Array | QTensor | PreQuantized, kind: str = "cpu"
+        self,
+        gate: jax.Array,
+        up: jax.Array,
+        w_FD: jax.Array | QTensor | PreQuantized,
+        role: str = "linear",
+        device: str = "cpu",
     ) -> jax.Array:
-        if "linear" in self.high_precision or not self.keep_swiglu_input:
-            return super().swiglu_linear(gate, up, w_FD, kind)
-        multiply = functools.partial(fp8_swiglu_linear, format=self.format, implementation=preferred(kind))
-        return _by_rows(multiply, w_FD, gate, up)
+        if role in self.high_precision or not self.keep_swiglu_input:
+            return super().swiglu_linear(gate, up, w_FD, role, device)
+        multiply = functools.partial(fp8_swiglu_linear, format=self._format(role), implementation=preferred(device))
+        return _by_sequence(multiply, gate.ndim, 2)(gate, up, w_FD)
 
-    def row_block(self, rows: int, num_groups: int, kind: str) -> int:
-        """Groups of whole tiles, but on a CPU, where rows are dear."""
-        return super().row_block(rows, num_groups, kind) if kind == "cpu" else self.format.gradient.size
+    def alignment(self, tokens: int, num_groups: int, device: str) -> int:
+        """A whole tile of tokens. Not on a CPU, where padded tokens cost more than tiles that are not full."""
+        return super().alignment(tokens, num_groups, device) if device == "cpu" else self.format.gradient.size
 
-    def rows(
-        self, x_ND: jax.Array | PreQuantized, take: Callable[[jax.Array], jax.Array], kind: str
-    ) -> jax.Array | PreQuantized:
-        """Quantized once for all experts of a token and both products, and copied in eight bits."""
+    def expert_tokens(self, x_ND: jax.Array | PreQuantized, device: str) -> jax.Array | PreQuantized:
+        """Quantized once for all experts of a token and both products."""
         if "experts" in self.high_precision:
-            return super().rows(x_ND, take, kind)
+            return super().expert_tokens(x_ND, device)
         if isinstance(x_ND, PreQuantized) and x_ND.quantized.tile == self.format.input.tile(x_ND.shape):
-            return jax.tree.map(take, x_ND)
-        return prepare(
-            self.dense(x_ND).astype(self.compute_dtype), self.format.input, take=take, implementation=preferred(kind)
-        )
+            return x_ND
+        return prepare(self.dense(x_ND).astype(self.compute_dtype), self.format.input, implementation=preferred(device))
 
     def grouped_linear(
         self,
         x_RD: jax.Array | PreQuantized,
         w_EDF: jax.Array | QTensor | PreQuantized,
         group_sizes_E: jax.Array,
-        block: int,
-        kind: str = "cpu",
+        alignment: int,
+        device: str = "cpu",
     ) -> jax.Array:
         if "experts" in self.high_precision:
-            return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, block, kind)
-        fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
+            return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, alignment, device)
+        fields = dict(alignment=alignment, format=self.format, implementation=preferred(device))
         return fp8_grouped_linear(x_RD, w_EDF, group_sizes_E, **fields)
 
     def grouped_swiglu_linear(
@@ -172,20 +175,16 @@ class FP8Precision(Precision):
         up_RF: jax.Array,
         w_EFD: jax.Array | QTensor | PreQuantized,
         group_sizes_E: jax.Array,
-        block: int,
-        kind: str = "cpu",
+        alignment: int,
+        device: str = "cpu",
     ) -> jax.Array:
         if "experts" in self.high_precision or not self.keep_swiglu_input:
-            return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, block, kind)
-        fields = dict(alignment=block, format=self.format, implementation=preferred(kind))
+            return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, alignment, device)
+        fields = dict(alignment=alignment, format=self.format, implementation=preferred(device))
         return fp8_grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, **fields)
 
 
-def _by_rows(multiply: Callable[..., jax.Array], w: jax.Array | QTensor | PreQuantized, *x: jax.Array) -> jax.Array:
-    """multiply(x [N, D], w) for x of any rank; where x comes as [B, T, D] its two axes may lie on different devices and
-    stay apart."""
-    if x[0].ndim == 1:
-        return multiply(*(part[None] for part in x), w)[0]
-    for _ in range(x[0].ndim - 2):
-        multiply = jax.vmap(multiply, in_axes=(*(0 for _ in x), None))
-    return multiply(*x, w)
+def _by_sequence(multiply: Callable[..., jax.Array], ndim: int, inputs: int) -> Callable[..., jax.Array]:
+    """`multiply`, which takes inputs [N, D], for inputs of `ndim` axes: [B, T, D] stays in sequences, since different
+    devices may hold B and T."""
+    return multiply if ndim == 2 else jax.vmap(multiply, (*(0,) * inputs, None))

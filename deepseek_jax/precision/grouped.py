@@ -14,42 +14,41 @@ from kernels_pallas.grouped_linear.api import kernel_alignment
 from kernels_pallas.implementations import preferred
 
 
-def row_block(rows: int, num_groups: int, kind: str, dtype: jnp.dtype) -> int:
-    """What the sizes of groups are padded to a multiple of, for `rows` rows spread over `num_groups` groups: 1 means no
+def alignment(rows: int, num_groups: int, device: str, dtype: jnp.dtype) -> int:
+    """The number that group sizes are padded to a multiple of, for `rows` rows in `num_groups` groups; 1 means no
     padding.
 
-    Where blocks are multiplied as one batch, about half a mean group on CPU and a quarter on GPU: a smaller block
-    wastes fewer padded rows, a larger one reads each weight matrix less often, which on a GPU takes the more of the
-    time.
+    Where blocks are multiplied as one batch, it is about half a mean group on a CPU and a quarter on a GPU: a smaller
+    block wastes fewer padded rows, a larger one reads each weight matrix less often, which costs a GPU more.
     """
-    if kind == "tpu":
+    if device == "tpu":
         return 1
-    if alignment := kernel_alignment(kind, dtype):
-        return alignment
-    part, largest = (2, 128) if kind == "cpu" else (4, 1024)
-    return min(largest, max(8, 1 << (max(rows // (part * num_groups), 1).bit_length() - 1)))
+    if of_kernel := kernel_alignment(device, dtype):
+        return of_kernel
+    share, largest = (2, 128) if device == "cpu" else (4, 1024)
+    return min(largest, max(8, 1 << (max(rows // (share * num_groups), 1).bit_length() - 1)))
 
 
 def grouped_matmul(
     x_RD: jax.Array,
     w_EDF: jax.Array,
     group_sizes_E: jax.Array,
-    block: int,
+    alignment: int,
     precision: jax.lax.Precision | None = None,
-    kind: str = "cpu",
+    device: str = "cpu",
 ) -> jax.Array:
-    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F], both of one dtype, on the `kind` of device that it is
+    """Rows of group e times w[e]: [R, D] x [E, D, F] -> [R, F], both of one dtype, on the kind of `device` that it is
     compiled for.
 
-    Groups lie one after another from row 0. With block > 1 every group size, and R, is a multiple of `block`.
-    Rows past the last group give zero with block 1 and are undefined otherwise.
+    Groups lie one after another from row 0. Every group size, and R, is a multiple of `alignment`. Rows past the last
+    group give zero with alignment 1 and are undefined otherwise.
     """
-    if block == 1:
+    if alignment == 1:
         return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, precision=precision)
-    if kernel_alignment(kind, x_RD.dtype):
-        return grouped_linear(x_RD, w_EDF, group_sizes_E, alignment=block, implementation=preferred(kind))
+    if kernel_alignment(device, x_RD.dtype):
+        return grouped_linear(x_RD, w_EDF, group_sizes_E, alignment=alignment, implementation=preferred(device))
     ends_E = jnp.cumsum(group_sizes_E)
-    block_starts_J = jnp.arange(x_RD.shape[0] // block) * block
+    block_starts_J = jnp.arange(x_RD.shape[0] // alignment) * alignment
     expert_J = jnp.sum(block_starts_J[:, None] >= ends_E[None, :], axis=1)
     expert_J = jnp.minimum(expert_J, w_EDF.shape[0] - 1)  # trailing blocks hold no rows; any weights will do
     return _blocked_matmul(x_RD, w_EDF, expert_J, precision)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import constrain_state
+from deepseek_jax.parallel.arrays import constrain_state
 from deepseek_jax.rl.advantages import finite_mean, first_live_groups, group_advantages, group_metrics
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.losses import grpo_loss, log_ratio
@@ -152,7 +152,7 @@ class GRPO:
         """The completions `indices_B` of a pytree; on a mesh every device holds its share of them."""
 
         def take(x):
-            return self.model.placement.constrain(x[indices_B], "batch", *(None,) * (x.ndim - 1))
+            return self.model.ops.shard(x[indices_B], "batch", *(None,) * (x.ndim - 1))
 
         return jax.tree.map(take, batch)
 

@@ -61,7 +61,7 @@ def roll_out(model: Transformer, variables, task: Task, config: GRPOConfig, key:
     problem_key, sample_key = jax.random.split(key)
     instances: Instance = task.sample(problem_key, num_prompts, "train")
     prompts_QP, lengths_Q = task.prompts(instances)
-    prompts_QP = model.placement.constrain(prompts_QP, "batch", None)
+    prompts_QP = model.ops.shard(prompts_QP, "batch", None)
     sampled = generate(
         model,
         variables,

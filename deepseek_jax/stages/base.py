@@ -19,8 +19,8 @@ from deepseek_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.model.transformer import Transformer, init_variables
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.parallel.hosts import is_primary
-from deepseek_jax.parallel.shardings import variables_sharding
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.tasks import Task
 from deepseek_jax.training.checkpoints import steps_in

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from deepseek_jax.data.checks import check_sources
 from deepseek_jax.data.config import DataConfig, SourceConfig
 from deepseek_jax.data.loader import Loader, build_loader
-from deepseek_jax.parallel.shardings import host_share
+from deepseek_jax.parallel.arrays import host_share
 from deepseek_jax.stages.base import Experiment
 from deepseek_jax.training.batches import Batch
 
@@ -34,7 +34,7 @@ def held_out_batches(
             seq_len,
             batch_size,
             split="validation",
-            share=host_share(model.placement),
+            share=host_share(model.ops),
             vocab_size=model.config.vocab_size,
         )
 

@@ -17,8 +17,8 @@ from deepseek_jax.data.sources import holds_out
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import convert
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import host_share
+from deepseek_jax.parallel.arrays import host_share
+from deepseek_jax.parallel.sharding import MeshOps
 from deepseek_jax.rl.tasks.documents import TaskDocuments
 from deepseek_jax.stages.base import Batches, Stage, Variables, require_length
 from deepseek_jax.stages.held_out import check_data, held_out_batches
@@ -99,7 +99,7 @@ class TrainStage(Stage):
         config = self.train
         if config.batch_size is None:
             return config.steps * self.batch_size
-        shards = self.experiment.model.placement.batch_shards if shards is None else shards
+        shards = self.experiment.model.ops.batch_shards if shards is None else shards
         ramp = min(config.steps, sum(segment.steps for segment in config.batch_size.segments))
         total = (config.steps - ramp) * int(batch_size_at(config, ramp, shards))
         for begin in range(0, ramp, 2**20):  # a long ramp need not fit into memory
@@ -158,7 +158,7 @@ class TrainStage(Stage):
             self.seq_len,
             self.batch_size,
             seed=self.seed("order"),
-            share=host_share(experiment.model.placement),
+            share=host_share(experiment.model.ops),
             in_memory=in_memory,
             vocab_size=experiment.model.config.vocab_size,
         )
@@ -168,8 +168,8 @@ def matmul_peak_flops(model: Transformer) -> float | None:
     """The bfloat16 FLOP/s of the devices that the network is on: utilization is of this peak for FP8 too, as in
     "Insights into DeepSeek-V3" (Table 4) and in the dry run. None in float32, or where a device is not in the table of
     chips."""
-    placement = model.placement
-    devices = placement.mesh.devices.flat if isinstance(placement, MeshPlacement) else jax.devices()[:1]
-    if model.precision.compute_dtype != jnp.bfloat16:
+    ops = model.ops
+    devices = ops.mesh.devices.flat if isinstance(ops, MeshOps) else jax.devices()[:1]
+    if model.ops.precision.compute_dtype != jnp.bfloat16:
         return None
     return peak_flops(devices)

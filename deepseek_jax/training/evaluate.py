@@ -11,7 +11,7 @@ import numpy as np
 
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import global_batch
+from deepseek_jax.parallel.arrays import global_batch
 from deepseek_jax.training.batches import check_tokens
 from deepseek_jax.training.log_probs import token_log_probs
 from deepseek_jax.training.targets import targets
@@ -39,7 +39,7 @@ def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None
         parts = []
         for batch in itertools.islice(batches, max_batches):
             check_tokens(batch["tokens"], model.config.vocab_size)
-            parts.append(sums(variables, global_batch(model.placement, batch)))
+            parts.append(sums(variables, global_batch(model.ops, batch)))
         nats, count, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
         if not num_bytes or not count:
             raise DataError("the held-out batches hold no text to predict: give longer documents or more of them")

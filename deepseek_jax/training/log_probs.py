@@ -55,7 +55,7 @@ def token_log_probs(
     position, so that a batch or a length divided among devices is divided in every chunk too.
     """
     batch, length, _ = hidden_BTD.shape
-    num_chunks = min(length, -(-batch * length // (chunk * model.placement.token_shards)))
+    num_chunks = min(length, -(-batch * length // (chunk * model.ops.token_shards)))
     width = -(-length // num_chunks)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
@@ -67,7 +67,7 @@ def token_log_probs(
     def split(x_BT):
         padding = ((0, 0), (0, num_chunks * width - length)) + ((0, 0),) * (x_BT.ndim - 2)
         x_NBC = jnp.moveaxis(jnp.pad(x_BT, padding).reshape(batch, width, num_chunks, *x_BT.shape[2:]), 2, 0)
-        return model.placement.constrain(x_NBC, None, "batch", "length", *(None,) * (x_BT.ndim - 2))
+        return model.ops.shard(x_NBC, None, "batch", "length", *(None,) * (x_BT.ndim - 2))
 
     def join(x_NBC):
         return jnp.moveaxis(x_NBC, 0, 2).reshape(batch, num_chunks * width)[:, :length]

@@ -14,7 +14,7 @@ import jax
 from deepseek_jax.data.loader_state import gather
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import global_batch
+from deepseek_jax.parallel.arrays import global_batch
 from deepseek_jax.training.batches import Batch, Loader, check_batch, step_batches
 from deepseek_jax.training.checkpoints import METRIC, Checkpoints
 from deepseek_jax.training.config import TrainConfig
@@ -94,7 +94,7 @@ def train(
             loader = stack.enter_context(contextlib.closing(open_loader()))
             if restored is not None:
                 loader.set_state(restored.loader_state)
-            batches = step_batches(loader, config, model.config.vocab_size, step, model.placement.batch_shards)
+            batches = step_batches(loader, config, model.config.vocab_size, step, model.ops.batch_shards)
             position = loader.get_state()  # after the last step that was made
 
         train_step = make_train_step(
@@ -129,7 +129,7 @@ def train(
                     store.note(step, evaluation)
                 while step < config.steps and stop is None:
                     with clock("data", hidden=log.busy):
-                        batch = global_batch(model.placement, next(batches))
+                        batch = global_batch(model.ops, next(batches))
                     state, metrics = train_step(state, batch)
                     position = loader.get_state()
                     clock.started(metrics)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables
-from deepseek_jax.parallel.shardings import state_sharding, variables_sharding, with_sharding
+from deepseek_jax.parallel.arrays import state_sharding, variables_sharding, with_sharding
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ import optax
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.shardings import constrain_state
+from deepseek_jax.parallel.arrays import constrain_state
 from deepseek_jax.training.auxiliary import add_names, mean_metrics
 from deepseek_jax.training.balance import load_metrics, update_router_bias
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn, uses_mtp
@@ -114,7 +114,7 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, count, *x.shape[1:]), 0, 1), batch)
 
     def add(total, batch):
-        batch = jax.tree.map(lambda x: model.placement.constrain(x, "batch", "length"), batch)
+        batch = jax.tree.map(lambda x: model.ops.shard(x, "batch", "length"), batch)
         return jax.tree.map(jnp.add, total, part(batch)), None
 
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))

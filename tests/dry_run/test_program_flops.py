@@ -16,10 +16,9 @@ from deepseek_jax.dry_run.branches import compiled_branches
 from deepseek_jax.dry_run.program_flops import Assumptions, counted, traced_flops
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.precision import get_precision
+from deepseek_jax.parallel.sharding import MeshOps
 from kernels_pallas import fp8_grouped_linear, fp8_linear
 from kernels_pallas._compat import plgpu
 
@@ -280,12 +279,6 @@ def test_kernels_count_their_grid():
     assert count(fn, f32(32, 16), f32(16, 16)) == 2 * 32 * 16 * 16
 
 
-class _OnTPU(Placement):
-    """One TPU: grouped products without padding."""
-
-    device_kind = "tpu"
-
-
 @pytest.mark.parametrize("mtp", [False, True])
 def test_the_network_computes_what_the_closed_formula_says(mtp):
     """V3's layers at a tenth of their width. The formula's parameters include those of norms and the correction biases,
@@ -303,7 +296,7 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
         first_k_dense=1,
         mtp_depth=1,
     )
-    model, length = Transformer(config, get_precision("bfloat16"), _OnTPU()), 64
+    model, length = Transformer(config, Ops("bfloat16", target="tpu")), 64
 
     def forward(variables, tokens_BT):
         output = model.apply(variables, tokens_BT, mtp=mtp)
@@ -316,12 +309,6 @@ def test_the_network_computes_what_the_closed_formula_says(mtp):
     in_no_product = 2 * (norms + moe_layers * 16)
     gates = 2 * moe_layers * 4 * 96
     assert counted == 2 * length * (forward_flops_per_token(config, length, mtp=mtp) + masked + gates - in_no_product)
-
-
-class _TPUs(MeshPlacement):
-    """Eight TPUs: tokens reach their experts by a ragged exchange."""
-
-    device_kind = "tpu"
 
 
 def test_routed_experts_on_an_expert_mesh_are_computed_again():
@@ -348,7 +335,7 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
             first_k_dense=0,
             remat=remat,
         )
-        model = Transformer(config, get_precision("bfloat16"), _TPUs(mesh))
+        model = Transformer(config, MeshOps("bfloat16", target="tpu", mesh=mesh))
         loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
         variables = abstract_variables(Transformer(config))
         params = variables.pop("params")

@@ -16,10 +16,11 @@ from deepseek_jax.errors import CheckpointError
 from deepseek_jax.generation.__main__ import main
 from deepseek_jax.interop import export_folder, import_folder, open_folder, precision_for
 from deepseek_jax.interop.safetensors_io import read_tensor
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.parallel.sharding import MeshOps
 from deepseek_jax.precision import get_precision
 from kernels_pallas import QTensor, dequantize
 
@@ -77,9 +78,8 @@ def test_they_are_exported_as_they_are_stored(folder, tmp_path):
     export_folder(config, kept, tmp_path / "again", dtype="fp8")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
-    model = Transformer(config, PRECISION).clone(
-        placement=MeshPlacement(build_mesh(MeshConfig(fsdp=2, expert=4).sizes, {}, jax.devices()))
-    )
+    mesh = build_mesh(MeshConfig(fsdp=2, expert=4).sizes, {}, jax.devices())
+    model = Transformer(config, MeshOps(PRECISION, mesh=mesh))
     placed = import_folder(folder, "fp8", shardings=lambda config: variables_sharding(model))[1]
     trained = np.asarray(dequantize(kept["params"]["dense_layers"]["attn"]["o"]["kernel"])) + 0.5
     placed["params"]["dense_layers"]["attn"]["o"]["kernel"] = trained
@@ -122,16 +122,16 @@ def test_the_network_multiplies_with_them(folder):
     plain = jax.tree.map(
         lambda w: dequantize(w) if isinstance(w, QTensor) else w, kept, is_leaf=lambda w: isinstance(w, QTensor)
     )
-    model = Transformer(CONFIG, PRECISION)
+    model = Transformer(CONFIG, Ops(PRECISION))
     got = logits(model, kept)
     assert distance(got, logits(model, plain)) < 1e-5
-    assert 1e-3 < distance(got, logits(Transformer(CONFIG, get_precision("float32")), plain)) < 0.05
+    assert 1e-3 < distance(got, logits(Transformer(CONFIG), plain)) < 0.05
 
 
 def test_they_land_in_their_shards_and_run_there(folder):
     mesh = build_mesh(MeshConfig(fsdp=2, expert=4).sizes, {}, jax.devices())
-    single = Transformer(CONFIG, PRECISION)
-    model = single.clone(placement=MeshPlacement(mesh))
+    single = Transformer(CONFIG, Ops(PRECISION))
+    model = single.clone(ops=MeshOps(PRECISION, mesh=mesh))
     placed = import_folder(folder, "fp8", shardings=lambda config: variables_sharding(model))[1]
     kept = import_folder(folder, "fp8")[1]
     assert_same(jax.tree.map(np.asarray, _split(placed)), _split(kept))
@@ -158,7 +158,7 @@ def test_generation_keeps_them(folder, tmp_path, monkeypatch, capsys):
     given = []
 
     def stream(model, variables, prompt_ids, rng, sampling):
-        given.append((model.precision, variables))
+        given.append((model.ops.precision, variables))
         yield list(b"ok")
 
     monkeypatch.setattr("deepseek_jax.generation.__main__.stream", stream)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from tiny_checkpoints import TINY
 
-from deepseek_jax.model.attention import LatentAttention, SelfAttention, Tokens
+from deepseek_jax.model.attention import LatentAttention
+from deepseek_jax.model.attention_core import Tokens, self_attention
 from deepseek_jax.model.config import MLAConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.precision import get_precision
 from kernels_pallas import LinearQuantization, QTensor, Quantizer, dequantize, quantize_block
 
@@ -47,17 +49,25 @@ def rounded(x, power_of_two):
     return x
 
 
+def attend(ops, w):
+    """The expanded form of `LatentAttention`, from latents on."""
+
+    def expand(c_kv_BSc, k_rope_BSr, w_chm):
+        kv = ops.linear(c_kv_BSc, jax.tree.map(lambda x: x.reshape(x.shape[0], -1), w_chm), ("kv_lora_rank", "heads"))
+        kv_BShm = kv.reshape(B, T, -1, 40)
+        k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*kv_BShm.shape[:3], 8))
+        return jnp.concatenate([kv_BShm[..., :24], k_rope_BShr], axis=-1), kv_BShm[..., 24:]
+
+    w_cHm, inputs = ops.precision.by_heads(w, 4), (LATENTS, ROPE_KEYS)
+    return self_attention(ops, 0.1, QUERIES[:, :, :, None], SEGMENTS, inputs, w_cHm, expand)[:, :, :, 0]
+
+
 @pytest.mark.parametrize("heads_at_once", [0, 2, 1])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, power_of_two):
     kept = quantize_block(jnp.asarray(KV_B), power_of_two=power_of_two)
     precision = dataclasses.replace(FP8, format=LinearQuantization(input=Quantizer(power_of_two=power_of_two)))
-    core = SelfAttention(precision, Placement(), 0.1, 0, heads_at_once)
-    found = compiled(
-        lambda w: core.expanded_latents(
-            (QUERIES, SEGMENTS), (LATENTS, ROPE_KEYS, SEGMENTS), precision.by_heads(w, 4), 0
-        )
-    )(kept)
+    found = compiled(lambda w: attend(Ops(precision, RuntimeConfig(attention_heads_at_once=heads_at_once)), w))(kept)
     kv = (rounded(LATENTS, power_of_two).astype(np.float64) @ np.asarray(dequantize(kept), np.float64)).reshape(
         B, T, 4, 40
     )
@@ -79,7 +89,7 @@ def attention(kind):
         "not in FP8": {"high_precision": ("attention_output", "linear")},
     }
     precision = dataclasses.replace(FP8, **changes.get(kind, {}))
-    module = LatentAttention(ATTENTION, MODEL, precision, Placement())
+    module = LatentAttention(MODEL, Ops(precision))
     x, tokens = jnp.float32(ROWS.standard_normal((B, T, D))), Tokens(jnp.zeros((B, T), jnp.int32), SEGMENTS)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, tokens))
     rng = np.random.default_rng(1)

@@ -22,9 +22,9 @@ from deepseek_jax.interop.safetensors_io import ShardWriter, read_header, read_t
 from deepseek_jax.interop.slices import overlaps, slice_of
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.parallel.mesh import build_mesh
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.parallel.sharding import MeshOps
 
 # Every size that is cut divides evenly, and no cut lies on the border of a block of 128: 256 / 2 would, 272 / 2 and 304
 # / 8 don't.
@@ -119,7 +119,7 @@ def test_import_for_a_placed_network_lies_as_it_asks(folders):
     device_mesh = build_mesh(dict(data=1, fsdp=2, expert=2, context=1, tensor=2), {}, jax.devices()[:8])
 
     def placed(config):
-        return variables_sharding(Transformer(config, placement=MeshPlacement(device_mesh)))
+        return variables_sharding(Transformer(config, MeshOps(mesh=device_mesh)))
 
     config, arrays = import_folder(folders / "fp8", "bfloat16", shardings=placed)
     assert jax.tree.map(lambda leaf: leaf.sharding, arrays) == placed(config)

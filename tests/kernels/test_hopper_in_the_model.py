@@ -9,25 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.attention import LatentAttention, SelfAttention, Tokens
+from deepseek_jax.model.attention import LatentAttention
+from deepseek_jax.model.attention_core import Tokens, self_attention
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh
-from deepseek_jax.parallel.placement import MeshPlacement
-from deepseek_jax.precision import get_precision
+from deepseek_jax.parallel.sharding import MeshOps
 from kernels_pallas import attention
 from kernels_pallas._compat import plgpu
-
-HALF = get_precision("bfloat16")
-
-
-class OnHopper(Placement):
-    device_kind = "sm90"
-
-
-class MeshOfHoppers(MeshPlacement):
-    device_kind = "sm90"
 
 
 def value_and_gradients(module, x, *rest):
@@ -46,8 +36,8 @@ def value_and_gradients(module, x, *rest):
 def check(module, *arguments):
     """Both in bfloat16, which rounds by 2^-9, several times one after another."""
     with hopper.interpreted():
-        results = value_and_gradients(module(OnHopper()), *arguments)
-    for got, expected in zip(results, value_and_gradients(module(Placement()), *arguments), strict=True):
+        results = value_and_gradients(module(Ops("bfloat16", target="sm90")), *arguments)
+    for got, expected in zip(results, value_and_gradients(module(Ops("bfloat16")), *arguments), strict=True):
         got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
         assert np.linalg.norm(got - expected) <= 2.0**-6 * np.linalg.norm(expected)
 
@@ -61,7 +51,7 @@ def test_attention():
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))
     segments = np.repeat(np.array([[1, 2, 0], [1, 1, 1]], np.int32), 8, axis=1)
     x = jax.random.normal(jax.random.key(2), (2, 24, 32), jnp.bfloat16)
-    check(functools.partial(LatentAttention, config, model, HALF), x, Tokens(positions, segments))
+    check(functools.partial(LatentAttention, model), x, Tokens(positions, segments))
 
 
 @hopper.interprets
@@ -69,9 +59,9 @@ def test_experts():
     rng = np.random.default_rng(0)
     ids, gates = rng.integers(0, 3, (1, 40, 2)), rng.random((1, 40, 2)).astype(np.float32)
     x = jax.random.normal(jax.random.key(2), (1, 40, 32), jnp.bfloat16)
-    check(
-        functools.partial(Experts, MoEConfig(4, 2, 16), 0.3, HALF), x, jnp.asarray(ids, jnp.int32), jnp.asarray(gates)
-    )
+    attention = MLAConfig(num_heads=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64)
+    model = ModelConfig(32, 32, 1, 32, attention=attention, moe=MoEConfig(4, 2, 16), init_std=0.3)
+    check(functools.partial(Experts, model), x, jnp.asarray(ids, jnp.int32), jnp.asarray(gates))
 
 
 @pytest.mark.skipif(plgpu is None, reason="needs jax.experimental.pallas.mosaic_gpu (jax 0.10: install absl-py)")
@@ -92,15 +82,13 @@ def test_a_mesh_divides_sequences_and_heads(sizes, of_a_device, monkeypatch):
         seen.append(q.shape)
         return attention(q, *rest, **options)
 
-    monkeypatch.setattr("deepseek_jax.model.attention.attention", noted)
-    where = MeshOfHoppers(build_mesh(MeshConfig(**sizes).sizes, {}, jax.devices()))
-    core = SelfAttention(HALF, where, 0.1, 0, 0)
+    monkeypatch.setattr("deepseek_jax.model.attention_core.attention", noted)
+    ops = MeshOps("bfloat16", target="sm90", mesh=build_mesh(MeshConfig(**sizes).sizes, {}, jax.devices()))
     q, v = (jax.ShapeDtypeStruct((4, 64, 8, *shape), jnp.bfloat16) for shape in ((192,), (128,)))
     segments = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def loss(q, k, v, segments):
-        o = where.attend(core.keys_and_values, (q[:, :, :, None], segments), (k, v, segments), ())
-        return jnp.sum(o.astype(jnp.float32))
+        return jnp.sum(self_attention(ops, 0.1, q[:, :, :, None], segments, (k, v)).astype(jnp.float32))
 
     dq, dk, dv = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, q, v, segments)
     assert seen[-1] == of_a_device and (dq.shape, dk.shape, dv.shape) == (q.shape, q.shape, v.shape)

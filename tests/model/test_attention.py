@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny_models import GQA, MHA, MQA, YARN, jit, random_like, tiny_config, tiny_mla
 
-from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention, SelfAttention, Tokens
+from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention
+from deepseek_jax.model.attention_core import Tokens, self_attention
 from deepseek_jax.model.config import MLAConfig, RopeConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.rope import inverse_frequencies, softmax_scale
-from deepseek_jax.precision import get_precision
+from deepseek_jax.model.runtime import RuntimeConfig
 
 B, T, D = 2, 7, 12
 PLAIN = RopeConfig()
@@ -31,7 +32,7 @@ POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, -1]], np.int32)
 def make(case):
     config, rope = CASES[case]
     module = LatentAttention if isinstance(config, MLAConfig) else GroupedQueryAttention
-    return module(config, tiny_config(attention=config, rope=rope), get_precision("float32"), Placement())
+    return module(tiny_config(attention=config, rope=rope), Ops())
 
 
 @functools.cache
@@ -139,8 +140,13 @@ def test_query_chunks_change_nothing(known):
     first = 0 if known else 2
 
     def loss(chunk, known, q, k, v, start):
-        core = SelfAttention(get_precision("float32"), Placement(), 0.5, chunk, 0)
-        out = core(q[:, first:], k, v, SEGMENTS[:, first:], jnp.asarray(SEGMENTS), first if known else start)
+        class LaterQueries(Ops):
+            def attention(self, core, q_inputs, kv_inputs, weights):
+                later = jax.tree.map(lambda x: x[:, first:], q_inputs)
+                return core(later, kv_inputs, weights, first if known else start)
+
+        ops = LaterQueries(runtime=RuntimeConfig(attention_chunk=chunk))
+        out = self_attention(ops, 0.5, q, jnp.asarray(SEGMENTS), (k, v))
         return jnp.sum(out * weight[:, first:]), out
 
     def run(chunk, known):
@@ -161,10 +167,16 @@ def test_heads_at_once_change_nothing():
     shapes = ((B, T, 4, 6), (B, T, 5), (B, T, 2), (5, 4, 7))
     arguments = [jnp.float32(rng.normal(size=shape)) for shape in shapes]
 
+    def expand(latents_BSc, k_rope_BSr, kv_b_chm):
+        kv_BShm = jnp.einsum("bsc,chm->bshm", latents_BSc, kv_b_chm)
+        k_rope_BShr = jnp.broadcast_to(k_rope_BSr[:, :, None], (*kv_BShm.shape[:3], 2))
+        return jnp.concatenate([kv_BShm[..., :4], k_rope_BShr], axis=-1), kv_BShm[..., 4:]
+
     def loss(heads_at_once, q, latents, k_rope, kv_b):
-        core = SelfAttention(get_precision("float32"), Placement(), 0.5, 3, heads_at_once)
-        segments = jnp.asarray(SEGMENTS)
-        out = core.expanded_latents((q, segments), (latents, k_rope, segments), kv_b, 0)
+        runtime = RuntimeConfig(attention_chunk=3, attention_heads_at_once=heads_at_once)
+        out = self_attention(
+            Ops(runtime=runtime), 0.5, q[:, :, :, None], jnp.asarray(SEGMENTS), (latents, k_rope), kv_b, expand
+        )[:, :, :, 0]
         return jnp.sum(jnp.sin(out)), out
 
     def run(heads_at_once):

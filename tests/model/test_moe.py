@@ -1,15 +1,15 @@
-"""The layout by experts, and both ways through the experts against a loop over tokens in float64."""
+"""Tokens sorted by expert, and both ways through the experts against a loop over tokens in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import jit, random_like, tiny_moe
+from tiny_models import jit, random_like, tiny_config, tiny_moe
 
 from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts, MoE
-from deepseek_jax.model.placement import Placement
-from deepseek_jax.model.rows import from_rows, lay_out, to_rows
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.permute import permute, sort_by_expert, unpermute
 from deepseek_jax.precision import Precision, get_precision
 
 E, K, D, F = 4, 2, 5, 3
@@ -20,35 +20,35 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_pair_has_its_own_row_in_its_experts_group(block, choice):
+def test_every_pair_has_its_own_slot_in_its_experts_group(alignment, choice):
     ids = CHOICES[choice](33).astype(np.int32)
-    layout, sizes = lay_out(jnp.asarray(ids), E, block)
-    rows, pairs, sizes = np.asarray(layout.rows_NK).reshape(-1), np.asarray(layout.pairs_R), np.asarray(sizes)
-    assert len(set(rows)) == ids.size  # nothing shares a row: nothing is dropped
-    np.testing.assert_array_equal(pairs[rows], np.arange(ids.size))
-    assert np.sum(pairs == ids.size) == len(pairs) - ids.size  # all other rows are padding
-    assert np.all(sizes % block == 0) and sizes.sum() <= len(pairs) and len(pairs) % block == 0
-    np.testing.assert_array_equal(sizes, -(-np.bincount(ids.reshape(-1), minlength=E) // block) * block)
-    group_of_row = np.repeat(np.arange(E), sizes)
-    np.testing.assert_array_equal(group_of_row[rows], ids.reshape(-1))
+    order, sizes = sort_by_expert(jnp.asarray(ids), E, alignment)
+    slots, pairs, sizes = np.asarray(order.slots_NK).reshape(-1), np.asarray(order.pairs_R), np.asarray(sizes)
+    assert len(set(slots)) == ids.size  # no two share a slot: nothing is dropped
+    np.testing.assert_array_equal(pairs[slots], np.arange(ids.size))
+    assert np.sum(pairs == ids.size) == len(pairs) - ids.size  # all other slots are padding
+    assert np.all(sizes % alignment == 0) and sizes.sum() <= len(pairs) and len(pairs) % alignment == 0
+    np.testing.assert_array_equal(sizes, -(-np.bincount(ids.reshape(-1), minlength=E) // alignment) * alignment)
+    group_of_slot = np.repeat(np.arange(E), sizes)
+    np.testing.assert_array_equal(group_of_slot[slots], ids.reshape(-1))
 
 
-def test_moving_to_rows_and_back():
+def test_permuting_and_unpermuting():
     ids = CHOICES["random"](7).astype(np.int32)
-    layout, _ = lay_out(jnp.asarray(ids), E, 8)
+    order, _ = sort_by_expert(jnp.asarray(ids), E, 8)
     x = np.random.default_rng(0).normal(size=(7, D)).astype(np.float32)
-    rows = np.asarray(to_rows(jnp.asarray(x), layout))
-    np.testing.assert_array_equal(from_rows(jnp.asarray(rows), layout), np.repeat(x[:, None], K, axis=1))
-    padded = np.asarray(layout.pairs_R) == ids.size
-    assert not rows[padded].any()
+    permuted = np.asarray(permute(jnp.asarray(x), order))
+    np.testing.assert_array_equal(unpermute(jnp.asarray(permuted), order), np.repeat(x[:, None], K, axis=1))
+    padded = np.asarray(order.pairs_R) == ids.size
+    assert not permuted[padded].any()
 
 
 class Ragged(Precision):
     """The policy as it is on TPU: no padding to blocks."""
 
-    def row_block(self, rows, num_groups, kind):
+    def alignment(self, tokens, num_groups, device):
         return 1
 
 
@@ -62,8 +62,8 @@ PRECISIONS = {
 
 def experts_call(implementation):
     """Compiled (params, x, ids, gates, dy) -> (y, gradients of params, x and gates)."""
-    config = MoEConfig(E, K, F, implementation="dense" if implementation == "dense" else "grouped")
-    module = Experts(config, 0.1, PRECISIONS[implementation], Placement())
+    moe = MoEConfig(E, K, F, implementation="dense" if implementation == "dense" else "grouped")
+    module = Experts(tiny_config(moe=moe), Ops(PRECISIONS[implementation]))
 
     def call(params, x, ids, gates, dy):
         y, pull = jax.vjp(
@@ -114,7 +114,8 @@ def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
     )
 
     def gradients(implementation):
-        module = Experts(MoEConfig(E, K, F, implementation=implementation), 0.1, get_precision(precision), Placement())
+        moe = MoEConfig(E, K, F, implementation=implementation)
+        module = Experts(tiny_config(moe=moe), Ops(precision))
         loss = lambda params, x: jnp.sum(module.apply(params, x, ids, gates)[0].astype(jnp.float32) ** 2)
         return jax.tree.leaves(jit(jax.grad(loss, (0, 1)))(params, x))
 
@@ -126,7 +127,7 @@ def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
 def test_replay_of_a_permuted_choice_keeps_gates_and_router_gradient():
     """Gates are recomputed for the experts that are replayed, in their order; they never come out of a masked score."""
     config = tiny_moe()
-    module = MoE(config, 0.1, get_precision("float32"), Placement())
+    module = MoE(tiny_config(moe=config), Ops())
     x = jnp.float32(np.random.default_rng(0).normal(size=(1, 9, D)))
     valid = jnp.ones((1, 9), bool)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, valid, None))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import batch, forward, tiny_config, variables
 
-from deepseek_jax.model.attention import Tokens
+from deepseek_jax.model.attention_core import Tokens
 from deepseek_jax.model.cache import init_cache
 from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.presets import preset
@@ -85,7 +85,7 @@ def test_the_chain_is_the_reports_equation_for_equation():
         projected = seen["intermediates"][f"mtp_{k - 1}"]["proj"]["__call__"][0]
         np.testing.assert_allclose(projected, joined @ np.asarray(module["proj"]["kernel"]), rtol=1e-4, atol=1e-4)
         valid = jnp.where(shift_left(segments, k) == segments, segments, 0)
-        block = Block(CONFIG, CONFIG.moe, model.precision, model.placement)
+        block = Block(CONFIG, model.ops, CONFIG.moe)
         collections = {
             "params": module["block"],
             "router_bias": variables(CONFIG)["router_bias"][f"mtp_{k - 1}"]["block"],

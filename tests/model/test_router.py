@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import jit
+from tiny_models import jit, tiny_config
 
 from deepseek_jax.model import router
 from deepseek_jax.model.config import MoEConfig
@@ -49,7 +49,7 @@ def test_choice_equals_brute_force(config, offset):
 
 def router_call(config):
     """Compiled Router whose kernel is the identity, so that its logits are its input."""
-    module = Router(config, 0.006)
+    module = Router(tiny_config(moe=config))
     kernel = jnp.eye(config.num_experts)
 
     def call(x_NE, bias_E):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables
-from deepseek_jax.precision import get_precision
 
 # Unoptimized code: these programs run a few times on a few numbers, so that compiling them is what costs time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -59,7 +59,7 @@ def variables(config: ModelConfig):
 @functools.cache
 def forward(config: ModelConfig, precision: str = "float32"):
     """Compiled (variables, tokens, segment_ids, positions, expert_ids=None) -> (Output with MTP, logits)."""
-    model = Transformer(config, get_precision(precision))
+    model = Transformer(config, Ops(precision))
 
     def call(variables, tokens_BT, segment_ids_BT, positions_BT, expert_ids_LBTK=None):
         arguments = dict(segment_ids_BT=segment_ids_BT, positions_BT=positions_BT, expert_ids_LBTK=expert_ids_LBTK)

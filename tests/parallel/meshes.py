@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, init_variables
+from deepseek_jax.parallel.arrays import global_batch, variables_sharding
 from deepseek_jax.parallel.dispatch import DispatchConfig
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
-from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import build_rules
-from deepseek_jax.parallel.shardings import global_batch, variables_sharding
+from deepseek_jax.parallel.sharding import MeshOps
+from deepseek_jax.precision import Precision
 
 # Unoptimized code: these programs run once on a few numbers, so that compiling them is what costs time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -52,20 +53,23 @@ CONFIG = ModelConfig(
 MODEL = Transformer(CONFIG)
 
 
-def placement(
-    sizes: dict | None, dcn: Mapping = MappingProxyType({}), rules: Mapping = MappingProxyType({}), **dispatch
-) -> Placement:
+def mesh_ops(
+    sizes: dict | None,
+    dcn: Mapping = MappingProxyType({}),
+    rules: Mapping = MappingProxyType({}),
+    precision: Precision | str = "float32",
+    **dispatch,
+) -> Ops:
     """On one device (None) or on a mesh of eight."""
     if sizes is None:
-        return Placement()
+        return Ops(precision)
     resolved = resolve(MeshConfig(**sizes), 8)
-    return MeshPlacement(
-        build_mesh(resolved, dcn, jax.devices()), build_rules(tuple(rules.items())), DispatchConfig(**dispatch)
-    )
+    mesh, rules = build_mesh(resolved, dcn, jax.devices()), build_rules(tuple(rules.items()))
+    return MeshOps(precision, mesh=mesh, rules=rules, dispatch=DispatchConfig(**dispatch))
 
 
 def on(sizes: dict | None, model: Transformer = MODEL, **options) -> Transformer:
-    return model.clone(placement=placement(sizes, **options))
+    return model.clone(ops=mesh_ops(sizes, precision=model.ops.precision, **options))
 
 
 @functools.cache
@@ -90,7 +94,7 @@ def batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
 
 
 def placed_batch(model: Transformer):
-    return global_batch(model.placement, batch())
+    return global_batch(model.ops, batch())
 
 
 def assert_close(got, want, tolerance: float = 1e-5):

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from meshes import assert_close, jit, placement
+from meshes import assert_close, jit, mesh_ops
 
 from deepseek_jax.model import moe
-from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.precision import get_precision
 from kernels_pallas import dequantize, quantize_tile
 
 B, T, D, E, K, F = 8, 5, 128, 8, 3, 4
-CONFIG = MoEConfig(E, K, F)
+CONFIG = ModelConfig(8, D, 1, 8, MLAConfig(1, 2, 2, 2, 2), MoEConfig(E, K, F), init_std=0.1)
 RNG = np.random.default_rng(0)
 WEIGHTS = {
     "gate": RNG.normal(size=(E, D, F)) / 8,
@@ -49,9 +49,9 @@ def ragged_on_cpu(operand, output, input_offsets, send_sizes, output_offsets, re
     return output
 
 
-def experts_call(place: Placement, precision=get_precision("float32")):
+def experts_call(ops: Ops):
     """Compiled (ids) -> (y, overflows, gradients of weights, x and gates)."""
-    module = Experts(CONFIG, 0.1, precision, place)
+    module = Experts(CONFIG, ops)
 
     def call(ids, params, x, gates):
         def apply(params, x, gates):
@@ -67,7 +67,7 @@ def experts_call(place: Placement, precision=get_precision("float32")):
 
 @pytest.fixture(scope="module")
 def reference():
-    return experts_call(Placement())
+    return experts_call(Ops())
 
 
 @pytest.mark.parametrize("exchange", ["padded", "ragged", "gather"])
@@ -76,7 +76,7 @@ def test_every_exchange_is_the_same_function(exchange, experts, reference, monke
     """Experts divided by one axis of the mesh, or by two, whichever comes first."""
     monkeypatch.setattr(dispatch.lax, "ragged_all_to_all", ragged_on_cpu)
     call = experts_call(
-        placement({"fsdp": 2, "expert": 4}, rules={"experts": experts}, exchange=exchange, buffer_factor=1.0)
+        mesh_ops({"fsdp": 2, "expert": 4}, rules={"experts": experts}, exchange=exchange, buffer_factor=1.0)
     )
     overflowed = {}
     for name, ids in IDS.items():
@@ -94,7 +94,7 @@ def test_every_exchange_is_the_same_function(exchange, experts, reference, monke
 def test_buffers_that_overflow_take_rounds_and_lose_nothing(exchange, rows, reference, monkeypatch):
     monkeypatch.setattr(dispatch.lax, "ragged_all_to_all", ragged_on_cpu)
     monkeypatch.setattr(dispatch, "buffer_rows", lambda pairs, peers, factor: rows)
-    call = experts_call(placement({"fsdp": 2, "expert": 4}, exchange=exchange))
+    call = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, exchange=exchange))
     for name, ids in IDS.items():
         y, overflows, gradients = call(ids)
         want, _, want_gradients = reference(ids)
@@ -108,15 +108,15 @@ def test_tokens_that_are_not_divided(reference):
     """Three rows on eight devices: everybody has them all, and the experts' shares are summed."""
     x, ids, gates = X[:3], jnp.int32(IDS["random"][:3]), GATES[:3]
 
-    def call(place):
-        module = Experts(CONFIG, 0.1, get_precision("float32"), place)
+    def call(ops):
+        module = Experts(CONFIG, ops)
         params = jax.tree.map(jnp.float32, WEIGHTS)
         grad = jax.value_and_grad(
             lambda params, x: jnp.sum(module.apply({"params": params}, x, ids, gates)[0] * DY[:3]), argnums=(0, 1)
         )
         return jit(grad)(params, x)
 
-    assert_close(call(placement({"fsdp": 2, "tensor": 2, "expert": 2})), call(Placement()), 5e-6)
+    assert_close(call(mesh_ops({"fsdp": 2, "tensor": 2, "expert": 2})), call(Ops()), 5e-6)
 
 
 def test_tiles_are_e4m3_with_powers_of_two():
@@ -143,14 +143,14 @@ def test_tiles_are_e4m3_with_powers_of_two():
 def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     """Forward: the experts see rounded tokens. Backward: they see rounded gradients, and the tokens' gradient comes
     back exact."""
-    call = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"))
+    call = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, format="fp8"))
     ids = IDS["random"]
     y, _, gradients = call(ids)
     want, _, want_gradients = reference(ids)
     rounded = dequantize(quantize_tile(X, power_of_two=True))
 
     def exact(x):
-        module = Experts(CONFIG, 0.1, get_precision("float32"), Placement())
+        module = Experts(CONFIG, Ops())
         return module.apply({"params": jax.tree.map(jnp.float32, WEIGHTS)}, x, jnp.int32(ids), GATES)[0]
 
     assert_close(y, jit(exact)(rounded), 2e-6)
@@ -166,13 +166,11 @@ def test_fp8_dispatch_of_gradients_is_rounded_once_on_their_way_to_the_experts()
     """Each pair's gradient, gate times dy, arrives in E4M3 at its expert, where weights' and tokens' gradients are made
     of it; nothing else is rounded."""
     ids = IDS["random"].reshape(B * T, K)
-    _, _, (d_weights, dx, d_gates) = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"))(IDS["random"])
+    _, _, (d_weights, dx, d_gates) = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, format="fp8"))(IDS["random"])
 
     def oracle(weights, x_ND, gates_NK, dy_ND):
         rounded = dequantize(quantize_tile(x_ND, power_of_two=True))
-        y_NKD, pull_back = jax.vjp(
-            lambda w, x: moe.dense_experts(get_precision("float32"), "cpu", w, x, jnp.int32(ids)), weights, rounded
-        )
+        y_NKD, pull_back = jax.vjp(lambda w, x: moe.dense_experts(Ops(), w, x, jnp.int32(ids)), weights, rounded)
         pairs = (gates_NK[..., None] * dy_ND[:, None]).reshape(-1, D)
         sent = dequantize(quantize_tile(pairs, power_of_two=True, min_amax=1e-30)).reshape(y_NKD.shape)
         return *pull_back(sent), jnp.einsum("NKD,ND->NK", y_NKD, dy_ND)
@@ -189,11 +187,11 @@ def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
     """V3 §3.3.3: what is sent in E4M3 is what the first products read; it is not rounded a second time, to scales that
     are no powers of two."""
 
-    def first_operand(precision, kind, weights, x_ND, ids_NK):
-        x = precision.rows(x_ND, lambda x: x, kind)
+    def first_operand(ops, weights, x_ND, ids_NK):
+        x = ops.expert_tokens(x_ND)
         return jnp.where((ids_NK < weights[0].shape[0])[..., None], dequantize(x.quantized)[:, None], 0)
 
     monkeypatch.setitem(moe.IMPLEMENTATIONS, "grouped", first_operand)
     precision = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
-    y, *_ = experts_call(placement({"fsdp": 2, "expert": 4}, format="fp8"), precision)(IDS["random"])
+    y, *_ = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, precision=precision, format="fp8"))(IDS["random"])
     assert_close(y, dequantize(quantize_tile(X, power_of_two=True)) * jnp.sum(GATES, axis=-1, keepdims=True), 2e-6)

@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import CONFIG, MODEL, on, placement, variables
+from meshes import CONFIG, mesh_ops, on, variables
 
-from deepseek_jax.model.attention import SelfAttention, Tokens
-from deepseek_jax.model.placement import Placement
-from deepseek_jax.model.transformer import Block
+from deepseek_jax.model.attention_core import Tokens, self_attention
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.transformer import Block, Transformer
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.parallel.dual_batch import DualBatchBlock, dual_batch_block
 from deepseek_jax.parallel.rules import divide
-from deepseek_jax.parallel.shardings import variables_sharding
 from deepseek_jax.precision import get_precision
 from kernels_pallas import trust
 
@@ -24,14 +24,11 @@ def said(monkeypatch, caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == trust.log.name]
 
 
-def attend(kind, heads=2, grouped=1, length=128, precision="bfloat16", width=64):
-    place = type("OnDevice", (Placement,), {"device_kind": kind})()
+def attend(device, heads=2, grouped=1, length=128, precision="bfloat16", width=64):
     q, kv = (jax.ShapeDtypeStruct((1, length, heads, *g, width), jnp.bfloat16) for g in ((grouped,), ()))
-    core, segments = (
-        SelfAttention(get_precision(precision), place, 0.1, 0, 0),
-        jax.ShapeDtypeStruct((1, length), jnp.int32),
-    )
-    return str(jax.make_jaxpr(lambda q, k, v, s: core(q, k, v, s, s, 0))(q, kv, kv, segments))
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    ops = Ops(precision, target=device)
+    return str(jax.make_jaxpr(lambda q, k, v, s: self_attention(ops, 0.1, q, s, (k, v)))(q, kv, kv, segments))
 
 
 @pytest.mark.parametrize(
@@ -62,14 +59,14 @@ def test_attention_with_a_kernel_or_where_there_is_none_for_anybody_says_nothing
 
 
 @pytest.mark.parametrize(
-    "kind, told", [("sm80", True), ("sm100", True), ("cpu", False), ("tpu", False), ("sm90", False)]
+    "device, told", [("sm80", True), ("sm100", True), ("cpu", False), ("tpu", False), ("sm90", False)]
 )
-def test_fp8_says_where_it_is_emulated(kind, told, said):
+def test_fp8_says_where_it_is_emulated(device, told, said):
     for _ in range(2):
-        get_precision("fp8_deepseek").has_kernels(kind)
+        get_precision("fp8_deepseek").has_kernels(device)
     assert len(said()) == told
     assert not told or (
-        f"this kind of device, {kind}, so XLA emulates" in said()[0] and "config.precision=bfloat16" in said()[0]
+        f"this kind of device, {device}, so XLA emulates" in said()[0] and "config.precision=bfloat16" in said()[0]
     )
 
 
@@ -83,16 +80,16 @@ class Other(Block):
 
 
 def through(block, rows):
-    """The block on some rows, with MeshPlacement's schedule and as it is."""
-    place = placement({"fsdp": 2, "expert": 2, "tensor": 2}, dual_batch=True)
+    """The block on some sequences, wrapped for a mesh and as it is."""
+    ops = mesh_ops({"fsdp": 2, "expert": 2, "tensor": 2}, dual_batch=True)
     positions = jnp.broadcast_to(jnp.arange(12), (rows, 12))
     x, tokens = (
         jax.random.normal(jax.random.key(0), (rows, 12, CONFIG.hidden_size)),
         Tokens(positions, jnp.ones_like(positions)),
     )
     params = {"params": jax.tree.map(lambda w: w[0], variables()["params"]["dense_layers"])}
-    call = lambda kind, where: kind(CONFIG, None, MODEL.precision, where).apply(params, x, tokens, None, None)[0]
-    return call(place.schedule(block), place), call(block, Placement())
+    call = lambda block, ops: block(CONFIG, ops, None).apply(params, x, tokens, None, None)[0]
+    return call(ops.wrap_layer(block), ops), call(block, Ops())
 
 
 def test_dual_batch_runs_the_block_it_is_given(said):
@@ -115,9 +112,7 @@ def test_dual_batch_that_cannot_halve_says_so(said):
 
 def test_a_dimension_that_stays_whole_is_said(said):
     for _ in range(2):
-        variables_sharding(
-            on({"fsdp": 4, "tensor": 2}, MODEL.clone(config=CONFIG.replace(vocab_size=41, hidden_size=18)))
-        )
+        variables_sharding(on({"fsdp": 4, "tensor": 2}, Transformer(CONFIG.replace(vocab_size=41, hidden_size=18))))
     (note,) = said()
     assert "embed of 18 by fsdp of 4" in note and "vocab of 41 by tensor of 2" in note and "ffn" not in note
     variables_sharding(on({"fsdp": 4, "tensor": 2}))  # divides evenly

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import MESHES, assert_close, jit, placement
+from meshes import MESHES, assert_close, jit, on
 
 from deepseek_jax.generation.generate import generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
-from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.grpo import GRPO, grpo_state
 from deepseek_jax.rl.rewards import Reward, RewardSet
@@ -54,7 +54,7 @@ def share_of_small_ids(task, instances, completions_BN, mask_BN):
 def grpo_on(sizes) -> GRPO:
     optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(1e-3), weight_decay=0.0, eps=1e-3))
     rewards = RewardSet((Reward("small", share_of_small_ids, True),), (1.0,))
-    return GRPO(MODEL.clone(placement=placement(sizes)), TASK, CONFIG, rewards, optimizer, loss_chunk=64)
+    return GRPO(on(sizes, MODEL), TASK, CONFIG, rewards, optimizer, loss_chunk=64)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def generated(name: str | None, temperature: float):
     sampling = SamplingConfig(max_new_tokens=8, eos_id=-1, pad_id=0, temperature=temperature)
     prompts = jnp.asarray(np.random.default_rng(0).integers(1, 256, (8, 4)), jnp.int32)
     lengths = jnp.asarray([4, 3, 4, 1, 2, 4, 4, 0], jnp.int32)
-    model = MODEL.clone(placement=placement(None if name is None else MESHES[name]))
+    model = on(None if name is None else MESHES[name], MODEL)
     weights = jax.device_put(init_variables(MODEL, jax.random.key(0)), variables_sharding(model))
     made = jit(functools.partial(generate, model, sampling=sampling, return_experts=True))(
         weights, prompts, lengths, jax.random.key(1)

@@ -2,7 +2,6 @@
 product."""
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -10,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import jit, placement
+from meshes import jit, mesh_ops
 
-from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.moe import Experts
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.precision import get_precision
 from kernels_pallas import fp8_linear, quantize_block
 
 X, W = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 32, 256), (256, 384)]))
-ONE = Placement()
 FP8 = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
+ONE = Ops(FP8)
 MESHES = {
     "rows": {"fsdp": 8},
     "tensor": {"fsdp": 2, "tensor": 2, "expert": 2},
@@ -29,13 +28,23 @@ MESHES = {
 }
 
 
+def experts_config(num_experts, width):
+    moe = MoEConfig(num_experts, top_k=2, intermediate_size=width)
+    return ModelConfig(8, 256, 1, 8, MLAConfig(1, 2, 2, 2, 2), moe, init_std=0.1)
+
+
 def multiply(x, w):
     return jax.vmap(fp8_linear, (0, None))(x, w) if x.ndim == 3 else fp8_linear(x, w)
 
 
-def call(where: Placement, names, x, w):
+def product(ops: Ops, axes, x, w):
+    """x W as kernels would multiply it: on a mesh each device its part."""
+    return (multiply if ops is ONE else ops.divided(multiply, w, axes, x))(x, w)
+
+
+def call(ops: Ops, axes, x, w):
     def loss(x, w):
-        y = where.multiply(multiply, w, names, x)
+        y = product(ops, axes, x, w)
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), (dx, dw) = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, w)
@@ -48,7 +57,7 @@ def test_equals_one_device(mesh, names):
     """The weights' gradient scales 128 rows together, of which each device has others: it is near, and the rest is
     equal."""
     x = X if mesh == "sequences" else X.reshape(-1, 256)
-    (y, dx, dw), (one_y, one_dx, one_dw) = call(placement(MESHES[mesh]), names, x, W), call(Placement(), names, x, W)
+    (y, dx, dw), (one_y, one_dx, one_dw) = call(mesh_ops(MESHES[mesh]), names, x, W), call(ONE, names, x, W)
     np.testing.assert_allclose(y, one_y, atol=2e-4)
     # sin turns the last bit of y into another E4M3 number of dy
     np.testing.assert_allclose(dx, one_dx, atol=0.02 * np.abs(one_dx).max())
@@ -59,8 +68,8 @@ def test_equals_one_device(mesh, names):
 @pytest.mark.parametrize("mesh, tile", [("rows", 128), ("tensor", 128), ("tensor", 256)])
 def test_quantized_weights(mesh, tile, names):
     w = quantize_block(W, size=tile)
-    where = placement(MESHES[mesh])
-    got = jit(lambda w, x: where.multiply(multiply, w, names, x))(w, X.reshape(-1, 256))
+    ops = mesh_ops(MESHES[mesh])
+    got = jit(lambda w, x: product(ops, names, x, w))(w, X.reshape(-1, 256))
     np.testing.assert_allclose(got, fp8_linear(X.reshape(-1, 256), w), atol=2e-4)
 
 
@@ -80,16 +89,13 @@ def test_weights_travel_in_eight_bits(name, sizes):
     of one."""
     x, (ids, gates) = X.reshape(8, 8, 256), (jnp.arange(8 * 8 * 2).reshape(8, 8, 2) % 5, jnp.full((8, 8, 2), 0.5))
 
-    def call(where):
+    def call(ops):
         def loss(w, x):
             if name == "linear":
-                w, names = w["gate"][0], ("embed", "ffn")
-                multiply = functools.partial(FP8.linear, role="linear")
-                w = FP8.weight(w, "linear", where.part(w.shape, names))
-                return jnp.sum(jnp.sin(where.multiply(multiply, w, names, x.reshape(-1, 256))))
-            y, _ = Experts(MoEConfig(num_experts=8, top_k=2, intermediate_size=256), 0.1, FP8, where).apply(
-                {"params": w}, x, ids, gates
-            )
+                w, axes = w["gate"][0], ("embed", "ffn")
+                w = FP8.weight(w, "linear", ops.local_shape(w.shape, axes))
+                return jnp.sum(jnp.sin(product(ops, axes, x.reshape(-1, 256), w)))
+            y, _ = Experts(experts_config(8, 256), ops).apply({"params": w}, x, ids, gates)
             return jnp.sum(jnp.sin(y))
 
         into, out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
@@ -97,14 +103,12 @@ def test_weights_travel_in_eight_bits(name, sizes):
             key: 0.1 * jax.random.normal(jax.random.key(i), (8, 256, 256))
             for i, key in enumerate(("gate", "up", "down"))
         }
-        if where is not ONE:
-            w = {
-                key: jax.device_put(x, where.sharding(out if key == "down" else into, x.shape)) for key, x in w.items()
-            }
+        if ops is not ONE:
+            w = {key: jax.device_put(x, ops.sharding(out if key == "down" else into, x.shape)) for key, x in w.items()}
         step = jax.value_and_grad(loss, argnums=(0, 1))
         return jit(step)(w, x), gathered(step, w, x)
 
-    ((loss, (dw, dx)), moved), ((one_loss, (one_dw, one_dx)), _) = call(placement(sizes)), call(ONE)
+    ((loss, (dw, dx)), moved), ((one_loss, (one_dw, one_dx)), _) = call(mesh_ops(sizes, precision=FP8)), call(ONE)
     matrices = 1 if name == "linear" else 8 // sizes.get("expert", 1)
     # XLA has no collectives in eight bits on CPU and widens them
     eight_bits = moved.pop("f8e4m3fn", 0) or moved.pop("f16")
@@ -124,12 +128,12 @@ def test_quantized_experts_are_not_cut_within_a_tile(width, tile):
     w = {key: quantize_block(x, size=tile) for key, x in w.items()}
     x, ids, gates = X[:1, :16, :128].reshape(2, 8, 128), jnp.arange(2 * 8 * 2).reshape(2, 8, 2) % 4, jnp.ones((2, 8, 2))
 
-    def call(where):
-        experts = Experts(MoEConfig(num_experts=4, top_k=2, intermediate_size=width), 0.1, FP8, where)
+    def call(ops):
+        experts = Experts(experts_config(4, width), ops)
         return jit(lambda w, *inputs: experts.apply({"params": w}, *inputs)[0])(w, x, ids, gates)
 
     one = call(ONE)
     assert np.isfinite(one).all()
     np.testing.assert_allclose(
-        call(placement({"expert": 2, "tensor": 2, "fsdp": 2})), one, atol=1e-4 * np.abs(one).max()
+        call(mesh_ops({"expert": 2, "tensor": 2, "fsdp": 2}, precision=FP8)), one, atol=1e-4 * np.abs(one).max()
     )

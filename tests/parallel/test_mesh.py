@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from meshes import CONFIG, MODEL, on, placement
+from meshes import CONFIG, MODEL, mesh_ops, on
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.presets import preset
 from deepseek_jax.model.router import choose_experts
 from deepseek_jax.model.transformer import logical_axes
+from deepseek_jax.parallel.arrays import global_batch, host_share
 from deepseek_jax.parallel.mesh import AXES, MeshConfig, build_mesh, resolve
 from deepseek_jax.parallel.rules import build_rules, check_divisible, divide
-from deepseek_jax.parallel.shardings import global_batch, host_share
 
 
 def test_the_rest_goes_to_the_axis_that_asks_for_it():
@@ -162,11 +162,11 @@ def test_every_logical_axis_of_the_network_has_a_rule():
 
 
 class _Hosted:
-    """A placement on devices of two hosts, as far as `host_share` looks at it."""
+    """Ops on devices of two hosts, as far as `host_share` looks at it."""
 
     @staticmethod
     def on(sizes: dict, hosts: int):
-        one = on(sizes).placement
+        one = on(sizes).ops
         per_host = 8 // hosts
         devices = np.array([_Device(d.id, process_index=i // per_host) for i, d in enumerate(one.mesh.devices.flat)])
 
@@ -195,7 +195,7 @@ def test_which_rows_a_host_loads(sizes, shares):
 def test_global_batch_puts_every_row_where_it_belongs():
     batch = {"tokens": np.arange(8 * 12, dtype=np.int32).reshape(8, 12), "num_bytes": np.arange(8, dtype=np.int32)}
     for sizes in ({"fsdp": 2, "expert": 4}, {"context": 4, "fsdp": 2}):
-        arrays = global_batch(placement(sizes), batch)
+        arrays = global_batch(mesh_ops(sizes), batch)
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, batch[name])
             assert len({shard.device for shard in array.addressable_shards}) == 8

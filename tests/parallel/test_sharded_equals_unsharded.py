@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import CONFIG, MESHES, MODEL, assert_close, jit, on, placed, placed_batch
+from meshes import CONFIG, MESHES, assert_close, jit, on, placed, placed_batch
 
-from deepseek_jax.parallel.shardings import variables_sharding
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.precision import get_precision
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -74,7 +76,7 @@ def test_fp8():
     """The same choices, scales and roundings; only the gradients of experts' weights take scales over rows, which lie
     in another order."""
     precision = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
-    model = MODEL.clone(config=CONFIG.replace(mtp_depth=0), precision=precision)
+    model = Transformer(CONFIG.replace(mtp_depth=0), Ops(precision))
     got, want = (loss_and_gradients(on(sizes, model)) for sizes in ({"fsdp": 2, "expert": 4}, None))
     jax.tree.map(np.testing.assert_array_equal, got[2], want[2])
     apart = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), got[4], want[4])

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables
 from deepseek_jax.precision import FP8Precision, get_precision
 from kernels_pallas import PreQuantized, QTensor, dequantize, quantize_block
@@ -36,7 +37,7 @@ VARIABLES = init_variables(Transformer(ONE_LAYER), jax.random.key(0))
 
 @functools.cache
 def loss_and_gradients(precision):
-    model = Transformer(ONE_LAYER, precision)
+    model = Transformer(ONE_LAYER, Ops(precision))
 
     def loss(params, expert_ids):
         variables = VARIABLES | {"params": params}
@@ -76,7 +77,7 @@ def test_without_any_role_it_is_bfloat16():
 def eight_bit_casts(spec) -> int:
     """Casts to E4M3 in the forward pass: two for each product, but that routed experts' gate and up read the same rows;
     and one in each attention for the latents that a cache keeps, which the compiler drops where there is none."""
-    model = Transformer(CONFIG, get_precision(spec))
+    model = Transformer(CONFIG, Ops(get_precision(spec)))
     program = jax.make_jaxpr(lambda v: model.apply(v, TOKENS, mtp=True).mtp_hidden)(
         abstract_variables(Transformer(CONFIG))
     )
@@ -112,7 +113,7 @@ def test_every_linear_and_expert_runs_in_fp8_and_nothing_else():
 
 
 def test_latents_that_no_cache_keeps_are_not_rounded():
-    model = Transformer(ONE_LAYER, get_precision("fp8_deepseek"))
+    model = Transformer(ONE_LAYER, Ops("fp8_deepseek"))
     casts = []
     for what in (lambda out: out.hidden_BTD, lambda out: (out.hidden_BTD, out.latents)):
         compiled = jax.jit(lambda v, what=what: what(model.apply(v, TOKENS))).lower(VARIABLES).compile()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.precision.grouped import grouped_matmul, row_block
+from deepseek_jax.precision.grouped import alignment, grouped_matmul
 
 GROUP_SIZES = [[8, 16, 0, 24], [0, 0, 48, 0], [8, 8, 8, 8], [48, 0, 0, 0], [0, 0, 0, 0]]
 R, D, F = 48, 5, 3
@@ -51,7 +51,7 @@ def test_ragged_takes_any_group_sizes():
 
 
 @pytest.mark.parametrize(
-    ("rows", "groups", "kind", "dtype", "block"),
+    ("rows", "groups", "device", "dtype", "expected"),
     [
         (1, 8, "cpu", "float32", 8),
         (256, 8, "cpu", "float32", 16),
@@ -65,8 +65,8 @@ def test_ragged_takes_any_group_sizes():
         (1_000_000, 8, "sm100", "bfloat16", 1024),
     ],
 )
-def test_blocks(rows, groups, kind, dtype, block):
-    assert row_block(rows, groups, kind, jnp.dtype(dtype)) == block
+def test_alignment(rows, groups, device, dtype, expected):
+    assert alignment(rows, groups, device, jnp.dtype(dtype)) == expected
 
 
 def test_products_that_share_rows_keep_them_once():

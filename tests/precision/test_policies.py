@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.moe import dense_experts
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.precision import PRECISIONS, get_precision
 from kernels_pallas import swiglu
 
@@ -87,7 +88,7 @@ def test_swiglu_is_rounded_once_in_every_product():
     outputs = {
         "linear": r.swiglu_linear(gate, up, identity),
         "grouped": r.grouped_swiglu_linear(gate, up, identity[None], size, 1),
-        "dense": dense_experts(r, "cpu", (identity[None],) * 3, gate, jnp.zeros((64, 1), int))[:, 0],
+        "dense": dense_experts(Ops(r), (identity[None],) * 3, gate, jnp.zeros((64, 1), int))[:, 0],
     }
     in_bfloat16 = jax.nn.silu(gate) * up
     assert np.mean(np.asarray(in_bfloat16) != rounded_once) > 0.1  # the control: rounded after every operation

@@ -12,7 +12,7 @@ import pytest
 from tiny_policy import CONFIG, MODEL, TASK, digit_share, digit_share_in_graph, grpo_of, random_variables, rewards_of
 
 from deepseek_jax.errors import CheckpointError, RewardError
-from deepseek_jax.precision import get_precision
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.rl import loop
 from deepseek_jax.rl.evaluate import EvalConfig
 from deepseek_jax.rl.grpo import abstract_grpo_state, grpo_state
@@ -52,7 +52,7 @@ def test_first_ratio_is_one_with_and_without_replay(first, grpo, variables):
 def test_an_iteration_in_fp8(variables):
     """Sampling, both passes and the update in FP8. Sampler and update round differently, so that first ratios are near
     one on average, and nowhere near what another seed's completions would have."""
-    grpo = grpo_of(model=MODEL.clone(precision=get_precision("fp8_deepseek")))
+    grpo = grpo_of(model=MODEL.clone(ops=Ops("fp8_deepseek")))
     state, metrics, samples, _ = grpo.iteration(grpo_state(grpo.model, variables, grpo.optimizer, jax.random.key(2)))
     assert int(state.step) == 1 and int(state.skipped) == 0
     assert 1e-5 < float(metrics["log_ratio_abs_mean"]) < 0.1 and float(metrics["grad_norm"]) > 0

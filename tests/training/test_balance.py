@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.config import MoEConfig
+from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.router import Router, gate_values, routing_stats
 from deepseek_jax.training.balance import (
     BALANCE_LOSSES,
@@ -109,7 +109,8 @@ def test_a_token_whose_scores_are_all_zero_breaks_nothing():
 
 def test_loss_and_gradient_do_not_depend_on_the_bias():
     """With the choice held fixed. Unequal biases: a softmax over biased scores would hide equal ones."""
-    config = MoEConfig(num_experts=E, top_k=2, intermediate_size=4)
+    moe = MoEConfig(num_experts=E, top_k=2, intermediate_size=4)
+    model = ModelConfig(8, 4, 1, 8, MLAConfig(1, 2, 2, 2, 2), moe)
     rng = np.random.default_rng(3)
     x = rng.normal(size=(2, 5, 4)).astype(np.float32)
     kernel = rng.normal(size=(4, E)).astype(np.float32)
@@ -117,7 +118,7 @@ def test_loss_and_gradient_do_not_depend_on_the_bias():
 
     def loss(kernel, bias):
         variables = {"params": {"kernel": kernel}, "router_bias": {"bias": bias}}
-        _, stats = Router(config, 0.006).apply(variables, x, jnp.ones((2, 5), bool), ids)
+        _, stats = Router(model).apply(variables, x, jnp.ones((2, 5), bool), ids)
         return sequence_balance_loss(jax.tree.map(lambda x: x[None], stats), 2)[0]
 
     value_and_grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))

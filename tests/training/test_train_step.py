@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from deepseek_jax.errors import ConfigError
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import get_precision
 from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -82,7 +82,7 @@ def test_accumulation_is_one_big_batch(steps, state, small, optimizer, batch):
 def test_learns_in_fp8(small, optimizer, batch):
     """The whole step, MTP and AdamW included; master weights stay float32."""
     config = small.config.replace(moe=dataclasses.replace(small.config.moe, implementation="grouped"))
-    model = Transformer(config, get_precision("fp8_deepseek"))
+    model = Transformer(config, Ops("fp8_deepseek"))
     step = make_train_step(
         model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2
     )

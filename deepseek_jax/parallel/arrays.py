@@ -1,4 +1,4 @@
-"""Which part of every array lies on which device: variables, training state and batches of a placed network.
+"""Shardings of whole arrays: the variables, the training state and the batches of a network.
 
 Without a mesh the functions below give None, which `jax.jit` and `jax.device_put` take for "as it comes".
 """
@@ -13,21 +13,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.model.placement import Placement
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables, logical_axes
-from deepseek_jax.parallel.placement import MeshPlacement
 from deepseek_jax.parallel.rules import OPTIMIZER, divide
+from deepseek_jax.parallel.sharding import MeshOps
 from kernels_pallas.trust import say_once
 
 
 def variables_sharding(model: Transformer) -> Any:
     """A NamedSharding for every leaf of `abstract_variables(model)`. What the mesh cannot divide as its rules want is
     said once."""
-    if not isinstance(model.placement, MeshPlacement):
+    if not isinstance(model.ops, MeshOps):
         return None
-    shapes, axes, place, whole = abstract_variables(model), dict(logical_axes(model)), model.placement, set()
+    shapes, axes, ops, whole = abstract_variables(model), dict(logical_axes(model)), model.ops, set()
     jax.tree.map(
-        lambda leaf, axes: divide(dict(place.rules), place.sizes, tuple(axes), leaf.shape, whole=whole), shapes, axes
+        lambda leaf, axes: divide(dict(ops.rules), ops.sizes, tuple(axes), leaf.shape, whole=whole), shapes, axes
     )
     if whole:
         say_once(
@@ -35,7 +35,7 @@ def variables_sharding(model: Transformer) -> Any:
             f"{'; '.join(sorted(whole))}. Each device holds "
             "more of them, in weights and optimizer state; sizes that are multiples avoid it"
         )
-    return jax.tree.map(lambda leaf, axes: place.sharding(tuple(axes), leaf.shape), shapes, axes)
+    return jax.tree.map(lambda leaf, axes: ops.sharding(tuple(axes), leaf.shape), shapes, axes)
 
 
 def state_sharding(model: Transformer, abstract_state: Any) -> Any:
@@ -45,7 +45,7 @@ def state_sharding(model: Transformer, abstract_state: Any) -> Any:
     but for the optimizer's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all
     devices.
     """
-    if not isinstance(model.placement, MeshPlacement):
+    if not isinstance(model.ops, MeshOps):
         return None
     axes_of = {}
     for collection in dict(logical_axes(model)).values():
@@ -58,7 +58,7 @@ def state_sharding(model: Transformer, abstract_state: Any) -> Any:
         names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
         prefix = OPTIMIZER if "opt_state" in names else ""
         axes = next((axes_of[names[i:]] for i in range(len(names)) if names[i:] in axes_of), (None,) * len(leaf.shape))
-        return model.placement.sharding(axes, leaf.shape, prefix)
+        return model.ops.sharding(axes, leaf.shape, prefix)
 
     return jax.tree_util.tree_map_with_path(one, abstract_state)
 
@@ -133,24 +133,24 @@ def with_sharding(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def batch_sharding(placement: Placement, shape: tuple[int, ...]) -> NamedSharding | None:
+def batch_sharding(ops: Ops, shape: tuple[int, ...]) -> NamedSharding | None:
     """Of an array of a batch, [B] or [B, T]."""
-    if not isinstance(placement, MeshPlacement):
+    if not isinstance(ops, MeshOps):
         return None
-    return placement.sharding(("batch", "length")[: len(shape)], shape)
+    return ops.sharding(("batch", "length")[: len(shape)], shape)
 
 
-def host_share(placement: Placement, process: int | None = None) -> tuple[int, int]:
+def host_share(ops: Ops, process: int | None = None) -> tuple[int, int]:
     """(index, count): the rows of a batch fall into `count` equal blocks, of which this process (or `process`) holds
     block `index`.
 
     Several processes hold the same block where an axis that doesn't divide rows runs across them. Raises ConfigError
     for a mesh on which a host's rows are no such block.
     """
-    if not isinstance(placement, MeshPlacement):
+    if not isinstance(ops, MeshOps):
         return 0, 1
     process = jax.process_index() if process is None else process
-    mesh, axes = placement.mesh, dict(placement.rules)["batch"]
+    mesh, axes = ops.mesh, dict(ops.rules)["batch"]
     coordinates = np.indices(mesh.devices.shape)
     sizes = [mesh.shape[axis] for axis in axes]
     shard_of_device = (
@@ -163,18 +163,18 @@ def host_share(placement: Placement, process: int | None = None) -> tuple[int, i
     shards = math.prod(sizes)
     if len(mine) == 0 or shards % len(mine) or mine[0] % len(mine) or np.any(np.diff(mine) != 1):
         raise ConfigError(
-            f"mesh {placement.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one "
+            f"mesh {ops.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one "
             "block; "
             "put the axes that divide the batch across hosts, and the others inside"
         )
     return int(mine[0]) // len(mine), shards // len(mine)
 
 
-def global_batch(placement: Placement, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+def global_batch(ops: Ops, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
     """This process's rows [B / count, …] as arrays of the whole batch [B, …], each device with its own part."""
-    if not isinstance(placement, MeshPlacement):
+    if not isinstance(ops, MeshOps):
         return batch
-    index, count = host_share(placement)
+    index, count = host_share(ops)
 
     def one(local: np.ndarray) -> jax.Array:
         shape, first = (len(local) * count, *local.shape[1:]), len(local) * index
@@ -183,6 +183,6 @@ def global_batch(placement: Placement, batch: Mapping[str, np.ndarray]) -> Mappi
             start, stop, _ = where[0].indices(shape[0])
             return local[(slice(start - first, stop - first), *where[1:])]
 
-        return jax.make_array_from_callback(shape, batch_sharding(placement, shape), part)
+        return jax.make_array_from_callback(shape, batch_sharding(ops, shape), part)
 
     return {name: one(np.asarray(array)) for name, array in batch.items()}
