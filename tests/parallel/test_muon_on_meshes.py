@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from deepseek_jax.parallel.shardings import state_sharding, whole_matrix_layouts
 from jax.sharding import PartitionSpec
 from meshes import CONFIG, MESHES, assert_close, jit, on, variables
 
 from deepseek_jax.model.transformer import Transformer, abstract_variables
-from deepseek_jax.parallel.shardings import state_sharding, whole_matrix_layouts
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
 from deepseek_jax.training.state import abstract_state
