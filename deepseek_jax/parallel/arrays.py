@@ -78,11 +78,11 @@ def on_whole_matrices(
     The function passes its intermediate results [stack…, A, B] or [stack…, B, A] through `lay_out`, since the compiler
     lays out every step of a loop anew. x and the result lie where the optimizer's moments do.
     """
-    if not isinstance(model.placement, MeshPlacement):
+    if not isinstance(model.ops, MeshOps):
         return function(x, lambda x: x)
-    layouts = whole_matrix_layouts(model.placement, axes, x.shape)
+    layouts = whole_matrix_layouts(model.ops, axes, x.shape)
     constraints = [
-        functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(model.placement.mesh, layout))
+        functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(model.ops.mesh, layout))
         for layout in layouts
     ]
     for lay_out in constraints:
@@ -93,22 +93,22 @@ def on_whole_matrices(
     return x
 
 
-def whole_matrix_layouts(place: MeshPlacement, axes: Sequence[str | None], shape: Sequence[int]) -> list[PartitionSpec]:
+def whole_matrix_layouts(ops: MeshOps, axes: Sequence[str | None], shape: Sequence[int]) -> list[PartitionSpec]:
     """From how a moment [stack…, A, B] lies to whole matrices: the mesh axes of A, then those of B, then those that
     divide nothing move to the longest axis of the stack. The compiler can do each as one exchange, and not all at once.
 
     The stack need not divide evenly: then some devices hold fewer matrices. Axes that would leave devices without a
     matrix, or change the padding, are gathered instead, and so are those of a matrix without a stack.
     """
-    divided = [list(each) for each in place.mesh_axes(axes, shape, OPTIMIZER)]
-    local = [size // math.prod(place.sizes[axis] for axis in each) for size, each in zip(shape, divided, strict=True)]
+    divided = [list(each) for each in ops.mesh_axes(axes, shape, OPTIMIZER)]
+    local = [size // math.prod(ops.sizes[axis] for axis in each) for size, each in zip(shape, divided, strict=True)]
     target = max(range(len(shape) - 2), key=lambda i: local[i], default=None)
-    idle = [axis for axis, size in place.sizes.items() if size > 1 and axis not in {*sum(divided, [])}]
+    idle = [axis for axis, size in ops.sizes.items() if size > 1 and axis not in {*sum(divided, [])}]
     layouts = [list(map(tuple, divided))]
     moved = 1  # devices among which the stack is divided, beside those of its rule
     for position in (-2, -1, None):
         axes_here = idle if position is None else divided[position]
-        count = math.prod(place.sizes[axis] for axis in axes_here)
+        count = math.prod(ops.sizes[axis] for axis in axes_here)
         if target is not None and count > 1:
             before, after = (-(-local[target] // n) for n in (moved, moved * count))
             if before > 1 and (moved == 1 or before * moved == after * moved * count):

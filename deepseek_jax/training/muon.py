@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.model.transformer import Transformer, logical_axes
-from deepseek_jax.parallel.shardings import on_whole_matrices
+from deepseek_jax.parallel.arrays import on_whole_matrices
 from deepseek_jax.ranges import above, at_least, check, one_of
 
 Coefficients = tuple[tuple[float, float, float], ...]

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from deepseek_jax.parallel.shardings import state_sharding, whole_matrix_layouts
 from jax.sharding import PartitionSpec
 from meshes import CONFIG, MESHES, assert_close, jit, on, variables
 
 from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.parallel.arrays import state_sharding, whole_matrix_layouts
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
 from deepseek_jax.training.state import abstract_state
@@ -86,9 +86,9 @@ EXPERTS, FFN = ("layers", "experts", "embed", "expert_ffn"), ("layers", "embed",
     ],
 )
 def test_stacks_are_divided_and_matrices_are_not(name, axes, shape, spec):
-    place = on(MESHES[name], MODEL).placement
-    first, *_, last = whole_matrix_layouts(place, axes, shape)
-    assert first == place.spec(axes, shape) and last == PartitionSpec(*spec)
+    ops = on(MESHES[name], MODEL).ops
+    first, *_, last = whole_matrix_layouts(ops, axes, shape)
+    assert first == ops.spec(axes, shape) and last == PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize("name", ["fsdp8", "fsdp2 tensor2 expert2"])
