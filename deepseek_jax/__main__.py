@@ -1,11 +1,11 @@
 """python -m deepseek_jax --config=experiments/….py [--workdir=…] [--config.any.field=value] [--dry]
 
-Runs an experiment's stages in order. A run that is started again goes on where it stopped. `--dry` checks everything
-but whether the mesh fits this machine, and prints the plan without allocating a weight.
+Runs an experiment's stages in order. A run that is started again resumes from its last checkpoint. `--dry` checks
+everything except that the mesh fits this machine, and prints the plan without allocating a weight.
 
 On several machines start it on each, with the same workdir on a file system that all see. SLURM, Open MPI, GKE and
-Cloud TPUs say who is who; elsewhere pass to each --coordinator=HOST:PORT (of process 0) --num_processes=N
---process_id=I.
+Cloud TPUs tell the processes their ranks; elsewhere pass to each --coordinator=HOST:PORT (of process 0)
+--num_processes=N --process_id=I.
 """
 
 import logging
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def run_stages(experiment: Experiment, stages: Sequence[Stage], begin: float) -> None:
-    """All stages in order, each with the weights that the one before left."""
+    """Runs all stages in order, each from the weights that the one before left."""
     counts = accounting.count_parameters(experiment.model.config)
     total, active = counts.total + counts.mtp_total, counts.activated()
     precision = experiment.model.ops.precision.name
@@ -76,7 +76,7 @@ def run_stages(experiment: Experiment, stages: Sequence[Stage], begin: float) ->
 
 
 def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
-    """What would run, and on what network and mesh; the machine it is meant for need not be this one."""
+    """Prints the stages, the network and the mesh of a run; it may be meant for another machine."""
     experiment = build_experiment(config, name, workdir, elsewhere=0)
     stages = build_stages(experiment)
     console = Console(highlight=False)
@@ -92,7 +92,7 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
 
 
 def print_results(experiment: Experiment, stages: Sequence[Stage]) -> None:
-    """The evaluations side by side, and where the curves are. Also kept as results.txt."""
+    """Prints the evaluations in one table and the paths of the curves, and writes both to results.txt."""
     if not hosts.is_primary():
         return
     evaluations = {stage.name: read_evaluation(stage.path) for stage in stages if isinstance(stage, EvalStage)}

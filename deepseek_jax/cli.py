@@ -1,4 +1,4 @@
-"""What the command-line programs share: how flags are read and how errors are reported.
+"""Command lines: how all programs read flags and report errors.
 
 A program is a `main(argv)` that may raise UserError; its `__main__.py` ends with `run(main)`.
 """
@@ -18,7 +18,7 @@ from deepseek_jax.overrides import parse
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for what it does not understand, naming the nearest flag for an unknown one."""
+    """Raises ConfigError for arguments that it does not understand, naming the nearest flag for an unknown one."""
 
     def parse_args(self, args=None, namespace=None):
         flags, unknown = self.parse_known_args(args, namespace)
@@ -49,8 +49,8 @@ def parser(module: str, description: str) -> Parser:
 def number(
     kind: type = float, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
 ) -> Callable[[str], float]:
-    """For the `type` of a flag: a finite number, for `kind` int a whole one (1e3 among them), from `least` (or `above`
-    it) to `most`."""
+    """The `type` of a flag that takes a finite number, for `kind` int a whole one (1e3 is one), from `least` (or
+    `above` it) to `most`."""
 
     def read(text: str) -> float:
         try:
@@ -72,7 +72,7 @@ def number(
 
 
 def add_price(flags: argparse._ActionsContainer) -> None:
-    """The flag for what an hour of a chip costs, as `dollars_per_chip_hour`."""
+    """Adds the flag for the price of a chip-hour, as `dollars_per_chip_hour`."""
     flags.add_argument(
         "--dollars_per_hour",
         "--dollars_per_chip_hour",
@@ -83,8 +83,8 @@ def add_price(flags: argparse._ActionsContainer) -> None:
 
 
 def show(table: RenderableType) -> None:
-    """Prints a table with every number whole: where the terminal is narrower than the table, it is the terminal that
-    breaks lines."""
+    """Prints a table with every number whole: on a terminal that is narrower than the table, the terminal breaks the
+    lines."""
     console = Console(highlight=False)
     width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     Console(highlight=False, width=max(console.width, width)).print(table)

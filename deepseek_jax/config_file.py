@@ -1,5 +1,4 @@
-"""Config files: finds and runs the Python file of an experiment or a sweep, and reports its mistakes with file and
-line."""
+"""Config files: runs the Python file of an experiment or a sweep, and reports its mistakes with file and line."""
 
 import difflib
 import importlib.util
@@ -95,9 +94,11 @@ def _short(file: str, path: str) -> str:
 
 @contextmanager
 def any_names_and_values() -> Iterator[None]:
-    """Inside, a ConfigDict takes names that hold dots, as {"package.module:function": weight} does, and values of
-    another type than the one before, as {"name": "fp8_deepseek", …} is where there was a name. It refuses both by
-    default; what a field takes is checked where the experiment is built."""
+    """Lets a ConfigDict take names that hold dots, as {"package.module:function": weight} does, and values of another
+    type than before, such as {"name": "fp8_deepseek", …} where there was a name.
+
+    ConfigDict refuses both by default; here each field's values are checked where the experiment is built.
+    """
     init = ConfigDict.__init__
     before = init.__defaults__, init.__kwdefaults__
     init.__defaults__ = (None, False, True)  # initial_dictionary, type_safe, convert_dict

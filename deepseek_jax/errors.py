@@ -1,7 +1,7 @@
-"""Errors a person can act on.
+"""Errors that a person can act on.
 
-Each message says what was given, what is allowed and what to change. The command-line programs print such a
-message without a traceback; anything else that is raised is a bug and keeps its traceback.
+Each message says what was given, what is allowed and what to change. The command-line programs print such a message
+without a traceback; any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -33,7 +33,7 @@ class RewardError(UserError, RuntimeError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A sentence with the closest allowed name and the whole list: for 'unknown field' messages."""
+    """The closest allowed name and the whole list, in words, for messages about an unknown name."""
     allowed = sorted(allowed)
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -1,14 +1,14 @@
-"""Builds a dataclass from nested mappings of the values a person wrote, and checks every name and value on the way.
+"""Fields: builds a dataclass from nested mappings that a person wrote, and checks every name and value.
 
-The annotations of the fields say what is allowed, so that a new field is checked from the day it is written:
+The annotations of the fields say what is allowed, so a new field needs no check of its own:
 
     bool, str, None            exactly these: "yes" is not true, 1 is not True
-    int                        a whole number, 1e3 among them; True is none
+    int                        a whole number, also 1e3; not True
     float                      a finite number; `Unbounded` also takes inf
     tuple[...], dict[...]      a list, a mapping; tuple[tuple[str, X], ...] takes a mapping too
     a dataclass                a mapping of its fields; a class with `read(value, path, context)` reads itself
     an Enum                    the name of a member
-    A | B                      whatever fits one of them
+    A | B                      a value of either
 """
 
 import dataclasses
@@ -35,16 +35,15 @@ def build(
     """The dataclass `cls` from a mapping of its fields.
 
     `path` is the name of the mapping in messages. `context` is passed on to every `read`: a schedule finds the length
-    of its stage there. `given` are fields that the program sets, which nobody writes. Raises ConfigError for an unknown
-    field, naming the nearest, for a missing one, for a value of the wrong kind and for whatever the class itself
+    of its stage there. `given` are fields that the program sets and nobody writes. Raises ConfigError for an unknown
+    field, naming the nearest, for a missing one, for a value of the wrong kind, and for a value that the class itself
     refuses.
     """
     return _make(cls, cls, fields, path, context, given)
 
 
 def change(instance: Any, fields: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT) -> Any:
-    """As `build`, but fields that are not named, those of nested dataclasses among them, stay what they are in
-    `instance`."""
+    """As `build`, but fields that are not named, also in nested dataclasses, keep their values of `instance`."""
     return _make(type(instance), instance, fields, path, context, NO_CONTEXT)
 
 
@@ -80,7 +79,7 @@ def _make(cls: type, base: Any, fields: Any, path: str, context: Mapping[str, An
 
 
 def _writable(kind: Any) -> bool:
-    """Whether a person can write such a value: not, for example, a dtype."""
+    """True if a person can write a value of this kind; False for a dtype, for example."""
     plain_kinds = (bool, int, float, str, types.NoneType)
     return (
         not isinstance(kind, type)
@@ -96,8 +95,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: Any, path: str, context: Mapping[str, Any] = NO_CONTEXT, now: Any = None) -> Any:
-    """`value` as the annotation `kind` wants it; see the module's docstring. `now` is what a nested dataclass's fields
-    are changed in.
+    """Converts `value` to the annotation `kind`; see the module's docstring. A nested dataclass changes the fields of
+    `now`.
 
     Raises ConfigError naming `path`, the value and what is allowed.
     """
@@ -197,7 +196,7 @@ def _shown(value: Any) -> str:
 
 
 def describe(kind: Any) -> str:
-    """What an annotation allows, in words."""
+    """The values that an annotation allows, in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
@@ -230,7 +229,7 @@ def describe(kind: Any) -> str:
 
 @contextmanager
 def inside(path: str) -> Iterator[None]:
-    """Gives the ConfigErrors raised inside the path of the mapping that they are about."""
+    """Puts the path of a mapping in front of the ConfigErrors raised inside."""
     try:
         yield
     except ConfigError as error:
@@ -246,5 +245,5 @@ def join(path: str, name: Any) -> str:
 
 
 def is_mapping(value: Any) -> bool:
-    """True of dictionaries and of ml_collections' ConfigDict, which is no Mapping."""
+    """True of dictionaries and of ml_collections' ConfigDict, which does not derive from Mapping."""
     return isinstance(value, Mapping) or (hasattr(value, "keys") and not isinstance(value, type))

@@ -1,9 +1,8 @@
-"""The settings that decide what a run leaves, and those that don't: how often it logs, how it is computed, where its
-data lies.
+"""Identity of a run: the settings that decide its results, and the free ones (how often it logs, how it is computed,
+where its data is).
 
-A configuration's field says it itself: `log_every: int = free(10)`. Runs that differ in free fields alone may go on
-from each other's checkpoints, and what they leave is the same; of fields that say how the network is computed, up to
-rounding.
+A configuration's field declares it: `log_every: int = free(10)`. Runs that differ in free fields alone may resume from
+each other's checkpoints and have the same results; where a field says how the network is computed, up to rounding.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ def decisive(value: Any, path: str = "") -> dict[str, Any]:
     """The values that decide the result, by dotted path ("data.sources[0].name"); of dataclasses without their free
     fields.
 
-    What can be called, as a schedule can, is one value.
+    A callable, such as a schedule, is one value.
     """
     if dataclasses.is_dataclass(value) and not callable(value):
         items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if not is_free(field)}

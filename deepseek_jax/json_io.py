@@ -1,6 +1,6 @@
-"""JSON as every part of the project writes and reads it: UTF-8, strict, one rule for numbers that are not finite.
+"""JSON for the whole project: UTF-8, strict, with one rule for numbers that are not finite.
 
-JSON has no NaN and no infinity, and most readers refuse a file that holds one; they are written as null.
+JSON has neither NaN nor infinity, and most readers refuse a file that holds one; they are written as null.
 """
 
 import json
@@ -40,8 +40,8 @@ def parse_json(raw: bytes) -> Any:
 
 
 def read_json(path: Path, advice: str, error_type: type[UserError] = DataError) -> dict[str, Any]:
-    """The object in a file. Raises `error_type` for a file that cannot be read or holds anything else; `advice` says
-    what to do then."""
+    """The object in a file. Raises `error_type` for a file that cannot be read or holds anything else; the message ends
+    with `advice`."""
     try:
         value = parse_json(path.read_bytes())
     except OSError as error:
@@ -56,7 +56,7 @@ def read_json(path: Path, advice: str, error_type: type[UserError] = DataError) 
 def read_json_lines(path: Path, usable: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
     """The `usable` objects of a file of JSON lines; [] without a file.
 
-    A last line that was cut short is left out, since a killed run leaves one. Other lines that are no usable objects,
+    A last line that was cut short is left out, since a killed run leaves one. Other lines that are not usable objects,
     as a crash of the machine or another program leaves them, are left out too, and a warning counts them. Raises
     DataError where the file cannot be read.
     """

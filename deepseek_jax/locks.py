@@ -1,4 +1,4 @@
-"""One process at a time, by a lock that its process holds: whoever dies lets go of it, however it dies."""
+"""Locks: one process at a time holds a file; the lock is free as soon as the process ends, even when it is killed."""
 
 import contextlib
 import fcntl
@@ -12,10 +12,10 @@ from deepseek_jax.errors import ConfigError
 
 @contextlib.contextmanager
 def lock(path: Path, in_use: str) -> Iterator[int | None]:
-    """Holds the file `path` and gives its descriptor, for child processes to inherit: it is free once all that hold it
-    have ended. None where the file system has no locks (a mounted bucket).
+    """Holds the file `path` and yields its descriptor for child processes to inherit: the lock is free once all that
+    hold it have ended. Yields None where the file system has no locks (a mounted bucket).
 
-    Raises ConfigError saying what is `in_use`, and by whom, if it is held.
+    Raises ConfigError if it is held, saying what is `in_use`, and by which process.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:

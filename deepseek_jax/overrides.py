@@ -1,10 +1,9 @@
-"""Fields of an experiment that are set by text: `--config.model.moe.num_experts=32` on a command line, a mapping of
-them in a sweep.
+"""Overrides: fields of an experiment set by text, `--config.model.moe.num_experts=32` on a command line, or by a
+sweep's mapping.
 
 A path is names joined by dots, with [0] for an item of a list and ['a.b:c'] for a name that holds dots. A value is
-written as in Python or JSON (32, 1e-3, true, None, [1, 2], {'kind': 'cosine'}); anything else is text. Whether a field
-exists, and takes that kind of value, is checked where the experiment is built, whether or not its file mentions the
-field.
+written as in Python or JSON (32, 1e-3, true, None, [1, 2], {'kind': 'cosine'}); anything else is text. A field may be
+absent from the experiment's file; its name and value are checked where the experiment is built.
 """
 
 import ast
@@ -43,7 +42,7 @@ def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def parse(text: str) -> Any:
-    """What a value's text stands for; the text itself where it is neither a Python literal nor JSON."""
+    """The value that a text stands for; the text itself where it is neither a Python literal nor JSON."""
     if text.strip().lower() in WORDS:
         return WORDS[text.strip().lower()]
     with warnings.catch_warnings(action="ignore"):  # of the Python parser's, about text that is no Python
@@ -62,10 +61,10 @@ def written(value: Any) -> str:
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets a field of `config` in place; those that refer to it follow. Raises ConfigError for a path that leads
+    """Sets a field of `config` in place; fields that refer to it follow. Raises ConfigError for a path that leads
     nowhere.
 
-    Where there is text now, a number or a switch is text too: a folder may be called 2024.
+    Where the present value is text, a number or a switch is text too: a folder may be called 2024.
     """
     steps = _steps(path)
     value = plain(parse(text), _show(steps))
@@ -133,7 +132,7 @@ def plain(value: Any, path: str = "config") -> Any:
     """`value` with mappings as dictionaries, as JSON holds them: inf and nan are text, paths too, dataclasses are
     mappings.
 
-    Lists and tuples stay what they are. Raises ConfigError for anything that cannot be written down.
+    Lists and tuples stay. Raises ConfigError for a value that cannot be written down.
     """
     if isinstance(value, FieldReference):
         value = value.get()
@@ -163,7 +162,7 @@ def plain(value: Any, path: str = "config") -> Any:
 
 
 def _given(item: Any) -> Any:
-    """A required value that nobody has given yet is None, which its field's check refuses."""
+    """A required value that is not set yet as None, which its field's check refuses."""
     return None if isinstance(item, FieldReference) and item.empty() else item
 
 

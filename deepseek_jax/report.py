@@ -1,6 +1,6 @@
-"""Tables over a run's evaluations, completions to be read, and the curves of a stage.
+"""The report on a run: tables of its evaluations, completions to read, and the curves of a stage.
 
-Figures are drawn without pyplot, so that importing this module changes no backend of the program that does.
+Figures are drawn without pyplot, so that importing this module leaves the program's matplotlib backend alone.
 """
 
 import math
@@ -49,8 +49,7 @@ PANELS_PER_ROW = 4
 
 
 def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
-    """The metrics of a stage over its steps, as one PNG: the panels of `PANELS` for which there are numbers. Others are
-    left out."""
+    """Draws the metrics of a stage over its steps, as one PNG: the panels of `PANELS` that have numbers."""
     panels = {label: _curves(records, curves) for label, curves in PANELS.items()}
     panels = {label: curves for label, curves in panels.items() if curves}
     rows = max(1, math.ceil(len(panels) / PANELS_PER_ROW))
@@ -83,8 +82,8 @@ def plot_curves(records: Sequence[Record], path: Path, title: str) -> None:
 def _curves(
     records: Sequence[Record], curves: Sequence[tuple[str, str]]
 ) -> list[tuple[str, list[tuple[int, float]], bool]]:
-    """(name, points, whether it is measured now and then) of each metric that has numbers; null, NaN and other things
-    are no points."""
+    """(name, points, True if it is measured only now and then) of each metric that has numbers; null, NaN and other
+    values are skipped."""
     keys = list(dict.fromkeys(key for record in records for key in record))
     found = []
     for pattern, name in curves:
@@ -141,8 +140,8 @@ def _number(value: Any) -> str:
 
 
 def samples_table(evaluations: Mapping[str, Record], count: int) -> Table:
-    """The same held-out problems as answered in each evaluation, one answer below the other: so lines are as long as
-    the screen is wide."""
+    """The same held-out problems as answered in each evaluation, one answer below the other, so that lines are as long
+    as the screen is wide."""
     table = Table(title="Completions, sampled", title_justify="left")
     for column in ("problem", "stage", "completion"):
         table.add_column(column, overflow="fold")
@@ -162,7 +161,7 @@ def samples_table(evaluations: Mapping[str, Record], count: int) -> Table:
 
 
 class TaggedText:
-    """Text that rich folds to the width there is: at spaces where it can, and never inside a tag such as </answer>."""
+    """Text that rich folds to the available width: at spaces where it can, and never inside a tag such as </answer>."""
 
     TAG = re.compile(r"<[^<>\s]{1,24}>")
     ATOMS = re.compile(rf"{TAG.pattern}|\s+|[^\s<]+|<")

@@ -1,8 +1,9 @@
-"""The folder of a run: one process at a time, and what of a run that is started again is kept, continued or run again.
+"""Workdir: the folder of a run, held by one process at a time. A run that is started again keeps, continues or repeats
+each stage.
 
-`config.json` is the experiment as it was started last. Each stage's folder has the experiment that its results belong
-to, as experiment.json. A stage is kept if its own settings and those of the stages that made its weights are the same,
-free fields apart (see `identity`). Results of other settings are moved aside, never deleted.
+`config.json` is the experiment of the latest start. Each stage's folder has the experiment that its results belong to,
+as experiment.json. A stage is kept if its own settings and those of the stages that made its weights are the same, free
+fields apart (see `identity`). Results of other settings are moved aside, never deleted.
 """
 
 import contextlib
@@ -42,7 +43,8 @@ NOT_WRITABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of each stage "run" (it has left nothing yet), "continue", "keep" or "again", and why it is run again."""
+    """The action for each stage, "run" (it has no results yet), "continue", "keep" or "again", and the reasons for
+    "again"."""
 
     actions: dict[str, str]
     reasons: dict[str, list[str]]
@@ -77,8 +79,8 @@ def _plan(experiment: Experiment, stages: Sequence[Stage]) -> Plan:
 
 
 def claim(experiment: Experiment, stages: Sequence[Stage], plan: Plan) -> None:
-    """Moves aside what is run again, says so, and notes the configuration in the workdir and in the folders of stages
-    that are to run.
+    """Moves aside the results of stages that are run again, says so, and writes the configuration into the workdir and
+    into the folders of stages that are to run.
 
     Raises ConfigError where the folder cannot be written to.
     """
@@ -115,7 +117,7 @@ def _few(changed: Sequence[str]) -> str:
 
 
 def _differences(stage: Stage, stages: Sequence[Stage]) -> list[str]:
-    """The settings that decide a stage's result and are not those of what its folder holds."""
+    """The settings that decide a stage's result and differ from those of the results in its folder."""
     record = _record(stage)
     if record is None:
         return []  # results that somebody has put there: the checkpoint says whether they fit
@@ -144,8 +146,8 @@ def _differences(stage: Stage, stages: Sequence[Stage]) -> list[str]:
 
 
 def _record(stage: Stage) -> dict[str, Any] | None:
-    """The experiment that a stage's results belong to; None where nothing says. Runs of older versions have one for all
-    stages."""
+    """The experiment that a stage's results belong to; None where it is not recorded. Runs of older versions have one
+    for all stages."""
     for path in (stage.folder / RECORD, stage.experiment.workdir / "config.json"):
         if path.exists():
             record = read_json(path, "pass another --workdir, or restore it", ConfigError)
@@ -155,20 +157,20 @@ def _record(stage: Stage) -> dict[str, Any] | None:
 
 
 def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What all stages share, by dotted path."""
+    """The settings that all stages share, by dotted path."""
     shared = {field: config.get(field, default) for field, default in DEFAULTS.items()}
     return decisive({"model": ModelConfig.from_dict(config["model"]), **shared})
 
 
 def _makers(name: str, stages: Sequence[Stage]) -> list[Stage]:
-    """The stages that make the weights of stage `name`, and itself at the end."""
+    """The stages that make the weights of stage `name`, and that stage at the end."""
     place = [stage.name for stage in stages].index(name)
     return [stage for stage in stages[:place] if stage.changes_weights] + [stages[place]]
 
 
 def _stage_differences(old: Stage, new: Stage, made: Sequence[int] = ()) -> list[str]:
-    """As sentences. A stage that has made steps may be made longer, or as long as one of its checkpoints; of a schedule
-    the steps that are made matter then."""
+    """The differences, as sentences. A stage that has made steps may be made longer, or as long as one of its
+    checkpoints; of a schedule, only the steps already made matter then."""
     before, now = decisive(old.settings()), decisive(new.settings())
     steps = min(max(made, default=0), now.get(new.length, 0))
     return [
@@ -179,8 +181,8 @@ def _stage_differences(old: Stage, new: Stage, made: Sequence[int] = ()) -> list
 
 
 def _difference(before: Any, now: Any, steps: int, made: Sequence[int]) -> str | None:
-    """`made` is not empty for the setting that says how many steps the stage makes, `steps` those that have to be the
-    same."""
+    """One difference, in words. `made` is not empty for the setting that says how many steps the stage makes; the first
+    `steps` steps have to be the same."""
     if before == now:
         return None
     if made:
@@ -209,8 +211,8 @@ def _listed(steps: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it, until this process ends, however it ends. Raises UserError if
-    that can't be done."""
+    """Makes the folder and keeps other runs out of it until this process ends, in any way. Raises UserError if that
+    can't be done."""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -233,7 +235,7 @@ def hold(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(workdir: Path) -> Iterator[None]:
-    """Says in a sentence that a folder cannot be written to, where the system refuses to."""
+    """Turns the system's refusal to write to a folder into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -246,7 +248,7 @@ def explained(workdir: Path) -> Iterator[None]:
 
 
 def _agreed(make: Callable[[], Any]) -> Any:
-    """What process 0 makes, JSON, on every process; what it refuses is refused on all."""
+    """The JSON value that process 0 makes, on every process; an error there is raised on all."""
     said: dict[str, Any] = {}
     if is_primary():
         try:

@@ -1,4 +1,4 @@
-"""The tokenizer that is built in: UTF-8 bytes and a few special tokens."""
+"""The built-in tokenizer: UTF-8 bytes and a few special tokens."""
 
 import json
 import re

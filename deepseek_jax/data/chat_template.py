@@ -1,5 +1,4 @@
-"""A checkpoint's chat template: Jinja in a sandbox, with the names and filters that transformers gives such
-templates."""
+"""Chat templates of checkpoints: Jinja in a sandbox, with the names and filters that transformers gives them."""
 
 import datetime
 import functools
@@ -79,8 +78,8 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which bounds `range`, with bounds on products, powers and widths too: they fill the memory as
-    well."""
+    """Jinja's sandbox, which bounds `range`, with bounds on products, powers and widths too, since they could fill the
+    memory as well."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -112,7 +111,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %} marks an assistant's turn; it writes what lies inside."""
+    """{% generation %}…{% endgeneration %} marks an assistant's turn; it writes its body."""
 
     tags = {"generation"}
 
@@ -135,7 +134,7 @@ def _stop_after(steps: int) -> None:
 
 
 def _literals(tree: jinja2.nodes.Template) -> str:
-    """All text that the template itself can write, its pieces apart."""
+    """All text that the template itself can write, in pieces."""
 
     def pieces() -> Iterator[str]:
         for node in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):

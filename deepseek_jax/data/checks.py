@@ -1,5 +1,4 @@
-"""Opens data before anything is trained on it: what cannot be read is found before the first step of the first
-stage."""
+"""Checks of data before the first step of the first stage: sources are opened and samples of them tokenized."""
 
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ def check_sources(
     *,
     prepare: bool = True,
 ) -> None:
-    """Opens the sources and tokenizes one record of each shape (see `Documents`): the chat template is rendered too.
+    """Opens the sources and tokenizes one record of each shape (see `Documents`), through the chat template too.
 
     A source that holds nothing out has no validation split to open; where it is trained on, its share of held-out
     documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may have to be downloaded.

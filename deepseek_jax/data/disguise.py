@@ -1,8 +1,8 @@
-"""Control strings in the text of a user, disguised so that they pass through a chat template and are tokenized as text.
+"""Disguise: control strings in a user's text pass through a chat template and are tokenized as text.
 
 A disguised character is a pair of private ones: `MARK`, which Unicode reserves for programs' own use, and a character
-that says which it stands for. Only the first character of a control string is disguised, so that templates that trim,
-split or search the text see all the rest as it is.
+that stands for it. Only the first character of a control string is disguised, so that templates that trim, split or
+search the text see the rest unchanged.
 """
 
 import re
@@ -30,12 +30,12 @@ class Disguise:
         )
 
     def find_all(self, text: str) -> list[str]:
-        """The control strings that lie in `text` in the open."""
+        """The control strings in `text` that are not disguised."""
         return self._control.findall(text)
 
     def hide(self, text: str, but: Iterable[str] = ()) -> str:
-        """`text` in which no control string is left except those of `but`, and none can arise from what a template puts
-        behind it."""
+        """`text` in which every control string but those of `but` is disguised, and in which none can arise from what a
+        template appends."""
         kept = "|".join(map(re.escape, but))
         pieces = re.split(f"({kept})", text) if kept else [text]
         return "".join(piece if i % 2 else self._hidden(piece) for i, piece in enumerate(pieces))
@@ -57,7 +57,7 @@ def revealed(text: str) -> str:
 
 
 def cut(text: str) -> list[str]:
-    """`text` in pieces, cut behind every disguised character."""
+    """`text` in pieces, cut after every disguised character."""
     ends = [pair.end() for pair in _PAIR.finditer(text)]
     return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 

@@ -1,8 +1,8 @@
-"""From records to documents: one int32 array of shape [tokens, 3] each, so that packing moves a single array.
+"""Documents: one int32 array of shape [tokens, 3] per record, so that packing moves a single array.
 
-Columns: the token id; whether it is trained on as a target; and the bytes of text it stands for as a target. The last
+Columns: the token id; 1 if it is trained on as a target; and the bytes of text it stands for as a target. The last
 column spreads a document's UTF-8 length evenly over its targets: sums over a document are exact for every tokenizer,
-which is all that bits per byte need.
+which is enough for bits per byte.
 """
 
 import json
@@ -30,10 +30,9 @@ def required_fields(source: SourceConfig) -> tuple[str, ...]:
 
 
 def check_record(record: Mapping[str, Any], source: SourceConfig, where: str, vocab_size: int | None = None) -> None:
-    """Raises DataError where a record lacks a field or holds something that is no text, chat or ids; names the fields
-    it has.
+    """Raises DataError where a record lacks a field or holds anything but text, a chat or ids; names the fields it has.
 
-    With `vocab_size` every token id has to be below it.
+    With `vocab_size` every token id must be below it.
     """
     if not isinstance(record, Mapping):
         raise DataError(
@@ -131,8 +130,8 @@ def _numbers(values: Any, where: str, kind: type, rule: str) -> np.ndarray:
 
 
 def split_key(record: Mapping[str, Any], source: SourceConfig) -> bytes:
-    """What decides a record's side of the train/validation split: its text, or the question, so that one question never
-    straddles it.
+    """The text that decides a record's side of the train/validation split; for answers it is the question, so that a
+    question is on one side only.
 
     The question is the prompt, a chat's first message of the user, or the tokens before the first one that is trained
     on (of a document that is trained on from its second token or earlier: all of its tokens).
@@ -151,7 +150,8 @@ def split_key(record: Mapping[str, Any], source: SourceConfig) -> bytes:
 
 
 def shape(record: Mapping[str, Any], source: SourceConfig) -> Hashable:
-    """What decides whether a checked record can be tokenized: one of each shape is tried when a source is opened."""
+    """The shape of a checked record, which decides if it can be tokenized: one of each shape is tried when a source is
+    opened."""
     if source.format == "messages":  # a chat template refuses roles, their order, and fields
         return tuple(
             (message["role"], *sorted(message), "think>" in message["content"]) for message in record["messages"]
@@ -163,11 +163,11 @@ def shape(record: Mapping[str, Any], source: SourceConfig) -> Hashable:
 
 
 class Documents:
-    """A source's documents, int32 [tokens, 3] each: records are tokenized when they are asked for, and an error names
-    the place.
+    """A source's documents, int32 [tokens, 3] each. Records are tokenized when they are asked for, and an error names
+    the record.
 
-    When it is made it tokenizes the `examples` of the records, one of each shape. Raises DataError for a record that
-    cannot be tokenized.
+    Making it tokenizes the `examples` of the records, one of each shape. Raises DataError for a record that cannot be
+    tokenized.
     """
 
     def __init__(self, records: Any, tokenize: "Tokenize"):
@@ -198,7 +198,8 @@ class Tokenize:
         self._convert = by_format[source.format]
 
     def __call__(self, record: Mapping[str, Any], where: str | None = None) -> np.ndarray:
-        """Raises DataError for a record that cannot be tokenized, beginning with `where` the record stands."""
+        """Raises DataError for a record that cannot be tokenized; the message begins with `where`, the place of the
+        record."""
         where = where or f"source {self._source.name!r}"
         check_record(record, self._source, where, self._vocab_size)
         try:
@@ -223,7 +224,7 @@ class Tokenize:
         return _answered(prompt_ids, completion, self._tokenizer.decode(completion, skip_special=True))
 
     def _messages(self, record: Mapping[str, Any]) -> np.ndarray:
-        """The turn that ends the conversation, as the chat template writes it, is trained on."""
+        """Trains on the turn that ends the conversation, as the chat template writes it."""
         return _answered(*self._tokenizer.turn(record["messages"]), record["messages"][-1]["content"])
 
     def _refuse_second_opening(self, prompt_ids: Sequence[int], completion: str) -> None:
@@ -243,7 +244,7 @@ class Tokenize:
 
 
 def _answered(prompt_ids: Sequence[int], answer_ids: Sequence[int], text: str) -> np.ndarray:
-    """The document of a prompt and the answer that is trained on, which stands for `text`."""
+    """The document of a prompt and of the answer that is trained on, which stands for `text`."""
     return _document([*prompt_ids, *answer_ids], [0] * len(prompt_ids) + [1] * len(answer_ids), _utf8_length(text))
 
 

@@ -1,10 +1,10 @@
 """Local files of records with random access: JSON lines, JSON arrays, tables, Parquet and plain text, compressed or
 not.
 
-A file of lines stays on disk: the places of its lines are found once, and a line is read and parsed when it is asked
-for. The other text formats, and compressed files, have no cheap random access; their records are written once to a
-temporary file of lines, which disappears with the process. A record that is read is compared with a checksum from when
-the file was opened, so that a file that somebody changes meanwhile gives an error and never another text.
+A file of lines stays on disk: its lines are located once, and a line is read and parsed when it is asked for. The other
+text formats, and compressed files, lack cheap random access; their records are written once to a temporary file of
+lines, which disappears with the process. A record that is read is compared with a checksum from when the file was
+opened, so that a file that changes meanwhile gives an error and never another text.
 """
 
 import array
@@ -37,7 +37,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Reader(Protocol):
-    """The records of one file. `where(i)` names the place of record i as a person would look it up."""
+    """The records of one file. `where(i)` names record i so that a person can find it."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
@@ -63,7 +63,7 @@ def read_file(path: str, source: SourceConfig) -> Reader:
 
 
 def suffixes() -> list[str]:
-    """Everything that `read_file` reads."""
+    """The suffixes that `read_file` reads."""
     return [*READERS, *(suffix + packed for suffix in READERS for packed in PACKED)]
 
 
@@ -131,14 +131,14 @@ class JsonRecords:
 
 
 def _json(path: str, source: SourceConfig) -> Reader:
-    """One array of records; or a record a line, as many tools write to a .json file."""
+    """The records of one JSON array, or of lines of JSON, which many tools write to a .json file."""
     with _unpacked(path) as file:
         lines = file.read(4096).lstrip(codecs.BOM_UTF8).lstrip()[:1] != b"["
     return JsonRecords.of_lines(path, source) if lines else JsonRecords.of_records(path, _array(_text(path), path))
 
 
 def _array(text: str, path: str) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array with the numbers of the lines that they begin on, one at a time."""
+    """The elements of a JSON array with the numbers of the lines on which they begin, one at a time."""
     decoder, gap = json.JSONDecoder(parse_constant=lambda _: None), re.compile(r"[ \t\n\r]*")
     at, line, counted = text.index("[") + 1, 1, 0
     separator = "]"  # an array may end before its first element

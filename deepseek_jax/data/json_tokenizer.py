@@ -1,4 +1,4 @@
-"""Any `tokenizer.json`, with the chat template and the settings beside it."""
+"""Tokenizers of checkpoints: any `tokenizer.json`, with the chat template and the settings in its folder."""
 
 import functools
 import json
@@ -21,8 +21,8 @@ _PROBE = "AnswerOfTheAssistant"
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` with the files beside it, read as transformers reads them. Truncation and padding that were
-    saved with it never apply.
+    """A `tokenizer.json` and the other files of its folder, read as transformers reads them. Truncation and padding
+    that were saved with it never apply.
 
     Control tokens are the added tokens that the file marks as special, that a setting names, that are written <…>
     (DeepSeek leaves <｜User｜> and <think> unmarked), or that the chat template writes; ordinary text never produces
@@ -82,8 +82,8 @@ class JsonTokenizer:
         return self._ended(self._ids(self._disguise.hide(_valid(text), self.reasoning_tags) + self._turn_end))
 
     def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """The prompt and the answer as the template writes them, or, of reasoning that it drops from finished turns, as
-        it is."""
+        """The prompt and the answer as the template writes them. Reasoning that the template drops from finished turns
+        is kept."""
         *context, last = messages
         prompt, chat = self._render(context, True), self._render(messages, False)
         content = self._hide_message(last).get("content", "")
@@ -122,7 +122,7 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _turn_end(self) -> str:
-        """What the template writes behind an assistant's words; empty where it writes nothing or there is no
+        """The text that the template writes after an assistant's words; empty if it writes none or there is no
         template."""
         return self._probed[1]
 
@@ -142,7 +142,7 @@ class JsonTokenizer:
         return (prompt[len(before) :] if prompt.startswith(before) else "", end) if found else ("", "")
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """An answer's ids, with eos behind them where the template ends the last turn with no stop token."""
+        """An answer's ids, followed by eos if the template does not end the last turn with a stop token."""
         return ids if set(ids) & set(self.stop_ids) else [*ids, self.eos_id]
 
     def _dropped_tags(self, context: Messages, chat: str, content: str) -> list[str]:
@@ -175,7 +175,7 @@ class JsonTokenizer:
         return {name: hide(name, value) for name, value in message.items()}
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of a text in which what must stay text is disguised."""
+        """Ids of a text in which control strings that must stay text are disguised."""
         if MARK not in text and not self._folds(text):
             return self._library_ids(self._parsing, text)
         wanted = Counter(self.specials[found] for found in self._disguise.find_all(text))
@@ -189,7 +189,7 @@ class JsonTokenizer:
         )
 
     def _folds(self, text: str) -> bool:
-        """Whether the tokenizer's normalizer makes control strings of other text, such as of capital letters."""
+        """True if the tokenizer's normalizer can turn other text into control strings, such as capital letters."""
         if self._normalizer is None:
             return False
         folded = _library(lambda: self._normalizer.normalize_str(text), f"{self._file} cannot normalize {text[:40]!r}")
@@ -197,7 +197,7 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _normalizer(self):
-        """The normalizer where a control token may come out of it."""
+        """The normalizer, if it can make control tokens."""
         tokens = self._parsing.get_added_tokens_decoder().values()
         reachable = self._control_ids & set(self._parsing.get_vocab(with_added_tokens=False).values())
         return (
@@ -208,8 +208,8 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _guarded(self) -> tokenizers.Tokenizer:
-        """The tokenizer for disguised text: control tokens are found before anything is normalized, then the disguise
-        falls."""
+        """The tokenizer for disguised text: control tokens are found before normalization, then the disguise is
+        removed."""
         definition = json.loads(self._parsing.to_str())
         for token in definition["added_tokens"]:
             token["normalized"] = token["normalized"] and token["content"] not in self.specials
@@ -229,7 +229,7 @@ class JsonTokenizer:
         )
 
     def _add_missing(self) -> None:
-        """Adds the tokens that only the settings know, and makes added tokens of the named ones in the vocabulary."""
+        """Adds the tokens that only the settings know, and marks the named ones in the vocabulary as added tokens."""
         known = {token.content for token in self._parsing.get_added_tokens_decoder().values()}
         named = [tokenizers.AddedToken(text, special=True, normalized=False) for text in self._settings.named.values()]
         in_vocabulary = [token for token in named if self._parsing.token_to_id(token.content) is not None]
@@ -251,7 +251,7 @@ class JsonTokenizer:
 
 
 def _is_control(content: str, written: str) -> bool:
-    """Whether an added token that nothing marks is one: <…>, or a sign that the template writes. Words and spaces are
+    """True for an unmarked added token that controls: <…>, or a sign that the template writes. Words and spaces are
     text."""
     return bool(re.fullmatch(r"<.+>", content, re.DOTALL)) or (
         content in written and re.search(r"[^\w\s]", content) is not None
@@ -267,8 +267,8 @@ def _build(definition: str, file: Path) -> tokenizers.Tokenizer:
 
 
 def _library(call: Callable[[], Any], wrong: str) -> Any:
-    """What the tokenizers library gives. It raises bare Exception for what it can't use, and panics are no Exception at
-    all."""
+    """Calls the tokenizers library. It raises bare Exception for unusable input, and its panics do not derive from
+    Exception."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -278,5 +278,5 @@ def _library(call: Callable[[], Any], wrong: str) -> Any:
 
 
 def _valid(text: str) -> str:
-    """Lone surrogates have no UTF-8 form."""
+    """Replaces lone surrogates, which have no UTF-8 form."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Opens a source: a sequence of records (dictionaries) with random access, checked before training starts."""
+"""Sources: sequences of records (dictionaries) with random access, checked before training starts."""
 
 import array
 import difflib
@@ -27,8 +27,8 @@ OTHER_DATA = (
 
 
 class Records(Protocol):
-    """Records of one split. `where(i)` says where record i stands; `examples()` are indices of records that show
-    whether all can be tokenized."""
+    """Records of one split. `where(i)` names record i's place; `examples()` are indices of records that show if all can
+    be tokenized."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
@@ -121,7 +121,7 @@ class MemoryRecords:
         return f"source {self._name!r} record {index}"
 
     def examples(self) -> Sequence[int]:
-        """None: what a person made by hand is in files."""
+        """None: records that a person wrote by hand are in files."""
         return ()
 
 
@@ -159,12 +159,12 @@ class TfdsRecords(MemoryRecords):
 
 
 class NothingHeldOut(DataError):
-    """No document of a local source falls into its held-out share."""
+    """Raised where no document of a local source falls into its held-out share."""
 
 
 def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int | None = None) -> bool:
-    """Whether held-out documents can be read from a source. A share of few local files may hold none; those are opened
-    to know."""
+    """True if held-out documents can be read from a source. A share of few local files may be empty; those are opened
+    to find out."""
     if (
         source.holds_out
         and source.validation_path is None
@@ -179,8 +179,7 @@ def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int
 
 
 class LocalFile:
-    """The records of one file, each read and checked once: which side of a split it belongs to, and what shape it
-    has."""
+    """The records of one file, each read and checked once: its side of a split, and its shape."""
 
     def __init__(self, path: str, source: SourceConfig, vocab_size: int | None):
         self.reader = read_file(path, source)
@@ -197,7 +196,7 @@ _open_files: weakref.WeakValueDictionary[Hashable, LocalFile] = weakref.WeakValu
 
 
 def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> LocalFile:
-    """The file as it is now; training and held-out data that come from one file share it."""
+    """The file as it is now; training and held-out data from one file share it."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -219,7 +218,7 @@ def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> Local
 
 
 class FileRecords:
-    """Records of local files; each file is read through once, so that a bad line is found now and not in an hour."""
+    """Records of local files. Each file is read through once, so that a bad line is found before training."""
 
     def __init__(self, source: SourceConfig, split: str, vocab_size: int | None = None):
         separate = source.validation_path is not None
@@ -263,8 +262,8 @@ class FileRecords:
 
 
 def find_files(name: str) -> list[str]:
-    """A path that exists is that file, whatever characters it has; else it is a pattern. Raises DataError if nothing is
-    found."""
+    """The files of a path or pattern; a path that exists is that file, with any characters in its name. Raises
+    DataError if nothing is found."""
     path = Path(name).expanduser()
     if path.is_dir():
         raise DataError(

@@ -1,4 +1,4 @@
-"""The Python standard library's own source as a TFDS dataset: real text on any machine, with no download and no
+"""The Python standard library's own source as a TFDS dataset: real text on any machine, without a download or
 TensorFlow."""
 
 import contextlib
@@ -63,7 +63,7 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBuilder:
-    """The prepared dataset, from the cache where it is there.
+    """The prepared dataset, from the cache if it is there.
 
     The cache key holds the interpreter's version and a hash of the chosen files' names and sizes, so another
     interpreter or another `max_bytes` never reads the wrong text. Preparation writes to a temporary folder and renames
@@ -94,7 +94,7 @@ def prepare(data_dir: str | None, max_bytes: int | None) -> tfds.core.DatasetBui
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Half a second's preparation is not worth TFDS's dozen progress lines and warnings."""
+    """Silences TFDS, whose dozen progress lines and warnings are too much for half a second's preparation."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
@@ -109,7 +109,7 @@ def _hash(path: str) -> int:
 
 
 def _choose(root: Path, max_bytes: int | None) -> dict[str, int]:
-    """Path -> size, in hash order (a fair sample whatever the cap), up to `max_bytes` in total."""
+    """Path -> size, in hash order (a fair sample for any cap), up to `max_bytes` in total."""
     sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in _python_files(root)}
     chosen, total = {}, 0
     for path in sorted(sizes, key=_hash):

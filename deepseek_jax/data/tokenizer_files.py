@@ -1,4 +1,4 @@
-"""The files of a tokenizer: which there are, how they are read and written, and where a checkpoint's lie."""
+"""Tokenizer files: their names, reading, writing, and their place in a checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,8 @@ FOLDER = "tokenizer"  # in a stage's folder
 
 
 def read_files(file: Path) -> dict[str, bytes]:
-    """Contents by name of a tokenizer.json and of what lies beside it, the model's config.json included."""
+    """Contents by name of a tokenizer.json and of the other files of its folder that matter, the model's config.json
+    included."""
     files = {TOKENIZER: _read(file)}
     beside = [file.parent / name for name in (*BESIDE, MODEL)]
     named = sorted((file.parent / TEMPLATES).glob("*.jinja"))
@@ -33,7 +34,7 @@ def read_files(file: Path) -> dict[str, bytes]:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes `files` by name, each whole or not at all."""
+    """Writes `files` by name, each complete or not at all."""
     for name, content in files.items():
         atomic_write(folder / name, content)
 
@@ -58,11 +59,11 @@ def read_object(content: bytes, where: Path) -> dict[str, Any]:
 
 
 def find_tokenizer(checkpoint: Path) -> str:
-    """Which tokenizer a checkpoint was trained with, as `load_tokenizer` takes it.
+    """The tokenizer that a checkpoint was trained with, as `load_tokenizer` takes it.
 
     `checkpoint` is a Hugging Face folder, a stage's folder, its `checkpoints` folder, one checkpoint in it, or a run's
-    folder. A stage has the files in `tokenizer/`; for runs that have not, the run's config.json names the tokenizer.
-    Raises DataError where nothing says which.
+    folder. A stage has the files in `tokenizer/`; for a run without them, its config.json names the tokenizer. Raises
+    DataError where the tokenizer is not recorded.
     """
     checkpoint = Path(checkpoint).absolute()
     if not checkpoint.is_dir():
@@ -84,7 +85,7 @@ def find_tokenizer(checkpoint: Path) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder's config.json is an experiment's and not a network's of Hugging Face."""
+    """True if a folder's config.json is an experiment's, not that of a Hugging Face network."""
     return "stages" in _config(folder)
 
 

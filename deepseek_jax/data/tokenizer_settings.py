@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer.json say: named tokens, added tokens, the chat template, the ids that end a
+"""Tokenizer settings from the files next to a tokenizer.json: named and added tokens, chat template, ids that end a
 text."""
 
 import json
@@ -22,7 +22,7 @@ class TokenizerSettings:
 
     `named` are the texts of the named tokens by field, `added` the tokens that tokenizer.json may lack, `template` the
     chat template, None without one, `eos_ids` the ids that generation_config.json and the model's config.json name.
-    Raises DataError, with the file's name, for whatever cannot be read.
+    Raises DataError, with the file's name, for a file that cannot be read.
     """
 
     def __init__(self, file: Path):
@@ -36,8 +36,8 @@ class TokenizerSettings:
         self.eos_ids = [*self._token_ids(names.GENERATION), *self._token_ids(names.MODEL)]
 
     def save(self, folder: Path, ids: Mapping[str, int], stop_ids: Iterable[int]) -> None:
-        """Writes the files as they were read, but for generation_config.json, which gets all of `stop_ids`, and `ids`
-        where it lacks them."""
+        """Writes the files as they were read. generation_config.json also gets all of `stop_ids`, and `ids` where it
+        lacks them."""
         files = {name: content for name, content in self._files.items() if name != names.MODEL}
         if not set(stop_ids) <= set(self._token_ids(names.GENERATION)):
             stored = dict(ids) | self._object(names.GENERATION) | {"eos_token_id": list(stop_ids)}
@@ -45,14 +45,14 @@ class TokenizerSettings:
         write_files(folder, files)
 
     def _named_tokens(self, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Files of old keep these in special_tokens_map.json, which then goes before the settings."""
+        """The named tokens. Old files have them in special_tokens_map.json, which then overrides the settings."""
         fields = dict(settings)
         if "added_tokens_decoder" not in settings:
             fields |= {name: value for name, value in self._object(names.SPECIALS).items() if value is not None}
         return {name: self._content(fields[name], name) for name in NAMED if fields.get(name) is not None}
 
     def _added_tokens(self, settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
-        """Those of added_tokens_decoder, or, in files of old, of added_tokens.json, in the order of their ids."""
+        """The tokens of added_tokens_decoder or, in old files, of added_tokens.json, in the order of their ids."""
         listed = settings.get("added_tokens_decoder")
         if listed is None:
             special = self.named.values()
@@ -78,7 +78,7 @@ class TokenizerSettings:
             raise DataError(f"{self.folder / names.SETTINGS}: added_tokens_decoder: {error}") from error
 
     def _chat_template(self, settings: Mapping[str, Any]) -> ChatTemplate | None:
-        """The template: of several named ones `default`; files of their own go before tokenizer_config.json."""
+        """The template; of several named ones, `default`. Template files override tokenizer_config.json."""
         origin, source = self.folder / names.SETTINGS, settings.get("chat_template")
         if isinstance(source, list):
             if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in source):

@@ -26,8 +26,8 @@ class Tokenizer(Protocol):
     """Text to ids and back. Control strings inside a text stay text unless `allow_special` is given.
 
     `stop_ids` end an answer, `eos_id` first among them. `reasoning_tags` are the control strings that an assistant's
-    text may hold, and nobody else's. `answer_opening` is what the prompt of a chat writes of the answer itself,
-    "<think>\n" for R1.
+    text, and no other, may hold. `answer_opening` is the beginning of the answer that the prompt of a chat already
+    writes, "<think>\n" for R1.
     """
 
     vocab_size: int
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
     def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]: ...
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an assistant's text, reasoning tags parsed, and of what ends its turn."""
+        """Ids of an assistant's text, reasoning tags parsed, and of the end of its turn."""
 
     def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the answer, its end included, for a chat whose last message is the assistant's."""
@@ -57,7 +57,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """'byte', a `tokenizer.json`, a folder that holds one, or a checkpoint that knows its own (see `find_tokenizer`).
+    """Loads 'byte', a `tokenizer.json`, a folder that holds one, or the tokenizer of a checkpoint (see
+    `find_tokenizer`).
 
     Raises DataError saying what is missing or wrong.
     """
@@ -101,8 +102,7 @@ class StreamDecoder:
 
     A character whose bytes have not all arrived shows as U+FFFD at the end of the text, so up to three of those (the
     most an unfinished UTF-8 sequence can show) are held back until later ids complete or refute them. Ids are decoded
-    behind those of the piece before, since many tokenizers write the first token of a text in another way than the ones
-    that follow.
+    together with those of the piece before, since many tokenizers write the first token of a text differently.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
@@ -113,11 +113,11 @@ class StreamDecoder:
         self._sent = 0  # characters of the text of self._ids that were returned
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that became certain with these ids."""
+        """The text that these ids make certain."""
         return "".join(self._push(int(i)) for i in ids)
 
     def flush(self) -> str:
-        """What was held back; the decoder is then as new."""
+        """The text that was held back; the decoder then starts anew."""
         piece = self._text()[self._sent :]
         self._before, self._ids, self._sent = [], [], 0
         return piece
@@ -134,7 +134,7 @@ class StreamDecoder:
         return piece
 
     def _text(self) -> str:
-        """The text of self._ids, behind what came before."""
+        """The text of self._ids, after the ids of the piece before."""
         before, whole = self._decode(self._before), self._decode(self._before + self._ids)
         return whole[len(before) :] if whole.startswith(before) else self._decode(self._ids)
 

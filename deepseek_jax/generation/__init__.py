@@ -1,4 +1,4 @@
-"""Text from a model: sampling, prefill and cached decoding in one program, streaming and chat.
+"""Generation: sampling, prefill and cached decoding in one program, streaming and chat.
 
 `python -m deepseek_jax.generation --checkpoint=… --prompt=…` prints a completion as it is made.
 """

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _complete(tokenizer: Tokenizer, completion: Completion, flags: argparse.Namespace) -> int:
-    """Prints the completion of --prompt; 1 where no text came."""
+    """Prints the completion of --prompt; returns 1 if it has no text."""
     prompt_ids = Chat(tokenizer).ask(flags.prompt) if flags.chat else tokenizer.encode(flags.prompt, bos=True)
     ids: list[int] = []
     text = _print_stream(tokenizer, completion(prompt_ids, 0), ids)
@@ -104,13 +104,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_hugging_face(checkpoint: Path) -> bool:
-    """A config.json that is not a run's, without a checkpoint of ours beside it (an import keeps both)."""
+    """True for a folder whose config.json is not a run's and that has no checkpoint of ours (an import keeps both)."""
     config = checkpoint / "config.json"
     return config.is_file() and not (checkpoint / "checkpoints").is_dir() and not is_run(checkpoint)
 
 
 def _print_stream(tokenizer: Tokenizer, chunks: Iterator[list[int]], ids: list[int]) -> str:
-    """Prints a completion as it is made and returns its text; collects its ids, so that they are there even if Ctrl-C
+    """Prints a completion as it is made and returns its text; collects its ids, which are then known even if Ctrl-C
     ends it."""
     decoder, text = StreamDecoder(tokenizer), []
     try:

@@ -1,4 +1,4 @@
-"""Completions as they are made, a few tokens at a time, and a chat that keeps the ids of its earlier turns."""
+"""Streaming: completions a few tokens at a time, and a chat that keeps the ids of its earlier turns."""
 
 import bisect
 import functools
@@ -59,7 +59,7 @@ class Chat:
     """A conversation, rendered by the tokenizer's template at every turn.
 
     Where the template leaves an answer as it is, the ids that were sampled are kept, so that the model sees exactly
-    what it wrote; where it rewrites earlier answers, as R1's drops their reasoning, the model sees what the template
+    what it wrote. Where it rewrites earlier answers, as R1's drops their reasoning, the model sees what the template
     writes.
     """
 
@@ -78,8 +78,8 @@ class Chat:
         return self.ids
 
     def _place_in(self, rendered: Sequence[int]) -> int | None:
-        """How many ids at the start of `rendered` write the conversation so far; None where the template has rewritten
-        it."""
+        """The number of ids at the start of `rendered` that write the conversation so far; None where the template has
+        rewritten it."""
 
         def written(count: int) -> str:
             return self._tokenizer.decode(rendered[:count])
@@ -89,7 +89,7 @@ class Chat:
         return place if written(place) == said else None
 
     def answer(self, ids: Sequence[int]) -> None:
-        """Adds what the model said, which may have been cut off."""
+        """Adds the model's answer, which may have been cut off."""
         said = list(ids[:-1]) if ids and ids[-1] in self._tokenizer.stop_ids else list(ids)
         self._messages.append(
             {"role": "assistant", "content": self._tokenizer.answer_opening + self._tokenizer.decode(said)}

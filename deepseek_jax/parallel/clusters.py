@@ -1,5 +1,5 @@
-"""Which process of how many this one is, as launchers say in the environment: SLURM, Open MPI, GKE, and the metadata of
-a Cloud TPU."""
+"""Clusters: this process's rank and the number of processes, from SLURM, Open MPI, GKE or the metadata of a Cloud
+TPU."""
 
 import dataclasses
 import importlib.util
@@ -31,8 +31,8 @@ class Found:
 
 
 def find(environment: Mapping[str, str], seconds: float) -> Found | None:
-    """What the launcher says; None without one. Waits up to `seconds` for the name of a TPU's first machine to be
-    known."""
+    """The rank that the launcher gave this process; None without a launcher. Waits up to `seconds` for the name of a
+    TPU's first machine."""
     for cluster in (open_mpi, slurm, lambda environment: tpu(environment, seconds)):
         if found := cluster(environment):
             return found
@@ -111,7 +111,7 @@ def _port(job: int) -> int:
 
 
 def _metadata(environment: Mapping[str, str], key: str, tries: int = 6) -> str | None:
-    """A value of Google Cloud's metadata about this machine; None where there is no such value or no such server."""
+    """A value of Google Cloud's metadata about this machine; None where the value or the server does not exist."""
     url = METADATA.format(host=environment.get("GCE_METADATA_IP", "metadata.google.internal"), key=key)
     for attempt in range(tries):
         try:
@@ -127,7 +127,7 @@ def _metadata(environment: Mapping[str, str], key: str, tries: int = 6) -> str |
 
 
 def _wait_for_name(host: str, seconds: float) -> None:
-    """Machines start one after another, and have no name before. Raises ConfigError after `seconds`."""
+    """Waits until a machine has a name: machines start one after another. Raises ConfigError after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:

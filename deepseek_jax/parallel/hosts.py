@@ -1,10 +1,9 @@
-"""Several processes as one run: how they find each other, which of them writes, and what happens when one is lost.
+"""Hosts: several processes as one run. They find each other, process 0 writes, and all end when one is lost.
 
-A run of one process needs none of this, and for it every function here is the identity or does nothing.
+With one process, every function here is the identity or does nothing.
 
-Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more,
-collectives over different axes run side by side, in no fixed order, and the processes can wait for each other for ever
-(jaxlib 0.10.2).
+Several CPU processes talk through Gloo, which is for trying things out: give their mesh one axis. With more axes,
+collectives run concurrently in no fixed order, and the processes can deadlock (jaxlib 0.10.2).
 """
 
 import ctypes
@@ -54,7 +53,8 @@ class Hosts:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:
-    """-> (what --coordinator, --num_processes and --process_id say, None without them; the other arguments)."""
+    """-> (the hosts that --coordinator, --num_processes and --process_id name, None without them; the other
+    arguments)."""
     parser = cli.Parser(prog="python -m deepseek_jax", add_help=False, allow_abbrev=False)
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=cli.number(int, least=1))
@@ -72,10 +72,11 @@ def split_flags(argv: Sequence[str]) -> tuple[Hosts | None, list[str]]:
 
 
 def detect(environment: Mapping[str, str] = os.environ) -> Hosts | None:
-    """What SLURM, Open MPI, GKE or a Cloud TPU's metadata say; None for a process on its own.
+    """The hosts that SLURM, Open MPI, GKE or a Cloud TPU's metadata name; None for a single process.
 
-    A shell inside a SLURM job inherits the job's number of tasks without being one of them: the step's number counts.
-    Processes that share a machine get one device each, in order, unless the launcher has already given each its own.
+    A shell inside a SLURM job inherits the job's number of tasks without being one of them, so the step's number
+    counts. Processes that share a machine get one device each, in order, unless the launcher has already given each its
+    own.
     """
     found = clusters.find(environment, CONNECT_SECONDS)
     if found is None or found.num_processes == 1:
@@ -92,9 +93,9 @@ def detect(environment: Mapping[str, str] = os.environ) -> Hosts | None:
 def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
     """Connects this process with the others, before anything asks jax for a device. One process does nothing.
 
-    From here on only process 0 prints to stdout, and a process that is killed ends all others within a minute, with a
-    message that ends in `saved()`, which says what there is to go on from, and exit status `LOST`. SIGTERM is
-    left to jax, see `training.preemption`. Raises ConfigError if the others are not there within CONNECT_SECONDS.
+    From here on only process 0 prints to stdout. A process that is killed ends all others within a minute, with exit
+    status `LOST` and a message that ends in `saved()`, which says what can be resumed. SIGTERM is left to jax, see
+    `training.preemption`. Raises ConfigError if the others have not connected within CONNECT_SECONDS.
     """
     if hosts is None or hosts.num_processes == 1:
         return
@@ -128,12 +129,12 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """True in the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def from_primary(text: str) -> str:
-    """Process 0's text on every process. All have to call; what the others give is ignored."""
+    """Process 0's text on every process. All must call; the others' arguments are ignored."""
     if jax.process_count() == 1:
         return text
     data = np.frombuffer(text.encode(), np.uint8)
@@ -142,12 +143,12 @@ def from_primary(text: str) -> str:
 
 
 def all_true(here: bool) -> bool:
-    """Whether it is true on every process. All have to call."""
+    """True if the argument is true on every process. All must call."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     multihost_utils.sync_global_devices(where)
 
 
@@ -158,10 +159,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def _explain_abort(message: Callable[[], str], status: int) -> None:
-    """Has the process say something and exit with `status` when jax aborts it, as it does when the others are not to be
-    found.
+    """Makes the process print a message and exit with `status` when jax aborts it because the others cannot be reached.
 
-    It aborts from a thread of its own, whatever the others are doing. It takes a callback for this, but 0.10.2 fails to
+    jax aborts from a thread of its own, while others may be busy. It takes a callback for this, but 0.10.2 fails to
     convert the callback's argument; so the signal of the abort is caught.
     """
 
