@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek_jax.data import tokenizer_files
-from deepseek_jax.data.chat_template import Messages
+from deepseek_jax.data.chat_template import Messages, text_of
 from deepseek_jax.errors import DataError, nearest
 
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "<user>", "<assistant>")
@@ -63,7 +63,9 @@ class ByteTokenizer:
         control strings."""
         ids = [self.bos_id]
         for message in messages:
-            role, content = message["role"], message["content"]
+            role, content = message["role"], text_of(message.get("content"))
+            if message.get("tool_calls"):
+                raise DataError("the byte tokenizer's chat has no tool calls: use a checkpoint's own tokenizer")
             if role == "user":
                 ids += [self.specials["<user>"], *self.encode(content)]
             elif role == "assistant":
@@ -78,8 +80,9 @@ class ByteTokenizer:
         return [*self._ids(text, self.reasoning_tags), self.eos_id]
 
     def turn(self, messages: Messages) -> tuple[list[int], list[int]]:
-        *context, answer = messages
-        return self.chat(context), self.answer(answer["content"])
+        *context, _ = messages
+        whole, prompt = self.chat(messages, add_generation_prompt=False), self.chat(context)
+        return prompt, whole[len(prompt) :]
 
     def save(self, folder: str | Path) -> None:
         """Writes the same tokenizer as files that `load_tokenizer` and transformers read."""

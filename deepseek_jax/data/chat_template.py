@@ -21,6 +21,7 @@ Messages = Sequence[Mapping[str, Any]]
 MAX_LOOP_STEPS = 1_000_000  # of all loops of one rendering together
 _MAX_REPEATED = 1_000_000  # characters or items that one product may make
 _COUNT = "count_step__"
+_PART = "TextOfAPart"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first
 
 
@@ -28,6 +29,8 @@ class ChatTemplate:
     """Renders chats to text. The template is foreign code: it runs sandboxed, cannot change what it is given, and is
     stopped after a million steps of its loops.
 
+    Content that is a list of parts, {"type": "text", "text": …}, reaches a template that reads parts as it is, as in
+    transformers; any other template gets their texts joined, where transformers would write the list's brackets.
     `origin` names the file in messages; `literals` is all text that the template itself can write.
     """
 
@@ -41,6 +44,7 @@ class ChatTemplate:
             environment.filters[name] = _narrow(environment.filters[name], name)
         self._origin = origin
         self._special_tokens = dict(special_tokens)
+        self._writes_calls = "tool_calls" in source
         try:
             tree = environment.parse(source)
             self.literals = _literals(tree)
@@ -50,20 +54,53 @@ class ChatTemplate:
 
     def render(self, messages: Messages, add_generation_prompt: bool) -> str:
         """The chat as text. Raises DataError with the template's own words when it refuses the messages."""
-        steps = itertools.count(1)
         try:
-            return self._template.render(
-                self._special_tokens
-                | {
-                    "messages": [_with_reasoning(message) for message in messages],
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                    _COUNT: lambda: _stop_after(next(steps)),
-                }
-            )
+            messages = [_with_reasoning(message) for message in messages]
+            if not self._writes_calls and any("content" not in m and m.get("tool_calls") for m in messages):
+                raise DataError("content is null and only tool_calls are there, which this template does not write")
+            if any(isinstance(message.get("content"), list | tuple) for message in messages) and not self._reads_parts:
+                messages = [message | {"content": text_of(message.get("content"))} for message in messages]
+            return self._render(messages, add_generation_prompt)
         except Exception as error:  # the template's own refusal, or any error of Python in its expressions
             raise DataError(f"the chat template in {self._origin} refuses these messages: {_words(error)}") from error
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        steps = itertools.count(1)
+        return self._template.render(
+            self._special_tokens
+            | {
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                _COUNT: lambda: _stop_after(next(steps)),
+            }
+        )
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes the text of a part, and not Python's or JSON's form of the list."""
+        try:
+            shown = self._render([{"role": "user", "content": [{"type": "text", "text": _PART}]}], True)
+        except Exception:  # it wants other messages than this one, or text
+            return False
+        return _PART in shown and "type" not in shown
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, None where there is none, or a list of parts, whose texts are joined.
+    Raises DataError for anything else, such as an image."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list | tuple):
+        raise DataError(f"content holds {type(content).__name__}, neither text nor a list of parts")
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"content has a part of type {kind!r}; only text is read: {{'type': 'text', 'text': …}}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -179,4 +216,4 @@ def _raise(message: str) -> None:
 
 
 def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, jinja2.TemplateError | DataError) else f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.data.chat_template import text_of
 from deepseek_jax.data.config import SourceConfig
 from deepseek_jax.data.tokenizers import Tokenizer
 from deepseek_jax.errors import DataError
@@ -64,23 +65,33 @@ def check_record(record: Mapping[str, Any], source: SourceConfig, where: str, vo
                 f"{where}: {len(record['tokens'])} tokens and {len(mask)} values of loss_mask; every token needs one"
             )
     if source.format == "messages":
-        messages = record["messages"]
-        if (
-            not isinstance(messages, Sequence)
-            or not messages
-            or not all(
-                isinstance(message, Mapping)
-                and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str)
-                for message in messages
-            )
-        ):
-            raise DataError(f"{where}: messages must be a list of objects with the texts `role` and `content`")
-        if messages[-1]["role"] != "assistant":
+        _check_messages(record["messages"], where)
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    """Raises DataError unless these are messages with roles and text, an assistant's at the end. Content may be null
+    where an assistant calls tools instead."""
+    if (
+        not isinstance(messages, Sequence)
+        or not messages
+        or not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages)
+    ):
+        raise DataError(f"{where}: messages must be a list of objects with the texts `role` and `content`")
+    for number, message in enumerate(messages):
+        if message.get("content") is None and not (message["role"] == "assistant" and message.get("tool_calls")):
             raise DataError(
-                f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's, which is "
-                "trained on"
+                f"{where}: messages[{number}], the {message['role']}'s, has no `content`; it may be null only where an "
+                "assistant has `tool_calls`"
             )
+        try:
+            text_of(message.get("content"))
+        except DataError as error:
+            raise DataError(f"{where}: messages[{number}]: {error}") from None
+    if messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's, which is "
+            "trained on"
+        )
 
 
 def token_ids(values: Any, where: str, vocab_size: int | None = None) -> np.ndarray:
@@ -138,7 +149,8 @@ def split_key(record: Mapping[str, Any], source: SourceConfig) -> bytes:
     """
     if source.format == "messages":
         value = next(
-            (message["content"] for message in record["messages"] if message["role"] == "user"), record["messages"][:-1]
+            (text_of(message["content"]) for message in record["messages"] if message["role"] == "user"),
+            record["messages"][:-1],
         )
     elif source.format == "tokens":
         trained = np.flatnonzero(np.asarray(record.get("loss_mask", ())))
@@ -154,7 +166,13 @@ def shape(record: Mapping[str, Any], source: SourceConfig) -> Hashable:
     opened."""
     if source.format == "messages":  # a chat template refuses roles, their order, and fields
         return tuple(
-            (message["role"], *sorted(message), "think>" in message["content"]) for message in record["messages"]
+            (
+                message["role"],
+                type(message.get("content")),
+                *sorted(message),
+                "think>" in text_of(message.get("content")),
+            )
+            for message in record["messages"]
         )
     if source.format == "completion":
         texts = [record[field] if isinstance(record[field], str) else None for field in ("prompt", "completion")]
@@ -225,7 +243,7 @@ class Tokenize:
 
     def _messages(self, record: Mapping[str, Any]) -> np.ndarray:
         """Trains on the turn that ends the conversation, as the chat template writes it."""
-        return _answered(*self._tokenizer.turn(record["messages"]), record["messages"][-1]["content"])
+        return _answered(*self._tokenizer.turn(record["messages"]), text_of(record["messages"][-1].get("content")))
 
     def _refuse_second_opening(self, prompt_ids: Sequence[int], completion: str) -> None:
         if completion.lstrip().startswith("<think>") and self._tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(

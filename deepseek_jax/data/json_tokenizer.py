@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from deepseek_jax.data.chat_template import Messages, map_strings
+from deepseek_jax.data.chat_template import Messages, map_strings, text_of
 from deepseek_jax.data.disguise import LAST, MARK, Disguise, cut, revealed
 from deepseek_jax.data.tokenizer_files import SETTINGS
 from deepseek_jax.data.tokenizer_settings import TokenizerSettings
@@ -27,7 +27,8 @@ class JsonTokenizer:
     Control tokens are the added tokens that the file marks as special, that a setting names, that are written <…>
     (DeepSeek leaves <｜User｜> and <think> unmarked), or that the chat template writes; ordinary text never produces
     them. Padding falls back to the end-of-sequence token, as DeepSeek's files have it. Raises DataError for a file that
-    is missing or cannot be read, or that names no bos or eos token.
+    is missing or cannot be read, or that names no eos token. A tokenizer without a bos token (Qwen's) has bos_id None:
+    its texts begin with their own first token.
     """
 
     def __init__(self, file: Path):
@@ -36,7 +37,8 @@ class JsonTokenizer:
         self._parsing = _build(settings.definition, file)
         self._add_missing()
         self.vocab_size = max(self._parsing.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
+        self.bos_id = self._named_id("bos_token") if "bos_token" in settings.named else None
+        self.eos_id = self._named_id("eos_token")
         self.pad_id = self._named_id("pad_token") if "pad_token" in settings.named else self.eos_id
 
         written = settings.template.literals if settings.template else ""
@@ -66,7 +68,7 @@ class JsonTokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         text = _valid(text)
         ids = self._library_ids(self._parsing, text) if allow_special else self._ids(self._disguise.hide(text))
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         shown = [int(i) for i in ids if 0 <= i < self.vocab_size and not (skip_special and i in self._hidden)]
@@ -86,7 +88,7 @@ class JsonTokenizer:
         is kept."""
         *context, last = messages
         prompt, chat = self._render(context, True), self._render(messages, False)
-        content = self._hide_message(last).get("content", "")
+        content = text_of(self._hide_message(last).get("content"))
         dropped = self._dropped_tags(context, chat, content)
         if dropped:
             if last.get("tool_calls"):

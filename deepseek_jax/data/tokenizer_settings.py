@@ -35,12 +35,16 @@ class TokenizerSettings:
         self.template = self._chat_template(settings)
         self.eos_ids = [*self._token_ids(names.GENERATION), *self._token_ids(names.MODEL)]
 
-    def save(self, folder: Path, ids: Mapping[str, int], stop_ids: Iterable[int]) -> None:
+    def save(self, folder: Path, ids: Mapping[str, int | None], stop_ids: Iterable[int]) -> None:
         """Writes the files as they were read. generation_config.json also gets all of `stop_ids`, and `ids` where it
         lacks them."""
         files = {name: content for name, content in self._files.items() if name != names.MODEL}
         if not set(stop_ids) <= set(self._token_ids(names.GENERATION)):
-            stored = dict(ids) | self._object(names.GENERATION) | {"eos_token_id": list(stop_ids)}
+            stored = (
+                {name: i for name, i in ids.items() if i is not None}
+                | self._object(names.GENERATION)
+                | {"eos_token_id": list(stop_ids)}
+            )
             files[names.GENERATION] = json.dumps(stored, indent=2).encode()
         write_files(folder, files)
 

@@ -25,14 +25,14 @@ __all__ = [
 class Tokenizer(Protocol):
     """Text to ids and back. Control strings inside a text stay text unless `allow_special` is given.
 
-    `stop_ids` end an answer, `eos_id` first among them. `reasoning_tags` are the control strings that an assistant's
-    text, and no other, may hold. `answer_opening` is the beginning of the answer that the prompt of a chat already
-    writes, "<think>\n" for R1.
+    `bos_id` is None where texts begin with no token of their own. `stop_ids` end an answer, `eos_id` first among them.
+    `reasoning_tags` are the control strings that an assistant's text, and no other, may hold. `answer_opening` is the
+    beginning of the answer that the prompt of a chat already writes, "<think>\n" for R1.
     """
 
     vocab_size: int
     pad_id: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
     stop_ids: tuple[int, ...]
     specials: dict[str, int]

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizer_cases import CHATML, DEEPSEEK, FAMILIES, R1, ROLES, TAGS, make_tokenizer
 
 from deepseek_jax.data.config import SourceConfig
-from deepseek_jax.data.documents import Tokenize
+from deepseek_jax.data.documents import Tokenize, split_key
 from deepseek_jax.data.tokenizers import load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
@@ -368,6 +368,63 @@ def test_what_is_trained_on_in_each_format(make, kind):
     assert tokenizer.bos_id not in answer and answer.count(tokenizer.specials["<think>"]) == 1
 
 
+PARTS = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }} {% endif %}{% endfor %}{% endif %}"
+    "{% for call in m.tool_calls %}[{{ call.function.name }}]{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_and_null_reach_a_template_that_reads_them_as_in_transformers(transformers, make):
+    folder, ours = make(PARTS, ROLES)
+    oracle = theirs(transformers, folder)
+    chat = [USER(parts("one", "two")), CALL, USER("three"), ASSISTANT(parts("four"))]
+    for messages in (chat, chat[:2], [USER(parts()), ASSISTANT("x")]):
+        expected = oracle.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ours.chat(messages, add_generation_prompt=False) == expected
+    assert shown(ours, ours.turn(chat[:2])) == ["<s><|user|>one two </s><|assistant|>", "[f]</s>"]
+    document = Tokenize(SourceConfig("x.jsonl", format="messages"), ours)({"messages": chat[:2]})
+    assert document[:, 1].sum() == 4 and document[:, 2].sum() == 0, "[, f, ] and the end; no text of the assistant's"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, None])
+def test_parts_are_joined_for_templates_that_read_text_alone(make, family):
+    """Transformers writes such a list with its brackets, or fails."""
+    tokenizer = make(*FAMILIES[family])[1] if family else load_tokenizer("byte")
+    chat = [USER(parts("one ", "two")), ASSISTANT(parts("<think>a", "</think>b"))]
+    joined = [USER("one two"), ASSISTANT("<think>a</think>b")]
+    assert tokenizer.chat(chat) == tokenizer.chat(joined) and tokenizer.turn(chat) == tokenizer.turn(joined)
+    source = SourceConfig("x.jsonl", format="messages")
+    records = [{"messages": messages} for messages in (chat, joined)]
+    first, second = (Tokenize(source, tokenizer)(record) for record in records)
+    np.testing.assert_array_equal(first, second)
+    assert first[:, 2].sum() == len("<think>a</think>b") and len({split_key(r, source) for r in records}) == 1
+    with pytest.raises(DataError, match="only tool_calls are there" if family else "no tool calls"):
+        tokenizer.chat([USER("one"), CALL])
+
+
+@pytest.mark.parametrize(
+    "messages, wrong",
+    [
+        ([USER("a"), ASSISTANT(None)], r"messages\[1\], the assistant's, has no `content`; .* `tool_calls`"),
+        ([USER(None), ASSISTANT("a")], r"messages\[0\], the user's, has no `content`"),
+        ([USER([{"type": "image", "url": "x"}]), ASSISTANT("a")], r"messages\[0\]: content has a part of type 'image'"),
+        ([USER(["a"]), ASSISTANT("a")], r"messages\[0\]: content has a part of type 'str'; only text is read"),
+        ([USER(3), ASSISTANT("a")], r"messages\[0\]: content holds int, neither text nor a list of parts"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_with_its_message(make, messages, wrong):
+    tokenize = Tokenize(SourceConfig("x.jsonl", format="messages"), make(PARTS, ROLES)[1])
+    with pytest.raises(DataError, match=f"^file line 3: {wrong}"):
+        tokenize({"messages": messages}, "file line 3")
+
+
 def test_stop_tokens_come_from_everywhere(make, tmp_path):
     folder, tokenizer = make(*FAMILIES["llama"])
     eot, eos = tokenizer.specials["<|eot_id|>"], tokenizer.eos_id
@@ -382,6 +439,9 @@ def test_stop_tokens_come_from_everywhere(make, tmp_path):
         == make(None)[1].stop_ids
         == (eos,)
     )
+
+    closed = make(DEEPSEEK.replace("{{ eos_token }}", "<|end|><|user|>"), (*ROLES, "<|end|>"))[1]
+    assert closed.stop_ids == (eos, closed.specials["<|end|>"]), "what a template writes behind the end ends nothing"
 
     tokenizer.save(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [eos, eot]

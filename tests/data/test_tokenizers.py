@@ -7,6 +7,8 @@ import pytest
 import tokenizers
 from tokenizer_cases import DEEPSEEK, ROLES, TAGS, make_tokenizer
 
+from deepseek_jax.data.config import SourceConfig
+from deepseek_jax.data.documents import Tokenize
 from deepseek_jax.data.tokenizers import ByteTokenizer, StreamDecoder, check_vocabulary, find_tokenizer, load_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
 
@@ -192,6 +194,27 @@ def test_unusable_tokenizers(folder, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_tokenizer_without_a_first_token(tmp_path):
+    """As Qwen's: texts begin with their own first token."""
+    transformers = pytest.importorskip("transformers")
+    folder = make_tokenizer(tmp_path / "made", DEEPSEEK.replace("{{ bos_token }}", ""), ROLES, bos_token=None)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for ours in (load_tokenizer(folder), load_tokenizer(save(load_tokenizer(folder), tmp_path / "saved"))):
+        assert ours.bos_id is theirs.bos_token_id is None
+        ids = theirs.encode("the fox", add_special_tokens=False)
+        assert ours.encode("the fox", bos=True, eos=True) == [*ids, theirs.eos_token_id]
+        messages = [{"role": "user", "content": "the fox"}]
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ours.chat(messages) == expected
+    document = Tokenize(SourceConfig("x.jsonl"), ours)({"text": "the fox"})
+    assert document[:, 0].tolist() == [*ids, ours.eos_id] and document[:, 2].sum() == len("the fox")
+
+
+def save(tokenizer, folder):
+    tokenizer.save(folder)
+    return folder
+
+
 def test_vocabulary_must_fit_the_model(tokenizer):
     check_vocabulary(tokenizer, tokenizer.vocab_size)
     with pytest.raises(
@@ -293,7 +316,10 @@ def test_tokens_that_only_the_settings_know(tmp_path):
         json.dumps({"eos_token": {"content": "</s>"}, "pad_token": "<|user|>"})
     )
     third = make_tokenizer(tmp_path / "third", DEEPSEEK, ROLES, eos_token="x")  # a letter of the vocabulary
-    for folder in (first, second, third):
+    # newer settings list the added tokens, and the map beside them is not asked
+    fourth = make_tokenizer(tmp_path / "fourth", DEEPSEEK, ROLES, added_tokens_decoder=listed)
+    (tmp_path / "fourth" / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|user|>"}))
+    for folder in (first, second, third, fourth):
         ours, theirs = load_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         text = "a<|new|>b word fo x</s>"
         assert ours.encode(text, allow_special=True) == theirs.encode(text, add_special_tokens=False)

@@ -10,6 +10,7 @@ from deepseek_jax.model.router import Router, gate_values, routing_stats
 from deepseek_jax.training.balance import (
     BALANCE_LOSSES,
     batch_balance_loss,
+    load_metrics,
     max_violation,
     sequence_balance_loss,
     update_bias,
@@ -148,6 +149,16 @@ def test_zero_sum_update_keeps_the_sum():
     zero_sum = update_bias(jnp.zeros((1, 4)), counts, 0.1, zero_sum=True)
     np.testing.assert_allclose(zero_sum, [[-0.15, 0.05, 0.05, 0.05]], rtol=1e-6)
     assert float(jnp.sum(zero_sum)) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_load_of_each_expert_is_relative_to_its_routers_mean():
+    """Dense stacks come as matrices, single routers as vectors, and routers count different numbers of tokens."""
+    loads = {"moe_layers": jnp.asarray([[2.0, 6.0], [1.0, 1.0]]), "mtp_0": jnp.asarray([9.0, 1.0])}
+    metrics = load_metrics(loads)
+    np.testing.assert_allclose(metrics["expert_load"], [[0.5, 1.5], [1.0, 1.0], [1.8, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(metrics["max_violation_per_layer"], [0.5, 0.0, 0.8], rtol=1e-6)
+    assert float(metrics["max_violation_mean"]) == pytest.approx(1.3 / 3)
+    assert float(metrics["max_violation_max"]) == pytest.approx(0.8)
 
 
 def test_max_violation():
