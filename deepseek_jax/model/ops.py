@@ -5,6 +5,7 @@ A module names logical axes and gets numbers. The number format and the devices 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,27 +57,34 @@ class Ops:
     def linear(self, x: jax.Array, w_DF: Weight, axes: Sequence[str], role: str = "linear") -> jax.Array:
         """x [..., D] times W [D, F]: [..., F] in the compute dtype. `axes` are W's logical axes, `role` says whose
         product it is (see `Precision`)."""
-        return self.product(self.precision.linear, w_DF, axes, role, x)
+        x_ND, w = self.flatten(x), self.precision.weight(w_DF, role, self.local_shape(w_DF.shape, axes))
+        y_NF = self.divided(self.precision.linear, role, w, axes, x_ND)(x_ND, w)
+        return y_NF.reshape(*x.shape[:-1], -1)
 
     def swiglu_linear(self, gate: jax.Array, up: jax.Array, w_FD: Weight, axes: Sequence[str]) -> jax.Array:
         """silu(gate) · up, [..., F], times W [F, D]: [..., D] in the compute dtype."""
-        return self.product(self.precision.swiglu_linear, w_FD, axes, "linear", gate, up)
+        flat, w = (self.flatten(gate), self.flatten(up)), w_FD
+        w = self.precision.weight(w, "linear", self.local_shape(w.shape, axes))
+        y_ND = self.divided(self.precision.swiglu_linear, "linear", w, axes, *flat)(*flat, w)
+        return y_ND.reshape(*gate.shape[:-1], -1)
 
-    def product(
-        self, multiply: Callable[..., jax.Array], w: Weight, axes: Sequence[str], role: str, *x: jax.Array
-    ) -> jax.Array:
-        """multiply(*x, w), a method of the precision, where the weights and the tokens are."""
-        w = self.precision.weight(w, role, w.shape)
-        y = multiply(*(x.reshape(-1, x.shape[-1]) for x in x), w, role=role, device=self.device)
-        return y.reshape(*x[0].shape[:-1], -1)
+    def divided(
+        self, multiply: Callable[..., jax.Array], role: str, w: Any, axes: Sequence[str], *x: jax.Array
+    ) -> Callable[..., jax.Array]:
+        """multiply(*x, w), a product of the precision, as each device computes its share."""
+        del w, axes, x
+        return functools.partial(multiply, role=role, device=self.device)
+
+    def flatten(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [N, D], for one plain matrix product."""
+        return x.reshape(-1, x.shape[-1])
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
         """A product that is no Linear's (attention, the head): operands in the compute dtype, the result in float32.
         "..." stands for leading axes of a, which b does not have."""
         if "..." not in equation:
             return self.precision.einsum(equation, a, b)
-        y = self.precision.einsum(equation, a.reshape(-1, a.shape[-1]), b)
-        return y.reshape(*a.shape[:-1], -1)
+        return self.precision.einsum(equation, self.flatten(a), b).reshape(*a.shape[:-1], -1)
 
     def rounded_input(self, x: jax.Array) -> jax.Array:
         """x as `linear` rounds it: for a product written another way that must give the same."""

@@ -1,7 +1,6 @@
 """The network's operations on a mesh of devices."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -84,30 +83,23 @@ class MeshOps(Ops):
     def local_shape(self, shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...]:
         return tuple(shape) if _inside_shard_map() else self.sharding(axes, shape).shard_shape(tuple(shape))
 
-    def product(
-        self, multiply: Callable[..., jax.Array], w: Weight, axes: Sequence[str], role: str, *x: jax.Array
-    ) -> jax.Array:
-        w = self.precision.weight(w, role, self.local_shape(w.shape, axes))
-        multiply = functools.partial(multiply, role=role, device=self.device)
-        flat = tuple(self._flatten(x) for x in x)
-        if self.precision.has_kernels(self.device) and not _inside_shard_map():
-            multiply = self.divided(multiply, w, axes, *flat)
-        return multiply(*flat, w).reshape(*x[0].shape[:-1], -1)
-
-    def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        if "..." not in equation:
-            return self.precision.einsum(equation, a, b)
-        return self.precision.einsum(equation, self._flatten(a), b).reshape(*a.shape[:-1], -1)
-
-    def _flatten(self, x: jax.Array) -> jax.Array:
+    def flatten(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [N, D]. Not where the mesh divides positions: two divided axes cannot become one without moving
         numbers between devices."""
-        return x if self._shards("length") > 1 and not _inside_shard_map() else x.reshape(-1, x.shape[-1])
+        return x if self._shards("length") > 1 and not _inside_shard_map() else super().flatten(x)
 
     def divided(
+        self, multiply: Callable[..., jax.Array], role: str, w: Any, axes: Sequence[str], *x: jax.Array
+    ) -> Callable[..., jax.Array]:
+        """The compiler divides a product, unless it is a kernel."""
+        multiply = super().divided(multiply, role, w, axes, *x)
+        kernel = self.precision.has_kernels(self.device) and not _inside_shard_map()
+        return self.by_tokens(multiply, w, axes, *x) if kernel else multiply
+
+    def by_tokens(
         self, multiply: Callable[..., jax.Array], w: Any, axes: Sequence[str], *x: jax.Array
     ) -> Callable[..., jax.Array]:
-        """multiply(*x, w) with each device multiplying its own tokens: x [N, D] or [B, T, D], w [D, F].
+        """multiply(*x, w) of each device's own tokens: x [N, D] or [B, T, D], w [D, F].
 
         A dimension of w that the tokens' mesh axes divide is gathered here, and its gradient summed and divided again on
         the way back. One that other axes divide (tensor) divides the product, if its shards are whole tiles: sums over D

@@ -58,14 +58,15 @@ def mesh_ops(
     dcn: Mapping = MappingProxyType({}),
     rules: Mapping = MappingProxyType({}),
     precision: Precision | str = "float32",
+    target: str | None = None,
     **dispatch,
 ) -> Ops:
     """On one device (None) or on a mesh of eight."""
     if sizes is None:
-        return Ops(precision)
+        return Ops(precision, target=target)
     resolved = resolve(MeshConfig(**sizes), 8)
     mesh, rules = build_mesh(resolved, dcn, jax.devices()), build_rules(tuple(rules.items()))
-    return MeshOps(precision, mesh=mesh, rules=rules, dispatch=DispatchConfig(**dispatch))
+    return MeshOps(precision, target=target, mesh=mesh, rules=rules, dispatch=DispatchConfig(**dispatch))
 
 
 def on(sizes: dict | None, model: Transformer = MODEL, **options) -> Transformer:

@@ -4,6 +4,7 @@ product."""
 import dataclasses
 import math
 import re
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import pytest
 from meshes import jit, mesh_ops
 
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.layers import Linear
 from deepseek_jax.model.moe import Experts
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.precision import get_precision
 from kernels_pallas import fp8_linear, quantize_block
+from kernels_pallas.linear import vjp
 
 X, W = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 32, 256), (256, 384)]))
 FP8 = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
@@ -39,7 +42,7 @@ def multiply(x, w):
 
 def product(ops: Ops, axes, x, w):
     """x W as kernels would multiply it: on a mesh each device its part."""
-    return (multiply if ops is ONE else ops.divided(multiply, w, axes, x))(x, w)
+    return (multiply if ops is ONE else ops.by_tokens(multiply, w, axes, x))(x, w)
 
 
 def call(ops: Ops, axes, x, w):
@@ -79,6 +82,26 @@ def gathered(fn, *args) -> dict[str, int]:
     for dtype, dims in re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", text):
         largest[dtype] = max(largest.get(dtype, 0), math.prod(map(int, dims.split(","))))
     return largest
+
+
+def test_a_linear_in_fp8_on_a_mesh_is_eight_calls(monkeypatch):
+    """A reader follows one Linear from its module to the product of the kernels through few functions."""
+    called = []
+
+    def product(static, a, b, sizes_G, out_dtype):
+        ours = [
+            frame
+            for frame in traceback.extract_stack()
+            if "/deepseek_jax/" in frame.filename or "/kernels_pallas/" in frame.filename
+        ]
+        called.append([frame.name for frame in ours])
+        return jnp.zeros((a.shape[0], b.shape[0]), out_dtype)
+
+    monkeypatch.setattr(vjp, "matmul", product)
+    ops = mesh_ops({"fsdp": 2, "tensor": 4}, precision=get_precision("fp8_deepseek"), target="tpu")
+    linear = Linear(experts_config(2, 8), ops, 384, ("embed", "heads"))
+    jax.eval_shape(lambda x: linear.apply({"params": {"kernel": W}}, x), X)
+    assert 1 <= len(called[0]) < 8, called[0]  # and the product itself
 
 
 @pytest.mark.parametrize(
