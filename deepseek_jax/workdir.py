@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.data.tokenizer_files import RECORD
 from deepseek_jax.errors import ConfigError, UserError
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.identity import decisive
@@ -26,7 +27,6 @@ from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.parallel.hosts import from_primary, is_primary, write_text
 from deepseek_jax.stages import Stage, build_stages
 
-RECORD = "experiment.json"
 DEFAULTS = {"precision": "float32", "tokenizer": "byte", "task": None, "seed": 0}
 NOT_WRITABLE = (
     errno.EROFS,

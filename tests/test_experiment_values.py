@@ -131,7 +131,7 @@ def test_a_network_without_experts_or_compressed_queries():
         ("model.tie_embeddings=abc", "model.tie_embeddings='abc': must be True or False"),
         ("model.rope.theta=-1", "RopeConfig.theta=-1"),
         ("model=3", "model=3: must be a mapping of the fields of ModelConfig"),
-        ("precision.name=3", "unknown precision|which has no fields"),
+        ("precision.name=3", "config.precision=3: allowed|which has no fields"),
         ("grpo.grpo={1: 2}", "config.grpo.grpo has the key 1: names of fields are text"),
         ("tokenizer=" + "x" * 500, "no file has so long a name"),
         ("tokenizer=None", "config.tokenizer=None: must be text"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.data.config import SourceConfig
 from deepseek_jax.data.documents import Documents, Tokenize
-from deepseek_jax.data.sources import NothingHeldOut, open_source
+from deepseek_jax.data.sources import NothingHeldOut, is_own, open_source, own_function
 from deepseek_jax.data.tokenizers import Tokenizer
 
 
@@ -20,12 +20,16 @@ def check_sources(
     """Opens the sources and tokenizes one record of each shape (see `Documents`), through the chat template too.
 
     A source that holds nothing out has no validation split to open; where it is trained on, its share of held-out
-    documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may have to be downloaded.
+    documents may be empty. Without `prepare` only local files are opened: a TFDS dataset may have to be
+    downloaded, and a user's own function is imported, not called.
     Raises DataError for what is missing, unreadable or empty, and for a record that cannot be tokenized.
     """
     opened = []  # until the end, so that a file of both splits is read once
     for source in sources:
         if not prepare and (source.name == "stdlib" or source.name.startswith("tfds:")):
+            continue
+        if not prepare and is_own(source):
+            own_function(source)
             continue
         for split in splits:
             if split == "train" or source.holds_out:

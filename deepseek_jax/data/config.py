@@ -19,16 +19,17 @@ class SourceConfig:
     """One source of documents.
 
     name: 'stdlib' (the Python standard library's own source), 'tfds:NAME' (any TFDS dataset with a text feature), a
-        path or glob of .jsonl, .parquet or .txt files (a .txt file is one document), or the key of an in-memory source
-        given to `build_loader`.
+        path or glob of .jsonl, .parquet or .txt files (a .txt file is one document), your own function as
+        'package.module:function', or the key of an in-memory source given to `build_loader`. Your function returns a
+        sequence of records, all of them, or those of a split, 'train' or 'validation', if it has a parameter `split`.
     weight: the source's share of the sequences, and with packing='split' of the tokens, relative to the other sources.
     format: 'text': <bos> text <eos>, every token trained on. 'completion': fields `prompt` and `completion` (text or
         token ids), loss on the completion. 'messages': a chat whose last message is the assistant's, loss on that
         message. 'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
     text_field: the field that holds the text (format 'text').
-    validation_fraction: local files only: share of documents held out; a document's content alone decides whether it
-        is. 0 without a validation_path, for any source, holds nothing out, and training runs without held-out
-        evaluation.
+    validation_fraction: local files and own functions without `split`: share of documents held out; a document's
+        content alone decides whether it is. 0 without a validation_path, for any source, holds nothing out, and
+        training runs without held-out evaluation.
     validation_path: local files only: the held-out files, in place of a fraction.
     train_split, validation_split: TFDS only; slices such as 'train[:95%]' are allowed.
     max_bytes: stdlib only: at most this much text, training and validation together (None: all, about 10 MB).

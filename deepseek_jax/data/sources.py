@@ -4,9 +4,10 @@ import array
 import difflib
 import glob
 import hashlib
+import inspect
 import os
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,8 @@ from deepseek_jax.data import stdlib_text
 from deepseek_jax.data.config import SourceConfig
 from deepseek_jax.data.documents import check_record, required_fields, shape, split_key
 from deepseek_jax.data.files import is_packed, read_file, suffixes
-from deepseek_jax.errors import DataError, nearest
+from deepseek_jax.errors import ConfigError, DataError, nearest
+from deepseek_jax.registry import resolve
 
 InMemory = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # source name -> split -> records
 OTHER_DATA = (
@@ -45,7 +47,8 @@ def open_source(
 ) -> Records:
     """Records of one split ('train' or 'validation'). Raises DataError for what is missing, unreadable or empty.
 
-    Every record of a local file is checked here, token ids against `vocab_size`; others when they are tokenized.
+    Every record of a local file, and of a user's own function, is checked here, token ids against `vocab_size`; others
+    when they are tokenized.
     """
     in_memory = in_memory or {}
     if source.name in in_memory:
@@ -57,14 +60,28 @@ def open_source(
     elif source.name.startswith("tfds:"):
         wanted = source.train_split if split == "train" else source.validation_split
         records = TfdsRecords(_prepare_tfds(source.name.removeprefix("tfds:"), data_dir), wanted, source)
+    elif is_own(source):
+        records = _own_records(source, split, vocab_size)
     elif _looks_like_a_path(source.name):
-        records = FileRecords(source, split, vocab_size)
+        records = _file_records(source, split, vocab_size)
     else:
-        forms = ["stdlib", "tfds:NAME", *(f"PATH{suffix}" for suffix in suffixes()), *in_memory]
+        forms = [
+            "stdlib",
+            "tfds:NAME",
+            *(f"PATH{suffix}" for suffix in suffixes()),
+            "package.module:function",
+            *in_memory,
+        ]
         raise DataError(f"unknown dataset {source.name!r}: {nearest(source.name, forms)}")
     if len(records) == 0:
         raise DataError(f"source {source.name!r} has no documents in its {split} split")
     return records
+
+
+def is_own(source: SourceConfig) -> bool:
+    """Whether a source is named as package.module:function."""
+    name = source.name
+    return ":" in name and not name.startswith("tfds:") and not _looks_like_a_path(name)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -178,11 +195,19 @@ def holds_out(source: SourceConfig, data_dir: str | None = None, vocab_size: int
     return source.holds_out
 
 
-class LocalFile:
-    """The records of one file, each read and checked once: its side of a split, and its shape."""
+class Reader(Protocol):
+    """Records in a file, or of a user's own function; `where(i)` says where record i stands."""
 
-    def __init__(self, path: str, source: SourceConfig, vocab_size: int | None):
-        self.reader = read_file(path, source)
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    def where(self, index: int) -> str: ...
+
+
+class CheckedRecords:
+    """All records of a reader, each read and checked once: its side of a split, and its shape."""
+
+    def __init__(self, reader: Reader, source: SourceConfig, vocab_size: int | None):
+        self.reader = reader
         self.sides = array.array("d")  # in [0, 1): below validation_fraction is held out
         self.examples: dict[Hashable, int] = {}  # shape -> first record
         for index in range(len(self.reader)):
@@ -192,10 +217,10 @@ class LocalFile:
             self.examples.setdefault(shape(record, source), index)
 
 
-_open_files: weakref.WeakValueDictionary[Hashable, LocalFile] = weakref.WeakValueDictionary()
+_opened: weakref.WeakValueDictionary[Hashable, CheckedRecords] = weakref.WeakValueDictionary()
 
 
-def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> LocalFile:
+def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> CheckedRecords:
     """The file as it is now; training and held-out data from one file share it."""
     try:
         status = os.stat(path)
@@ -211,32 +236,29 @@ def _open_file(path: str, source: SourceConfig, vocab_size: int | None) -> Local
         source.text_field,
         vocab_size,
     )
-    file = _open_files.get(key)
+    file = _opened.get(key)
     if file is None:
-        file = _open_files[key] = LocalFile(path, source, vocab_size)
+        file = _opened[key] = CheckedRecords(read_file(path, source), source, vocab_size)
     return file
 
 
-class FileRecords:
-    """Records of local files. Each file is read through once, so that a bad line is found before training."""
+class SplitRecords:
+    """One split of checked records: of a share decided by each record's content, or all of them where files or a user's
+    function are already divided."""
 
-    def __init__(self, source: SourceConfig, split: str, vocab_size: int | None = None):
-        separate = source.validation_path is not None
-        self._files = [
-            _open_file(path, source, vocab_size)
-            for path in find_files(source.validation_path if separate and split == "validation" else source.name)
-        ]
+    def __init__(self, parts: Sequence[CheckedRecords], source: SourceConfig, split: str, divided: bool):
+        self._parts = parts
         self._numbers, self._indices = array.array("L"), array.array("Q")
-        for number, file in enumerate(self._files):
-            sides = np.asarray(file.sides)
+        for number, part in enumerate(parts):
+            sides = np.asarray(part.sides)
             mine = (
                 np.ones(len(sides), bool)
-                if separate
+                if divided
                 else (sides < source.validation_fraction) == (split == "validation")
             )
             self._indices.extend(np.flatnonzero(mine).tolist())
             self._numbers.extend([number] * int(mine.sum()))
-        total = sum(len(file.sides) for file in self._files)
+        total = sum(len(part.sides) for part in parts)
         if total and not len(self):
             kind = NothingHeldOut if split == "validation" else DataError
             raise kind(
@@ -250,15 +272,56 @@ class FileRecords:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._files[self._numbers[index]].reader[self._indices[index]]
+        return self._parts[self._numbers[index]].reader[self._indices[index]]
 
     def where(self, index: int) -> str:
-        return self._files[self._numbers[index]].reader.where(self._indices[index])
+        return self._parts[self._numbers[index]].reader.where(self._indices[index])
 
     def examples(self) -> list[int]:
         """One record of each shape."""
-        shapes = {(number, index) for number, file in enumerate(self._files) for index in file.examples.values()}
+        shapes = {(number, index) for number, part in enumerate(self._parts) for index in part.examples.values()}
         return [i for i, place in enumerate(zip(self._numbers, self._indices, strict=True)) if place in shapes]
+
+
+def _file_records(source: SourceConfig, split: str, vocab_size: int | None) -> SplitRecords:
+    """Records of local files; each file is read through once, so that a bad line is found before training."""
+    divided = source.validation_path is not None
+    paths = find_files(source.validation_path if divided and split == "validation" else source.name)
+    return SplitRecords([_open_file(path, source, vocab_size) for path in paths], source, split, divided)
+
+
+def own_function(source: SourceConfig) -> Callable[..., Sequence[Mapping[str, Any]]]:
+    """The function of a source called package.module:function. Raises ConfigError if it can't be imported."""
+    function = resolve({}, source.name, "source")
+    if not callable(function):
+        raise ConfigError(
+            f"source {source.name!r} is a {type(function).__name__}: must be a function that returns records"
+        )
+    if source.validation_path is not None:
+        raise ConfigError(
+            f"source {source.name!r}: validation_path belongs to local files; a function with a parameter `split` "
+            "returns its held-out records for split='validation'"
+        )
+    return function
+
+
+def _own_records(source: SourceConfig, split: str, vocab_size: int | None) -> SplitRecords:
+    """Records that a user's function returns: function(split) those of a split, or function() all of them, of which
+    `validation_fraction` is held out, as of local files."""
+    function = own_function(source)
+    divided = "split" in inspect.signature(function).parameters
+    key = (source.name, split if divided else None, source.format, source.text_field, vocab_size)
+    part = _opened.get(key)
+    if part is None:
+        try:
+            records = function(split) if divided else function()
+            reader = MemoryRecords(records if hasattr(records, "__getitem__") else list(records), source)
+        except Exception as error:  # of the user's code
+            raise DataError(f"source {source.name!r} raised {type(error).__name__}: {error}") from error
+        part = _opened[key] = CheckedRecords(reader, source, vocab_size)
+    if divided and split == "validation" and not len(part.sides):
+        raise NothingHeldOut(f"source {source.name!r} returns no records for split='validation'")
+    return SplitRecords([part], source, split, divided)
 
 
 def find_files(name: str) -> list[str]:

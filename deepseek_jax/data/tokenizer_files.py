@@ -22,6 +22,7 @@ TEMPLATE, TEMPLATES, GENERATION, MODEL = (
 )
 BESIDE = (SETTINGS, SPECIALS, ADDED, TEMPLATE, GENERATION)
 FOLDER = "tokenizer"  # in a stage's folder
+RECORD = "experiment.json"  # in a stage's folder: the experiment that its results belong to
 
 
 def read_files(file: Path) -> dict[str, bytes]:
@@ -62,8 +63,8 @@ def find_tokenizer(checkpoint: Path) -> str:
     """The tokenizer that a checkpoint was trained with, as `load_tokenizer` takes it.
 
     `checkpoint` is a Hugging Face folder, a stage's folder, its `checkpoints` folder, one checkpoint in it, or a run's
-    folder. A stage has the files in `tokenizer/`; for a run without them, its config.json names the tokenizer. Raises
-    DataError where the tokenizer is not recorded.
+    folder. A stage has the files in `tokenizer/`; where it has none, as for a tokenizer of a user's own, the stage's
+    experiment.json or the run's config.json names the tokenizer. Raises DataError where it is not recorded.
     """
     checkpoint = Path(checkpoint).absolute()
     if not checkpoint.is_dir():
@@ -74,9 +75,9 @@ def find_tokenizer(checkpoint: Path) -> str:
     for folder in (stage, stage / FOLDER):
         if (folder / TOKENIZER).is_file():
             return str(folder)
-    for folder in (stage, stage.parent):
-        if is_run(folder):
-            return str(_config(folder).get("tokenizer") or "byte")  # an experiment that names none uses bytes
+    for file in (stage / RECORD, stage / MODEL, stage.parent / MODEL):
+        if "stages" in (config := _config(file)):
+            return str(config.get("tokenizer") or "byte")  # an experiment that names none uses bytes
     raise DataError(
         f"no tokenizer at {checkpoint}: it has no {TOKENIZER}, no folder {FOLDER!r} with one, and no config.json of a "
         "run that names one; "
@@ -86,11 +87,10 @@ def find_tokenizer(checkpoint: Path) -> str:
 
 def is_run(folder: Path) -> bool:
     """True if a folder's config.json is an experiment's, not that of a Hugging Face network."""
-    return "stages" in _config(folder)
+    return "stages" in _config(folder / MODEL)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / MODEL
+def _config(file: Path) -> dict[str, Any]:
     return read_object(_read(file), file) if file.is_file() else {}
 
 

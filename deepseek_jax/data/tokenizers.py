@@ -1,5 +1,6 @@
-"""Tokenizers: bytes (built in) and any `tokenizer.json`, with one interface."""
+"""Tokenizers: bytes (built in), any `tokenizer.json`, and your own as package.module:attribute, with one interface."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from deepseek_jax.data.chat_template import Messages
 from deepseek_jax.data.json_tokenizer import JsonTokenizer
 from deepseek_jax.data.tokenizer_files import find_tokenizer
 from deepseek_jax.errors import ConfigError, DataError
+from deepseek_jax.registry import resolve
 
 __all__ = [
     "ByteTokenizer",
@@ -18,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "check_vocabulary",
     "find_tokenizer",
+    "is_own",
     "load_tokenizer",
 ]
 
@@ -53,17 +56,20 @@ class Tokenizer(Protocol):
         """Ids of the prompt and of the answer, its end included, for a chat whose last message is the assistant's."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files, from which `load_tokenizer(folder)` gives the same tokenizer."""
+        """Writes the tokenizer's files, from which `load_tokenizer(folder)` gives the same tokenizer. One of your own
+        needs no such method: a run notes its name."""
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Loads 'byte', a `tokenizer.json`, a folder that holds one, or the tokenizer of a checkpoint (see
-    `find_tokenizer`).
+    """Loads the tokenizer that `spec` names: 'byte', a `tokenizer.json`, a folder that holds one, a checkpoint that knows its
+    own (see `find_tokenizer`), or your own as package.module:attribute, a Tokenizer or what returns one when called.
 
-    Raises DataError saying what is missing or wrong.
+    Raises DataError or ConfigError saying what is missing or wrong.
     """
     if str(spec) == "byte":
         return ByteTokenizer()
+    if is_own(spec):
+        return _own(str(spec))
     if len(str(spec)) > 4096 or any(len(part.encode()) > 255 for part in Path(spec).parts):
         raise DataError(
             f"no tokenizer at {str(spec)[:80]!r} …: no file has so long a name; give 'byte', a tokenizer.json, or a "
@@ -80,11 +86,36 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             raise DataError(f"no tokenizer at {str(spec)!r}: its run names {found!r}, which names none")
     file = path / tokenizer_files.TOKENIZER if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"no tokenizer at {str(path)!r}: give 'byte', a tokenizer.json, or a folder that holds one")
+        raise DataError(
+            f"no tokenizer at {str(path)!r}: give 'byte', a tokenizer.json, or a folder that holds one, or your own "
+            "as package.module:attribute"
+        )
     settings = file.parent / tokenizer_files.SETTINGS
     if settings.is_file() and tokenizer_files.read_object(settings.read_bytes(), settings).get(MARKED) == "byte":
         return ByteTokenizer()
     return JsonTokenizer(file)
+
+
+def is_own(spec: str | Path) -> bool:
+    """Whether a tokenizer is named as package.module:attribute: no file, which may have such a name too."""
+    return re.fullmatch(r"[\w.]+:[\w.]+", str(spec)) is not None and not Path(spec).exists()
+
+
+def _own(spec: str) -> Tokenizer:
+    found = resolve({}, spec, "config.tokenizer")
+    if isinstance(found, type) or not hasattr(found, "encode"):
+        try:
+            found = found()
+        except Exception as error:  # of the user's code
+            raise DataError(f"tokenizer {spec!r} cannot be made ({type(error).__name__}: {error})") from error
+    needed = [name for name in (*Tokenizer.__annotations__, *vars(Tokenizer)) if not name.startswith("_")]
+    missing = [name for name in needed if name != "save" and not hasattr(found, name)]
+    if missing:
+        raise DataError(
+            f"tokenizer {spec!r} is a {type(found).__name__} without {', '.join(missing)}: it needs what "
+            "deepseek_jax.data.tokenizers.Tokenizer has"
+        )
+    return found
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         top_k=flags.top_k,
         top_p=flags.top_p,
     )
-    precision = get_precision(flags.precision)
+    precision = get_precision(flags.precision, "--precision")
     if hugging_face:
         precision = precision_for(checkpoint, precision)
         config, variables = import_folder(checkpoint, "fp8" if isinstance(precision, FP8Precision) else "float32")

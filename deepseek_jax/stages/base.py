@@ -15,7 +15,7 @@ import numpy as np
 
 from deepseek_jax.accounting.cost import Work
 from deepseek_jax.data.tokenizer_files import FOLDER
-from deepseek_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from deepseek_jax.data.tokenizers import ByteTokenizer, Tokenizer, is_own
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.model.transformer import Transformer, init_variables
@@ -115,8 +115,9 @@ class Stage:
         raise NotImplementedError
 
     def keep_tokenizer(self) -> None:
-        """Puts the tokenizer's files beside the checkpoints, so that the folder alone can read and write text."""
-        if is_primary():
+        """Puts the tokenizer's files beside the checkpoints, so that the folder alone can read and write text. A
+        tokenizer of a user's own is found again by the name in experiment.json."""
+        if is_primary() and not is_own(self.experiment.config.get("tokenizer", "byte")):
             self.experiment.tokenizer.save(self.folder / FOLDER)
 
     def draw_curves(self) -> None:

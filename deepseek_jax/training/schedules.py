@@ -1,20 +1,24 @@
-"""Values that change over a run: learning rate, bias speed γ, MTP weight λ, batch size. Published ones and plain ones.
+"""Schedules of values that change over a run: learning rate, bias speed γ, MTP weight λ, batch size.
 
 A `Schedule` is optax-style: a function of the step, traceable, and here also hashable. Reports give boundaries in
 tokens; a `BatchSchedule` says at which step a token count is reached while the batch still grows.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from deepseek_jax.errors import ConfigError, nearest
-from deepseek_jax.fields import convert, is_mapping
+from deepseek_jax.fields import convert, inside, is_mapping
+from deepseek_jax.registry import resolve
 
 SHAPES = ("linear", "cosine", "constant")
 
@@ -116,6 +120,30 @@ class BatchSchedule:
             return round(self.ramp_steps + (tokens - self.ramp_tokens) / (self.seq_len * self.end))
         growth = 0.0 if self.jump else (self.end - self.start) / (2 * self.ramp_steps)
         return round(2 * sequences / (self.start + math.sqrt(self.start**2 + 4 * growth * sequences)))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSchedule(Schedule):
+    """A function of the step that a user wrote, found again by `kind`, which a config has as package.module:function.
+
+    Two are equal if kind and arguments are. `steps` is the length of the stage.
+    """
+
+    kind: str = ""
+    arguments: str = ""
+    steps: int = dataclasses.field(default=1, compare=False)
+    function: Callable[[jax.Array], jax.Array] = dataclasses.field(default=float, compare=False)
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        step = jax.numpy.asarray(step)
+        value = jax.vmap(self.function)(step) if step.ndim else self.function(step)
+        return jax.numpy.asarray(value, jax.numpy.float32)
+
+    @functools.cached_property
+    def values(self) -> tuple[float, ...]:
+        """The first, the least, the largest and the last value of the stage's steps."""
+        every = np.asarray(self(np.arange(self.steps + 1)))
+        return tuple(map(float, (every[0], every.min(), every.max(), every[-1])))
 
 
 # Sources: V3 §4.2, V2 §3.1.2 and appendix B, Moonlight §3.2. The shape of the ramps is not published; linear in steps
@@ -241,8 +269,10 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 def build_schedule(spec: "Schedule | float | Mapping[str, Any]", path: str, steps: int) -> Schedule:
     """A schedule from a number, or from {"kind": name, **arguments}; `steps` is the run's length where none is given.
 
-    `"steps": None` asks for a published schedule at its published length. Raises ConfigError for an unknown kind or
-    argument.
+    `"steps": None` asks for a published schedule at its published length. A kind is one of `SCHEDULES`, or your own as
+    package.module:function: it takes the arguments, and `steps` if it has such a parameter, and returns a Schedule or
+    a function of the step, traceable as optax's are. Raises ConfigError for an unknown kind or argument, and for a
+    function that does not return that.
     """
     if isinstance(spec, Schedule):
         return spec
@@ -255,19 +285,47 @@ def build_schedule(spec: "Schedule | float | Mapping[str, Any]", path: str, step
         )
     arguments = dict(spec.items())
     kind = arguments.pop("kind")
-    if not isinstance(kind, str) or kind not in SCHEDULES:
-        raise ConfigError(f"{path}.kind={kind!r}: {nearest(str(kind), SCHEDULES)}")
-    parameters = inspect.signature(SCHEDULES[kind]).parameters
+    builder = resolve(SCHEDULES, kind, f"{path}.kind")
+    if not callable(builder):
+        raise ConfigError(
+            f"{path}.kind={kind!r} is a {type(builder).__name__}: must be a function that makes a schedule"
+        )
+    try:
+        parameters, hints = inspect.signature(builder).parameters, typing.get_type_hints(builder)
+    except (TypeError, ValueError, NameError) as error:  # of a builtin, or of annotations that can't be read
+        raise ConfigError(f"{path}.kind={kind!r} has no signature that can be read ({error})") from error
     for name, value in arguments.items():
         if name not in parameters:
             raise ConfigError(f"unknown argument {path}.{name} of schedule {kind!r}: {nearest(str(name), parameters)}")
-        arguments[name] = convert(value, parameters[name].annotation, f"{path}.{name}")
+        arguments[name] = convert(value, hints.get(name, Any), f"{path}.{name}")
     if "steps" in parameters:
         arguments.setdefault("steps", steps)
     for name, parameter in parameters.items():
         if name not in arguments and parameter.default is inspect.Parameter.empty:
             raise ConfigError(f"{path}: schedule {kind!r} needs {name!r}")
+    if kind in SCHEDULES:
+        with inside(path):
+            return builder(**arguments)
+    return _own(builder, kind, arguments, path, steps)
+
+
+def _own(builder: Callable, kind: str, arguments: dict[str, Any], path: str, steps: int) -> Schedule:
+    """The schedule that a user's function makes."""
     try:
-        return SCHEDULES[kind](**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        made = builder(**arguments)
+        if isinstance(made, Schedule):
+            return made
+        shape = jax.eval_shape(made, jax.ShapeDtypeStruct((), jax.numpy.int32)).shape
+    except Exception as error:  # of the user's code
+        raise ConfigError(
+            f"{path}: {kind} makes no schedule ({type(error).__name__}: {error}); it must return a Schedule, or a "
+            "function of the step that jax can trace, as optax's are"
+        ) from error
+    if shape != ():
+        raise ConfigError(
+            f"{path}: {kind} makes a function whose value has shape {shape}: must be one number for a step"
+        )
+    own = OwnSchedule(0.0, kind=kind, arguments=repr(sorted(arguments.items())), steps=steps, function=made)
+    if not np.isfinite(own.values).all():
+        raise ConfigError(f"{path}: {kind} has values that are not finite in steps 0 to {steps}")
+    return own

@@ -190,7 +190,7 @@ def test_a_file_changes_single_choices():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fp8", "unknown precision 'fp8': allowed: bfloat16, float32, fp8_deepseek"),
+        ("fp8", "config.precision='fp8': allowed: bfloat16, float32, fp8_deepseek, or your own as package.module"),
         ({"name": "fp8_deepseek", "formats": {}}, "unknown field config.precision.formats: did you mean 'format'"),
         (
             {"name": "fp8_deepseek", "format": {"gradient": {"scop": "tile"}}},
