@@ -22,11 +22,12 @@ def call(path: str, function: str) -> tuple[Any, str]:
     the one above last, where it hides no installed package. Raises ConfigError for a file that is missing, cannot be
     run or has no such function, and for any exception raised in it.
     """
-    folders = Path(path).resolve().parents[:2]
+    own = Path(path).resolve().parent
+    folders = [own, own.parent]
     _require_file(path)
-    for position, folder in zip((0, len(sys.path) + 1), map(str, folders), strict=False):
-        if folder not in sys.path:
-            sys.path.insert(position, folder)
+    sys.path[:] = [str(own), *(folder for folder in sys.path if folder != str(own))]
+    if str(own.parent) not in sys.path:
+        sys.path.append(str(own.parent))
     name = f"file {Path(path).resolve()}"  # no module that anyone imports
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -2,15 +2,26 @@
 experiments/sweeps/fp8_curve.py.
 
     python -m deepseek_jax --config=experiments/fp8_curve.py
-    python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16      the curve it is compared with
+    python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16    to compare
 
 2,830,088 parameters, heads as wide as V3's. Hardware: one CPU core; 8 minutes in FP8, 3.5 in bfloat16. What is
 measured: experiments/sweeps/fp8_curve.py.
+
+Outlier channels, as large networks grow them, are a stage of this file: --config.stages="('outliers', 'pretrain')".
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from deepseek_jax.stages import Stage, Variables
 
 
 def get_config() -> ConfigDict:
@@ -36,7 +47,7 @@ def get_config() -> ConfigDict:
             "mesh": {},
             "seed": 0,
             "stages": ("pretrain",),
-            "outliers": {"kind": "outliers", "channels": 4, "factor": 64.0},
+            "outliers": {"kind": "fp8_curve:OutliersStage", "channels": 4, "factor": 64.0},
             "pretrain": {
                 "kind": "pretrain",
                 "data": {"sources": ({"name": "stdlib"},)},
@@ -63,3 +74,55 @@ def get_config() -> ConfigDict:
             },
         }
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OutliersStage(Stage):
+    """Puts `channels` outlier channels, `factor` times as large, into the weights; leaves no files."""
+
+    channels: int
+    factor: float
+
+    leaves_results: ClassVar[bool] = False
+
+    def __post_init__(self):
+        width = self.experiment.model.config.hidden_size
+        if not 0 < self.channels <= width or self.factor <= 0:
+            raise ConfigError(f"channels={self.channels} must be 1 to {width}, and factor={self.factor} above 0")
+
+    def summary(self) -> str:
+        return f"{self.channels} channels {self.factor:g} times as large"
+
+    def run(self, variables: Variables | None) -> Variables:
+        variables = self.initial_weights(variables)
+        return {**variables, "params": add_outliers(variables["params"], self.channels, self.factor)}
+
+
+# The weights that read a norm's output: their input axis is the last but one.
+READERS = {
+    "attn_norm": ("attn/q/kernel", "attn/q_a/kernel", "attn/kv_a/kernel", "attn/k/kernel", "attn/v/kernel"),
+    "ffn_norm": (
+        *("ffn/gate/kernel", "ffn/up/kernel", "ffn/router/kernel", "ffn/experts/gate", "ffn/experts/up"),
+        *("ffn/shared/gate/kernel", "ffn/shared/up/kernel"),
+    ),
+}
+
+
+def add_outliers(params: Mapping[str, Any], channels: int, factor: float) -> dict[str, Any]:
+    """Makes `channels` evenly spaced channels of every norm before an attention or a feed-forward `factor` times as
+    large, and the rows of the weights that read them as much smaller. For a power of two the network computes the same,
+    bit for bit, except where something rounds numbers of one size together."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in list(flat):
+        block, _, norm = path.removesuffix("/scale").rpartition("/")
+        if norm in READERS:
+            large = np.arange(channels) * (flat[path].shape[-1] // channels)
+            flat[path] = _scaled(flat[path], (..., large), factor)
+            for reader in READERS[norm]:
+                if (name := f"{block}/{reader}") in flat:
+                    flat[name] = _scaled(flat[name], (..., large, slice(None)), 1 / factor)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _scaled(x: jax.Array, where: tuple, factor: float) -> jax.Array:
+    return x.at[where].multiply(factor)

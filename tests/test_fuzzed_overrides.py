@@ -21,7 +21,7 @@ from deepseek_jax.overrides import plain
 from deepseek_jax.parallel.mesh import MeshConfig
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks import TASKS
-from deepseek_jax.stages import EvalStage, GRPOSection, OutliersStage, TrainStage, build_stages
+from deepseek_jax.stages import EvalStage, GRPOSection, TrainStage, build_stages
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import SCHEDULES
 
@@ -71,12 +71,7 @@ def all_paths() -> list[tuple[str, Any]]:
         "pretrain": [TrainStage],
         "sft": [TrainStage],
     }
-    classes |= {
-        "grpo": [GRPOSection, GRPOConfig],
-        "grpo.optimizer": [OptimizerConfig],
-        "before": [EvalStage],
-        "after": [OutliersStage],
-    }
+    classes |= {"grpo": [GRPOSection, GRPOConfig], "grpo.optimizer": [OptimizerConfig], "before": [EvalStage]}
     known = {path: now for prefix, group in classes.items() for cls in group for path, now in paths_of(cls, prefix)}
     known |= {f"model.attention.{field.name}": 2 for field in dataclasses.fields(GQAConfig)} | {
         "precision.format.gradient.scope": "",

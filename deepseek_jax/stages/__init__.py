@@ -13,7 +13,6 @@ from deepseek_jax.registry import resolve
 from deepseek_jax.stages.base import Experiment, Stage, Variables
 from deepseek_jax.stages.eval import EvalStage
 from deepseek_jax.stages.grpo import GRPOSection, GRPOStage
-from deepseek_jax.stages.outliers import OutliersStage
 from deepseek_jax.stages.train import TrainStage
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Experiment",
     "GRPOSection",
     "GRPOStage",
-    "OutliersStage",
     "Stage",
     "TrainStage",
     "Variables",
@@ -32,7 +30,7 @@ __all__ = [
     "works",
 ]
 
-KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": EvalStage, "outliers": OutliersStage}
+KINDS = {"pretrain": TrainStage, "sft": TrainStage, "grpo": GRPOStage, "eval": EvalStage}
 
 
 def build_stages(experiment: Experiment) -> list[Stage]:

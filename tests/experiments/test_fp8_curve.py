@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from fp8_curve import add_outliers
 
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
-from deepseek_jax.training.outliers import add_outliers
 
 CONFIG = ModelConfig(
     vocab_size=40,
