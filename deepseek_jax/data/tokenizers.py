@@ -61,8 +61,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Loads the tokenizer that `spec` names: 'byte', a `tokenizer.json`, a folder that holds one, a checkpoint that knows its
-    own (see `find_tokenizer`), or your own as package.module:attribute, a Tokenizer or what returns one when called.
+    """Loads the tokenizer that `spec` names: 'byte', a `tokenizer.json`, a folder that holds one, a checkpoint's (see
+    `find_tokenizer`), or your own as package.module:attribute: a Tokenizer, or a class or function that makes one.
 
     Raises DataError or ConfigError saying what is missing or wrong.
     """
