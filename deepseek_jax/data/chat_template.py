@@ -58,8 +58,8 @@ class ChatTemplate:
             messages = [_with_reasoning(message) for message in messages]
             if not self._writes_calls and any("content" not in m and m.get("tool_calls") for m in messages):
                 raise DataError("content is null and only tool_calls are there, which this template does not write")
-            if any(isinstance(message.get("content"), list | tuple) for message in messages) and not self._reads_parts:
-                messages = [message | {"content": text_of(message.get("content"))} for message in messages]
+            if any(map(_has_parts, messages)) and not self._reads_parts:
+                messages = [m | {"content": text_of(m["content"])} if _has_parts(m) else m for m in messages]
             return self._render(messages, add_generation_prompt)
         except Exception as error:  # the template's own refusal, or any error of Python in its expressions
             raise DataError(f"the chat template in {self._origin} refuses these messages: {_words(error)}") from error
@@ -85,6 +85,11 @@ class ChatTemplate:
         except Exception:  # it wants other messages than this one, or text
             return False
         return _PART in shown and "type" not in shown
+
+
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, list | tuple) and any(isinstance(part, Mapping) for part in content)
 
 
 def text_of(content: Any) -> str:
