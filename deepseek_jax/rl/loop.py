@@ -1,11 +1,10 @@
-"""Runs GRPO: iterations, log lines, held-out accuracy, sample tables, alarms, checkpoints, curves, and going on where
-it stopped."""
+"""GRPO: what a rollout, a log line and an evaluation are in the loop of `run_steps`."""
 
 import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from deepseek_jax.rl.tasks.base import to_texts
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
-from deepseek_jax.training.preemption import Terminated, stop_signals
+from deepseek_jax.training.run_steps import due, resume, run_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,118 +71,86 @@ def train_grpo(
 
     Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in
     `workdir`. Weights, optimizer, reference and random state are all in the checkpoint, so that a run that was killed
-    goes on bit for bit. SIGTERM or Ctrl-C saves and raises `Terminated`. Raises RewardError for a reward that fails.
-    Whatever is raised, the rollouts that were finished are saved first, where their state is still there.
+    goes on bit for bit. Signals and exceptions save the rollouts that were finished (see `run_steps`). Raises
+    RewardError for a reward that fails.
     """
     total, clock, optimizer = grpo.config.rollouts, Goodput(workdir), grpo.optimizer
-    abstract = abstract_grpo_state(grpo.model, optimizer, grpo.config.has_reference)
     store = Checkpoints(workdir / "checkpoints", grpo.model.config, keep_last=config.keep_last, keep_best=0)
-    with contextlib.closing(store):
-        store.require_space(abstract)
-        restored = store.restore(abstract, total * grpo.config.steps_per_rollout)
-        if restored is not None:
-            state = restored.state
-        else:
-            state = grpo_state(grpo.model, variables, optimizer, jax.random.key(seed), grpo.config.has_reference)
-        done = saved = int(state.rollouts)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(store))
+        state, _, beyond = resume(
+            store,
+            abstract_grpo_state(grpo.model, optimizer, grpo.config.has_reference),
+            total * grpo.config.steps_per_rollout,
+            lambda: grpo_state(grpo.model, variables, optimizer, jax.random.key(seed), grpo.config.has_reference),
+        )
+        start, start_step = int(state.rollouts), int(state.step)
 
-        def due(every: int) -> bool:
-            return every > 0 and (done == total or done % every == 0)
-
-        def evaluation_due():
+        def evaluation_of(done: int) -> Callable[..., dict[str, Any]] | None:
             """The evaluation that is due after `done` rollouts: `evaluate`, `greedy` or None."""
-            return evaluate if due(config.sampled_eval_every) else greedy if due(config.eval_every) else None
 
-        logged = [line for line in read_metrics(workdir) if line["step"] <= int(state.step)]
-        evaluated_here = any("held_out_accuracy" in line for line in logged if line["step"] == int(state.step))
-        evaluated = from_primary(str(evaluated_here)) == "True"
-        # the stage was longer once; all that it has left stays as it is
-        beyond = max(store.steps(), default=0) > int(state.step)
-        if done >= total and (beyond or evaluated or evaluation_due() is None):
+            def is_due(every: int) -> bool:
+                return every > 0 and (done == total or due(done, every))
+
+            return evaluate if is_due(config.sampled_eval_every) else greedy if is_due(config.eval_every) else None
+
+        logged = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+        evaluated_here = any("held_out_accuracy" in line for line in logged if line["step"] == start_step)
+        missing = evaluation_of(start) is not None and from_primary(str(evaluated_here)) != "True"
+        if start >= total and (beyond or not missing):
             return state
-        writer = MetricsWriter(workdir, last_step=int(state.step), group="rl")
-        progress, watch = Progress(name, total, done), Diagnostics(diagnostics)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=start_step, group="rl")))
+        progress, watch = Progress(name, total, start), Diagnostics(diagnostics)
         for line in logged:  # what was said before a run stopped is not said again
             watch.observe(line)
-        clock.begin(done)
+        clock.begin(start)
+        values: dict[str, Any] = {}  # of the rollout under way
 
-        def held_out() -> dict[str, float]:
-            """The evaluation that is due, measured and logged; {} if none is."""
-            measure = evaluation_due()
-            if measure is None:
-                return {}
+        def make_step(state: GRPOState) -> tuple[GRPOState, dict[str, jax.Array]]:
+            nonlocal values
+            begin = time.monotonic()
+            state, metrics, samples, rewards_B = iterate(grpo, state)
+            values = measured(jax.device_get(metrics)) | {"rollout_seconds": time.monotonic() - begin}
+            return state, {"step": int(state.step), "samples": samples, "rewards_B": rewards_B}
+
+        def log(done: int, made: Mapping[str, Any], line: bool) -> None:
+            progress.advance(done)
+            if line:
+                writer.write(made["step"], values)
+                writer.write_samples(made["step"], sample_rows(grpo, made["samples"], made["rewards_B"], config.show))
+
+        def evaluate_now(state: GRPOState, done: int, saved: bool) -> None:
             with clock("evaluation"):
-                values = held_out_metrics(measure(grpo.model, state.variables, grpo.task, evaluation))
-            writer.write(int(state.step), values)
-            return values
+                measure = evaluation_of(done)
+                found = held_out_metrics(measure(grpo.model, state.variables, grpo.task, evaluation))
+            writer.write(int(state.step), found)
+            if done == start:  # before the first rollout
+                watch.observe(found)
+            values.update(found)
 
-        def save() -> None:
-            with clock("checkpoint"):
-                store.save(state)
-                if done == total or stop is not None:
-                    store.wait()
+        def finish(done: int, line: bool) -> None:
+            if line:
+                progress.report(headline(values))
+            for sentence in watch.observe(values):
+                progress.say(f"rollout {done}: {sentence}")
 
-        def rescue() -> str:
-            """Saves the rollouts that were finished, where an error has left them. Says what there is to go on from;
-            raises nothing."""
-            lost = f"rollouts {saved + 1} to {done} are lost" if done > saved else "nothing is lost"
-            newest = (
-                f"the newest checkpoint is that of step {max(store.steps())}"
-                if store.steps()
-                else "nothing was saved yet"
-            )
-            # the update that failed had been given its buffers
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                return f"the error took the weights with it: {lost}, {newest}"
-            try:
-                if done > saved:
-                    save()
-                    store.wait()
-            except Exception as error:
-                return f"{lost}, {newest}: {error}"
-            return f"rollout {done} of {total} is saved in {store.directory}; start again to go on" if done else newest
-
-        with contextlib.closing(writer), progress, stop_signals() as asked_to_stop:
-            if done:
-                progress.say(f"going on from rollout {done} of {total}")
-            stop = None
-            try:
-                if not evaluated:
-                    watch.observe(held_out())
-                while done < total and stop is None:
-                    begin = time.monotonic()
-                    state, metrics, samples, rewards_B = iterate(grpo, state)
-                    values = measured(jax.device_get(metrics))
-                    clock.started(metrics)
-                    done += 1
-                    step = int(state.step)
-                    stop = asked_to_stop()
-                    last = done == total or stop is not None
-                    values["rollout_seconds"] = time.monotonic() - begin
-                    progress.advance(done)
-                    line = last or done % config.log_every == 0
-                    if line:
-                        writer.write(step, values)
-                        writer.write_samples(step, sample_rows(grpo, samples, rewards_B, config.show))
-                    save_now = last or (config.checkpoint_every and done % config.checkpoint_every == 0)
-                    if save_now:
-                        save()
-                        saved = done
-                    values |= held_out()
-                    if line:
-                        progress.report(headline(values))
-                    for sentence in watch.observe(values):
-                        progress.say(f"rollout {done}: {sentence}")
-                    if line or save_now:
-                        clock.reached(done)
-            except Exception:
-                progress.say(rescue())
-                raise
-            progress.say(clock.report())
-            if stop is not None:
-                progress.say(f"{stop.name}: saved rollout {done} of {total} in {store.directory}; start again to go on")
-                raise Terminated(128 + stop)
-    return state
+        return run_steps(
+            state,
+            make_step,
+            unit="rollout",
+            done=start,
+            total=total,
+            store=store,
+            clock=clock,
+            progress=progress,
+            log=log,
+            evaluation_due=lambda done: evaluation_of(done) is not None,
+            evaluate=evaluate_now,
+            evaluate_first=missing,
+            finish=finish,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+        )
 
 
 def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Array], Samples, jax.Array]:

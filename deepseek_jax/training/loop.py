@@ -1,5 +1,4 @@
-"""Runs a stage, pre-training or SFT: steps, log lines, held-out evaluation, checkpoints, and going on where it
-stopped."""
+"""Pre-training and SFT: what a step, a log line and an evaluation are in the loop of `run_steps`."""
 
 import contextlib
 import dataclasses
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.data.loader_state import gather
 from deepseek_jax.errors import DataError
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.arrays import global_batch
@@ -22,7 +20,7 @@ from deepseek_jax.training.evaluate import make_evaluate
 from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.optimizer import build_optimizer
-from deepseek_jax.training.preemption import Terminated, stop_signals
+from deepseek_jax.training.run_steps import due, resume, run_steps
 from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
 from deepseek_jax.training.step import make_train_step
 
@@ -55,8 +53,7 @@ def train(
     first one is looked at before the first step. `flops_per_token` (forward and backward) adds FLOP/s to the log,
     `peak_flops` the utilization.
 
-    SIGTERM or Ctrl-C saves and raises `Terminated` after the step under way (see `stop_signals`). An exception is
-    passed on after the step that was reached is saved (`Checkpoints.rescue`). Raises DataError for data that cannot be
+    Signals and exceptions save the step that was reached (see `run_steps`). Raises DataError for data that cannot be
     trained on, CheckpointError for a checkpoint that cannot be used or written.
     """
     workdir = pathlib.Path(workdir)
@@ -68,34 +65,31 @@ def train(
             workdir / "checkpoints", model.config, keep_last=config.keep_last, keep_best=config.keep_best
         )
         stack.enter_context(contextlib.closing(store))
-        wanted = abstract_state(model, optimizer)
-        store.require_space(wanted)
-        restored, evaluation = store.restore(wanted, config.steps), {}
-        if restored is not None:
-            state, evaluation = restored.state, restored.metrics
-        else:
-            state = (
+
+        def fresh() -> TrainState:
+            return (
                 create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
             )
-        step = saved = int(state.step)
 
-        def evaluation_due() -> bool:
-            return held_out is not None and step > 0 and (step == config.steps or _due(step, config.eval_every))
+        state, restored, beyond = resume(store, abstract_state(model, optimizer), config.steps, fresh)
+        start, evaluation = int(state.step), {} if restored is None else restored.metrics
 
-        # the stage was longer once; all that it has left stays as it is
-        beyond = max(store.steps(), default=0) > config.steps
+        def evaluation_due(step: int) -> bool:
+            return held_out is not None and step > 0 and (step == config.steps or due(step, config.eval_every))
+
         # the run was killed between a save and its evaluation
-        missing = evaluation_due() and not evaluation and not beyond
-        if step >= config.steps and not missing:
+        missing = evaluation_due(start) and not evaluation and not beyond
+        if start >= config.steps and not missing:
             return TrainResult(state, evaluation)
         if held_out is not None:
             look_at(held_out, model.config.vocab_size)
-        if step < config.steps:
+        position = None  # after the last step that was made
+        if start < config.steps:
             loader = stack.enter_context(contextlib.closing(open_loader()))
             if restored is not None:
                 loader.set_state(restored.loader_state)
-            batches = step_batches(loader, config, model.config.vocab_size, step, model.ops.batch_shards)
-            position = loader.get_state()  # after the last step that was made
+            batches = step_batches(loader, config, model.config.vocab_size, start, model.ops.batch_shards)
+            position = loader.get_state()
 
         train_step = make_train_step(
             model,
@@ -107,72 +101,48 @@ def train(
             zero_sum=config.bias_update_zero_sum,
         )
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=step)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=start)))
         logged = read_metrics(workdir)  # by the runs before this one, up to its first step
-        log = Log(writer, Progress(name, config.steps, step), flops_per_token, peak_flops)
-        clock.begin(step)
+        log = Log(writer, Progress(name, config.steps, start), flops_per_token, peak_flops)
+        clock.begin(start)
 
-        def evaluate_now() -> dict[str, float]:
+        def make_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+            nonlocal position
+            with clock("data", hidden=log.busy):
+                batch = global_batch(model.ops, next(batches))
+            state, metrics = train_step(state, batch)
+            position = loader.get_state()
+            return state, metrics
+
+        def evaluate_now(state: TrainState, step: int, saved: bool) -> None:
+            nonlocal evaluation
             with clock("evaluation"):
-                values = evaluate(state.variables, held_out())
+                evaluation = evaluate(state.variables, held_out())
             if not any(line["step"] == step and METRIC in line for line in logged):
-                log.evaluation(step, values)
-            return values
-
-        with log.progress, stop_signals() as asked_to_stop:
-            if restored is not None:
-                log.progress.say(f"going on from step {step} of {config.steps}")
-            stop = None
-            try:
-                if missing:
-                    evaluation = evaluate_now()
+                log.evaluation(step, evaluation)
+            if saved:
+                with clock("checkpoint"):
                     store.note(step, evaluation)
-                while step < config.steps and stop is None:
-                    with clock("data", hidden=log.busy):
-                        batch = global_batch(model.ops, next(batches))
-                    state, metrics = train_step(state, batch)
-                    position = loader.get_state()
-                    clock.started(metrics)
-                    step += 1
-                    stop = asked_to_stop()
-                    last = step == config.steps or stop is not None
-                    line = last or _due(step, config.log_every)
-                    log.add(step, metrics, line)
-                    save_now = last or _due(step, config.checkpoint_every)
-                    if evaluation_due() or save_now:
-                        log.flush()
-                    if save_now:
-                        with clock("checkpoint"):
-                            saved = step
-                            store.save(state, gather(position))
-                            if last:
-                                store.wait()
-                    if evaluation_due():
-                        evaluation = evaluate_now()
-                        if save_now:
-                            with clock("checkpoint"):
-                                store.note(step, evaluation)
-                    if line or save_now:
-                        clock.reached(step)
-            except Exception:
-                with contextlib.suppress(Exception):  # the first error is the one to be told
-                    log.flush()
-                if step > saved:
-                    log.progress.say(store.rescue(state, position))
-                    with contextlib.suppress(OSError):
-                        clock.reached(step)
-                raise
-            log.progress.say(clock.report())
-            if stop is not None:
-                log.progress.say(
-                    f"{stop.name}: saved step {step} of {config.steps} in {store.directory}; start again to go on"
-                )
-                raise Terminated(128 + stop)
+
+        state = run_steps(
+            state,
+            make_step,
+            unit="step",
+            done=start,
+            total=config.steps,
+            store=store,
+            clock=clock,
+            progress=log.progress,
+            log=log.add,
+            flush=log.flush,
+            evaluation_due=evaluation_due,
+            evaluate=evaluate_now,
+            evaluate_first=missing,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            loader_state=lambda: position,
+        )
     return TrainResult(state, evaluation)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def look_at(held_out: Callable[[], Iterable[Batch]], vocab_size: int) -> None:

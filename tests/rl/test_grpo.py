@@ -1,6 +1,7 @@
 """One GRPO iteration on the real network: MLA with q-LoRA, grouped routing, shared experts, bias and an MTP module."""
 
 import contextlib
+import itertools
 import json
 import math
 
@@ -19,7 +20,9 @@ from deepseek_jax.rl.grpo import abstract_grpo_state, grpo_state
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.rl.rollout import completion_log_probs
 from deepseek_jax.rl.tasks.base import PAD, to_texts
-from deepseek_jax.training.checkpoints import Checkpoints, load_variables
+from deepseek_jax.training import metrics
+from deepseek_jax.training.checkpoints import Checkpoints, load_variables, steps_in
+from deepseek_jax.training.metrics import MetricsWriter
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +208,7 @@ def test_an_evaluation_that_fails_loses_no_rollout(grpo, variables, tmp_path, mo
     monkeypatch.setattr(loop, "evaluate", lambda *args: greedy(*args) | {"pass@2": 0.5, "maj@2": 0.25, "samples": []})
     with pytest.raises(RuntimeError, match="the plot of it failed"):
         loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
-    assert "rollout 2 of 4 is saved in" in capsys.readouterr().out
+    assert "rollouts 1 to 2: saved step 2 in" in capsys.readouterr().out
     state = loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
     assert int(state.rollouts) == 4
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -235,12 +238,42 @@ def test_an_update_that_fails_hides_neither_its_error_nor_what_is_safe(grpo, var
         loop.train_grpo(
             grpo, loop.LoopConfig(eval_every=0, checkpoint_every=0), EvalConfig(), variables, tmp_path / "none", seed=5
         )
-    assert "rollouts 1 to 2 are lost, nothing was saved yet" in capsys.readouterr().out
+    assert (
+        "rollouts 1 to 2: The step that failed has destroyed its state. Nothing was saved yet."
+        in capsys.readouterr().out
+    )
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         loop.train_grpo(
             grpo, loop.LoopConfig(eval_every=0, checkpoint_every=1), EvalConfig(), variables, tmp_path / "two", seed=5
         )
-    assert "nothing is lost, the newest checkpoint is that of step 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rollout 2 is saved in" in said and "nothing is lost" in said
+    assert steps_in(tmp_path / "two" / "checkpoints")[-1] == 2
+
+
+@pytest.mark.parametrize("where", ["a metric", "a picture", "a sample"])
+def test_an_exception_in_the_log_loses_no_rollout(grpo, variables, tmp_path, monkeypatch, capsys, where):
+    """It ends the run after the third rollout, which is saved first; started again, the run goes on from there."""
+    settings = loop.LoopConfig(eval_every=0, checkpoint_every=2, show=1)
+    owner, name = {
+        "a metric": (MetricsWriter, "write"),
+        "a picture": (metrics, "_picture"),
+        "a sample": (loop, "sample_rows"),
+    }[where]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def fails_in_the_third(*args):
+        if next(calls) == 3:
+            raise RuntimeError("no space for it")
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no space for it"):
+        patch.setattr(owner, name, fails_in_the_third)
+        loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
+    assert "rollout 3: saved step 3 in" in capsys.readouterr().out
+    assert steps_in(tmp_path / "checkpoints")[-1] == 3
+    state = loop.train_grpo(grpo, settings, EvalConfig(), variables, tmp_path, seed=5)
+    assert int(state.rollouts) == 4 and "going on from rollout 3 of 4" in capsys.readouterr().out
 
 
 def test_python_rewards_do_not_judge_what_a_broken_network_left(first, variables):

@@ -18,6 +18,7 @@ from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.training import metrics
 from deepseek_jax.training.batches import step_batches
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables, steps_in
 from deepseek_jax.training.config import TrainConfig
@@ -228,7 +229,8 @@ def test_killed_between_a_save_and_its_evaluation_goes_on_bit_for_bit(uninterrup
 
 
 @pytest.mark.parametrize(
-    ("where", "step"), [("a batch", 12), ("an evaluation", 20), ("the log", 13), ("the last evaluation", 40)]
+    ("where", "step"),
+    [("a batch", 12), ("an evaluation", 20), ("the log", 13), ("a picture", 13), ("the last evaluation", 40)],
 )
 def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys, where, step):
     """It ends the run, after what was reached is saved and said; the run goes on from there, bit for bit."""
@@ -241,6 +243,9 @@ def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys
             patch.setattr(
                 MetricsWriter, "write", lambda self, at, values: raises(error)() if at > 11 else write(self, at, values)
             )
+        elif where == "a picture":  # of the experts' load, on TensorBoard
+            draw, drawn = metrics._picture, itertools.count(1)
+            patch.setattr(metrics, "_picture", lambda matrix: raises(error)() if next(drawn) > 5 else draw(matrix))
         else:
             passing = passes(raises(error), 1 if step == 20 else 2)
         run(tmp_path, loader, held_out=passing)
@@ -249,6 +254,8 @@ def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys
     assert ("start again to go on from there" in capsys.readouterr().out) == (step % 5 != 0)
     run(tmp_path, Counting())
     same_results(tmp_path, uninterrupted, missing=(12,) if where == "the log" else ())
+    loads = [line["step"] for line in read_json_lines(tmp_path / "expert_load.jsonl")]
+    assert loads == [step for step in range(2, STEPS + 1, 2) if where != "the log" or step != 12]
 
 
 def test_held_out_data_is_looked_at_before_the_first_step(tmp_path):
