@@ -23,7 +23,7 @@ from deepseek_jax.accounting.report import table as model_table
 from deepseek_jax.atomic import atomic_path
 from deepseek_jax.experiment import Experiment, build_experiment, read_flags
 from deepseek_jax.parallel import hosts
-from deepseek_jax.report import comparison_table, read_evaluation, samples_table
+from deepseek_jax.report import comparison_table, optimizer_table, read_evaluation, samples_table
 from deepseek_jax.stages import EvalStage, Stage, build_stages, works
 from deepseek_jax.training.checkpoints import saved_steps
 from deepseek_jax.workdir import claim, explained, hold, plan_run
@@ -84,6 +84,8 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
     for index, stage in enumerate(stages, start=1):
         stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)
+        if rules := stage.updated_by():
+            console.print(optimizer_table(rules))
     if mesh := experiment.config.get("mesh"):
         console.print(
             f"mesh: {mesh}. Compile it for hardware that is not here: python -m deepseek_jax.dry_run", markup=False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -137,6 +138,28 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return str(value) if isinstance(value, int) else ""
+
+
+def optimizer_table(rules: Mapping[str, Mapping[str, int]]) -> Table:
+    """Which parameters each rule of an optimizer updates ({rule: {parameter: its size}}), one row for each rule.
+
+    Parameters of the same name in several stacks of layers are named once, norms together.
+    """
+    view = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    view.add_column("optimizer", no_wrap=True)
+    view.add_column("parameters", justify="right", no_wrap=True)
+    view.add_column("tensors", overflow="fold")
+    for rule, sizes in rules.items():
+        names = dict.fromkeys(_in_a_layer(name) for name in sizes)
+        view.add_row(Text(rule), f"{sum(sizes.values()):,}", Text("all" if len(rules) == 1 else ", ".join(names)))
+    return view
+
+
+def _in_a_layer(name: str) -> str:
+    """ "attn/kv_a" of "moe_layers/attn/kv_a/kernel"."""
+    if name.endswith("norm/scale"):
+        return "norms"
+    return re.sub(r"^(\w+_layers|mtp_\d+)/(block/)?|/(kernel|embedding)$", "", name)
 
 
 def samples_table(evaluations: Mapping[str, Record], count: int) -> Table:

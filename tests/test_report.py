@@ -16,6 +16,7 @@ from deepseek_jax.report import (
     TaggedText,
     _curves,
     comparison_table,
+    optimizer_table,
     plot_curves,
     read_evaluation,
     samples_table,
@@ -156,6 +157,23 @@ def test_a_problem_is_shown_once_and_its_answers_are_right_or_wrong():
         ["second", "before", "c", "right"],
         ["third", "after", "c", "wrong"],
     ]
+
+
+def test_the_plan_says_which_rule_updates_which_parameters():
+    """A tensor of several stacks once, norms together."""
+    muon = {"moe_layers/attn/kv_a/kernel": 600, "mtp_0/block/attn/kv_a/kernel": 200, "moe_layers/ffn/experts/up": 800}
+    rules = {"muon": muon | {"mtp_0/proj/kernel": 400}, "adamw": {"embed/embedding": 30, "final_norm/scale": 4}}
+
+    def lines(rules):
+        console = Console(width=100, file=io.StringIO())
+        console.print(optimizer_table(rules))
+        return [line.split() for line in console.file.getvalue().splitlines() if "," in line]
+
+    assert lines(rules) == [
+        ["muon", "2,000", "attn/kv_a,", "ffn/experts/up,", "proj"],
+        ["adamw", "34", "embed,", "norms"],
+    ]
+    assert lines({"adamw": muon}) == [["adamw", "1,600", "all"]]
 
 
 def test_a_damaged_evaluation_is_refused(tmp_path):

@@ -21,14 +21,17 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
     return cache_elements_per_token(config.num_layers, config.attention) * jnp.dtype(dtype).itemsize
 
 
-def training_state_bytes(counts: ParameterCounts, moment_dtype: str = "float32") -> dict[str, int]:
-    """Bytes of master weights and gradients (float32) and of AdamW's two moments, MTP included, before any sharding.
+def training_state_bytes(
+    counts: ParameterCounts, moment_dtype: str = "float32", single_moment: int = 0
+) -> dict[str, int]:
+    """Bytes of master weights and gradients (float32) and of the optimizer's moments, MTP included, before sharding.
 
-    V3 keeps its moments in bfloat16. Activations come in addition.
+    AdamW has two moments of each parameter; Muon has one of the `single_moment` parameters that it updates. V3 keeps
+    its moments in bfloat16. Activations come on top.
     """
     parameters = counts.total + counts.mtp_total
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "moments": 2 * jnp.dtype(moment_dtype).itemsize * parameters,
+        "moments": jnp.dtype(moment_dtype).itemsize * (2 * parameters - single_moment),
     }

@@ -11,6 +11,7 @@ from deepseek_jax.accounting import cost, flops, memory
 from deepseek_jax.accounting.counts import COMPONENTS, count_parameters
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.rope import softmax_scale, yarn_correction_range, yarn_mscale
+from deepseek_jax.training.optimizer import updated_by
 
 DEFAULT_TOKENS = 1e12
 
@@ -72,6 +73,7 @@ def report(
             "weights_bfloat16": 2 * (counts.total + counts.mtp_total),
             "training_state": memory.training_state_bytes(counts),
             "training_state_bfloat16_moments": memory.training_state_bytes(counts, "bfloat16"),
+            "training_state_muon": memory.training_state_bytes(counts, single_moment=muon_parameters(config)),
         },
         "yarn": _yarn(config),
         "cost": {
@@ -84,6 +86,11 @@ def report(
             "dollars": cost.dollars(hours, assumptions.dollars_per_hour),
         },
     }
+
+
+def muon_parameters(config: ModelConfig) -> int:
+    """Parameters that Muon updates, the MTP modules' among them; AdamW updates the others."""
+    return sum(updated_by("muon", config)["muon"].values())
 
 
 def _yarn(config: ModelConfig) -> dict[str, Any] | None:
@@ -163,6 +170,7 @@ def _memory_rows(view: Table, figures: dict[str, Any]) -> None:
     view.add_row("  weights and gradients, float32", _gigabytes(state["weights"] + state["gradients"]))
     view.add_row("  AdamW moments, float32", _gigabytes(state["moments"]))
     view.add_row("  AdamW moments, bfloat16", _gigabytes(small["moments"]))
+    view.add_row("  Muon moments, float32", _gigabytes(figures["training_state_muon"]["moments"]))
 
 
 def _cost_rows(view: Table, bill: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ class Stage:
         del shards
         return None
 
+    def updated_by(self) -> dict[str, dict[str, int]]:
+        """{rule: {parameter: its size}} of the stage's optimizer (see `optimizer.updated_by`); {} without one."""
+        return {}
+
     def run(self, variables: Variables | None) -> Variables:
         """The weights that the stage leaves; those it has left before if it is finished. `variables` is None at the
         start of an experiment (see `initial_weights`)."""

@@ -15,7 +15,7 @@ from deepseek_jax.rl.grpo import GRPO
 from deepseek_jax.rl.loop import LoopConfig, train_grpo
 from deepseek_jax.rl.rewards import build_rewards
 from deepseek_jax.stages.base import Batches, Experiment, Stage, Variables
-from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
+from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer, updated_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,9 @@ class GRPOStage(Stage):
         config, drawn = self.program.config, self.program.config.max_completion_length
         tokens = config.rollouts * config.completions_per_rollout * drawn
         return Work(tokens, config.rollouts * self.rollout_flops(), config.max_prompt_length + drawn)
+
+    def updated_by(self) -> dict[str, dict[str, int]]:
+        return updated_by(self.optimizer.name, self.experiment.model.config)
 
     def run(self, variables: Variables | None) -> Variables:
         self.keep_tokenizer()

@@ -26,6 +26,7 @@ from deepseek_jax.training.batches import batch_size_at
 from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.objective import uses_mtp
+from deepseek_jax.training.optimizer import updated_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,9 @@ class TrainStage(Stage):
     def work(self, shards: int | None = None) -> Work:
         tokens = self.total_sequences(shards) * self.seq_len
         return Work(tokens, float(tokens) * self.flops_per_token, self.seq_len)
+
+    def updated_by(self) -> dict[str, dict[str, int]]:
+        return updated_by(self.train.optimizer.name, self.experiment.model.config)
 
     def run(self, variables: Variables | None) -> Variables:
         experiment, model, held_out = self.experiment, self.experiment.model, None

@@ -1,6 +1,7 @@
 """Optimizers: AdamW as DeepSeek publishes it (V3 §4.2, V2 §3.1.2), Muon, or one of the user's own."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import optax
 
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import Unbounded
+from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.ranges import above, at_least, check, everywhere, one_of
 from deepseek_jax.registry import resolve
@@ -113,12 +115,14 @@ def build_optimizer(config: OptimizerConfig, model: Transformer | None = None) -
     )
 
 
-def updated_by(config: OptimizerConfig, model: Transformer) -> dict[str, dict[str, int]]:
-    """{rule: {parameter: how many numbers}}: which parameters Muon updates, and which AdamW."""
+@functools.cache
+def updated_by(name: str, config: ModelConfig) -> dict[str, dict[str, int]]:
+    """{rule: {parameter: its size}} of the optimizer `name`: which parameters Muon updates, and which AdamW."""
+    model = Transformer(config)
     params = abstract_variables(model)["params"]
-    labels = muon_labels(model) if config.name == "muon" else jax.tree.map(lambda _: config.name, params)
+    labels = muon_labels(model) if name == "muon" else jax.tree.map(lambda _: name, params)
     result: dict[str, dict[str, int]] = {}
     for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        result.setdefault(label, {})[name] = math.prod(leaf.shape)
+        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        result.setdefault(label, {})[parameter] = math.prod(leaf.shape)
     return result

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.accounting import cost, count_parameters, flops, memory
+from deepseek_jax.accounting.report import muon_parameters
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig, YarnConfig
 from deepseek_jax.model.presets import preset
 from deepseek_jax.model.rope import rotary_angles, softmax_scale, yarn_correction_range, yarn_mscale
@@ -132,6 +133,9 @@ def test_training_state():
     n = counts.total + counts.mtp_total
     assert memory.training_state_bytes(counts) == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
     assert memory.training_state_bytes(counts, "bfloat16")["moments"] == 4 * n
+    others = 2 * 32 * 8 + (3 + 4 + 1) * 8  # embedding, head; norms of layer, MTP module (block and its own) and the end
+    assert muon_parameters(config) == n - others
+    assert memory.training_state_bytes(counts, single_moment=n - others)["moments"] == 4 * (n + others)
 
 
 def test_cost_of_v3():

@@ -11,6 +11,8 @@ from deepseek_jax.accounting import count_parameters
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.training.config import TrainConfig
+from deepseek_jax.training.muon import MuonConfig
+from deepseek_jax.training.optimizer import updated_by
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 
@@ -128,6 +130,19 @@ def test_moonlight_batch_and_bias_rate():
         and tokens[np.argmax(rates == 0)] == pytest.approx(5.2e12, rel=1e-3)
     )
     assert train.bias_update_zero_sum
+
+
+def test_moonlight_is_trained_by_muon():
+    """With the constants of the report's §2.2; all of the 15.29B parameters that it counts but norms and router biases
+    are matrices of its own."""
+    config = load("moonlight_16b")
+    optimizer = TrainConfig.from_dict(config["pretrain"]["train"]).optimizer
+    assert optimizer.name == "muon" and optimizer.muon == MuonConfig(0.95, 0.2, "moonlight")
+    rules = updated_by(optimizer.name, ModelConfig.from_dict(config["model"]))
+    assert (
+        sum(rules["muon"].values())
+        == 15_289_021_568 - sum(size for name, size in rules["adamw"].items() if name.endswith("norm/scale")) - 26 * 64
+    )
 
 
 def test_routing_balance_is_the_reports():
