@@ -89,7 +89,7 @@ class ChatTemplate:
 
 def _has_parts(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    return isinstance(content, list | tuple) and any(isinstance(part, Mapping) for part in content)
+    return isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)
 
 
 def text_of(content: Any) -> str:

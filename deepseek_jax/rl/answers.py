@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
+from collections.abc import Hashable, Sequence
 from fractions import Fraction
 
 SPELT_AS = str.maketrans("−–﹣⁄∕٫٬٪", "---//.,%")
@@ -48,7 +49,32 @@ def same_answer(given: str, expected: str) -> bool:
     12, 12.0, 24/2 and 11 2/2 are one number. Units have to agree where both have one. A percentage is the same as its
     hundredths and as the number before the sign, since questions ask for either.
     """
-    ours, theirs = read_answer(given), read_answer(expected)
+    return _same(read_answer(given), read_answer(expected))
+
+
+def votes(answers: Sequence[str | None]) -> list[int | None]:
+    """The candidate that each answer is a vote for, by the index of its first vote; None for an answer that is None.
+
+    Answers that `same_answer` calls the same are one candidate, so 0.5, .5 and 1/2 are, and 5 and 5 cm. Where that
+    depends on which are compared (5 is the same as 5 cm and as 5 km), only those of equal number and unit are. So the
+    order of the answers decides nothing.
+    """
+    read = {answer: read_answer(answer) for answer in answers if answer is not None}
+    alike = {answer: frozenset(other for other in read if _same(read[answer], read[other])) for answer in read}
+
+    def candidate(answer: str) -> Hashable:
+        if all(alike[other] == alike[answer] for other in alike[answer]) and alike[answer]:
+            return alike[answer]
+        number = read[answer]
+        return number.text if number.value is None else (number.value, number.unit)
+
+    first: dict[Hashable, int] = {}
+    return [
+        None if answer is None else first.setdefault(candidate(answer), index) for index, answer in enumerate(answers)
+    ]
+
+
+def _same(ours: Answer, theirs: Answer) -> bool:
     if ours.value is None or theirs.value is None:
         return ours.text == theirs.text != ""
     if ours.unit and theirs.unit:

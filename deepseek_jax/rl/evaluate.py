@@ -21,6 +21,7 @@ from deepseek_jax.generation.generate import Generation, generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.identity import free
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.rl.answers import votes
 from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, parse, to_texts
 
 
@@ -126,7 +127,8 @@ def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> d
     truncated_share, non_finite_share and `samples`, a list of {"prompt", "completion", "right"}.
 
     The response length is the mean over sampled answers, as in R1's figure 3. An answer has a vote in maj@k where its
-    completion is formatted and says something; a truncated one is not formatted. Completions that met a broken logit
+    completion is formatted and says something, for the answer as a number or text (`votes`); a truncated one is not
+    formatted. Completions that met a broken logit
     are wrong and not formatted, have no length, and are counted in non_finite_share alone.
     """
     result: dict[str, Any] = greedy(model, variables, task, config)
@@ -145,7 +147,7 @@ def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> d
     result["sampled_accuracy"] = float(right_QK.mean())
     result[f"pass@{k}"] = float(np.mean(pass_at_k(right_QK.sum(1), k, k)))
     result[f"maj@{k}"] = float(
-        np.mean([maj_at_k(answers[q * k : (q + 1) * k], right_QK[q]) for q in range(len(right_QK))])
+        np.mean([maj_at_k(votes(answers[q * k : (q + 1) * k]), right_QK[q]) for q in range(len(right_QK))])
     )
     result["response_length"] = mean_length(generation)
     result["format_share"] = float(formatted_B.mean())

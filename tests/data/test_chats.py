@@ -405,6 +405,7 @@ def test_parts_are_joined_for_templates_that_read_text_alone(make, family):
     first, second = (Tokenize(source, tokenizer)(record) for record in records)
     np.testing.assert_array_equal(first, second)
     assert first[:, 2].sum() == len("<think>a</think>b") and len({split_key(r, source) for r in records}) == 1
+    assert tokenizer.chat([USER([])]) == tokenizer.chat([USER("")])
     with pytest.raises(DataError, match="only tool_calls are there" if family else "no tool calls"):
         tokenizer.chat([USER("one"), CALL])
 

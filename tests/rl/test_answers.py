@@ -1,11 +1,12 @@
 """Which answers are the same: numbers in any writing system and notation, texts in any encoding."""
 
+import itertools
 import unicodedata
 from fractions import Fraction
 
 import pytest
 
-from deepseek_jax.rl.answers import boxed, fold, read_answer, same_answer
+from deepseek_jax.rl.answers import boxed, fold, read_answer, same_answer, votes
 
 SAME = {
     "decimals": [".5", "0.5", "0.50", "+.5", "1/2", "½", "2/4", r"\frac{1}{2}", r"\dfrac12", "٠٫٥"],
@@ -89,6 +90,30 @@ def test_percentages_are_hundredths_or_the_number_before_the_sign():
         and same_answer("1/2", "50%")
         and not same_answer("0.5%", "50")
     )
+
+
+@pytest.mark.parametrize(
+    "answers, groups",
+    [
+        (["0.5", ".5", "7", "1/2", "seven", "７"], [{0, 1, 3}, {2, 5}, {4}]),
+        (["5 cm", "5", "5.0 cm"], [{0, 1, 2}]),
+        (["5 cm", "5", "5 km", "5.0"], [{0}, {1, 3}, {2}]),  # whose 5 it is cannot be told
+        (["50%", "0.5"], [{0, 1}]),
+        (["50%", "0.5", "50", "50 %"], [{0, 3}, {1}, {2}]),
+        (["x", None, "x.", "X", None, " ", " "], [{0, 2}, {3}, {5, 6}]),
+        ([None, None], []),
+        ([], []),
+    ],
+)
+def test_votes_for_one_answer_in_many_spellings(answers, groups):
+    for order in list(itertools.permutations(range(len(answers))))[:: 1 if len(answers) < 5 else 97]:
+        found = votes([answers[i] for i in order])
+        assert [found[place] is None for place in range(len(order))] == [answers[i] is None for i in order]
+        named = {}
+        for place, i in enumerate(order):
+            if found[place] is not None:
+                named.setdefault(found[place], set()).add(i)
+        assert sorted(map(sorted, named.values())) == sorted(map(sorted, groups))
 
 
 def test_read():

@@ -8,6 +8,7 @@ broken.
 
 import collections
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,29 @@ def test_sampled_answers_are_counted_in_one_way(result):
     assert len({round(value, 6) for value in expected.values()}) == len(expected), "no two are alike by chance"
     logged = held_out_metrics(result)
     assert logged["held_out_pass@4"] == result["pass@4"] and "held_out_samples" not in logged
+
+
+def test_the_majority_counts_an_answer_in_every_spelling(monkeypatch):
+    """Of four samples two say 0.5, as ".5" and "0.5", and two say 1 and 7: no tie of four but two votes to one."""
+    bits = TASK.sample(jax.random.key(CONFIG.seed), CONFIG.problems, "heldout")
+    texts = ["<think></think><answer>.5</answer>", "<think></think><answer>0.5</answer>"]
+    texts += [f"<think></think><answer>{x}</answer>" for x in (1, 7)]
+    right_QK = np.tile([1.0, 1.0, 0.0, 0.0], (20, 1)).astype(np.float32)
+
+    def answered(model, variables, task, instances, key, sampling, samples=1):
+        count = len(instances.bits_BK) * samples
+        generation = types.SimpleNamespace(
+            tokens_BN=None,
+            mask_BN=None,
+            lengths_B=np.ones(count),
+            finite_B=np.ones(count, bool),
+            finished_B=np.ones(count, bool),
+        )
+        return generation, right_QK if samples == 4 else np.ones((count, 1)), np.ones(count, bool)
+
+    monkeypatch.setattr(module, "answer_everywhere", answered)
+    monkeypatch.setattr(module, "to_texts", lambda *_: 20 * texts)
+    assert len(bits.bits_BK) == 48 and evaluate(MODEL, {}, TASK, CONFIG)["maj@4"] == 1.0
 
 
 def test_samples_to_be_read_belong_to_their_problems(result):
