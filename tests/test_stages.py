@@ -59,6 +59,36 @@ def handed_to_train(monkeypatch, experiment):
     return found
 
 
+def test_an_evaluation_of_broken_weights_is_valid_json_and_says_so(tmp_path, text, capsys):
+    """A run from the command line: a stage of one's own breaks the weights, the next measures them, and a second start
+    reads what is there."""
+    (tmp_path / "broken_stage.py").write_text(
+        "import jax\nfrom deepseek_jax.stages.base import Stage\n\n\nclass Broken(Stage):\n"
+        "    leaves_results = False\n\n    def summary(self):\n        return 'NaN'\n\n"
+        "    def run(self, variables):\n"
+        "        return jax.tree.map(lambda w: w * float('nan'), self.initial_weights(variables))\n"
+    )
+    flags = [experiment_file(tmp_path, [{"name": text}], [{"name": text, "validation_fraction": 0.5}])]
+    with (tmp_path / "e.py").open("a") as file:
+        file.write(
+            "\n\nplain = get_config\n\n\ndef get_config():\n    config = plain()\n"
+            "    config.broken, config.stages = {'kind': 'broken_stage:Broken'}, ('broken', 'last')\n"
+            "    config.last.eval_batches = 1\n    return config\n"
+        )
+    flags += [f"--workdir={tmp_path / 'run'}"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "last: not a finite number, so null in evaluation.json: bits_per_byte; these weights give logits" in said
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    for name in ("evaluation.json", "metrics.jsonl"):
+        stored = (tmp_path / "run/last" / name).read_text()
+        assert json.loads(stored, parse_constant=refuse)["bits_per_byte"] is None
+    assert main(flags) == 0 and "nan" not in (tmp_path / "run/results.txt").read_text().lower()
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 def test_without_held_out_data_training_says_so_once(tmp_path, text, monkeypatch, capsys, held_out):
     sources = [{"name": text, "validation_fraction": 0.0}, {"name": "task"}][:1]

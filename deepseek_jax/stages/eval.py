@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,4 +94,11 @@ class EvalStage(Stage):
         print(
             f"{self.name}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown), flush=True
         )
+        broken = [name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            print(
+                f"{self.name}: not a finite number, so null in {self.path.name}: {', '.join(broken)}; these weights "
+                "give logits that are NaN or infinite, and metrics.jsonl of the stage that made them shows since when",
+                flush=True,
+            )
         return variables
