@@ -73,7 +73,14 @@ class LatentAttention(nn.Module):
             q_BTHk = jnp.concatenate([q_nope_BTHn, q_rope_BTHr], axis=-1)  # eq. 9
             kv_b_cHm = ops.precision.by_heads(kv_b_cF, heads)
             out_BTHv = self_attention(  # eq. 10
-                ops, scale, q_BTHk[:, :, :, None], tokens.segment_ids_BT, (c_kv_BTc, k_rope_BTr), kv_b_cHm, expand
+                ops,
+                scale,
+                q_BTHk[:, :, :, None],
+                tokens.segment_ids_BT,
+                (c_kv_BTc, k_rope_BTr),
+                kv_b_cHm,
+                expand,
+                config.attends_to,
             )[:, :, :, 0]
         else:  # absorbed: q · (W c) = (Wᵀ q) · c
             kv_b_cHm = ops.rounded_weight(kv_b_cF, kv_b_axes).reshape(config.kv_lora_rank, heads, nope + value)
@@ -88,7 +95,7 @@ class LatentAttention(nn.Module):
             all_scores = jnp.concatenate(
                 [scores(old_latent_BSc, old_rope_BSr), scores(latent_BTc, k_rope_BTr)], axis=-1
             )
-            probs_BHTS = masked_softmax(all_scores, tokens.cached_and_new_mask()[:, None])
+            probs_BHTS = masked_softmax(all_scores, tokens.cached_and_new_mask(config.attends_to)[:, None])
             probs_old, probs_new = jnp.split(probs_BHTS, [old_latent_BSc.shape[1]], axis=-1)
             out_BHTc = ops.einsum("BHTS,BSc->BHTc", probs_old, old_latent_BSc)
             out_BHTc += ops.einsum("BHTS,BSc->BHTc", probs_new, latent_BTc)
@@ -129,14 +136,18 @@ class GroupedQueryAttention(nn.Module):
         scale = softmax_scale(rope, dim)
 
         if cache_entry is None:
-            out_BTGgk = self_attention(ops, scale, q_BTGgk, tokens.segment_ids_BT, (k_BTGk, v_BTGk))
+            out_BTGgk = self_attention(
+                ops, scale, q_BTGgk, tokens.segment_ids_BT, (k_BTGk, v_BTGk), attends_to=config.attends_to
+            )
         else:
             old_k, old_v = (entry.reshape(*entry.shape[:2], kv_heads, dim) for entry in cache_entry)
             k_BGSk, v_BGSk = (
                 jnp.concatenate(kv, axis=1).transpose(0, 2, 1, 3) for kv in ((old_k, k_BTGk), (old_v, v_BTGk))
             )
             q_BGgTk = q_BTGgk.transpose(0, 2, 3, 1, 4)
-            out_BGgTk = attend(ops.einsum, q_BGgTk, k_BGSk, v_BGSk, tokens.cached_and_new_mask(), scale)
+            out_BGgTk = attend(
+                ops.einsum, q_BGgTk, k_BGSk, v_BGSk, tokens.cached_and_new_mask(config.attends_to), scale
+            )
             out_BTGgk = out_BGgTk.transpose(0, 3, 1, 2, 4)
 
         out_BTF = out_BTGgk.reshape(*x_BTD.shape[:2], config.num_heads * dim).astype(x_BTD.dtype)

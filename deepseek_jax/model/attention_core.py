@@ -15,6 +15,8 @@ from kernels_pallas.attention.api import has_kernel
 from kernels_pallas.attention.reference import MASKED, attend, causal_mask
 from kernels_pallas.implementations import preferred
 
+AttendsTo = Callable[[jax.Array], jax.Array]  # int32 distances, query position - key position >= 0 -> bool, seen or not
+
 
 @flax.struct.dataclass
 class Tokens:
@@ -29,9 +31,18 @@ class Tokens:
         cached = self.cached_positions_BS[:, None, :]
         return (cached >= 0) & (cached <= self.positions_BT[:, :, None])
 
-    def cached_and_new_mask(self) -> jax.Array:
-        """[B, T, S+T] bool: the cache's slots, then the new tokens."""
-        return jnp.concatenate([self.cache_mask(), causal_mask(self.segment_ids_BT, self.segment_ids_BT, 0)], axis=-1)
+    def cached_and_new_mask(self, attends_to: AttendsTo | None = None) -> jax.Array:
+        """[B, T, S+T] bool: the cache's slots, then the new tokens; of them those it `attends_to` (None: all)."""
+        cached, new = self.cache_mask(), causal_mask(self.segment_ids_BT, self.segment_ids_BT, 0)
+        if attends_to is not None:
+            cached &= attends_to(self.positions_BT[:, :, None] - self.cached_positions_BS[:, None])
+            new &= attends_to(_distances(0, *new.shape[1:]))
+        return jnp.concatenate([cached, new], axis=-1)
+
+
+def _distances(first: jax.Array | int, queries: int, keys: int) -> jax.Array:
+    """[T, S] int32: how far before queries at positions first … first+T-1 keys 0 … S-1 stand."""
+    return first + jnp.arange(queries)[:, None] - jnp.arange(keys)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -47,6 +58,7 @@ def self_attention(
     kv_inputs: tuple[jax.Array, ...],
     weights: Any = (),
     expand: Callable[..., tuple[jax.Array, jax.Array]] = lambda k, v, weights: (k, v),
+    attends_to: AttendsTo | None = None,
 ) -> jax.Array:
     """Causal attention inside each segment, g query heads to each of G key-value heads: [B, T, G, g, v], in float32 or,
     from a kernel, the compute dtype.
@@ -54,6 +66,7 @@ def self_attention(
     expand(*kv_inputs, weights) -> keys [B, S, G, k] and values [B, S, G, v]. `kv_inputs` are arrays [B, S, ·] or
     [B, S, G, ·], which travel where the sequence is divided; `weights` a tree of arrays [·, G, ·] or (), of which some
     heads may be given. With weights, keys and values exist for `attention_heads_at_once` heads at a time.
+    `attends_to` says which of the earlier tokens a query attends to (None: all).
     """
 
     def core(q_inputs, kv_inputs, weights, first):
@@ -61,7 +74,7 @@ def self_attention(
 
         def some_heads(q_BThgk, weights):
             k_BShk, v_BShv = expand(*inputs, weights)
-            return _attend(ops, scale, q_BThgk, k_BShk, v_BShv, query_segments_BT, segments_BS, first)
+            return _attend(ops, scale, q_BThgk, k_BShk, v_BShv, query_segments_BT, segments_BS, first, attends_to)
 
         heads, at_once = q_BTGgk.shape[2], ops.runtime.attention_heads_at_once
         group = math.gcd(heads, at_once) if at_once and jax.tree.leaves(weights) else heads
@@ -87,16 +100,18 @@ def _attend(
     query_segments_BT: jax.Array,
     segments_BS: jax.Array,
     first: jax.Array | int,
+    attends_to: AttendsTo | None,
 ) -> jax.Array:
     """[B, T, G, g, v] of queries at positions first … first+T-1 of the S keys.
 
-    A kernel (NVIDIA Hopper and TPUs, bfloat16) holds no scores. Elsewhere `attention_chunk` queries (0: all) are computed
-    at a time and recomputed in the backward pass, so that no array of T x S x heads exists. Where `first` is known before
-    compiling, a chunk reads no keys behind it. Heads go before positions, so that every product is a batch of plain
-    matrix products: three times as fast on a CPU, forward.
+    A kernel (NVIDIA Hopper and TPUs, bfloat16) holds no scores. Elsewhere `attention_chunk` queries (0: all) are
+    computed at a time and recomputed in the backward pass, so that no array of T x S x heads exists. Where `first` is
+    known before compiling, a chunk reads no keys behind it. Heads go before positions, so that every product is a batch
+    of plain matrix products: three times as fast on a CPU, forward.
     """
     device, grouped = ops.device, q_BTGgk.shape[3]
     why_not = None if grouped == 1 else f"takes one query head to each key head, not {grouped}"
+    why_not = why_not if attends_to is None else "attends to all earlier tokens, and this attention does not"
     operands = [x.astype(ops.precision.compute_dtype) for x in (q_BTGgk[:, :, :, 0], k_BSGk, v_BSGv)]
     if has_kernel(device, *operands, why_not=why_not):
         kernel = functools.partial(attention, scale=scale, first=first, implementation=preferred(device))
@@ -112,6 +127,8 @@ def _attend(
 
     def attend_chunk(q_BGgtk, segments_Bt, first, seen):
         mask_BtS = causal_mask(segments_Bt, segments_BS[:, :seen], first)
+        if attends_to is not None:
+            mask_BtS &= attends_to(_distances(first, segments_Bt.shape[1], seen))
         return attend(ops.precision.einsum, q_BGgtk, k_BGSk[:, :, :seen], v_BGSv[:, :, :seen], mask_BtS, scale)
 
     recomputed = jax.checkpoint(attend_chunk, static_argnums=3)

@@ -7,7 +7,7 @@ Every module takes the part it uses and nothing else. Names follow the papers an
 import abc
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from deepseek_jax.errors import ConfigError, nearest
@@ -74,12 +74,14 @@ class AttentionConfig(Variant, abc.ABC):
 
     A subclass says everything that the rest of the program asks of a variant, so that a new one is one class in a file
     of its own. `sharding_rules` has rows for logical axes that only its parameters have (see `parallel/rules.py`).
-    `hugging_face` names the tables that import and export it (see `interop/attention.py`); None: it has none.
+    `hugging_face` names the tables that import and export it (see `interop/attention.py`); None: it has none. A method
+    `attends_to(distance)` says which of the earlier tokens a query attends to, by their distance; None: all of them.
     """
 
     variants: ClassVar[dict[str, type]] = {}
     sharding_rules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     hugging_face: ClassVar[str | None] = None
+    attends_to: ClassVar[Callable[[Any], Any] | None] = None
 
     @property
     @abc.abstractmethod
@@ -233,7 +235,7 @@ class GQAConfig(AttentionConfig, kind="gqa"):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Variant, kind="moe"):
     """DeepSeekMoE: `num_experts` routed experts of width `intermediate_size`, of which `top_k` see each token, beside
     `num_shared_experts` that see every token.
 
@@ -244,7 +246,10 @@ class MoEConfig:
     `norm_topk_prob` normalizes the gates over the chosen experts; all gates are then multiplied by
     `routed_scaling_factor`. `correction_bias` adds V3's auxiliary-loss-free bias to the scores that choose.
     `implementation` is "grouped" (dropless grouped products) or "dense" (every expert sees every token: the oracle).
+    A subclass with a `module` of its own is another kind: `config.model.moe` is {"kind": "package.module:Class", …}.
     """
+
+    variants: ClassVar[dict[str, type]] = {}
 
     num_experts: int
     top_k: int
@@ -297,6 +302,13 @@ class MoEConfig:
             f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, "
             f"num_groups={self.num_groups}",
         )
+
+    @property
+    def module(self) -> type:
+        """The Flax module of the feed-forward; see `model/moe.py` for what it is given and returns."""
+        from deepseek_jax.model.moe import MoE  # it takes this class, so it is imported late
+
+        return MoE
 
 
 @dataclasses.dataclass(frozen=True)

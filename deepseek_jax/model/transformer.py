@@ -14,7 +14,6 @@ from deepseek_jax.model.auxiliary import LOSSES, METRICS
 from deepseek_jax.model.cache import Cache
 from deepseek_jax.model.config import ModelConfig, MoEConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
-from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.router import RoutingStats
@@ -60,7 +59,7 @@ class Block(nn.Module):
             ffn = SwiGLU(config, ops, config.intermediate_size, name="ffn")
             y_BTD, routing = ffn(normed_BTD), None
         else:
-            moe = MoE(config, ops, name="ffn")
+            moe = self.moe.module(config, ops, name="ffn")
             y_BTD, routing = moe(normed_BTD, tokens.segment_ids_BT > 0, expert_ids_BTK)
         return ops.shard(x_BTD + y_BTD, *RESIDUAL), (routing, latents)
 
