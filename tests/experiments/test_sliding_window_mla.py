@@ -19,7 +19,11 @@ from deepseek_jax.interop import config_to_hf
 from deepseek_jax.model.attention_core import Tokens
 from deepseek_jax.model.cache import init_cache, write
 from deepseek_jax.model.config import MLAConfig, ModelConfig, RopeConfig
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.transformer import Transformer, abstract_variables
+from deepseek_jax.parallel.mesh import build_mesh
+from deepseek_jax.parallel.rules import build_rules
+from deepseek_jax.parallel.sharding import MeshOps
 from deepseek_jax.training.checkpoints import load_variables
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "ablations"
@@ -90,6 +94,14 @@ def test_a_window_as_long_as_the_sequence_is_mla_bit_for_bit():
     for got, want in zip(jax.tree.leaves(as_long), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(got, want)
     assert np.abs(shorter[0] - plain[0]).max() > 1e-4
+
+
+def test_a_sequence_divided_among_devices_is_seen_through_the_same_window():
+    sizes = {"data": 1, "fsdp": 2, "expert": 1, "context": 4, "tensor": 1}
+    ops = MeshOps("float32", mesh=build_mesh(sizes, {}, jax.devices()), rules=build_rules())
+    arguments = variables(1), TOKENS[:, :8], SEGMENTS[:, :8], POSITIONS[:, :8]
+    alone, divided = (compiled(model(WINDOW, 1).clone(ops=ops))(*arguments)[0] for ops in (Ops(), ops))
+    np.testing.assert_allclose(divided, alone, atol=1e-5)
 
 
 def decoded(transformer: Transformer):
