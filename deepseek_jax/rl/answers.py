@@ -55,23 +55,17 @@ def same_answer(given: str, expected: str) -> bool:
 def votes(answers: Sequence[str | None]) -> list[int | None]:
     """The candidate that each answer is a vote for, by the index of its first vote; None for an answer that is None.
 
-    Answers that `same_answer` calls the same are one candidate, so 0.5, .5 and 1/2 are, and 5 and 5 cm. Where that
-    depends on which are compared (5 is the same as 5 cm and as 5 km), only those of equal number and unit are. So the
-    order of the answers decides nothing.
+    Answers are one candidate if `same_answer` calls them the same, and each the same as the same others: 0.5, .5 and
+    1/2 are one, and 5 and 5 cm, but not if 5 km is there too, since then 5 might be either. So the order of the answers
+    decides nothing.
     """
     read = {answer: read_answer(answer) for answer in answers if answer is not None}
-    alike = {answer: frozenset(other for other in read if _same(read[answer], read[other])) for answer in read}
-
-    def candidate(answer: str) -> Hashable:
-        if all(alike[other] == alike[answer] for other in alike[answer]) and alike[answer]:
-            return alike[answer]
-        number = read[answer]
-        return number.text if number.value is None else (number.value, number.unit)
-
+    # an empty answer is not even the same as itself
+    alike = {
+        answer: frozenset(other for other in read if _same(read[answer], read[other])) or answer for answer in read
+    }
     first: dict[Hashable, int] = {}
-    return [
-        None if answer is None else first.setdefault(candidate(answer), index) for index, answer in enumerate(answers)
-    ]
+    return [None if answer is None else first.setdefault(alike[answer], index) for index, answer in enumerate(answers)]
 
 
 def _same(ours: Answer, theirs: Answer) -> bool:
