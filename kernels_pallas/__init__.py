@@ -1,8 +1,7 @@
-"""FP8 as DeepSeek-V3 trained with it, for NVIDIA Hopper, TPUs and anything XLA knows. Usable without deepseek_jax; see
-README.md.
+"""FP8 products as DeepSeek-V3 trained with them, on NVIDIA Hopper, TPUs and everything that XLA compiles for.
 
-Shape suffixes: M, N, K as in matrix products; R rows, P padded rows, G groups; N tokens, D and F the widths of a
-Linear.
+The package does not need deepseek_jax; see README.md. Shape suffixes: M, N, K as in matrix products; R rows, P padded
+rows, G groups; N tokens, D and F the widths of a Linear.
 """
 
 from kernels_pallas._compat import vary, varying_axes
@@ -15,11 +14,10 @@ from kernels_pallas.linear.api import (
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
-    prepare,
+    prequantize,
     prequantize_weight,
 )
-from kernels_pallas.linear.quantization import LinearQuantization, PreQuantized
-from kernels_pallas.linear.quantization import master as plain
+from kernels_pallas.linear.quantization import PRODUCTS, LinearQuantization, PreQuantized, master
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.matmul.api import fp8_matmul
 from kernels_pallas.qtensor import QTensor, Quantizer, dequantize
@@ -34,6 +32,7 @@ from kernels_pallas.quantize.api import (
 )
 
 __all__ = [
+    "PRODUCTS",
     "Accumulation",
     "LinearQuantization",
     "PreQuantized",
@@ -50,8 +49,8 @@ __all__ = [
     "fp8_matmul",
     "fp8_swiglu_linear",
     "grouped_linear",
-    "plain",
-    "prepare",
+    "master",
+    "prequantize",
     "prequantize_weight",
     "quantize",
     "quantize_block",

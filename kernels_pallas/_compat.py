@@ -1,4 +1,4 @@
-"""Where versions of jax differ."""
+"""Differences between versions of jax, behind functions that are the same for all."""
 
 import contextlib
 import math
@@ -23,8 +23,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def vary(tree: Any, axes: Iterable[str]) -> Any:
-    """Arrays marked as different from device to device along `axes`, inside `shard_map`, so that their gradients are
-    summed over them."""
+    """Marks a tree of arrays as different from device to device along `axes`, inside `shard_map`, so that their
+    gradients are summed over those axes."""
 
     def mark(x):
         missing = tuple(axis for axis in axes if axis not in varying_axes(x))
@@ -34,14 +34,16 @@ def vary(tree: Any, axes: Iterable[str]) -> Any:
 
 
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, each marked as different along every mesh axis along which any of them is: what a custom gradient
-    needs inside `shard_map`, where the gradient of an array that is the same everywhere is summed over devices by the
-    mark, not by the rule."""
+    """Marks each array, or tree of arrays, as different along every mesh axis along which any of them is.
+
+    A custom gradient needs this inside `shard_map`: the mark sums over devices the gradient of an array that is the
+    same everywhere, and the custom rule does not.
+    """
     return vary(arrays, sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))))
 
 
 def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a kernel writes, marked as different along every mesh axis along which any of its operands is."""
+    """The shape and dtype of a kernel's result, marked as different along every mesh axis along which an operand is."""
     axes = frozenset().union(*map(varying_axes, operands))
     if hasattr(jax.sharding, "ManualAxisType"):  # jax 0.10 and 0.11
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
@@ -51,27 +53,31 @@ def output(shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array) -> ja
 def priced(
     flops: int, dtype: jnp.dtype, grid: tuple[int, ...], ragged: bool = False
 ) -> contextlib.AbstractContextManager:
-    """Notes on the kernel called within what who counts its program cannot see, because its loops and conditions depend
-    on data: FLOPs, a multiply-add as two, of numbers in `dtype`, over the whole `grid`, to which jax.vmap may add
-    axes. `ragged`: as if every row belonged to a group."""
+    """Attaches a kernel's work to the kernel called within the context, for the counter of a program's FLOPs.
+
+    The counter cannot see it, because the kernel's loops and conditions depend on data. `flops` counts a multiply-add
+    as two and covers the whole `grid`, to which jax.vmap may add axes; the operands have `dtype`. `ragged` says that
+    `flops` assumes that every row belongs to a group.
+    """
     return set_xla_metadata(
         kernel_flops=flops, kernel_format=jnp.dtype(dtype).name, kernel_points=math.prod(grid), kernel_ragged=ragged
     )
 
 
 def zeros(shape: tuple[int, ...], *like: jax.Array) -> jax.Array:
-    """float32 zeros with which a loop may begin that adds what is made of `like`: they differ along the same mesh
-    axes."""
+    """float32 zeros that differ along the same mesh axes as `like`: the start of a loop that adds products of
+    `like`."""
     return vary_alike(jnp.zeros(shape, jnp.float32), *like)[0]
 
 
 def load(ref, layout, optimized: bool = True) -> jax.Array:
-    """From shared memory into the registers of a warpgroup; not `optimized`: however it can be done."""
+    """Loads from shared memory into the registers of a warpgroup. `optimized` raises where the layouts allow slow
+    accesses alone."""
     return plgpu.load(ref, *(((),) if jax.__version_info__ < (0, 11) else ()), layout=layout, optimized=optimized)
 
 
 def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Name and milliseconds on the GPU of each kernel that run() starts and waits for.
+    """Runs run() and returns the name and the milliseconds on the GPU of each kernel that it starts and waits for.
 
     jax's public `profiler.measure` calls a function once more right before it counts, which would fill the L2 cache
     with its operands. The counter that it starts and reads has no public name; a jax that has moved it raises

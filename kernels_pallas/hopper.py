@@ -24,8 +24,8 @@ def unavailable() -> str | None:
 
 
 def device() -> tuple[str, int]:
-    """Kind and number of cores of the GPU that is compiled for, or of the one there is. Interpreted elsewhere, two
-    cores do."""
+    """The kind and the number of cores of the GPU that the program is compiled for, or else of the first device; two
+    cores where kernels are interpreted without a GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.num_cores:
         return abstract.device_kind, abstract.num_cores
@@ -34,14 +34,20 @@ def device() -> tuple[str, int]:
 
 
 def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros after the last row and column."""
+    """Appends rows and columns of zeros to x [..., R, C]."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)]) if rows or columns else x
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Which tile of the output: its place in a matrix, the group of b and of the output, and the steps of K; None:
-    all."""
+    """One tile of the output, and the steps of K that it sums.
+
+    m, n      its row and column among the tiles of a matrix
+    b_group   the matrix of b that it reads; None if b is one matrix
+    y_group   the matrix of the output that it belongs to; None if the output is one matrix
+    first     the first step of K
+    steps     the number of steps; None for all
+    """
 
     m: jax.Array
     n: jax.Array
@@ -60,7 +66,7 @@ def launch(
     operand_dtype: jnp.dtype = E4M3,
     ragged: bool = False,
 ) -> jax.Array:
-    """Runs body(*references) once on each core, in three warpgroups; `flops`, `operand_dtype` and
+    """Runs body(*references to arrays and result) once on each core, in three warpgroups; `flops`, `operand_dtype` and
     `ragged` as for `priced`."""
     grid = (device()[1],)
     kernel = plgpu.kernel(
@@ -78,7 +84,7 @@ def launch(
 
 
 def tiled(columns: int, dtype: jnp.dtype):
-    """How matrix instructions and copies expect a matrix of so many columns to lie in shared memory."""
+    """The layout in shared memory that matrix instructions and copies expect of a matrix of so many columns."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * size * 8)
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)

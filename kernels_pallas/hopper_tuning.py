@@ -1,4 +1,4 @@
-"""How the Hopper products cut their work up: from a table of measured sizes, else by a rule. No GPU has tried either
+"""Tiles of the FP8 products on Hopper: from a table of measured shapes, else by a rule. No GPU has tried either
 yet."""
 
 import dataclasses
@@ -16,12 +16,15 @@ TABLES = pathlib.Path(__file__).parent / "tuning"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a block of threads, with two warpgroups that compute, works on at a time.
+    """The tile that a block of threads, with two warpgroups that compute, works on at a time. Raises ValueError for a
+    tile that the kernels cannot take.
 
-    columns   of the output for each warpgroup; divides 128, so that all have the same block of b's scales
-    split     what the two warpgroups divide: "m" makes tiles of 128 × columns, "n" tiles of 64 × 2 · columns
+    columns   columns of the output for each warpgroup; divides 128, so that all have the same block of b's scales
+    split     the axis that the two warpgroups divide: "m" makes tiles of 128 × columns, "n" of 64 × 2 · columns
     stages    steps of K in shared memory
-    minor     which of m (0) and n (1) the order of tiles changes first, in strips of `width`, so that what they read stays in the L2 cache
+    minor     the axis, m (0) or n (1), along which tiles follow each other first, in strips of `width`, so that their
+              operands stay in the L2 cache
+    width     the width of a strip, in tiles
     """
 
     columns: int = 128
@@ -53,22 +56,22 @@ class Config:
         return self.columns * (2 if self.split == "n" else 1)
 
     def fitting(self, out_dtype: jnp.dtype) -> "Config":
-        """With as many stages as fit beside the output's tile, at most eight."""
+        """The same tile with as many stages as shared memory holds next to the output's tile, at most eight."""
         stage = (self.tile_m + self.tile_n) * (STEP + 4)  # values, and a float32 scale for each row
         free = FREE_SHARED_MEMORY - self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
         return dataclasses.replace(self, stages=min(8, free // stage))
 
 
 def choose_config(operation: str, m: int, n: int, k: int, out_dtype: jnp.dtype, groups: int = 1) -> Config:
-    """For `groups` products [m, k] · [n, k]ᵀ; where groups differ, m or k is their mean."""
+    """The tile for `groups` products [m, k] · [n, k]ᵀ; if groups differ in size, m or k is their mean."""
     kind, cores = device()
     measured = _table(kind).get(operation, {}).get(f"{m}x{n}x{k}")
     return Config(**measured) if measured else rule(m, n, cores, groups).fitting(out_dtype)
 
 
 def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
-    """For up to 64 rows, where reading b is what takes time, tiles that are wide rather than tall; and of those the
-    ones with which the busiest core reads least: rows of a and b for each of its tiles."""
+    """The tile with which the busiest core reads the fewest rows of a and b. Up to 64 rows, where reading b takes most
+    of the time, tiles are wide rather than tall."""
     split = "n" if m <= ROWS else "m"
     tiles = lambda config: groups * pl.cdiv(m, config.tile_m) * pl.cdiv(n, config.tile_n)
     reads = lambda config: pl.cdiv(tiles(config), cores) * (config.tile_m + config.tile_n)
@@ -78,12 +81,12 @@ def rule(m: int, n: int, cores: int, groups: int = 1) -> Config:
 
 
 def table_path(kind: str) -> pathlib.Path:
-    """The file called after the first two words of a kind such as "NVIDIA H200 141GB HBM3e"."""
+    """The file of a kind of GPU, named after its first two words: nvidia_h200.json for "NVIDIA H200 141GB HBM3e"."""
     return TABLES / ("_".join(kind.lower().split()[:2]) + ".json")
 
 
 @functools.cache
 def _table(kind: str) -> dict[str, dict[str, dict]]:
-    """Fields of Config by operation and "MxNxK", as `kernels_pallas.bench.tune` measured them."""
+    """The fields of Config that `kernels_pallas.bench.tune` measured, by operation and "MxNxK"."""
     path = table_path(kind)
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Which of an operation's implementations runs."""
+"""Implementations of an operation: one table for each operation, and the choice from it."""
 
 import dataclasses
 import functools
@@ -14,7 +14,11 @@ IMPLEMENTATIONS = ("xla", *PREFERRED.values())
 
 
 class Unsupported(ValueError):
-    """An implementation was asked for what it does not do; the message says what it would do."""
+    """Raised for a call that no allowed implementation supports. The message names those that would do it."""
+
+
+def anything(*arguments: Any) -> None:
+    """The reason of an implementation that supports all arguments: none."""
 
 
 def compute(function: Callable, *arguments: Any) -> Any:
@@ -23,13 +27,16 @@ def compute(function: Callable, *arguments: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What a user can call, and every way to compute it.
+    """An operation that a user can call, and the table of all its implementations.
 
-    implementations   name -> (function, reason), "xla" by the definition among them; reason(*arguments) says what the function cannot do, or None
-    small             small(*arguments): numbers of the same dtypes, formats and widths, on which a kernel is compared with "xla"
-    results           results(function, *arguments): what is compared, gradients too where a kernel has its own
-    bound             how far off a kernel may be there (see `accuracy.disagreement`)
-    instead           what XLA does in a kernel's place, and what it costs: for the note that a kernel is passed over
+    implementations   name -> (function, reason). "xla" is the definition. reason(*arguments) says what the function
+                      does not support, or None
+    small             small(*arguments) -> arguments of the same dtypes, formats and widths with few rows, on which a
+                      kernel is compared with "xla"
+    results           results(function, *arguments) -> the arrays that are compared, with gradients if a kernel has its
+                      own
+    bound             the largest difference that is accepted there (see `accuracy.disagreement`)
+    instead           a sentence on what XLA does in a kernel's place and what it costs, for the warning
     """
 
     name: str
@@ -42,8 +49,8 @@ class Operation:
     )
 
     def missing(self, name: str, *arguments: Any) -> str | None:
-        """Why the implementation called `name` is not to be had for `arguments`, None if it is: what it cannot do, or
-        that it is wrong on this device."""
+        """Why the implementation `name` cannot be used for `arguments`: it does not support them, or it is wrong on
+        this device. None if it can."""
         function, reason = self.implementations[name]
         why = reason(*arguments)
         if why is None and name == PREFERRED.get(device_kind()):
@@ -54,13 +61,14 @@ class Operation:
         return why
 
     def pass_over(self, reasons: Sequence[str]) -> None:
-        """Says once that a kernel is passed over, and what comes of it."""
+        """Warns once that a kernel is passed over, and what XLA does instead."""
         alarm = "WARNING: " if any(trust.NOT_TRUSTED in why for why in reasons) else ""
         trust.say_once(f"{alarm}{self.name}: {'; '.join(reasons)}. {self.instead}.")
 
 
 def device_kind(device: jax.Device | None = None) -> str:
-    """sm90 for NVIDIA Hopper, tpu for any TPU, else the platform's name; of `device`, by default the first there is."""
+    """The kind of `device`, by default of the first one: "sm90" for NVIDIA Hopper, "tpu" for any TPU, else the
+    platform's name."""
     device = device or jax.devices()[0]
     if device.platform in ("gpu", "cuda"):
         major = str(getattr(device, "compute_capability", "0")).partition(".")[0]
@@ -68,18 +76,18 @@ def device_kind(device: jax.Device | None = None) -> str:
     return device.platform
 
 
-def preferred(kind: str) -> tuple[str, ...]:
-    """Implementations for a kind of device, best first."""
-    return (PREFERRED[kind], "xla") if kind in PREFERRED else ("xla",)
+def preferred(device: str) -> tuple[str, ...]:
+    """The implementations for a kind of device, best first."""
+    return (PREFERRED[device], "xla") if device in PREFERRED else ("xla",)
 
 
 def choose(operation: Operation, implementation: str | tuple[str, ...] | None, *arguments: Any) -> Callable:
-    """The function to call for `arguments`.
+    """Chooses the function to call for `arguments`.
 
-    Of several names the first that supports the arguments, and is right on this device (see `trust`), is taken; None
-    stands for those preferred on the first device there is. A kernel that is passed over is said once, with why. A
-    single name is taken as it is. Raises Unsupported, with the reasons and the names of those that would do it, if none
-    of the names does.
+    Of several names it takes the first that supports the arguments and is right on this device (see `trust`); None
+    stands for those preferred on the first device. It warns once of each kernel that it passes over. A single name is
+    taken without comparing it. Raises Unsupported, with the reasons and the names that would do it, if none of the
+    names supports the arguments.
     """
     names = (
         preferred(device_kind())

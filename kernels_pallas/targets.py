@@ -1,7 +1,8 @@
-"""NVIDIA GPUs to compile for on a host that has none, and what the machine code of their kernels says.
+"""Compiling for NVIDIA GPUs on a host that has none, and reading the machine code of the kernels.
 
-It takes the plugin's two packages (jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version), neither driver nor GPU;
-nvidia-cuda-nvdisasm beside them disassembles. What a kernel computes and how fast is not to be learned this way.
+It needs the two packages of the CUDA plugin (jax-cuda13-plugin and jax-cuda13-pjrt, of jax's own version), but no
+driver and no GPU; the package nvidia-cuda-nvdisasm adds the disassembly. The machine code tells registers, spills and
+instructions. It does not tell whether the results are right, nor how long they take.
 """
 
 import collections
@@ -22,8 +23,8 @@ from kernels_pallas.hopper import REGISTERS, SHARED_MEMORY, SHARED_MEMORY_PER_CO
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's `GpuTargetConfigProto` describes it. Source: openxla/xla, `xla/backends/gpu/target_config/specs`;
-    `kind` as the driver names it."""
+    """A GPU as XLA's `GpuTargetConfigProto` describes it, from `xla/backends/gpu/target_config/specs` of openxla/xla.
+    `kind` is the driver's name for it."""
 
     kind: str
     major: int  # of the compute capability
@@ -33,7 +34,7 @@ class Target:
     l2: int = 52_428_800  # bytes of cache
 
     def proto(self) -> str:
-        """The text form; what is written out is alike for all targets."""
+        """The text form of the proto. The numbers written out below are the same for all targets."""
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -69,8 +70,8 @@ B200 = Target("NVIDIA B200", major=10, cores=148, memory=191514411008, bandwidth
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel's machine code. `instructions` counts SASS opcodes such as "QGMMA", static and without their
-    modifiers, or is None without nvdisasm; `ptx` is the assembly it was made from."""
+    """Figures of one kernel's machine code. `instructions` counts the SASS opcodes in its text, such as "QGMMA",
+    without their modifiers; it is None without nvdisasm. `ptx` is the assembly from which it was made."""
 
     registers: int
     spill_stores: int  # bytes, like the next two
@@ -81,12 +82,12 @@ class Kernel:
 
     @property
     def fp8_products(self) -> int:
-        """Warpgroup matrix instructions on E4M3 × E4M3 in the text of the kernel, each 32 deep."""
+        """The number of warpgroup matrix instructions on E4M3 × E4M3 in the kernel's text; each covers 32 of K."""
         return self._products("k32.f32.e4m3.e4m3")
 
     @property
     def bf16_products(self) -> int:
-        """Those on bfloat16, each 16 deep."""
+        """The number of those on bfloat16; each covers 16 of K."""
         return self._products("k16.f32.bf16.bf16")
 
     def _products(self, kind: str) -> int:
@@ -98,10 +99,10 @@ _compiled: dict[str, tuple[Kernel, ...]] = {}
 
 
 def compile_for(target: Target, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> tuple[Kernel, ...]:
-    """Compiles jit(fn) for one `target`; -> its Mosaic GPU kernels, in the order in which they were compiled.
+    """Compiles jit(fn) for one `target`, and returns its Mosaic GPU kernels in the order in which they were compiled.
 
-    Any pytrees of ShapeDtypeStruct will do for `shapes`. Raises what lowering or compiling raises, and RuntimeError
-    without the CUDA plugin.
+    `shapes` are pytrees of ShapeDtypeStruct. Raises RuntimeError without the CUDA plugin, and whatever lowering or
+    compiling raises.
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise RuntimeError(
@@ -140,7 +141,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _disassembler() -> dict[str, str]:
-    """Where Mosaic GPU finds bin/nvdisasm, if the package nvidia-cuda-nvdisasm is there."""
+    """The environment variable by which Mosaic GPU finds bin/nvdisasm, if nvidia-cuda-nvdisasm is installed."""
     package = importlib.util.find_spec("nvidia")
     for folder in package.submodule_search_locations or () if package else ():
         for program in pathlib.Path(folder).glob("*/bin/nvdisasm"):
@@ -149,7 +150,7 @@ def _disassembler() -> dict[str, str]:
 
 
 def _read(ptxas: pathlib.Path) -> Kernel:
-    """From the dumps of one kernel: PTX, the assembler's log, the passes' log, SASS."""
+    """Reads the dumps of one kernel: PTX, the assembler's log, the passes' log, and SASS."""
     log = ptxas.read_text()
     with ptxas.with_suffix(".mlir-passes.log").open() as passes:
         shared = next(found for line in passes if (found := re.search(r"dynamic_shared_memory_size %c(\d+)_i32", line)))

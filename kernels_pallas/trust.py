@@ -1,9 +1,9 @@
-"""A kernel is compared with its reference before it is trusted: at its first use on a kind of device, on a small input.
+"""Comparison of a kernel with its reference at its first use on a kind of device.
 
-The small input has the dtypes, formats and widths of the call. What agreed is kept in a file for each user, by kind of
-device, jax's version and the kernels' source, so that it is compared once; a kernel that is wrong or fails is replaced
-by XLA, with a warning, and compared again in the next process. `DEEPSEEK_JAX_KERNEL_CHECK=0` skips all this. A kernel
-that is asked for by its own name is run as it is.
+The input is small and has the dtypes, formats and widths of the call. A file for each user remembers the kernels that
+agreed, by kind of device, version of jax and source of the kernels, so that each is compared once. A kernel that is
+wrong or fails is replaced by XLA, with a warning, and compared again in the next process. `DEEPSEEK_JAX_KERNEL_CHECK=0`
+skips all this, and a kernel that is asked for by its own name runs without it.
 """
 
 import concurrent.futures
@@ -28,14 +28,14 @@ from kernels_pallas.accuracy import disagreement
 log = logging.getLogger(__name__)
 SKIP = "DEEPSEEK_JAX_KERNEL_CHECK"
 NOT_TRUSTED = "is not to be trusted on this device"
-_verdicts: dict[str, str | None] = {}  # by call: what is wrong, None if nothing is
-_said: set[str] = set()
+_verdicts: dict[str, str | None] = {}  # by call: the fault, or None if the kernel is right
+_said: set[str] = set()  # warnings
 _skipped = contextvars.ContextVar("kernel check is skipped", default=False)
 _lock = threading.Lock()
 
 
 def say_once(message: str) -> None:
-    """A warning that a process prints once, and of several processes the first alone."""
+    """Warns once in a process; of several processes only the first prints it."""
     if message not in _said:
         _said.add(message)
         if jax.process_index() == 0:
@@ -44,7 +44,7 @@ def say_once(message: str) -> None:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Nothing is compared while programs are traced that other hardware will run, such as in a dry run."""
+    """Compares nothing within the context, in which programs are traced for other hardware, as in a dry run."""
     token = _skipped.set(True)
     try:
         yield
@@ -61,12 +61,11 @@ def complaint(
     reference: Callable,
     bound: float | None,
 ) -> str | None:
-    """What is wrong with a kernel, in words and with what to report; None if from the arrays `small()` it computes what
-    `reference` does, within `bound` (see `accuracy.disagreement`). `arguments` are those of the call, which are looked
-    at, not used.
+    """Compares `kernel` with `reference` on the arrays `small()` and says what is wrong, with what to report; None if
+    they agree within `bound` (see `accuracy.disagreement`).
 
-    May be called while a program is traced. In a run of several processes all of them have to call, and get the same
-    answer.
+    `arguments` are those of the call; their shapes and dtypes are read, not their numbers, so that a program may be
+    traced meanwhile. In a run of several processes all of them must call it, and all get the same answer.
     """
     if os.environ.get(SKIP) == "0" or _skipped.get():
         return None
@@ -82,7 +81,7 @@ def complaint(
     return (
         f"{NOT_TRUSTED} ({wrong}). Please report this with: {call}; {_device().device_kind}, jax {jax.__version__}, "
         f"kernels {_version()}. "
-        f"{SKIP}=0 runs the kernel all the same"
+        f"{SKIP}=0 runs the kernel without this check"
     )
 
 
@@ -90,13 +89,13 @@ def _judge(what: str, arguments: tuple, kernel: Callable, reference: Callable, b
     key = hashlib.sha256(
         repr((what, _describe(arguments), _device().device_kind, jax.__version__, _version())).encode()
     ).hexdigest()
-    if key in _kept():
+    if key in _agreed_before():
         return None
     leaves, structure = jax.tree.flatten(arguments)
     arrays = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray)}
 
     def results(function):
-        """Arrays go in as such, not as constants of the program."""
+        """Passes arrays as arguments, since they would else become constants of the program."""
         return jax.block_until_ready(
             jax.jit(
                 lambda given: function(*structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]))
@@ -110,13 +109,13 @@ def _judge(what: str, arguments: tuple, kernel: Callable, reference: Callable, b
     with jax.default_matmul_precision("float32"):
         wrong = disagreement(got, results(reference), bound)
     if wrong is None:
-        _keep(key)
+        _remember(key)
     return wrong
 
 
 def _agreed(wrong: str | None) -> str | None:
-    """The same on all processes, which would wait for each other for ever in different programs: what is wrong anywhere
-    is wrong."""
+    """One verdict for all processes: a kernel that is wrong on one is wrong on all. In different programs they would
+    wait for each other without end."""
     if jax.process_count() == 1:
         return wrong
     anywhere = bool(np.any(multihost_utils.process_allgather(np.asarray(wrong is not None))))
@@ -124,8 +123,8 @@ def _agreed(wrong: str | None) -> str | None:
 
 
 def _apart(function: Callable[[], Any]) -> Any:
-    """function() in a thread of its own, which knows nothing of the trace, mesh and settings of the caller, and
-    compares no kernels itself."""
+    """Runs function() in a thread of its own, outside the caller's trace, mesh and settings, and without comparing
+    kernels there."""
 
     def run():
         with unchecked():
@@ -140,7 +139,7 @@ def _device() -> jax.Device:
 
 
 def _describe(arguments: tuple) -> str:
-    """Shapes, dtypes and what else an operation is called with."""
+    """The shapes, dtypes and static arguments of a call, as text."""
     text = lambda leaf: (
         f"{leaf.dtype}{list(leaf.shape)}"
         if isinstance(leaf, (np.ndarray, jax.Array, jax.ShapeDtypeStruct))
@@ -152,7 +151,7 @@ def _describe(arguments: tuple) -> str:
 
 @functools.cache
 def _version() -> str:
-    """Of the kernels: a hash of this package's source, but for the benchmark and the studies."""
+    """A hash of the kernels' source: this package without the benchmark and the studies."""
     root, digest = pathlib.Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         if path.relative_to(root).parts[0] not in ("bench", "studies"):
@@ -168,8 +167,8 @@ def _path() -> pathlib.Path:
     )
 
 
-def _kept() -> list[str]:
-    """Keys of what agreed before; a file that is missing or damaged is as good as none."""
+def _agreed_before() -> list[str]:
+    """The keys of the kernels that agreed before; none if the file is missing or damaged."""
     try:
         keys = json.loads(_path().read_text())
     except (OSError, ValueError):
@@ -177,13 +176,13 @@ def _kept() -> list[str]:
     return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
 
 
-def _keep(key: str) -> None:
-    """Adds a key to the file, whole or not at all; where nothing can be written, the next process compares again."""
+def _remember(key: str) -> None:
+    """Adds a key to the file, atomically. If it cannot be written, the next process compares again."""
     path = _path()
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(sorted({*_kept(), key}), indent=0) + "\n")
+        partial.write_text(json.dumps(sorted({*_agreed_before(), key}), indent=0) + "\n")
         partial.replace(path)
     except OSError as error:
         log.info("%s could not be written: %s", path, error)

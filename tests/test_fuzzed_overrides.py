@@ -74,7 +74,7 @@ def all_paths() -> list[tuple[str, Any]]:
     classes |= {"grpo": [GRPOSection, GRPOConfig], "grpo.optimizer": [OptimizerConfig], "before": [EvalStage]}
     known = {path: now for prefix, group in classes.items() for cls in group for path, now in paths_of(cls, prefix)}
     known |= {f"model.attention.{field.name}": 2 for field in dataclasses.fields(GQAConfig)} | {
-        "precision.format.gradient.scope": "",
+        "precision.quantization.gradient.scope": "",
         "precision.name": "",
     }
     return sorted(

@@ -8,6 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped.layout import padded_rows, take_rows
+from kernels_pallas.qtensor import round_up
+
 
 @flax.struct.dataclass
 class Permutation:
@@ -50,28 +53,23 @@ def sort_by_expert(expert_ids_NK: jax.Array, num_experts: int, alignment: int) -
     has no slot.
     """
     pairs = expert_ids_NK.size
-    num_slots = -(-(pairs + min(num_experts, pairs) * (alignment - 1)) // alignment) * alignment
+    num_slots = padded_rows(pairs, num_experts, alignment)
     rank_NK, counts_E = rank_in_group(expert_ids_NK, num_experts)
-    sizes_E = -(-counts_E // alignment) * alignment
+    sizes_E = round_up(counts_E, alignment)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     chosen_NK = jnp.minimum(expert_ids_NK, num_experts - 1)
     slots_NK = jnp.where(expert_ids_NK < num_experts, starts_E[chosen_NK] + rank_NK, num_slots)
     return invert(slots_NK, num_slots), sizes_E
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index], zero where the index is out of range."""
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
 @jax.custom_vjp
 def permute(x_ND: jax.Array, permutation: Permutation) -> jax.Array:
     """Tokens [N, D] -> permuted tokens [R, D], a copy for each choice; a slot without a pair is zero."""
-    return _take(x_ND, permutation.pairs_R // permutation.slots_NK.shape[1])
+    return take_rows(x_ND, permutation.pairs_R // permutation.slots_NK.shape[1])
 
 
 def _permute_bwd(permutation, dx_RD):
-    return jnp.sum(_take(dx_RD, permutation.slots_NK), axis=1), None
+    return jnp.sum(take_rows(dx_RD, permutation.slots_NK), axis=1), None
 
 
 permute.defvjp(lambda x_ND, permutation: (permute(x_ND, permutation), permutation), _permute_bwd)
@@ -80,11 +78,11 @@ permute.defvjp(lambda x_ND, permutation: (permute(x_ND, permutation), permutatio
 @jax.custom_vjp
 def unpermute(y_RD: jax.Array, permutation: Permutation) -> jax.Array:
     """Permuted tokens [R, D] -> each token's K results [N, K, D]; zero for a pair without a slot."""
-    return _take(y_RD, permutation.slots_NK)
+    return take_rows(y_RD, permutation.slots_NK)
 
 
 def _unpermute_bwd(permutation, dy_NKD):
-    return _take(dy_NKD.reshape(-1, dy_NKD.shape[-1]), permutation.pairs_R), None
+    return take_rows(dy_NKD.reshape(-1, dy_NKD.shape[-1]), permutation.pairs_R), None
 
 
 unpermute.defvjp(lambda y_RD, permutation: (unpermute(y_RD, permutation), permutation), _unpermute_bwd)

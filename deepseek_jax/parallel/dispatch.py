@@ -23,10 +23,10 @@ from jax import lax
 from deepseek_jax.model.moe import combine
 from deepseek_jax.model.permute import Permutation, invert, permute, rank_in_group, unpermute
 from deepseek_jax.ranges import at_least, check, one_of
-from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, plain, quantize, vary, varying_axes
+from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, master, quantize, vary, varying_axes
 
 EXCHANGES = ("auto", "ragged", "padded", "gather")
-FORMATS = ("compute", "fp8")
+DTYPES = ("compute", "fp8")
 SENT = Quantizer(power_of_two=True, min_amax=1e-30)  # activations and their gradients
 Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -38,7 +38,7 @@ class DispatchConfig:
     `exchange`: "ragged" sends exactly the rows there are (`ragged_all_to_all`; TPU and GPU), "padded" a fixed number to
     each peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which
     suits few peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold
-    `buffer_factor` times the rows of a balanced load ("gather" always has room). `format` "fp8" sends E4M3 with a
+    `buffer_factor` times the rows of a balanced load ("gather" always has room). `dtype` "fp8" sends E4M3 with a
     power-of-two scale for each 1 x 128 tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and
     experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `dual_batch` runs every layer on
     two halves of the rows side by side (see `dual_batch.DualBatchBlock`).
@@ -46,7 +46,7 @@ class DispatchConfig:
 
     exchange: str = "auto"
     buffer_factor: float = 2.0
-    format: str = "compute"
+    dtype: str = "compute"
     dual_batch: bool = False
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ class DispatchConfig:
             self,
             "mesh.dispatch.",
             exchange=one_of(EXCHANGES),
-            format=one_of(FORMATS),
+            dtype=one_of(DTYPES),
             buffer_factor=at_least(1, why="a balanced load fills 1"),
         )
 
@@ -178,7 +178,7 @@ def send(exchange: Exchange, plan: Plan, x_SD: jax.Array) -> jax.Array | PreQuan
 
 send.defvjp(
     lambda exchange, plan, x_SD: (send(exchange, plan, x_SD), plan),
-    lambda exchange, plan, dx_RD: (None, exchange.move_back(plan, plain(dx_RD))),
+    lambda exchange, plan, dx_RD: (None, exchange.move_back(plan, master(dx_RD))),
 )
 
 
@@ -190,7 +190,7 @@ def send_back(exchange: Exchange, plan: Plan, y_RD: jax.Array) -> jax.Array:
 
 send_back.defvjp(
     lambda exchange, plan, y_RD: (send_back(exchange, plan, y_RD), plan),
-    lambda exchange, plan, dy_SD: (None, plain(exchange.move_tokens(plan, dy_SD))),
+    lambda exchange, plan, dy_SD: (None, master(exchange.move_tokens(plan, dy_SD))),
 )
 
 
@@ -211,7 +211,7 @@ def dispatched(
     """
     peers, experts = lax.axis_size(axes), jax.tree.leaves(weights)[0].shape[0]
     rows = buffer_rows(ids_NK.size, peers, config.buffer_factor)
-    exchange = Exchange(axes, peers, rows, ragged, config.format == "fp8")
+    exchange = Exchange(axes, peers, rows, ragged, config.dtype == "fp8")
     dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
     rank_NK, sizes_P = rank_in_group(dest_NK, peers)
     arriving = jnp.sum(lax.all_to_all(sizes_P, axes, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)

@@ -9,6 +9,7 @@ import jax
 
 from deepseek_jax.precision.policy import Precision
 from kernels_pallas import (
+    PRODUCTS,
     LinearQuantization,
     PreQuantized,
     QTensor,
@@ -18,12 +19,11 @@ from kernels_pallas import (
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
-    prepare,
+    prequantize,
     prequantize_weight,
     quantize,
 )
 from kernels_pallas.implementations import PREFERRED, preferred
-from kernels_pallas.linear.quantization import PRODUCTS
 from kernels_pallas.qtensor import retile
 from kernels_pallas.trust import say_once
 
@@ -40,7 +40,7 @@ class FP8Precision(Precision):
     """All three products of every Linear and expert in E4M3. Embedding, head, router, norms and attention's own
     products stay in `compute_dtype` or float32, as in the other policies.
 
-    format             how Linears and experts multiply
+    quantization       how Linears and experts multiply
     attention_output   how the Linear after attention does
     keep_swiglu_input  keep gate and up, quantized, and compute their product again in the backward pass; else keep
                        the product
@@ -48,7 +48,7 @@ class FP8Precision(Precision):
                        "mtp_projection"
     """
 
-    format: LinearQuantization = LinearQuantization()
+    quantization: LinearQuantization = LinearQuantization()
     attention_output: LinearQuantization = ATTENTION_OUTPUT
     keep_swiglu_input: bool = True
     high_precision: tuple[str, ...] = ("mtp_projection",)  # it is not quantized in the released weights either
@@ -75,30 +75,32 @@ class FP8Precision(Precision):
         block."""
         if isinstance(w, QTensor) or role in self.high_precision:
             return w
-        format = self._format(role)
+        quantization = self._quantization(role)
         cut_small = any(
-            size < whole and math.gcd(size, format.weight.size) < 8
+            size < whole and math.gcd(size, quantization.weight.size) < 8
             for size, whole in zip(local_shape[-2:], w.shape[-2:], strict=True)
         )
-        if cut_small or not set(PRODUCTS) <= set(format.products):
+        if cut_small or not set(PRODUCTS) <= set(quantization.products):
             return w
-        return prequantize_weight(w, format.weight, local_shape[-2:])
+        return prequantize_weight(w, quantization.weight, local_shape[-2:])
 
     def with_powers_of_two(self) -> "FP8Precision":
         """All scales rounded up to powers of two, of activations and weights alike, as the weights of DeepSeek-V3.1
         were trained."""
 
-        def rounded(format: LinearQuantization) -> LinearQuantization:
+        def rounded(quantization: LinearQuantization) -> LinearQuantization:
             changes = {
-                name: dataclasses.replace(getattr(format, name), power_of_two=True)
+                name: dataclasses.replace(getattr(quantization, name), power_of_two=True)
                 for name in ("input", "weight", "gradient")
             }
-            return dataclasses.replace(format, **changes)
+            return dataclasses.replace(quantization, **changes)
 
-        return dataclasses.replace(self, format=rounded(self.format), attention_output=rounded(self.attention_output))
+        return dataclasses.replace(
+            self, quantization=rounded(self.quantization), attention_output=rounded(self.attention_output)
+        )
 
-    def _format(self, role: str) -> LinearQuantization:
-        return self.attention_output if role == "attention_output" else self.format
+    def _quantization(self, role: str) -> LinearQuantization:
+        return self.attention_output if role == "attention_output" else self.quantization
 
     def dense(self, x: jax.Array | QTensor | PreQuantized) -> jax.Array:
         return dequantize(x, self.compute_dtype) if isinstance(x, QTensor) else super().dense(x)
@@ -112,23 +114,25 @@ class FP8Precision(Precision):
         return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], heads, -1), columns)
 
     def rounded_weight(self, w_DF: jax.Array | QTensor, role: str, local_shape: tuple[int, ...]) -> jax.Array:
-        format = self._format(role)
-        if isinstance(w_DF, QTensor) or role in self.high_precision or "forward" not in format.products:
+        quantization = self._quantization(role)
+        if isinstance(w_DF, QTensor) or role in self.high_precision or "forward" not in quantization.products:
             return self.dense(w_DF)
-        return dequantize(prequantize_weight(w_DF, format.weight, local_shape).quantized, self.compute_dtype)
+        return dequantize(prequantize_weight(w_DF, quantization.weight, local_shape).quantized, self.compute_dtype)
 
     def rounded_input(self, x: jax.Array, role: str = "linear") -> jax.Array:
-        format = self._format(role)
-        if role in self.high_precision or "forward" not in format.products:
+        quantization = self._quantization(role)
+        if role in self.high_precision or "forward" not in quantization.products:
             return x
-        return dequantize(quantize(x, format.input, implementation="xla"), x.dtype)
+        return dequantize(quantize(x, quantization.input, implementation="xla"), x.dtype)
 
     def linear(
         self, x: jax.Array, w_DF: jax.Array | QTensor | PreQuantized, role: str = "linear", device: str = "cpu"
     ) -> jax.Array:
         if role in self.high_precision:
             return super().linear(x, self.dense(w_DF))
-        multiply = functools.partial(fp8_linear, format=self._format(role), implementation=preferred(device))
+        multiply = functools.partial(
+            fp8_linear, quantization=self._quantization(role), implementation=preferred(device)
+        )
         return _by_sequence(multiply, x.ndim, 1)(x.astype(self.compute_dtype), w_DF)
 
     def swiglu_linear(
@@ -141,20 +145,24 @@ class FP8Precision(Precision):
     ) -> jax.Array:
         if role in self.high_precision or not self.keep_swiglu_input:
             return super().swiglu_linear(gate, up, w_FD, role, device)
-        multiply = functools.partial(fp8_swiglu_linear, format=self._format(role), implementation=preferred(device))
+        multiply = functools.partial(
+            fp8_swiglu_linear, quantization=self._quantization(role), implementation=preferred(device)
+        )
         return _by_sequence(multiply, gate.ndim, 2)(gate, up, w_FD)
 
     def alignment(self, tokens: int, num_groups: int, device: str) -> int:
         """A whole tile of tokens. Not on a CPU, where padded tokens cost more than tiles that are not full."""
-        return super().alignment(tokens, num_groups, device) if device == "cpu" else self.format.gradient.size
+        return super().alignment(tokens, num_groups, device) if device == "cpu" else self.quantization.gradient.size
 
     def expert_tokens(self, x_ND: jax.Array | PreQuantized, device: str) -> jax.Array | PreQuantized:
         """Quantized once for all experts of a token and both products."""
         if "experts" in self.high_precision:
             return super().expert_tokens(x_ND, device)
-        if isinstance(x_ND, PreQuantized) and x_ND.quantized.tile == self.format.input.tile(x_ND.shape):
+        if isinstance(x_ND, PreQuantized) and x_ND.quantized.tile == self.quantization.input.tile(x_ND.shape):
             return x_ND
-        return prepare(self.dense(x_ND).astype(self.compute_dtype), self.format.input, implementation=preferred(device))
+        return prequantize(
+            self.dense(x_ND).astype(self.compute_dtype), self.quantization.input, implementation=preferred(device)
+        )
 
     def grouped_linear(
         self,
@@ -166,7 +174,7 @@ class FP8Precision(Precision):
     ) -> jax.Array:
         if "experts" in self.high_precision:
             return super().grouped_linear(x_RD, self.dense(w_EDF), group_sizes_E, alignment, device)
-        fields = dict(alignment=alignment, format=self.format, implementation=preferred(device))
+        fields = dict(alignment=alignment, quantization=self.quantization, implementation=preferred(device))
         return fp8_grouped_linear(x_RD, w_EDF, group_sizes_E, **fields)
 
     def grouped_swiglu_linear(
@@ -180,7 +188,7 @@ class FP8Precision(Precision):
     ) -> jax.Array:
         if "experts" in self.high_precision or not self.keep_swiglu_input:
             return super().grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, alignment, device)
-        fields = dict(alignment=alignment, format=self.format, implementation=preferred(device))
+        fields = dict(alignment=alignment, quantization=self.quantization, implementation=preferred(device))
         return fp8_grouped_swiglu_linear(gate_RF, up_RF, w_EFD, group_sizes_E, **fields)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_linear
+from kernels_pallas.grouped.layout import choose_block, group_of
 from kernels_pallas.grouped_linear.api import kernel_alignment
 from kernels_pallas.implementations import preferred
 
@@ -26,7 +27,7 @@ def alignment(rows: int, num_groups: int, device: str, dtype: jnp.dtype) -> int:
     if of_kernel := kernel_alignment(device, dtype):
         return of_kernel
     share, largest = (2, 128) if device == "cpu" else (4, 1024)
-    return min(largest, max(8, 1 << (max(rows // (share * num_groups), 1).bit_length() - 1)))
+    return choose_block(rows, num_groups, share=share, largest=largest)
 
 
 def grouped_matmul(
@@ -47,9 +48,7 @@ def grouped_matmul(
         return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, precision=precision)
     if kernel_alignment(device, x_RD.dtype):
         return grouped_linear(x_RD, w_EDF, group_sizes_E, alignment=alignment, implementation=preferred(device))
-    ends_E = jnp.cumsum(group_sizes_E)
-    block_starts_J = jnp.arange(x_RD.shape[0] // alignment) * alignment
-    expert_J = jnp.sum(block_starts_J[:, None] >= ends_E[None, :], axis=1)
+    expert_J = group_of(jnp.arange(0, x_RD.shape[0], alignment), group_sizes_E)
     expert_J = jnp.minimum(expert_J, w_EDF.shape[0] - 1)  # trailing blocks hold no rows; any weights will do
     return _blocked_matmul(x_RD, w_EDF, expert_J, precision)
 

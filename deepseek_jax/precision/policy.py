@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.grouped import alignment, grouped_matmul
-from kernels_pallas import PreQuantized, plain, swiglu
+from kernels_pallas import PreQuantized, master, swiglu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -67,7 +67,7 @@ class Precision:
 
     def dense(self, x: jax.Array | PreQuantized) -> jax.Array:
         """An operand as a plain array, for products outside the policy."""
-        return plain(x)
+        return master(x)
 
     def by_heads(self, w_DF: jax.Array, heads: int) -> Any:
         """A weight with its outputs divided into heads: a tree of arrays [·, heads, ·] that can be cut along the heads.

@@ -38,7 +38,7 @@ times it any two runs that round differently drift apart by 1%.
 
 from deepseek_jax.launch import Run, Sweep
 
-LINEARS = ("precision.format", "precision.attention_output")
+LINEARS = ("precision.quantization", "precision.attention_output")
 
 HALF, FULL = {"precision.name": "bfloat16"}, {"precision.name": "float32"}
 E5M2_GRADIENTS = {f"{linear}.gradient.dtype": "float8_e5m2" for linear in LINEARS}

@@ -1,2 +1,2 @@
-"""Attention of a sequence to itself without the matrix of scores in memory, for heads whose keys and values differ in
-width, as MLA's do."""
+"""Attention of a sequence to itself without the matrix of scores in memory. Keys and values may differ in width, as
+MLA's do."""

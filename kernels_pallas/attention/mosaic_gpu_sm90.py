@@ -1,17 +1,17 @@
-"""Attention on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""Attention on NVIDIA Hopper, through Pallas Mosaic GPU. It was compiled and interpreted; no GPU has run it.
 
-    s = q kᵀ scale, where masked    p = exp(s - lse)    o = p v    lse = log Σ exp(s)                    over keys, 64 at a time
-    ds = p (do vᵀ - δ) scale        dq = ds k           dk = dsᵀ q           dv = pᵀ do                  δ = Σ o do
+    s = q kᵀ scale, masked      p = exp(s - lse)    o = p v         lse = log Σ exp(s), over keys, 64 at a time
+    ds = p (do vᵀ - δ) scale    dq = ds k           dk = dsᵀ q      dv = pᵀ do      δ = Σ o do
 
-The algorithm is that of FlashAttention-2 (arXiv 2307.08691): forward, the maximum and the sum of each row run along
-with the keys and what was summed is scaled again when the maximum grows; backward, the scores are computed again from
-lse, once for dq, where each block of threads goes along the keys of its queries, and once for dk and dv, where it goes
-along the queries of its keys. Blocks of threads have two warpgroups that compute, 64 rows each, and one that copies the
-next step into shared memory. Exponents are to the base 2, and what is called lse here is too.
+The algorithm is that of FlashAttention-2 (arXiv 2307.08691). Forward, each row keeps a running maximum and sum along
+the keys, and scales its sums again when the maximum grows. Backward, the scores are computed again from lse, once for
+dq, where a block of threads goes along the keys of its queries, and once for dk and dv, where it goes along the queries
+of its keys. A block of threads has two warpgroups that compute, 64 rows each, and one that copies the next step into
+shared memory. Exponentials and lse are to the base 2.
 
-Queries see keys at or before their own place and of their own segment; steps that no query of a block can see are not
-taken. Arrays are read and written as [B, T, H, ·], with nothing transposed. Copies read zeros beyond an end, which the
-mask hides, and write nothing there. What a step reads with ordinary loads lies in a slot that the next copy fills:
+A query sees the keys at or before its own position and of its own segment; steps that no query of a block can see are
+skipped. Arrays are read and written as [B, T, H, ·], without a transpose. Copies read zeros beyond an end, which the
+mask hides, and write nothing there. A step reads with ordinary loads from a slot that the next copy fills:
 `commit_smem` orders the two.
 """
 
@@ -27,10 +27,10 @@ from kernels_pallas._compat import load, output, plgpu, priced, vary_alike
 from kernels_pallas.attention.reference import MASKED
 from kernels_pallas.hopper import ROWS, tiled, unavailable
 
-# One warpgroup holds ROWS queries, or keys for their gradients.
-KEYS = 64  # at a time, for queries
-# at a time, for keys: with 64, two sums of 64 rows and two blocks of scores do not fit a warpgroup's registers
-# (compiled: it spills)
+# One warpgroup holds ROWS queries and goes along their keys, KEYS at a time; or it holds ROWS keys and goes along their
+# queries, QUERIES at a time: with 64, two sums of 64 rows and two blocks of scores do not fit its registers (compiled:
+# it spills).
+KEYS = 64
 QUERIES = 32
 BLOCK = 2 * ROWS
 STAGES = 2  # steps in shared memory
@@ -44,7 +44,8 @@ def reason(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     if {q.dtype, k.dtype, v.dtype} != {BF16}:
         return f"attends in bfloat16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] not in (64, 128, 192) or v.shape[-1] not in (64, 128):
-        return f"takes heads of 64, 128 or 192 for queries and keys and of 64 or 128 for values, not {q.shape[-1]} and {v.shape[-1]}"
+        widths = f"{q.shape[-1]} and {v.shape[-1]}"
+        return f"takes heads of 64, 128 or 192 for queries and keys and of 64 or 128 for values, not {widths}"
     if 0 in q.shape or q.shape[1] % 8 or k.shape[1] % 8:
         return f"takes lengths that are multiples of 8, not {q.shape[1]} and {k.shape[1]}"
     return None
@@ -69,7 +70,7 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
         lse_smem,
         barrier,
     ):
-        b, h, warpgroup, start = place()
+        b, h, warpgroup, start = coordinates()
         rows = pl.ds(start, ROWS)
         shape = ROWS, KEYS
 
@@ -126,15 +127,18 @@ def query_gradient(
         q_ref, k_ref, v_ref, query_segments_ref, segments_ref, first_ref, do_ref, lse_ref, delta_ref,
         dq_ref, q_smem, do_smem, seen_by_smem, lse_smem, delta_smem, barrier,
     ):  # fmt: skip
-        b, h, warpgroup, start = place()
+        b, h, warpgroup, start = coordinates()
         rows = pl.ds(start, ROWS)
         shape = ROWS, KEYS
 
         def compute(run):
             copies = (
-                (q_ref.at[b, rows, h], q_smem), (do_ref.at[b, rows, h], do_smem), (query_segments_ref.at[b, rows], seen_by_smem),
-                (lse_ref.at[b, h, rows], lse_smem), (delta_ref.at[b, h, rows], delta_smem),
-            )  # fmt: skip
+                (q_ref.at[b, rows, h], q_smem),
+                (do_ref.at[b, rows, h], do_smem),
+                (query_segments_ref.at[b, rows], seen_by_smem),
+                (lse_ref.at[b, h, rows], lse_smem),
+                (delta_ref.at[b, h, rows], delta_smem),
+            )
             fetch(copies, warpgroup, barrier)
             dq = run(plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA))
             q_smem.at[warpgroup][...] = (dq * scale).astype(BF16)
@@ -180,7 +184,7 @@ def key_and_value_gradients(
         q_ref, k_ref, v_ref, query_segments_ref, segments_ref, first_ref, do_ref, lse_ref, delta_ref,
         dk_ref, dv_ref, k_smem, v_smem, segments_smem, barrier,
     ):  # fmt: skip
-        b, h, warpgroup, start = place()
+        b, h, warpgroup, start = coordinates()
         rows = pl.ds(start, ROWS)
         shape = ROWS, QUERIES
         skipped = lax.div(jnp.maximum(lax.axis_index("block") * BLOCK - first_ref[0], 0), jnp.int32(QUERIES))
@@ -240,8 +244,7 @@ def key_and_value_gradients(
 def launch(body: Callable, sizes: tuple[int, int, int], shapes, scratch, flops: int, arrays):
     """Runs body(*inputs, *outputs, *scratch) for each sequence, head and block of 128 rows. `flops` are those of a
     causal mask: half of all."""
-    rows_of_blocks = pl.cdiv(sizes[2], BLOCK)
-    grid = (*sizes[:2], rows_of_blocks)
+    grid = (*sizes[:2], pl.cdiv(sizes[2], BLOCK))
     kernel = plgpu.kernel(
         body,
         out_type=[output(shape, dtype, *arrays) for shape, dtype in shapes],
@@ -262,7 +265,7 @@ def _first(first) -> jax.Array:
 
 
 def _rows(columns: int, step: int) -> object:
-    """Shared memory for the rows of both warpgroups, which lie as those of the steps do."""
+    """Shared memory for the rows of both warpgroups, in the layout of a step's rows."""
     return plgpu.SMEM((2, ROWS, columns), BF16, transforms=tiled(step, BF16))
 
 
@@ -271,7 +274,7 @@ def _vector(dtype) -> object:
 
 
 def matrix(rows: int, columns: int, skipped: jax.Array | int = 0):
-    """One step of rows that the pipeline goes along."""
+    """One step of `rows` rows, which a pipeline copies."""
     return plgpu.BlockSpec(
         (rows, columns), lambda i: (skipped + i, 0), transforms=tiled(rows, BF16), memory_space=plgpu.SMEM
     )
@@ -294,8 +297,8 @@ def pipeline(step: Callable, compute: Callable, steps: jax.Array, *specs):
     )
 
 
-def place():
-    """-> sequence, head, warpgroup, and the first row of this warpgroup."""
+def coordinates():
+    """The sequence, the head, the warpgroup, and the first row of this warpgroup."""
     warpgroup = lax.axis_index("warpgroup")
     return (
         lax.axis_index("sequence"),
@@ -306,7 +309,7 @@ def place():
 
 
 def fetch(copies, warpgroup, barrier) -> None:
-    """Copies to this warpgroup's part of shared memory, and waits for them."""
+    """Copies to this warpgroup's rows of shared memory, and waits for the copies."""
     for source, target in copies:
         plgpu.copy_gmem_to_smem(source, target.at[warpgroup], barrier.at[warpgroup])
     plgpu.barrier_wait(barrier.at[warpgroup])
@@ -321,7 +324,7 @@ def product(shape: tuple[int, int], left, right) -> jax.Array:
 
 
 def add_product(total: jax.Array, left: jax.Array, right) -> jax.Array:
-    """total + left right, the left side from registers."""
+    """total + left right, with `left` in registers."""
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
 
 
@@ -336,8 +339,8 @@ def along_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def visible(
     first_query: jax.Array, first_key: jax.Array, query_segments, segments, shape: tuple[int, int], queries: int
 ) -> jax.Array:
-    """Which keys are at or before the query's place and of its segment; `queries` is the axis along which queries
-    lie."""
+    """The mask of `shape`: keys at or before the query's position and of its segment. `queries` is the axis of the
+    queries."""
     axes = queries, 1 - queries
     query, key = (
         start + plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)

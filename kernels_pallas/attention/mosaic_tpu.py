@@ -1,12 +1,12 @@
-"""Attention on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+"""Attention on TPUs, through Pallas Mosaic. It was compiled and interpreted; no TPU has run it.
 
-The algorithm is that of FlashAttention-2 (arXiv 2307.08691), as in `mosaic_gpu_sm90`, transposed: scores are [keys,
-queries], so that what belongs to a query, its maximum, its sum, lse and δ, lies along lanes, and maxima and sums over
-keys run over sublanes, which is cheap. Results that are sums over keys come out transposed and are turned by XLA, as
-heads have to go before positions for blocks of [positions, width] anyway.
+The algorithm is that of FlashAttention-2 (arXiv 2307.08691), as in `mosaic_gpu_sm90`, transposed. Scores are [keys,
+queries], so that a query's maximum, sum, lse and δ lie along lanes, and maxima and sums over keys run over sublanes,
+which is cheap. Results that are sums over keys come out transposed, and XLA transposes them back; heads must go before
+positions anyway, for blocks of [positions, width].
 
-Blocks of keys that no query of a block can see are neither copied nor computed: the index of the block to copy stays
-where it is.
+Blocks of keys that no query of a block can see are neither copied nor computed: the index of the block to copy does not
+change.
 """
 
 import math
@@ -85,7 +85,7 @@ def forward(q_BTHk, k_BSHk, v_BSHv, query_segments_BT, segments_BS, first, scale
         segments_BS[:, :, None],
     )
     specs = [sizes.queries(sizes.width), sizes.keys(sizes.width), sizes.keys(sizes.values), *sizes.segments()]
-    results = sizes.turned(sizes.values), sizes.rows()
+    results = sizes.transposed(sizes.values), sizes.rows()
     scratch = [(1, sizes.query_block), (1, sizes.query_block), (sizes.values, sizes.query_block)]
     o_BHvT, lse_BH1T = call(
         "attention", body, sizes.grid, first, operands, specs, results, scratch, sizes.flops(sizes.width + sizes.values)
@@ -132,7 +132,7 @@ def query_gradient(
     specs += [sizes.queries(sizes.values), sizes.rows()[1], sizes.rows()[1]]
     flops, scratch = sizes.flops(2 * sizes.width + sizes.values), [(sizes.width, sizes.query_block)]
     (dq_BHkT,) = call(
-        "attention_dq", body, sizes.grid, first, operands, specs, (sizes.turned(sizes.width),), scratch, flops
+        "attention_dq", body, sizes.grid, first, operands, specs, (sizes.transposed(sizes.width),), scratch, flops
     )
     return dq_BHkT.transpose(0, 3, 1, 2)
 
@@ -196,7 +196,7 @@ def key_and_value_gradients(
 
 
 class Sizes:
-    """How the blocks lie: a grid of (sequence, head, queries, keys), or, `keys_first`, (sequence, head, keys,
+    """Sizes of blocks, and their grid: (sequence, head, queries, keys) or, with `keys_first`, (sequence, head, keys,
     queries)."""
 
     def __init__(self, q_BTHk: jax.Array, v_BSHv: jax.Array, keys_first: bool = False):
@@ -211,28 +211,27 @@ class Sizes:
         )
 
     def flops(self, width: int) -> int:
-        """Of products so wide in all, of the half that a causal mask leaves."""
+        """The FLOPs of products that are `width` wide in all, of the half of the scores that a causal mask leaves."""
         B, H, T = self.shape
         return B * H * T * self.key_blocks * self.key_block * width
 
     def last_keys(self, i: jax.Array, first_ref) -> jax.Array:
-        """The last block of keys that the queries of block i see."""
+        """The last block of keys that a query of block i sees."""
         return jnp.minimum(block_of(first_ref[0] + (i + 1) * self.query_block - 1, self.key_block), self.key_blocks - 1)
 
     def first_queries(self, j: jax.Array, first_ref) -> jax.Array:
-        """The first block of queries that sees keys of block j; beyond the last for none."""
+        """The first block of queries that sees keys of block j; beyond the last if none does."""
         return block_of(jnp.maximum(j * self.key_block - first_ref[0], 0), self.query_block)
 
     def visible(self, i: jax.Array, j: jax.Array, first_ref, query_segments_ref, segments_ref) -> jax.Array:
-        """[keys, queries] bool: keys at or before the query's place and of its segment."""
+        """[keys, queries] bool: keys at or before the query's position and of its segment."""
         shape = self.key_block, self.query_block
         query = first_ref[0] + i * self.query_block + lax.broadcasted_iota(jnp.int32, shape, 1)
         key = j * self.key_block + lax.broadcasted_iota(jnp.int32, shape, 0)
         return (query >= key) & (query_segments_ref[...] == segments_ref[...])
 
     def _spec(self, shape: tuple[int | None, ...], where: Callable) -> pl.BlockSpec:
-        """where(sequence, head, block of queries, block of keys) of what is copied; a block that nothing sees is
-        not."""
+        """A block at where(sequence, head, block of queries, block of keys). It is not copied where nothing sees it."""
 
         def index(b, h, outer, inner, first_ref):
             if self.keys_first:
@@ -257,14 +256,14 @@ class Sizes:
         return self._spec((None, None, self.key_block, width), lambda b, h, i, j: (b, h, j, 0))
 
     def segments(self) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Those of queries along lanes, those of keys along sublanes."""
+        """The segments of queries, along lanes, and of keys, along sublanes."""
         return (
             self._spec((None, 1, self.query_block), lambda b, h, i, j: (b, 0, i)),
             self._spec((None, self.key_block, 1), lambda b, h, i, j: (b, j, 0)),
         )
 
-    def turned(self, width: int) -> tuple[tuple[int, ...], pl.BlockSpec, jnp.dtype]:
-        """A result [B, H, width, T]: its shape, blocks and dtype."""
+    def transposed(self, width: int) -> tuple[tuple[int, ...], pl.BlockSpec, jnp.dtype]:
+        """The shape, blocks and dtype of a result [B, H, width, T]."""
         B, H, T = self.shape
         return (
             (B, H, width, T),
@@ -273,7 +272,7 @@ class Sizes:
         )
 
     def rows(self) -> tuple[tuple[int, ...], pl.BlockSpec, jnp.dtype]:
-        """A number for each query, [B, H, 1, T]."""
+        """The shape, blocks and dtype of a number for each query, [B, H, 1, T]."""
         B, H, T = self.shape
         return (
             (B, H, 1, T),
@@ -307,5 +306,5 @@ def heads_first(x: jax.Array) -> jax.Array:
 
 
 def contract(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    """The product that sums over these axes, float32."""
+    """The product that sums over axis `of_a` of a and `of_b` of b, float32."""
     return lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)

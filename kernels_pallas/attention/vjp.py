@@ -1,4 +1,5 @@
-"""Kernels made differentiable: what is kept is the operands, the result and each row's lse."""
+"""Gradients of the attention kernels. The residuals are the operands, the result and the logarithm of each row's
+sum."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 
 
 def differentiable(kernels: ModuleType) -> Callable[..., jax.Array]:
-    """attention(q, k, v, query_segments, segments, first, scale), from a module's `forward`, `query_gradient` and
-    `key_and_value_gradients`."""
+    """Makes attention(q, k, v, query_segments, segments, first, scale), with gradients, of a module's `forward`,
+    `query_gradient` and `key_and_value_gradients`."""
 
     def attention(*operands):
         return kernels.forward(*operands)[0]

@@ -1,1 +1,1 @@
-"""Speed of the kernels on DeepSeek-V3's shapes."""
+"""Checks and speed of the kernels on DeepSeek-V3's shapes."""

@@ -1,4 +1,4 @@
-"""The product that a benchmarked one is compared with."""
+"""The float32 product with which a benchmarked product is compared."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,11 @@ from kernels_pallas.bench.shapes import Shape
 
 
 def product(shape: Shape, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a bᵀ of each group in float32, [m, n], [groups · m, n] or, for a grouped weight gradient, [groups, m, n], by one
-    product of XLA's for each group: a [groups · m, k] and b [groups, n, k] for "grouped", else [m, groups · k] and [n,
-    groups · k]."""
+    """a bᵀ of each group in float32, by one product of XLA's for each group.
+
+    For "grouped" a is [groups · m, k] and b [groups, n, k], and the result [groups · m, n]. Else a is [m, groups · k]
+    and b [n, groups · k]; the result is [m, n], or [groups, m, n] for a grouped weight gradient.
+    """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     if shape.operation == "grouped":
         y_GMN = _products(a.reshape(shape.groups, shape.m, shape.k), b)

@@ -1,4 +1,4 @@
-"""What compiling alone can tell of a kernel on a GPU."""
+"""Figures of the kernels' machine code for a GPU that need not be there."""
 
 import functools
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ def machine_code_row(shape: str, target: str, function, *arguments) -> dict[str,
 
 
 def programs() -> Iterator[tuple[str, str, tuple]]:
-    """Name, shape, and the function with the shapes of its arguments: the FP8 products, and experts and attention in
-    bfloat16."""
+    """The FP8 products, and experts and attention in bfloat16: a name, a shape, and the function with the shapes of its
+    arguments."""
     yield from ((shape.title, shape.text, _program(shape)) for shape in shapes())
     yield from _bfloat16_programs()
 

@@ -1,4 +1,4 @@
-"""The FP8 products: each is checked, and then timed beside its peer in bfloat16."""
+"""Checks each FP8 product, and times it and the same product in bfloat16."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ Row = dict[str, float | str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Two functions of arrays alone, that compute the same from quantized and from bfloat16 operands."""
+    """Two functions of arrays that compute the same product, from quantized and from bfloat16 operands."""
 
     fp8: Callable
     fp8_arguments: tuple
@@ -40,7 +40,8 @@ class Case:
 
 
 def case(shape: Shape, implementation: str | None) -> Case:
-    """Random normal operands for `shape`, quantized by XLA: a fault of the quantizers is none of the products."""
+    """Random normal operands for `shape`, quantized by XLA, so that a fault of the quantizers is not taken for one of
+    the products."""
     gradient, groups = "gradient" in shape.operation, shape.groups
     rows, depth = (shape.m, shape.k * groups) if gradient else (shape.m * groups, shape.k)
     a = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)
@@ -66,7 +67,7 @@ def case(shape: Shape, implementation: str | None) -> Case:
 
 
 def error(shape: Shape, both: Case, fp8: Callable) -> float:
-    """How far off `fp8` is on the case's operands: `accuracy.difference`."""
+    """The distance of `fp8` from the float32 product on the case's operands (`accuracy.difference`)."""
     expected = jax.jit(lambda a, b: check.product(shape, dequantize(a), dequantize(b)))(*both.fp8_arguments)
     return float(accuracy.difference(jax.jit(fp8)(*both.fp8_arguments), expected))
 
@@ -77,8 +78,8 @@ def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this device was seen to do: FLOP/s of a square product through XLA in each format, and bytes/s copied (read
-    and written)."""
+    """The most that this device was seen to do: FLOP/s of a square product through XLA in each format, and bytes/s of a
+    copy, read and written."""
 
     size: int
     bf16: float
@@ -87,7 +88,7 @@ class Ceilings:
 
     @property
     def flops(self) -> float:
-        """Whichever is faster: not every device multiplies FP8."""
+        """The faster of the two: not every device multiplies FP8."""
         return max(self.bf16, self.fp8)
 
     def __str__(self) -> str:
@@ -104,7 +105,7 @@ def ceilings(small: bool) -> Ceilings:
 
 
 def product_row(shape: Shape, limits: Ceilings, implementation: str | None) -> Row:
-    """What the table shows of one product."""
+    """The table's row of one product."""
     both = case(shape, implementation)
     off = error(shape, both, both.fp8)
     time, peer = seconds(both.fp8, *both.fp8_arguments), seconds(both.peer, *both.peer_arguments)

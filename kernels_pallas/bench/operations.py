@@ -1,4 +1,4 @@
-"""Quantizing and SwiGLU, which memory alone should bound, and attention."""
+"""Checks and times quantization and SwiGLU, which memory alone should bound, and attention."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ ATTENTION = {"attention, forward": 1, "attention, forward and gradients": 3}  # 
 
 
 def quantizer_row(name: str, limits: Ceilings, small: bool, implementation: str | None) -> Row:
-    """Against XLA's, beside a copy."""
+    """The table's row of one quantization: compared with XLA's, its speed as a share of a copy's."""
     function, arrays, bytes_each = QUANTIZERS[name]
     rows, columns = (256, 512) if small else (16384, 7168)
     given = tuple(jax.random.normal(jax.random.key(i), (rows, columns), jnp.bfloat16) for i in range(arrays))
@@ -50,8 +50,8 @@ def quantizer_row(name: str, limits: Ceilings, small: bool, implementation: str 
 
 
 def attention_row(name: str, small: bool, implementation: str | None) -> Row:
-    """MLA's heads in bfloat16 against float32, beside XLA with the scores in memory. FLOPs are those of a causal mask;
-    recomputation is not counted."""
+    """The table's row of attention with MLA's heads: bfloat16 compared with float32, and timed against XLA with its
+    scores in memory. FLOPs are those of a causal mask, without recomputation."""
     rows, length, heads, width, values = (1, 128, 2, *HEADS[3:]) if small else HEADS
     given = [
         jax.random.normal(jax.random.key(i), (rows, length, heads, size), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The products of DeepSeek-V3 that are measured, and what DeepGEMM published for them."""
+"""The products of DeepSeek-V3 that are measured, and DeepGEMM's published speeds."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ GROUPS = ((4, 8192), (8, 4096))  # groups, rows in each
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """[m, k] · [n, k]ᵀ; with `groups`, of groups: m rows in each, or k columns in each for a weight gradient."""
+    """The product [m, k] · [n, k]ᵀ. With `groups`, each group has m rows, or, for a weight gradient, k columns."""
 
     operation: str  # "dense", "grouped", "weight gradient" or "grouped weight gradient"
     name: str
@@ -43,12 +43,12 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Read and written once: operands in E4M3 with their scales left out, the result in bfloat16, a weight gradient
-        in float32."""
+        """The bytes read and written, each once: operands in E4M3, without their scales, and the result in bfloat16, or
+        float32 for a weight gradient."""
         return self.groups * ((self.m + self.n) * self.k + self.m * self.n * (4 if "gradient" in self.operation else 2))
 
     def shrunk(self) -> "Shape":
-        """A sixteenth in each direction: to try the program where it is slow."""
+        """The shape with a sixteenth of each size over 128, to try the program where it is slow."""
         smaller = {
             field: -(-getattr(self, field) // 16) if getattr(self, field) > 128 else getattr(self, field)
             for field in "mnk"
@@ -68,8 +68,8 @@ def shapes() -> tuple[Shape, ...]:
     return (*dense, *gradients, *grouped)
 
 
-# TFLOP/s on an H800 by (operation, groups, m, n, k). Source: the README of DeepGEMM's first release; other hardware,
-# other clocks: for orientation.
+# TFLOP/s on an H800 by (operation, groups, m, n, k), from the README of DeepGEMM's first release. Hardware and clocks
+# differ from those that the benchmark runs on.
 DEEPGEMM = {
     ("dense", 1, 64, 2112, 7168): 206,
     ("dense", 1, 64, 24576, 1536): 289,

@@ -1,4 +1,4 @@
-"""How long a compiled function runs on the device."""
+"""Times of a compiled function on the device."""
 
 import time
 from collections.abc import Callable
@@ -12,8 +12,8 @@ FLUSH = 512 * 2**20  # bytes, more than any L2 cache
 
 
 def seconds(function: Callable, *arguments, repeats: int = 10) -> float:
-    """The median of `repeats` runs, after one that compiles. On NVIDIA GPUs the time of the kernels alone, with the L2
-    cache emptied before each."""
+    """The median seconds of `repeats` runs, after one that compiles. On NVIDIA GPUs only the kernels count, and the L2
+    cache is emptied before each run."""
     function = jax.jit(function)
     jax.block_until_ready(function(*arguments))
     once = kernel_seconds if jax.default_backend() == "gpu" else _wall
@@ -27,7 +27,7 @@ def _wall(function, arguments) -> float:
 
 
 def kernel_seconds(function, arguments) -> float:
-    """Of the kernels of one call, with an empty cache."""
+    """The seconds that the kernels of one call take with an empty cache."""
     jax.block_until_ready(jnp.zeros(FLUSH, jnp.int8) + 1)
     timings = kernel_times(lambda: jax.block_until_ready(function(*arguments)))
     return sum(milliseconds for _, milliseconds in timings) / 1e3

@@ -1,8 +1,7 @@
 """python -m kernels_pallas.bench.tune [--only=TEXT]
 
-Tries the configurations of the Hopper products on DeepSeek-V3's shapes and writes the fastest of each to the tuning
-table of this kind of GPU, kernels_pallas/tuning/<kind>.json, from which the products choose. Shapes that are not in the
-table follow a rule.
+Measures the tiles of the Hopper products on DeepSeek-V3's shapes, and writes the fastest for each shape to the table of
+this kind of GPU, kernels_pallas/tuning/<kind>.json. The products read it; shapes that are not in it follow a rule.
 """
 
 import argparse
@@ -26,14 +25,15 @@ from kernels_pallas.matmul.accumulation import Accumulation
 
 
 def candidates(out_dtype: jnp.dtype) -> Iterator[Config]:
-    """Every shape of tile, with the most stages that fit, and the orders in which tiles may be taken."""
+    """Every tile with the most stages that fit, in every order of tiles."""
     tiles = [*itertools.product((128, 64, 32), ("m", "n")), (16, "n")]
     for (columns, split), minor, width in itertools.product(tiles, (0, 1), (1, 8, 16)):
         yield Config(columns, split, minor=minor, width=width).fitting(out_dtype)
 
 
 def product(shape: Shape) -> tuple[str, jnp.dtype, Callable]:
-    """The operation's name in the table, what it writes, and a function of a configuration and the operands."""
+    """The operation's name in the table, the dtype of its result, and a function of a configuration and the
+    operands."""
     if shape.operation in ("dense", "weight gradient"):
         out_dtype = jnp.float32 if "gradient" in shape.operation else jnp.bfloat16
         return "fp8_matmul", out_dtype, lambda config, a, b: dense.matmul(a, b, Accumulation(), out_dtype, config)
@@ -48,8 +48,8 @@ def product(shape: Shape) -> tuple[str, jnp.dtype, Callable]:
 def fastest(
     shape: Shape, measure: Callable[..., float] = seconds, off: Callable[..., float] = error
 ) -> tuple[str, Config, float]:
-    """-> the operation, its fastest configuration for this shape among those that compute what they should, and its
-    seconds. Raises ValueError if none does."""
+    """The operation, its fastest configuration for this shape among those that are right, and its seconds. Raises
+    ValueError if none is right."""
     operation, out_dtype, run = product(shape)
     both = case(shape, "xla")
     runs = [(functools.partial(run, config), config) for config in candidates(out_dtype)]
@@ -58,7 +58,7 @@ def fastest(
     ]
     if not timed:
         raise ValueError(
-            f"{operation} {shape.text}: no configuration computes what it should; python -m kernels_pallas.bench says "
+            f"{operation} {shape.text}: no configuration computes what it should; python -m kernels_pallas.bench shows "
             "by how much they are off"
         )
     best, config = min(timed, key=lambda pair: pair[0])
@@ -67,7 +67,7 @@ def fastest(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "kernels_pallas.bench.tune", description="Measures the Hopper products' configurations.", allow_abbrev=False
+        "kernels_pallas.bench.tune", description="Measures the tiles of the Hopper products.", allow_abbrev=False
     )
     parser.add_argument("--only", default="", help="products whose name contains this")
     flags = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Products of experts: what a user calls."""
+"""FP8 products of experts, each group of rows with a matrix of its own, and the tables of their implementations."""
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.examples import COLUMNS, few, groups, quantized
 from kernels_pallas.grouped import mosaic_gpu_sm90, mosaic_tpu, reference
-from kernels_pallas.implementations import Operation, choose
+from kernels_pallas.implementations import Operation, anything, choose
 from kernels_pallas.matmul.accumulation import Accumulation
 from kernels_pallas.qtensor import QTensor
 
@@ -24,18 +24,18 @@ def _small_weight_gradient(x: QTensor, dy: QTensor, sizes_G: jax.Array, alignmen
 GROUPED_MATMUL = Operation(
     "fp8_grouped_matmul",
     {
-        "xla": (reference.grouped_matmul, lambda *_: None),
+        "xla": (reference.grouped_matmul, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_matmul, mosaic_gpu_sm90.grouped_matmul_reason),
-        "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.reason),
+        "mosaic_tpu": (mosaic_tpu.grouped_matmul, mosaic_tpu.grouped_matmul_reason),
     },
     _small,
 )
 GROUPED_WEIGHT_GRADIENT = Operation(
     "fp8_grouped_weight_gradient",
     {
-        "xla": (reference.grouped_weight_gradient, lambda *_: None),
+        "xla": (reference.grouped_weight_gradient, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, mosaic_gpu_sm90.grouped_weight_gradient_reason),
-        "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.reason_weight_gradient),
+        "mosaic_tpu": (mosaic_tpu.grouped_weight_gradient, mosaic_tpu.grouped_weight_gradient_reason),
     },
     _small_weight_gradient,
 )
@@ -53,9 +53,8 @@ def fp8_grouped_matmul(
 ) -> jax.Array:
     """Rows of group g of a [R, K] times b[g] of b [G, N, K] transposed -> [R, N] in `out_dtype`.
 
-    `group_sizes` int32 [G]; groups lie one after another from row 0 and may be empty; rows past the last give zero.
-    `alignment` promises that every group size, and R, is a multiple of it. Raises ValueError for shapes that do not
-    match.
+    `group_sizes` is int32 [G]. Groups follow one another from row 0 and may be empty; rows past the last group give
+    zero. The caller promises that `alignment` divides every size and R. Raises ValueError for shapes that do not match.
     """
     if len(a.shape) != 2 or len(b.shape) != 3 or a.shape[1] != b.shape[2] or group_sizes.shape != (b.shape[0],):
         raise ValueError(
@@ -78,10 +77,11 @@ def fp8_grouped_weight_gradient(
     accumulation: Accumulation = Accumulation(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """Columns of group g of x [D, P] times those of dy [F, P] transposed -> [G, D, F]; zero for an empty group.
+    """Columns of group g of x [D, P] times those of dy [F, P] transposed -> [G, D, F] in `out_dtype`; zero for an empty
+    group.
 
-    Every group size, and P, is a multiple of `alignment` and that of the tiles along P, so that none lies across two
-    groups (`layout.pad_groups`). Raises ValueError where shapes or tiles do not match.
+    `alignment` must divide every group size and P, and the tiles along P must divide `alignment`, so that no tile lies
+    across two groups (`layout.pad_groups`). Raises ValueError where shapes or tiles do not match.
     """
     if len(x.shape) != 2 or x.shape[1:] != dy.shape[1:] or x.shape[1] % alignment:
         raise ValueError(

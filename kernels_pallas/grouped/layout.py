@@ -1,5 +1,5 @@
-"""Padding of groups: rows that lie one group after another are moved apart, so that each group starts at a multiple of a
-block.
+"""Padding of groups: rows that lie one group after another are moved apart, so that each group starts at a multiple of
+a block.
 
 Group g's rows follow those of group g - 1, from row 0 on; rows past the last group belong to none. Every move is a
 gather with indices that may be out of range, which stand for a row of zeros.
@@ -22,8 +22,8 @@ class Padding:
 
 
 def padded_rows(num_rows: int, num_groups: int, block: int) -> int:
-    """The rows that suffice once every group is padded to a multiple of `block`, for any distribution of `num_rows` rows
-    over the groups: at most min(G, R) groups have rows, and each needs up to block - 1 more."""
+    """The rows that suffice once every group is padded to a multiple of `block`, for any distribution of `num_rows`
+    rows over the groups: at most min(G, R) groups have rows, and each needs up to block - 1 more."""
     return round_up(num_rows + min(num_groups, num_rows) * (block - 1), block)
 
 
@@ -55,8 +55,8 @@ def group_of(row_R: jax.Array, sizes_G: jax.Array) -> jax.Array:
 
 
 def take_rows(x_RD: jax.Array, rows: jax.Array) -> jax.Array:
-    """x[rows] along the first axis, zero where the index is R or more."""
-    return jnp.take(x_RD, rows, axis=0, mode="fill", fill_value=0)
+    """x[rows] along the first axis, for `rows` of any shape; zero where the index is R or more."""
+    return x_RD.at[rows].get(mode="fill", fill_value=0)
 
 
 def take_quantized(q_RD: QTensor, rows: jax.Array) -> QTensor:

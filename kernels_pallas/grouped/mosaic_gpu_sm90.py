@@ -1,12 +1,13 @@
-"""Products of groups of rows on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run
-it.
+"""Products of groups of rows on NVIDIA Hopper, through Pallas Mosaic GPU. They were compiled and interpreted; no GPU
+has run them.
 
-Both are `product_tiles` of the dense product with another answer to which tile comes next.
+    grouped_matmul             y[r] = a[r] b[g]ᵀ, g the group of row r
+    grouped_weight_gradient    y[g] = x[:, group g] dy[:, group g]ᵀ
 
-    grouped_matmul             y[r] = a[r] b[g]ᵀ, g the group of row r: a tile of the output lies in one group, whose matrix it reads
-    grouped_weight_gradient    y[g] = x[:, group g] dy[:, group g]ᵀ: a tile of each group's output sums over that group's steps of K
+Both are the dense kernel, `product_tiles`, with other tiles. In the first each tile of the output lies in one group and
+reads that group's matrix; in the second each group has its own output, whose tiles sum over that group's steps of K.
 
-A tile past the last group, and every tile of an empty one, sums over no steps: it writes zeros. Groups that may begin
+A tile past the last group, and every tile of an empty group, sums over no steps and writes zeros. Groups that may begin
 within a tile are moved apart first (`layout.pad_groups`), which costs a copy of a and of y; an `alignment` that is a
 multiple of 128 avoids it. Rejected: masks at group boundaries inside the kernel, which every tile would pay for.
 """

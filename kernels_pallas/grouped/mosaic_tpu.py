@@ -1,13 +1,13 @@
-"""Products of contiguous groups on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run
-it.
+"""Products of contiguous groups on TPUs, through Pallas Mosaic. They were compiled and interpreted; no TPU has run
+them.
 
-Rows times each group's own matrix: the dense kernel, in which every block of rows belongs to one group, whose number,
-known before the kernel starts, chooses the matrix. Groups that do not begin at a multiple of a block are moved apart
-before and together again afterwards.
+grouped_matmul is the dense kernel. Every block of rows belongs to one group, whose number is known before the kernel
+starts and chooses the matrix. Groups that do not begin at a multiple of a block are moved apart first, and their
+results together again afterwards.
 
-Weight gradient: K runs over the rows of all groups, and a group's blocks of K add to its own result. Each group is
-visited at least once, so that an empty one gives zeros; the steps are counted for the worst case, and those left over
-do nothing.
+In grouped_weight_gradient K runs over the rows of all groups, and a group's blocks of K add to its own result. Each
+group is visited at least once, so that an empty one gives zeros. The grid has the steps of the worst case; those left
+over do nothing.
 """
 
 import functools
@@ -28,13 +28,13 @@ from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of
 SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def reason(
+def grouped_matmul_reason(
     a: QTensor, b: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
 ) -> str | None:
     return dense.reason(a, b, accumulation, out_dtype)
 
 
-def reason_weight_gradient(
+def grouped_weight_gradient_reason(
     x: QTensor, dy: QTensor, sizes_G: jax.Array, alignment: int, accumulation: Accumulation, out_dtype: jnp.dtype
 ) -> str | None:
     if alignment % LANES:
@@ -131,36 +131,36 @@ def grouped_weight_gradient(
         return product(*arrays)
 
 
-FIRST, ADD, LAST = 1, 2, 4  # of a group's visits; what a visit does
+FIRST, ADD, LAST = 1, 2, 4  # flags of a step: the first of its group, one that adds a block, the last of its group
 
 
 def _steps(sizes_G: jax.Array, depth: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each step along K: its group, its block of K, and what it does, a sum of FIRST, ADD and LAST. int32 [S]."""
+    """The group, the block of K and the flags (a sum of FIRST, ADD and LAST) of each step along K: int32 [S] each."""
     blocks_G = sizes_G // block
     visits_G = jnp.maximum(blocks_G, 1)
     step_S = jnp.arange(depth // block + sizes_G.size, dtype=jnp.int32)
     group_S = jnp.minimum(group_of(step_S, visits_G), sizes_G.size - 1)
     visit_S = step_S - (jnp.cumsum(visits_G) - visits_G)[group_S]
     block_S = jnp.clip((jnp.cumsum(blocks_G) - blocks_G)[group_S] + visit_S, 0, depth // block - 1)
-    does_S = FIRST * (visit_S == 0) + ADD * (visit_S < blocks_G[group_S]) + LAST * (visit_S == visits_G[group_S] - 1)
-    return group_S, block_S.astype(jnp.int32), does_S.astype(jnp.int32)
+    flags_S = FIRST * (visit_S == 0) + ADD * (visit_S < blocks_G[group_S]) + LAST * (visit_S == visits_G[group_S] - 1)
+    return group_S, block_S.astype(jnp.int32), flags_S.astype(jnp.int32)
 
 
 def _weight_gradient_kernel(
-    group_ref, block_ref, does_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, dw_ref, total_ref, *, tile, dtypes
+    group_ref, block_ref, flags_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, dw_ref, total_ref, *, tile, dtypes
 ):
     step = pl.program_id(2)
 
-    @pl.when(does_ref[step] & FIRST != 0)
+    @pl.when(flags_ref[step] & FIRST != 0)
     def _():
         total_ref[...] = jnp.zeros_like(total_ref)
 
-    @pl.when(does_ref[step] & ADD != 0)
+    @pl.when(flags_ref[step] & ADD != 0)
     def _():
         dense.add_product(
             total_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, block_ref[step], tile=tile, dtypes=dtypes
         )
 
-    @pl.when(does_ref[step] & LAST != 0)
+    @pl.when(flags_ref[step] & LAST != 0)
     def _():
         dw_ref[...] = total_ref[...].astype(dw_ref.dtype)

@@ -1,4 +1,4 @@
-"""Products of contiguous groups of rows, each with a matrix of its own, by their definition; also what runs where there
+"""Products of contiguous groups of rows, each with a matrix of its own, by their definition. They also run where there
 is no kernel."""
 
 import functools
@@ -43,21 +43,21 @@ def grouped_weight_gradient(
     num_groups = sizes_G.shape[0]
     x_DP, dy_FP = (retile(q, min(q.tile[1], alignment)) for q in (x_DP, dy_FP))
     group_J = group_of(jnp.arange(0, x_DP.shape[1], alignment), sizes_G)
-    # the narrow sum runs on: zeros leave it as it is
+    # A narrow sum that runs across blocks is made over all of P, with zeros, which it adds exactly, outside the group.
     if accumulation.promote_every is None or accumulation.promote_every > alignment:
         return jax.vmap(
-            lambda g: matmul(_kept(x_DP, group_J == g), _kept(dy_FP, group_J == g), accumulation, out_dtype)
+            lambda g: matmul(_masked(x_DP, group_J == g), _masked(dy_FP, group_J == g), accumulation, out_dtype)
         )(jnp.arange(num_groups))
 
     def add(total_GDF, operands):
         x_Dp, dy_Fp, group = operands
         return total_GDF.at[group].add(matmul(x_Dp, dy_Fp, accumulation, jnp.float32), mode="drop"), None
 
-    parts = jax.tree.map(lambda x: x.reshape(x.shape[0], group_J.size, -1).swapaxes(0, 1), (x_DP, dy_FP))
+    blocks = jax.tree.map(lambda x: x.reshape(x.shape[0], group_J.size, -1).swapaxes(0, 1), (x_DP, dy_FP))
     total_GDF = zeros((num_groups, x_DP.shape[0], dy_FP.shape[0]), x_DP, dy_FP, sizes_G)
-    return jax.lax.scan(add, total_GDF, (*parts, group_J))[0].astype(out_dtype)
+    return jax.lax.scan(add, total_GDF, (*blocks, group_J))[0].astype(out_dtype)
 
 
-def _kept(q_RP: QTensor, kept_J: jax.Array) -> QTensor:
-    """Zero outside the blocks of columns that are kept. Scales too: a NaN stays in its group."""
-    return jax.tree.map(lambda x: jnp.where(jnp.repeat(kept_J, x.shape[1] // kept_J.size), x, 0), q_RP)
+def _masked(q_RP: QTensor, inside_J: jax.Array) -> QTensor:
+    """Values and scales with zeros outside the blocks of columns inside a group, so that a NaN stays in its group."""
+    return jax.tree.map(lambda x: jnp.where(jnp.repeat(inside_J, x.shape[1] // inside_J.size), x, 0), q_RP)

@@ -1,4 +1,4 @@
-"""A Linear for each group of rows, with gradients: what a user calls."""
+"""A Linear for each group of rows, with gradients, and the tables of its products' implementations."""
 
 import functools
 
@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.examples import COLUMNS, few, groups, normal
 from kernels_pallas.grouped_linear import mosaic_gpu_sm90, reference
-from kernels_pallas.implementations import PREFERRED, Operation, choose
+from kernels_pallas.implementations import PREFERRED, Operation, anything, choose
 
-INSTEAD = "XLA multiplies instead, off TPUs every row with every group's matrix; bfloat16 and arrays that are not empty avoid it"
+INSTEAD = (
+    "XLA multiplies instead, off TPUs every row with every group's matrix; bfloat16 and arrays that are not empty "
+    "avoid it"
+)
 
 
 def _small(x: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment: int, transposed: bool) -> tuple:
@@ -31,7 +34,7 @@ def _small_weight_gradient(x: jax.Array, dy: jax.Array, sizes_G: jax.Array, alig
 GROUPED_PRODUCT = Operation(
     "grouped_linear",
     {
-        "xla": (reference.grouped_product, lambda *_: None),
+        "xla": (reference.grouped_product, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_product, lambda x, w, *_: mosaic_gpu_sm90.reason(x, w)),
     },
     _small,
@@ -40,7 +43,7 @@ GROUPED_PRODUCT = Operation(
 GROUPED_WEIGHT_GRADIENT = Operation(
     "grouped_linear's weight gradient",
     {
-        "xla": (reference.grouped_weight_gradient, lambda *_: None),
+        "xla": (reference.grouped_weight_gradient, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.grouped_weight_gradient, lambda x, dy, *_: mosaic_gpu_sm90.reason(x, dy)),
     },
     _small_weight_gradient,
@@ -48,11 +51,10 @@ GROUPED_WEIGHT_GRADIENT = Operation(
 )
 
 
-def kernel_alignment(kind: str, dtype: jnp.dtype) -> int | None:
-    """The alignment with which the kernel for that kind of device moves no rows; None where there is no kernel."""
-    return (
-        mosaic_gpu_sm90.TILE_M if PREFERRED.get(kind) == "mosaic_gpu_sm90" and dtype == mosaic_gpu_sm90.BF16 else None
-    )
+def kernel_alignment(device: str, dtype: jnp.dtype) -> int | None:
+    """The alignment with which the kernel for a kind of device moves no rows; None if it has no kernel for `dtype`."""
+    has_kernel = PREFERRED.get(device) == "mosaic_gpu_sm90" and dtype == mosaic_gpu_sm90.BF16
+    return mosaic_gpu_sm90.TILE_M if has_kernel else None
 
 
 def grouped_linear(
@@ -66,9 +68,9 @@ def grouped_linear(
     """Rows of group g of x [R, D] times w[g] of w [G, D, F] -> [R, F], in the dtype of both; gradients are products of
     the same kind.
 
-    `group_sizes` int32 [G]; groups lie one after another and may be empty; rows past the last give zero and have no
-    gradient. `alignment` promises that every size, and R, is a multiple of it. Sums are float32. Raises ValueError for
-    shapes or dtypes that do not match.
+    `group_sizes` is int32 [G]. Groups follow one another from row 0 and may be empty; rows past the last group give
+    zero and have no gradient. The caller promises that `alignment` divides every size and R. Sums are float32. Raises
+    ValueError for shapes or dtypes that do not match.
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1] or x.dtype != w.dtype:
         got = f"x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}, group_sizes {list(group_sizes.shape)}"

@@ -1,5 +1,5 @@
-"""Products of groups of rows in bfloat16 on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
-GPU has run it.
+"""Products of groups of rows in bfloat16 on NVIDIA Hopper, through Pallas Mosaic GPU. They were compiled and
+interpreted; no GPU has run them.
 
     forward            y[r] = x[r] w[g], g the group of row r
     input gradient     dx[r] = dy[r] w[g]ᵀ
@@ -7,13 +7,13 @@ GPU has run it.
 
 One warpgroup copies the next steps of K into shared memory; two others multiply, each its own half of the tile, into an
 accumulator that stays in registers until the tile is written. Matrix instructions read bfloat16 with either axis last,
-so that x, w and dy are read as they lie: nothing is transposed. Which tiles there are and what they sum over is as in
-`grouped.mosaic_gpu_sm90`: a tile lies in one group, those past the last group and those of an empty one sum over no
-steps and write zeros, and groups that may begin within a tile are moved apart first.
+so that x, w and dy are never transposed. The tiles are those of `grouped.mosaic_gpu_sm90`: a tile lies in one group,
+tiles past the last group and those of an empty group sum over no steps and write zeros, and groups that may begin
+within a tile are moved apart first.
 
-Copies read zeros beyond an end and write nothing there; the axis that lies last must be a multiple of 8, else it is
-padded first, at the cost of a copy. The rule for tiles is not measured: as large as registers and shared memory allow,
-since what tiles read of both sides is what takes time.
+Copies read zeros beyond an end and write nothing there. The last axis must be a multiple of 8: else it is padded first,
+at the cost of a copy. Tiles are as large as registers and shared memory allow, since reading the operands takes most of
+the time; this rule was not measured.
 """
 
 import dataclasses
@@ -40,13 +40,14 @@ def reason(x: jax.Array, w: jax.Array) -> str | None:
     if x.dtype != BF16 or w.dtype != BF16:
         return f"multiplies bfloat16, not {x.dtype} and {w.dtype}"
     if 0 in (*x.shape, *w.shape):
-        return f"multiplies no empty arrays such as {x.shape} and {w.shape}"
+        return f"needs arrays that are not empty, not {x.shape} and {w.shape}"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of a product, [rows, K] or, `across`, [K, rows]: an array around the kernel, a reference in it."""
+    """One operand of a product, [rows, K] or, if `across`, [K, rows]: an array outside the kernel, a reference inside
+    it."""
 
     values: jax.Array
     across: bool
@@ -59,7 +60,7 @@ class Side:
         return dataclasses.replace(self, values=ref)
 
     def spec(self, size: int, index: jax.Array, first: jax.Array | int):
-        """`size` rows and one step of K."""
+        """The block of `size` rows and one step of K that a pipeline copies."""
         if self.across:
             return plgpu.BlockSpec(
                 (STEP, size), lambda k: (first + k, index), transforms=tiled(size, BF16), memory_space=plgpu.SMEM
@@ -79,7 +80,7 @@ def grouped_product(x_RK: jax.Array, w: jax.Array, sizes_G: jax.Array, alignment
     missing = (-w.shape[1] % 8, -w.shape[2] % 8)
     a, b = Side(pad(x_RK, 0, -x_RK.shape[1] % 8), across=False), Side(pad(w, *missing), across=not transposed)
     shape = x_RK.shape[0], n + -n % 8
-    columns = columns_of(shape[1])
+    columns = tile_columns(shape[1])
     tiles = shape[0] // TILE_M, pl.cdiv(shape[1], columns)
     group_J = group_of(jnp.arange(0, shape[0], TILE_M), sizes_G)
 
@@ -106,7 +107,7 @@ def grouped_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Arra
         x_RD, dy_RF, sizes_G = take_rows(x_RD, padding.source_P), take_rows(dy_RF, padding.source_P), padding.sizes_G
     a, b = Side(pad(x_RD, 0, -d % 8), across=True), Side(pad(dy_RF, 0, -f % 8), across=True)
     shape = num_groups, a.values.shape[1], b.values.shape[1]
-    columns = columns_of(shape[2])
+    columns = tile_columns(shape[2])
     tiles = pl.cdiv(shape[1], TILE_M), pl.cdiv(shape[2], columns)
     steps_G = (sizes_G // STEP).astype(jnp.int32)
     first_G = jnp.cumsum(steps_G) - steps_G
@@ -129,19 +130,19 @@ def grouped_weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, sizes_G: jax.Arra
     ]
 
 
-def columns_of(n: int) -> int:
-    """Of a tile of the output: up to 256, which fill a warpgroup's registers."""
+def tile_columns(n: int) -> int:
+    """The columns of a tile of the output: up to 256, which fill a warpgroup's registers."""
     return next(columns for columns in (64, 128, 256) if n <= columns or columns == 256)
 
 
 def stages(columns: int) -> int:
-    """Steps of K that fit into shared memory beside a tile of the output."""
+    """The steps of K that shared memory holds next to a tile of the output, at most six."""
     stage = (TILE_M + columns) * STEP * BF16.itemsize
     return min(6, (FREE_SHARED_MEMORY - TILE_M * columns * BF16.itemsize) // stage)
 
 
 def product_tiles(a: Side, b: Side, y_ref, columns: int, num_tiles: int, locate: Callable[[jax.Array], Tile]) -> None:
-    """Computes and writes those tiles of the output that fall to this core; locate(i) says which the i-th is."""
+    """Computes and writes this core's tiles of the output; locate(i) is the i-th of all `num_tiles`."""
     shape = ROWS, columns
 
     def pipeline(tile: Tile, body=None, context=lambda _: None):
@@ -176,12 +177,12 @@ def product_tiles(a: Side, b: Side, y_ref, columns: int, num_tiles: int, locate:
                     return accumulator[...]
 
                 total = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the staging area
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous tile has left the staging area
                 staging[warpgroup] = total.astype(y_ref.dtype)
                 plgpu.commit_smem()
                 y = y_ref if tile.y_group is None else y_ref.at[tile.y_group]
-                place = pl.ds(tile.m * TILE_M + warpgroup * ROWS, ROWS), pl.ds(tile.n * columns, columns)
-                plgpu.copy_smem_to_gmem(staging.at[warpgroup], y.at[place])
+                block = pl.ds(tile.m * TILE_M + warpgroup * ROWS, ROWS), pl.ds(tile.n * columns, columns)
+                plgpu.copy_smem_to_gmem(staging.at[warpgroup], y.at[block])
 
             values = b.values if tile.b_group is None else b.values.at[tile.b_group]
             pipeline(tile, step, compute)(a.values, values, allocations=slots)

@@ -1,6 +1,6 @@
-"""Products of contiguous groups of rows by their definition, which is also what runs where there is no kernel.
+"""Products of contiguous groups of rows by their definition, `lax.ragged_dot`. They also run where there is no kernel.
 
-TPUs have a kernel of their own for `lax.ragged_dot`. Elsewhere XLA computes it as one product masked for every group.
+XLA has a kernel for it on TPUs. Elsewhere XLA computes it as one masked product for each group, over all rows.
 """
 
 import jax

@@ -1,7 +1,5 @@
 """Linear layers in FP8 with gradients, and operands that are quantized ahead of them."""
 
-from collections.abc import Callable
-
 import jax
 
 from kernels_pallas._compat import vary_alike
@@ -12,21 +10,16 @@ from kernels_pallas.quantize import api as quantize_api
 from kernels_pallas.quantize.reference import quantize
 
 
-def prepare(
-    x: jax.Array,
-    quantizer: Quantizer = TILE,
-    *,
-    take: Callable[[jax.Array], jax.Array] = lambda x: x,
-    implementation: str | tuple[str, ...] | None = None,
+def prequantize(
+    x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> PreQuantized:
-    """Quantizes x [N, D] before `take` moves its rows, as the Linears below would quantize it after.
+    """Quantizes x [N, D] as the Linears below would: for tokens that are copied to their experts first, in eight bits.
 
-    `take` maps [N, ·] to [R, ·], row by row, with zeros for a row that comes from nowhere; it moves eight bits for each
-    number. The gradient is that of take(x).
+    Every row has scales of its own, so that rows may be moved: jax.tree.map(take, prequantize(x)) stands for take(x),
+    and its gradient is that of take(x).
     """
     q = quantize_api.quantize(jax.lax.stop_gradient(x), quantizer, implementation=implementation)
-    q = retile(q, q.tile[1])
-    return PreQuantized(take(x), QTensor(take(q.values), take(q.scales), q.tile))
+    return PreQuantized(x, retile(q, q.tile[1]))
 
 
 def prequantize_weight(
@@ -45,20 +38,20 @@ def fp8_linear(
     x: jax.Array | PreQuantized,
     w: jax.Array | QTensor | PreQuantized,
     *,
-    format: LinearQuantization = LinearQuantization(),
+    quantization: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """x [N, D] times W [D, F] -> [N, F] in the dtype of x, forward and backward in FP8 as in V3 (§3.3.1, Fig. 6).
 
     By default x is quantized in 1 × 128 tiles and W, from its master copy, in 128 × 128 blocks; dy in 1 × 128 tiles
     for the input gradient and in 128 × 1 tiles for W's gradient, which has W's dtype. The backward pass holds x in
-    E4M3. `format` has a field for each of these choices. x and W may come quantized (`prequantize`,
+    E4M3. `quantization` has a field for each of these choices. x and W may come quantized (`prequantize`,
     `prequantize_weight`), and W may be a QTensor, such as a released checkpoint's, which has no gradient. Raises
     ValueError for shapes that do not match.
     """
     if len(x.shape) != 2 or len(w.shape) != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"fp8_linear: x {x.shape} and w {w.shape} must be [N, D] and [D, F]")
-    return vjp.linear(StaticArgs(format, 1, implementation), *vary_alike(x, w, None))
+    return vjp.linear(StaticArgs(quantization, 1, implementation), *vary_alike(x, w, None))
 
 
 def fp8_grouped_linear(
@@ -67,7 +60,7 @@ def fp8_grouped_linear(
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
-    format: LinearQuantization = LinearQuantization(),
+    quantization: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Rows of group g of x [R, D] times W[g] of W [G, D, F] -> [R, F]: `fp8_linear` for the experts of a mixture.
@@ -77,7 +70,7 @@ def fp8_grouped_linear(
     shapes that do not match.
     """
     _check_grouped("fp8_grouped_linear", x, w, group_sizes, alignment)
-    return vjp.linear(StaticArgs(format, alignment, implementation), *vary_alike(x, w, group_sizes))
+    return vjp.linear(StaticArgs(quantization, alignment, implementation), *vary_alike(x, w, group_sizes))
 
 
 def fp8_swiglu_linear(
@@ -85,7 +78,7 @@ def fp8_swiglu_linear(
     up: jax.Array,
     w: jax.Array | QTensor | PreQuantized,
     *,
-    format: LinearQuantization = LinearQuantization(),
+    quantization: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """(silu(gate) · up) W: [N, F] twice and [F, D] -> [N, D]. The backward pass holds gate and up, quantized, and
@@ -94,7 +87,7 @@ def fp8_swiglu_linear(
         raise ValueError(
             f"fp8_swiglu_linear: gate {gate.shape}, up {up.shape} and w {w.shape} must be [N, F], [N, F] and [F, D]"
         )
-    return vjp.swiglu_linear(StaticArgs(format, 1, implementation), *vary_alike(gate, up, w, None))
+    return vjp.swiglu_linear(StaticArgs(quantization, 1, implementation), *vary_alike(gate, up, w, None))
 
 
 def fp8_grouped_swiglu_linear(
@@ -104,14 +97,14 @@ def fp8_grouped_swiglu_linear(
     group_sizes: jax.Array,
     *,
     alignment: int = 1,
-    format: LinearQuantization = LinearQuantization(),
+    quantization: LinearQuantization = LinearQuantization(),
     implementation: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """`fp8_swiglu_linear` for groups of rows: [R, F] twice, [G, F, D] and sizes [G] -> [R, D]."""
     if gate.shape != up.shape:
         raise ValueError(f"fp8_grouped_swiglu_linear: gate {gate.shape} and up {up.shape} must be alike")
     _check_grouped("fp8_grouped_swiglu_linear", gate, w, group_sizes, alignment)
-    return vjp.swiglu_linear(StaticArgs(format, alignment, implementation), *vary_alike(gate, up, w, group_sizes))
+    return vjp.swiglu_linear(StaticArgs(quantization, alignment, implementation), *vary_alike(gate, up, w, group_sizes))
 
 
 def _check_grouped(

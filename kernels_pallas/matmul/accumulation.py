@@ -1,5 +1,5 @@
-"""How a product's partial sums are kept: in float32, or as a Hopper tensor core keeps them, promoted to float32 now and
-then (V3 §3.3.2)."""
+"""Partial sums of a product: in float32, or as a Hopper tensor core keeps them, promoted to float32 at intervals (V3
+§3.3.2, Fig. 7b)."""
 
 import dataclasses
 
@@ -9,18 +9,20 @@ import jax.numpy as jnp
 from kernels_pallas._compat import zeros
 
 ACCUMULATORS = ("float32", "hopper_fp22", "fp22_register")
-STEP = 32  # products that Hopper's FP8 tensor core adds at once
-FRACTION_BITS = 13  # of the accumulator: 1 sign + 8 exponent + 13 fraction = "FP22"
+STEP = 32  # Hopper's FP8 tensor core adds so many products at once
+FRACTION_BITS = 13  # of its accumulator: 1 sign + 8 exponent + 13 fraction bits, "FP22"
 
 
 @dataclasses.dataclass(frozen=True)
 class Accumulation:
-    """`promote_every` numbers of K are summed in `accumulator`, then added to a float32 total; None never promotes.
+    """Sums `promote_every` numbers of K in `accumulator` and then adds them to a float32 total; None never promotes.
+    Raises ValueError for another accumulator, or an interval that is not a multiple of 32.
 
-    float32         what a TPU or XLA does
-    hopper_fp22     a Hopper tensor core, emulated: of 32 products and the sum so far each is cut to 13 fraction bits below the largest exponent
-                    among them ("Insights into DeepSeek-V3" §3.1), and so is the result
-    fp22_register   of that only the last part, many times faster: sums of 32 are exact, the running sum is cut to 13 fraction bits
+    float32         the accumulator of a TPU and of XLA
+    hopper_fp22     a Hopper tensor core, emulated: each of 32 products and the sum so far is cut to 13 fraction bits
+                    below the largest exponent among them ("Insights into DeepSeek-V3" §3.1), and so is the result
+    fp22_register   the last step of that alone, many times faster: sums of 32 are exact, and the running sum is cut to
+                    13 fraction bits
     """
 
     promote_every: int | None = 128
@@ -34,7 +36,7 @@ class Accumulation:
 
 
 def partial_product(a_MK: jax.Array, b_NK: jax.Array, accumulator: str) -> jax.Array:
-    """a bᵀ as `accumulator` sums it, float32 [M, N]; operands in float32."""
+    """a bᵀ of float32 operands as `accumulator` sums it: float32 [M, N]."""
     if accumulator == "float32":
         return _dot(a_MK, b_NK)
     a_SMk, b_SNk = (_steps(x, STEP) for x in (a_MK, b_NK))
@@ -44,8 +46,8 @@ def partial_product(a_MK: jax.Array, b_NK: jax.Array, accumulator: str) -> jax.A
 
 
 def _add_aligned(sum_MN: jax.Array, a_Mk: jax.Array, b_Nk: jax.Array) -> jax.Array:
-    """Products are made twice, one number of k at a time, and never kept: what exists at once is [M, N]. 14 times as
-    fast on a CPU as keeping them."""
+    """Adds 32 products to the sum as the tensor core does. Products are computed twice, one number of k at a time, so
+    that no array is larger than [M, N]: 14 times as fast on a CPU as an array of all products."""
     b_kN = b_Nk.T
 
     def fold(add, start_MN):
@@ -66,7 +68,7 @@ def _add_aligned(sum_MN: jax.Array, a_Mk: jax.Array, b_Nk: jax.Array) -> jax.Arr
 
 
 def truncate(x: jax.Array) -> jax.Array:
-    """float32 cut, not rounded, to 13 fraction bits."""
+    """Cuts float32 numbers to 13 fraction bits, without rounding."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFF << (23 - FRACTION_BITS) & 0xFFFFFFFF)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
 

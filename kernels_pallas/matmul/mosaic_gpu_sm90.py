@@ -1,7 +1,7 @@
-"""The product of two quantized matrices on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no
-GPU has run it.
+"""The product of two quantized matrices on NVIDIA Hopper, through Pallas Mosaic GPU. It was compiled and interpreted;
+no GPU has run it.
 
-    y[m, n] = Σ_t (Σ_{k in part t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]          parts of 128
+    y[m, n] = Σ_t (Σ_{k in tile t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]          tiles of 128
 
 The inner sum is four FP8 warpgroup instructions (wgmma m64nNk32) into a fresh accumulator, which keeps some 14 bits;
 multiplying it with the scales and adding it to a float32 total in registers is the promotion of V3 §3.3.2, one FFMA for
@@ -9,11 +9,11 @@ each number. Blocks of threads stay for the whole kernel and take output tiles i
 steps of K into shared memory; the two others compute, each its own half of the tile: while one promotes, the tensor
 cores work for the other.
 
-Layouts. FP8 instructions read both operands with K last: a [M, K], b [N, K]. A scale for each row and part is stored
+Layouts. FP8 instructions read both operands with K last: a [M, K], b [N, K]. A scale for each row and tile is stored
 transposed, [K/128, M], since copies to shared memory take 16 contiguous bytes or more; one for 128 rows stays [N/128,
-K/128] and is read as a single number. The copies read zeros beyond an end and write nothing there, so any number of
-tiles will do, but M must be a multiple of 8, N of 64 and K of 128: else operands are padded first, at the cost of a
-copy.
+K/128] and is read as a single number. The copies read zeros beyond an end and write nothing there, so that the last
+tiles need not be full. But M must be a multiple of 8, N of 64 and K of 128: else operands are padded first, at the cost
+of a copy.
 
 The scales are read with ordinary loads from a slot that the next copy fills: `commit_smem` orders the two. Rejected:
 128 × 128 or 64 × 256 numbers for each warpgroup, whose total and partial sums do not fit its registers (compiled:
@@ -48,14 +48,14 @@ def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dt
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
         return f"writes bfloat16 or float32, not {jnp.dtype(out_dtype)}"
     if 0 in (*a.shape, *b.shape):
-        return f"multiplies no empty matrices such as {a.shape} and {b.shape}"
+        return f"needs matrices that are not empty, not {a.shape} and {b.shape}"
     return None
 
 
 def matmul(
     a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype, config: Config | None = None
 ) -> jax.Array:
-    """a bᵀ [M, N]; `accumulation` is as the hardware has it."""
+    """a bᵀ [M, N]; `accumulation` is that of the hardware."""
     (m, k), n = a_MK.shape, b_NK.shape[0]
     config = config or choose_config("fp8_matmul", m, n, k, out_dtype)
     a, b = operand(a_MK, 8), operand(b_NK, 64)
@@ -73,12 +73,12 @@ def matmul(
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """One side of a product, as arrays around the kernel and as references in it."""
+    """One operand of a product: arrays outside the kernel, references inside it."""
 
     values: jax.Array  # [..., R, K]
     scales: jax.Array  # [..., T, R], or [..., R/block, T]
-    block: int | None  # rows that share a scale; None: each has its own
-    parts: int  # steps of K that share a scale
+    block: int | None  # rows that share a scale; None if each has its own
+    steps_per_scale: int  # steps of K that share a scale
 
     @property
     def arrays(self) -> tuple[jax.Array, jax.Array]:
@@ -92,16 +92,16 @@ class Operand:
 
 
 def operand(q: QTensor, multiple: int) -> Operand:
-    """Rows padded to a `multiple` and K to whole steps."""
+    """The arrays of q with rows padded to a `multiple` and K to whole steps."""
     rows, depth = q.shape[-2:]
     missing = (-rows % multiple, -depth % STEP)
     values = pad(q.values, *missing)
-    parts = min(q.tile[1], values.shape[-1]) // STEP if q.tile[1] < depth else values.shape[-1] // STEP
+    steps_per_scale = (min(q.tile[1], values.shape[-1]) if q.tile[1] < depth else values.shape[-1]) // STEP
     block = min(q.tile[0], rows)
     if multiple == 64 and (block % STEP == 0 or block == rows):  # the right operand: every tile lies in one block
-        return Operand(values, q.scales, block, parts)
-    scales = retile(q, parts * STEP).scales if q.tile[0] > 1 else q.scales
-    return Operand(values, pad(scales, missing[0], 0).mT, None, parts)
+        return Operand(values, q.scales, block, steps_per_scale)
+    scales = retile(q, steps_per_scale * STEP).scales if q.tile[0] > 1 else q.scales
+    return Operand(values, pad(scales, missing[0], 0).mT, None, steps_per_scale)
 
 
 def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[jax.Array, jax.Array]:
@@ -111,12 +111,12 @@ def tile_at(index: jax.Array, tiles: tuple[int, int], config: Config) -> tuple[j
 def product_tiles(
     a: Operand, b: Operand, y_ref, config: Config, num_tiles, locate: Callable[[jax.Array], Tile]
 ) -> None:
-    """Computes and writes those tiles of the output that fall to this core; locate(i) says which the i-th is."""
+    """Computes and writes this core's tiles of the output; locate(i) is the i-th of all `num_tiles`."""
     shape = ROWS, config.columns
 
     def pipeline(b: Operand, tile: Tile, body=None, context=lambda _: None):
         per_row = lambda q, size, index: plgpu.BlockSpec(
-            (1, size), lambda k: ((tile.first + k) // q.parts, index), memory_space=plgpu.SMEM
+            (1, size), lambda k: ((tile.first + k) // q.steps_per_scale, index), memory_space=plgpu.SMEM
         )
         values = lambda size, index: plgpu.BlockSpec(
             (size, STEP), lambda k: (index, tile.first + k), transforms=tiled(STEP, E4M3), memory_space=plgpu.SMEM
@@ -149,11 +149,11 @@ def product_tiles(
 
             def step(indices, a_values, a_scales, b_values, *rest):
                 *b_scales, total = rest
-                # Scales are read before the instructions are issued, so as to arrive while they run.
+                # Scales are read before the instructions are issued, so that they arrive while these run.
                 scale = load(a_scales.at[0, rows], plgpu.Layout.WGMMA.reduce(1))
                 if b.block:
                     block = lax.min(lax.div(column, jnp.int32(b.block)), jnp.int32(b_group.scales.shape[0] - 1))
-                    b_scale = b_group.scales[block, (tile.first + indices[0]) // b.parts]
+                    b_scale = b_group.scales[block, (tile.first + indices[0]) // b.steps_per_scale]
                     scale = lax.broadcast_in_dim(scale * b_scale, shape, [0])
                 else:
                     b_scale = load(b_scales[0].at[0, columns], plgpu.Layout.WGMMA.reduce(0))
@@ -165,11 +165,11 @@ def product_tiles(
 
                 partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 plgpu.commit_smem()
-                return total + partial * scale
+                return total + partial * scale  # Fig. 7b promotion
 
             def compute(run):
                 total = run(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the staging area
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous tile has left the staging area
                 staging[warpgroup] = total.astype(y_ref.dtype)
                 plgpu.commit_smem()
                 y = y_ref if tile.y_group is None else y_ref.at[tile.y_group]

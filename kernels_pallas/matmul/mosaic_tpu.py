@@ -1,15 +1,15 @@
-"""The product of two quantized matrices on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU
-has run it.
+"""The product of two quantized matrices on TPUs, through Pallas Mosaic. It was compiled and interpreted; no TPU has run
+it.
 
     y[m, n] = Σ_t (Σ_{k in tile t} a[m, k] · b[n, k]) · a_scale[m, t] · b_scale[n, t]
 
-The inner sum is one pass through the matrix unit, which adds in float32; scaling it and adding it to the total is the
-vector unit's work, of which tiles of 256 need half as much. All layouts of scales become two: a's [M, T], a column to a
-tile, and b's transposed [T, N], a row to a tile. T is no multiple of a block's, so that a block of scales holds 128
-columns or 8 rows and those of the step are picked out of it.
+The inner sum is one pass through the matrix unit, which adds in float32. The vector unit scales it and adds it to the
+total; tiles of 256 need half as much of that as tiles of 128. Every layout of scales becomes one of two: a's [M, T], a
+column for each tile, and b's transposed, [T, N], a row for each tile. A step needs fewer columns of T than a block in
+VMEM must have, so that a block holds 128 columns or 8 rows of scales, and the kernel picks those of the step.
 
-Blocks at the ends of M and N are cut off by the copies to and from VMEM: numbers beyond an end only reach results that
-are not written. K is padded with zeros to whole tiles.
+The copies to and from VMEM cut off the blocks at the ends of M and N: numbers beyond an end reach only results that are
+not written. K is padded with zeros to whole tiles.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What lies in VMEM at a time: rows of a, rows of b, numbers of K. `k` is at most eight tiles of scales."""
+    """Rows of a, rows of b and numbers of K in VMEM at a time. `k` is at most eight tiles of scales."""
 
     m: int
     n: int
     k: int
 
 
-SMALL = Blocks(m=128, n=512, k=1024)  # reading b is what takes time: long stretches of it
-LARGE = Blocks(m=512, n=1024, k=512)  # each number that is read is multiplied often
+SMALL = Blocks(m=128, n=512, k=1024)  # reading b takes most of the time: long stretches of it
+LARGE = Blocks(m=512, n=1024, k=512)  # each number that is read is multiplied many times
 
 
 def choose_blocks(rows: int, columns: int, depth: int, tile: int) -> Blocks:
@@ -48,8 +48,8 @@ def choose_blocks(rows: int, columns: int, depth: int, tile: int) -> Blocks:
 
 
 def multiplied(a: QTensor, b: QTensor) -> tuple[jnp.dtype, jnp.dtype]:
-    """What the matrix unit is given: the operands' own formats where it multiplies them (E4M3 from TPU7x on), else
-    bfloat16, which holds them exactly."""
+    """The dtypes that the matrix unit multiplies: the operands' own if it can (E4M3 from TPU7x on), else bfloat16,
+    which holds them exactly."""
     try:
         native = pltpu.get_tpu_info().is_matmul_supported(a.values.dtype, b.values.dtype)
     except ValueError:  # not a TPU: interpreted
@@ -58,7 +58,7 @@ def multiplied(a: QTensor, b: QTensor) -> tuple[jnp.dtype, jnp.dtype]:
 
 
 def scale_tile(a: QTensor, b: QTensor) -> int:
-    """Numbers of K that share a scale on both sides, at most 256."""
+    """The numbers of K that share a scale in both operands, at most 256."""
     changes = [q.tile[1] for q in (a, b) if q.tile[1] < q.shape[-1]]
     return math.gcd(256, *changes) if changes else LANES
 
@@ -71,19 +71,19 @@ def reason(a: QTensor, b: QTensor, accumulation: Accumulation, out_dtype: jnp.dt
     if scale_tile(a, b) < LANES:
         return f"takes scales for multiples of 128 numbers of K, not tiles {a.tile} and {b.tile}"
     if 0 in (*a.shape, *b.shape):
-        return f"multiplies no empty matrices such as {a.shape} and {b.shape}"
+        return f"needs matrices that are not empty, not {a.shape} and {b.shape}"
     return None
 
 
 def operands(a: QTensor, b: QTensor, tile: int) -> tuple[jax.Array, ...]:
-    """Values and scales of a [M, K] and of b [..., N, K] as the kernels read them: K in whole tiles, b's scales [...,
-    T, N]."""
+    """Values and scales of a [M, K] and of b [..., N, K] as the kernels read them: K in whole tiles, b's scales as
+    [..., T, N]."""
     a, b = retile(a, tile), retile(b, tile)
     return _whole_tiles(a.values, tile), a.scales, _whole_tiles(b.values, tile), b.scales.mT
 
 
 def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: jnp.dtype) -> jax.Array:
-    """a bᵀ [M, N]; `accumulation` makes no difference, since every sum is in float32."""
+    """a bᵀ [M, N]. Every sum is in float32, so that `accumulation` changes nothing."""
     tile, rows, columns = scale_tile(a_MK, b_NK), a_MK.shape[0], b_NK.shape[0]
     blocks = choose_blocks(rows, columns, a_MK.shape[1], tile)
     arrays = operands(a_MK, b_NK, tile)
@@ -109,7 +109,7 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
 
 
 def kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, y_ref, total_ref, *, tile, dtypes, wanted=True):
-    """One step of the grid (M, N, K); the product is zero where it is not `wanted`."""
+    """Computes one step of the grid (M, N, K); the product is zero unless it is `wanted`."""
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -137,9 +137,8 @@ def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, ti
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        total_ref[...] += (
-            partial * a_scales[:, t : t + 1] * b_scales_ref[pl.ds((step * tiles & (SUBLANES - 1)) + t, 1), :]
-        )
+        row = pl.ds((step * tiles & (SUBLANES - 1)) + t, 1)
+        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[row, :]  # Fig. 7b promotion
 
 
 def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:

@@ -1,16 +1,12 @@
-"""Quantizing: what a user calls."""
+"""Quantization, SwiGLU, and the tables of their implementations."""
 
 import jax
 
 from kernels_pallas._compat import vary_alike
 from kernels_pallas.examples import few_rows, normal, quantized
-from kernels_pallas.implementations import Operation, choose
+from kernels_pallas.implementations import Operation, anything, choose
 from kernels_pallas.qtensor import TILE, QTensor, Quantizer
 from kernels_pallas.quantize import mosaic_gpu_sm90, mosaic_tpu, reference
-
-
-def _any(*_) -> None:
-    return None
 
 
 def _small(x: jax.Array, quantizer: Quantizer) -> tuple:
@@ -29,7 +25,7 @@ INSTEAD = "XLA quantizes instead, in several passes through memory; shapes and f
 QUANTIZE = Operation(
     "quantize",
     {
-        "xla": (reference.quantize, _any),
+        "xla": (reference.quantize, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize, mosaic_gpu_sm90.reason),
         "mosaic_tpu": (mosaic_tpu.quantize, mosaic_tpu.reason),
     },
@@ -39,9 +35,9 @@ QUANTIZE = Operation(
 QUANTIZE_TRANSPOSED = Operation(
     "quantize_transposed",
     {
-        "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), _any),
+        "xla": (lambda x, quantizer: reference.quantize(x.mT, quantizer), anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.quantize_transposed, mosaic_gpu_sm90.reason),
-        "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.reason_transposed),
+        "mosaic_tpu": (mosaic_tpu.quantize_transposed, mosaic_tpu.transposed_reason),
     },
     _small,
     instead=INSTEAD,
@@ -49,9 +45,9 @@ QUANTIZE_TRANSPOSED = Operation(
 REQUANTIZE_TRANSPOSED = Operation(
     "requantize_transposed",
     {
-        "xla": (reference.requantize_transposed, _any),
+        "xla": (reference.requantize_transposed, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.requantize_transposed, mosaic_gpu_sm90.requantize_reason),
-        "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.reason_requantize),
+        "mosaic_tpu": (mosaic_tpu.requantize_transposed, mosaic_tpu.requantize_reason),
     },
     _small_quantized,
     instead=INSTEAD,
@@ -59,58 +55,59 @@ REQUANTIZE_TRANSPOSED = Operation(
 SWIGLU_QUANTIZE = Operation(
     "swiglu_quantize",
     {
-        "xla": (reference.swiglu_quantize, _any),
+        "xla": (reference.swiglu_quantize, anything),
         "mosaic_gpu_sm90": (mosaic_gpu_sm90.swiglu_quantize, mosaic_gpu_sm90.swiglu_reason),
-        "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.reason_swiglu),
+        "mosaic_tpu": (mosaic_tpu.swiglu_quantize, mosaic_tpu.swiglu_reason),
     },
     _small_swiglu,
-    instead="XLA computes it in several passes through memory instead; shapes and formats that the kernel takes avoid it",
+    instead=INSTEAD,
 )
 
 
 def quantize(
     x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> QTensor:
-    """[..., R, C] of any float dtype -> QTensor [..., R, C].
+    """Quantizes [..., R, C] of any float dtype -> QTensor [..., R, C].
 
-    scale = max(amax, 1e-4) / 448 for each tile, and values = clip(x / scale, ±448) in E4M3, as the released quantizer
-    does it; other formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises
-    Unsupported for an implementation that cannot do it.
+    By default, as in the released quantizer, scale = max(amax, 1e-4) / 448 for each tile and values = clip(x / scale,
+    ±448) in E4M3; other formats have other largest magnitudes. A NaN or an infinity makes its whole tile NaN. Raises
+    Unsupported if the implementation does not support x or the quantizer.
     """
     return choose(QUANTIZE, implementation, x, quantizer)(x, quantizer)
 
 
 def quantize_tile(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
-    """1 × 128 tiles along the last axis: activations and their gradients (V3 §3.3.2). `fields` are those of
-    Quantizer."""
+    """Quantizes in 1 × 128 tiles along the last axis, as V3 does activations and their gradients (§3.3.2). `fields` are
+    those of Quantizer."""
     return quantize(x, Quantizer(**({"scope": "tile"} | fields)), implementation=implementation)
 
 
 def quantize_block(x: jax.Array, *, implementation: str | tuple[str, ...] | None = None, **fields) -> QTensor:
-    """128 × 128 blocks: weights (V3 §3.3.2). `fields` are those of Quantizer."""
+    """Quantizes in 128 × 128 blocks, as V3 does weights (§3.3.2). `fields` are those of Quantizer."""
     return quantize(x, Quantizer(**({"scope": "block"} | fields)), implementation=implementation)
 
 
 def quantize_transposed(
     x: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> QTensor:
-    """[..., R, C] -> QTensor [..., C, R] with tiles along R: an operand of the weight gradient's product."""
+    """Quantizes and transposes [..., R, C] -> QTensor [..., C, R] with tiles along R: an operand of the weight
+    gradient."""
     return choose(QUANTIZE_TRANSPOSED, implementation, x, quantizer)(x, quantizer)
 
 
 def requantize_transposed(
     q: QTensor, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> QTensor:
-    """QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: what was kept for the backward pass, as its
-    product needs it."""
+    """Scales and transposes a QTensor [..., R, C] -> QTensor [..., C, R] with tiles along R: a residual as the weight
+    gradient reads it."""
     return choose(REQUANTIZE_TRANSPOSED, implementation, q, quantizer)(q, quantizer)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, computed in float32 and rounded once, to the dtype of `gate`; its gradient likewise. Any float
-    dtype, equal shapes.
+    """silu(gate) · up of equal shapes and any float dtype, computed in float32 and rounded once, to the dtype of
+    `gate`; its gradient likewise.
 
-    What is kept for the backward pass is gate and up in their own dtype: float32 exists inside fused loops only.
+    The backward pass holds gate and up in their own dtype: float32 exists only inside fused loops.
     """
     return _swiglu(*vary_alike(gate, up))
 
@@ -125,9 +122,9 @@ _swiglu.defvjp(
 def swiglu_quantize(
     gate: jax.Array, up: jax.Array, quantizer: Quantizer = TILE, *, implementation: str | tuple[str, ...] | None = None
 ) -> QTensor:
-    """[R, F] twice -> silu(gate) · up [R, F], computed in float32, rounded to the dtype of `gate` and quantized.
+    """silu(gate) · up of two arrays [R, F], computed in float32, rounded to the dtype of `gate` and quantized: [R, F].
 
-    Raises ValueError if shapes or dtypes differ and Unsupported for an implementation that cannot do it.
+    Raises ValueError if shapes or dtypes differ, and Unsupported if the implementation does not support them.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu_quantize: gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must be alike")

@@ -1,17 +1,17 @@
-"""Quantizing on NVIDIA Hopper, through Pallas Mosaic GPU. Compiled and interpreted only; no GPU has run it.
+"""Quantization on NVIDIA Hopper, through Pallas Mosaic GPU. It was compiled and interpreted; no GPU has run it.
 
     scale = max(amax of the tile, min_amax) / 448          values = clip(x / scale, ±448) in E4M3
 
-A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 × 128 block: copies what it needs into
-shared memory, reduces in registers, and copies out. There is no pipeline: several blocks of threads share a core, and
-while one waits the others work. What runs over rows rather than columns differs only in how shared memory is read,
-across rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
+A block of threads, one warpgroup, makes 64 rows of 1 × 128 tiles or one 128 × 128 block: it copies its numbers into
+shared memory, reduces them in registers, and copies the results out. It needs no pipeline: several blocks of threads
+share a core, and while one waits the others work. Tiles along rows differ only in how shared memory is read, across
+rather than along (ldmatrix.trans for bfloat16), so that nothing is transposed in memory.
 
-Scales leave as [C/128, R], as the products read them; the QTensor shows the transpose. A block's is written 64 times,
-one number being too small for a copy, and read once. R must be a multiple of 8 (64 where rows and columns change
-places) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, within
-two units in the last place, so that a number close to the middle between two of E4M3 may go either way; power-of-two
-scales and what they scale are exact, being made from bits.
+Scales are written as [C/128, R], as the products read them, and the QTensor shows the transpose. The scale of a block
+is written 64 times, because one number is too small for a copy, and read once. R must be a multiple of 8 (64 for a
+transpose) and C of the tile: else they are padded first, at the cost of a copy. Division on the GPU is `div.full`, off
+by up to two units in the last place, so that a number close to the middle between two of E4M3 may be rounded either
+way. Scales that are powers of two are made from bits; they and their quotients are exact.
 """
 
 import functools
@@ -43,7 +43,7 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if quantizer.scope == "block" and quantizer.size > STEP:
         return f"makes blocks of {STEP}, not of {quantizer.size}, which do not fit its registers"
     if 0 in x.shape:
-        return f"quantizes no empty arrays such as {x.shape}"
+        return f"needs arrays that are not empty, not {x.shape}"
     return None
 
 
@@ -80,17 +80,17 @@ def requantize_transposed(q: QTensor, quantizer: Quantizer) -> QTensor:
 
 
 def along(i, j, height, width):
-    """Which block of [R, C] goes into tile (i, j), and its shape."""
+    """The start and the shape of the block of [R, C] that tile (i, j) is made of."""
     return (i * height, j * width), (height, width)
 
 
 def across(i, j, height, width):
-    """Which block of [C, R]."""
+    """The start and the shape of that block in [C, R]."""
     return (j * width, i * height), (width, height)
 
 
 def scales_across(i, j, height, width):
-    """Which block of scales [R/128, C]."""
+    """The start and the shape of its scales in [R/128, C]."""
     return (i * height // STEP, j * width), (1, width)
 
 
@@ -99,7 +99,7 @@ def load_strip(rows, x) -> jax.Array:
 
 
 def load_strip_across(rows, x) -> jax.Array:
-    """8-bit numbers change places between threads only once they are wider."""
+    """Loads rows from a transposed block. 8-bit numbers are widened before they change places between threads."""
     layout = plgpu.Layout.WGMMA if x.dtype.itemsize > 1 else plgpu.Layout.WGMMA_TRANSPOSED
     return plgpu.layout_cast(load(x.at[:, rows].T, layout, optimized=False).astype(jnp.float32), plgpu.Layout.WGMMA)
 
@@ -115,7 +115,8 @@ def swiglu_reason(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str |
 
 
 def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTensor:
-    """silu(gate) · up, both [..., R, F], in float32, rounded to the dtype of `gate`; then quantized: QTensor [..., R, F].
+    """silu(gate) · up of arrays [..., R, F], in float32, rounded to the dtype of `gate` and quantized: QTensor [..., R,
+    F].
 
     It reads gate and up once and writes one byte for each number. The exponential is that of the GPU, so the rounded
     product may differ from the reference's by one unit in the last place.
@@ -136,10 +137,11 @@ def quantized_tiles(
     quantizer: Quantizer,
     approx_math: bool = False,
 ) -> QTensor:
-    """Quantizes what strip(rows, *references to shared memory) gives, 64 rows of a tile at a time: float32 [64, size].
+    """Quantizes the numbers that strip(rows, *references to shared memory) returns, float32 [64, size], 64 rows of a
+    tile at a time.
 
-    `sources`: arrays, each with a function (i, j, height, width) -> where its block for tile (i, j) begins and the
-    block's shape.
+    Each of `sources` is a function and an array: function(i, j, height, width) is the start and the shape of the
+    array's block for tile (i, j).
     """
     rows, columns = shape
     size = quantizer.size
@@ -207,8 +209,8 @@ def _whole(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _amax(strips: list[jax.Array], per_row: bool) -> jax.Array:
-    """Of each row of the only strip, or of all, 64 times. Magnitudes are compared as integers, which order alike, with
-    NaN above infinity."""
+    """The largest magnitude of each row of the only strip, or of all strips, 64 times. Magnitudes are compared as
+    integers, which order alike, with NaN above infinity."""
     magnitudes = [lax.bitcast_convert_type(jnp.abs(strip), jnp.int32) for strip in strips]
     amax = jnp.max(functools.reduce(jnp.maximum, magnitudes), axis=1)
     if not per_row:
@@ -217,8 +219,8 @@ def _amax(strips: list[jax.Array], per_row: bool) -> jax.Array:
 
 
 def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """amax / 448 rounded up to a power of two is 2^(e - 8), or 2^(e - 7) if amax exceeds 1.75 · 2^e: 448 is 1.75 ·
-    2^8."""
+    """The scales of tiles with these largest magnitudes. Rounded up to a power of two, amax / 448 is 2^(e - 8), or
+    2^(e - 7) if amax exceeds 1.75 · 2^e, because 448 is 1.75 · 2^8."""
     amax = jnp.maximum(amax, quantizer.min_amax)
     if not quantizer.power_of_two:
         return amax * (1 / LARGEST)
@@ -228,6 +230,6 @@ def scale_of(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
 
 
 def inverse_of(power_of_two: jax.Array) -> jax.Array:
-    """Exact: the exponent with the opposite sign."""
+    """1 / scale, exactly: the exponent with the opposite sign."""
     inverse = lax.bitcast_convert_type((254 << 23) - lax.bitcast_convert_type(power_of_two, jnp.int32), jnp.float32)
     return jnp.where(power_of_two < jnp.inf, inverse, 1 / power_of_two)

@@ -1,11 +1,11 @@
-"""Quantizing on TPUs, through Pallas Mosaic. Only compiled and interpreted so far; no TPU has run it.
+"""Quantization on TPUs, through Pallas Mosaic. It was compiled and interpreted; no TPU has run it.
 
     scale = max(amax, min_amax) / largest,   values = clip(x / scale, ±largest), for each tile of x [R, C]
 
-x is read once and written in eight bits. Tiles along columns and square blocks: a tile's scale is one lane of those
-that a step writes, which lie [steps along R, steps along C, rows, tiles], since a step's are too few to be cut out of
-[R, T] and are put there afterwards. Tiles along rows: a tile's scales are a row of [T, C], transposed afterwards; the
-values are transposed in VMEM. Where the last tile is cut off, numbers beyond the end count as zero.
+x is read once and written in eight bits. With tiles along columns, or square blocks, a step writes a lane of scales for
+each of its tiles into [steps along R, steps along C, rows, tiles], and XLA arranges them as [R, T] afterwards: a step
+has too few to be a block of [R, T]. With tiles along rows, the scales of a tile are a row of [T, C], transposed
+afterwards, and the values are transposed in VMEM. Numbers beyond the end of a tile that is cut off count as zero.
 """
 
 import functools
@@ -21,9 +21,11 @@ from kernels_pallas.qtensor import FORMATS, QTensor, Quantizer, retile, round_up
 from kernels_pallas.quantize.reference import scale_of, swiglu
 from kernels_pallas.tpu import LANES, ROWS, SUBLANES, block_of, from_column
 
-ELEMENTS = 1 << 19  # at once, where tiles are of one row: 2 MiB in float32
-TILES = {"tile": 64, "block": 16}  # side by side at once
-COLUMNS = 512  # at once, where tiles run along 128 rows
+# Of a step: numbers where tiles have one row (2 MiB in float32), tiles next to each other, and columns where tiles run
+# along 128 rows.
+ELEMENTS = 1 << 19
+TILES = {"tile": 64, "block": 16}
+COLUMNS = 512
 
 
 def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
@@ -34,20 +36,20 @@ def reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if quantizer.dtype == "e5m6":
         return "rounds to the formats of eight bits, not to e5m6"
     if 0 in x.shape:
-        return f"quantizes no empty array such as {x.shape}"
+        return f"needs arrays that are not empty, not {x.shape}"
     return None
 
 
-def reason_transposed(x: jax.Array, quantizer: Quantizer) -> str | None:
+def transposed_reason(x: jax.Array, quantizer: Quantizer) -> str | None:
     if quantizer.scope == "block":
         return "scales tiles where it transposes, not blocks"
     return reason(x, quantizer)
 
 
-def reason_requantize(q: QTensor, quantizer: Quantizer) -> str | None:
+def requantize_reason(q: QTensor, quantizer: Quantizer) -> str | None:
     if q.tile[1] % LANES and q.tile[1] < q.shape[-1]:
         return f"takes scales for multiples of 128 columns, not tiles {q.tile}"
-    return reason_transposed(jax.ShapeDtypeStruct(q.shape, jnp.float32), quantizer)
+    return transposed_reason(jax.ShapeDtypeStruct(q.shape, jnp.float32), quantizer)
 
 
 def quantize(x: jax.Array, quantizer: Quantizer) -> QTensor:
@@ -72,7 +74,7 @@ def swiglu_quantize(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> QTe
     return quantize_rows(swiglu, (gate, up), quantizer)
 
 
-def reason_swiglu(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str | None:
+def swiglu_reason(gate: jax.Array, up: jax.Array, quantizer: Quantizer) -> str | None:
     return reason(gate, quantizer)
 
 
@@ -122,7 +124,7 @@ def _rows_kernel(*refs, function, quantizer, shape):
 
 
 def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quantizer) -> QTensor:
-    """[..., R, C], and perhaps its scales for `width` columns each, -> QTensor [..., C, R]."""
+    """Quantizes an array [..., R, C], or values with a scale for `width` columns each, -> QTensor [..., C, R]."""
     *batch, rows, columns = arrays[0].shape
     arrays, size = tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays), quantizer.size
     tiles = min(pl.cdiv(rows, size), SUBLANES)
@@ -153,15 +155,15 @@ def _quantize_columns(arrays: tuple[jax.Array, ...], width: int, quantizer: Quan
 
 def _columns_kernel(x_ref, *refs, width, quantizer, rows):
     *x_scales_ref, values_ref, scales_ref = refs
-    size, parts = quantizer.size, x_ref.shape[1] // width
-    x_scales = from_column(x_scales_ref[0], pl.program_id(2) * parts) if x_scales_ref else None
+    size, strips = quantizer.size, x_ref.shape[1] // width
+    x_scales = from_column(x_scales_ref[0], pl.program_id(2) * strips) if x_scales_ref else None
     for t in range(scales_ref.shape[0]):
         in_tile = slice(t * size, (t + 1) * size)
-        for part in range(parts):
-            columns = slice(part * width, (part + 1) * width)
+        for strip in range(strips):
+            columns = slice(strip * width, (strip + 1) * width)
             x = x_ref[in_tile, columns].astype(jnp.float32)
             if x_scales is not None:
-                x *= x_scales[in_tile, part : part + 1]
+                x *= x_scales[in_tile, strip : strip + 1]
             if rows % size:
                 x = _zero_beyond(x, 0, pl.program_id(1) * x_ref.shape[0] + t * size, rows)
             values, scale = _quantized(x, 0, quantizer)
@@ -170,8 +172,8 @@ def _columns_kernel(x_ref, *refs, width, quantizer, rows):
 
 
 def _quantized(x: jax.Array, axes: int | tuple[int, ...], quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
-    """A tile's values in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN above
-    infinity."""
+    """The values of a tile in float32, and its scale. Magnitudes are compared as integers, which order alike, with NaN
+    above infinity."""
     largest = FORMATS[quantizer.dtype][0]
     amax = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=axes, keepdims=True)
     scale = scale_of(jax.lax.bitcast_convert_type(amax, jnp.float32), quantizer)

@@ -1,9 +1,10 @@
-"""What a narrow accumulator costs and what promotion saves (V3 §3.3.2, Fig. 7b): `python -m
-kernels_pallas.studies.accumulation` prints it.
+"""Errors of a narrow accumulator, with and without promotion (V3 §3.3.2, Fig. 7b).
+
+    python -m kernels_pallas.studies.accumulation      prints them
 
 The paper multiplies two random matrices with K = 4096 on H800 tensor cores and finds a largest relative error of nearly
-2%. Here the tensor core is emulated. Both operands are in E4M3 already, with one scale each: what is measured is the
-error of the sums and not of quantizing.
+2%. Here the tensor core is emulated. Both operands are E4M3 with one scale each before they are multiplied, so that the
+error is that of the sums and not of quantization.
 """
 
 import functools
@@ -33,10 +34,10 @@ ACCUMULATIONS = {
 def accumulation_errors(
     distribution: str, accumulation: Accumulation, depths: Sequence[int] = DEPTHS, size: int = 64
 ) -> np.ndarray:
-    """Largest error of C = A Bᵀ by both DEFINITIONS at each K: float64 [depths, 2]. ΔC is the distance to the product
-    in float64.
+    """The largest error of C = A Bᵀ at each K, by both DEFINITIONS: float64 [depths, 2]. ΔC is the distance to the
+    float64 product.
 
-    A and B [size, K] are random numbers of one of the DISTRIBUTIONS in E4M3, the same for every accumulation.
+    A and B, [size, K], are random numbers of one of the DISTRIBUTIONS in E4M3, the same for every accumulation.
     """
     errors = np.empty((len(depths), len(DEFINITIONS)))
     for i, depth in enumerate(depths):
@@ -52,7 +53,7 @@ def accumulation_errors(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _product(x: jax.Array, accumulation: Accumulation) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> A and B as they were multiplied, and A Bᵀ."""
+    """A and B as they were multiplied, and A Bᵀ."""
     a, b = (quantize(operand, Quantizer("tensor"), implementation="xla") for operand in x)
     return (
         dequantize(a),

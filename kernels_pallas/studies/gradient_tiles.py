@@ -1,10 +1,11 @@
-"""Why gradients are quantized in 1 × 128 tiles and not in blocks (V3 App. B.2): `python -m
-kernels_pallas.studies.gradient_tiles` prints it.
+"""Errors of gradients and activations quantized in tiles, in blocks, and with one scale (V3 App. B.2).
 
-The paper trained a 16B model whose input gradients came from gradients quantized in 128 × 128 blocks, as weights are;
-it diverged. Its explanation: gradients differ widely from token to token, and what one token's row needs as a scale is
-of no use to its neighbors in a block. Activations have their outliers in channels, which a tile holds just as a block
-does. Here both are random, with a known imbalance.
+    python -m kernels_pallas.studies.gradient_tiles      prints them
+
+The paper trained a 16B model whose input gradients came from gradients quantized in 128 × 128 blocks, like weights; it
+diverged. Its explanation: gradients differ widely from token to token, so that the scale of a block suits its largest
+token and not the others. Activations have their outliers in channels, which a tile contains just as a block does. Here
+both are random, with a known imbalance.
 """
 
 import dataclasses
@@ -25,11 +26,11 @@ EVERY = 32  # one token or channel of so many is an outlier
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What became of an array [tokens, channels].
+    """Errors of an array [tokens, channels].
 
-    error             relative L2 error of all of it, which the largest tokens decide
-    error_per_token   mean of the tokens' relative L2 errors, in which all tokens count alike
-    underflow         which part of the numbers that were not zero became zero
+    error             the relative L2 error of the whole array, which the largest tokens dominate
+    error_per_token   the mean of the tokens' relative L2 errors, in which all tokens count alike
+    underflow         the share of numbers that were not zero and became zero
     """
 
     error: float
@@ -44,8 +45,8 @@ def loss(exact: np.ndarray, got: np.ndarray) -> Loss:
 
 
 def imbalanced(rng: np.random.Generator, tokens: int, channels: int, outliers: str, ratio: float) -> np.ndarray:
-    """Normal numbers, float32 [tokens, channels]; one token or channel of 32, as `outliers` says, is `ratio` times
-    larger."""
+    """Normal numbers, float32 [tokens, channels], in which one of 32 tokens or channels, as `outliers` says, is `ratio`
+    times larger."""
     x = rng.normal(size=(tokens, channels))
     x[{"token": np.s_[::EVERY], "channel": np.s_[:, ::EVERY]}[outliers]] *= ratio
     return x.astype(np.float32)
@@ -54,12 +55,12 @@ def imbalanced(rng: np.random.Generator, tokens: int, channels: int, outliers: s
 def quantization_losses(
     outliers: str, scope: str, ratio: float, tokens: int = 256, channels: int = 512, width: int = 256
 ) -> tuple[Loss, Loss]:
-    """Of an imbalanced array quantized with `scope`, and of its product with a weight [width, channels] quantized in
-    blocks.
+    """The losses of an imbalanced array quantized with `scope`, and of its product with a weight [width, channels]
+    quantized in blocks.
 
     With outliers in tokens the array stands for a gradient dy and the product for the input gradient dy Wᵀ; with
-    outliers in channels for an activation x and for x W. Both are compared with what they are without quantizing, in
-    float64.
+    outliers in channels for an activation x and for x W. Both are compared with the float64 results without
+    quantization.
     """
     rng = np.random.default_rng(0)
     x, w = (

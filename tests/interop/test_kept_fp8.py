@@ -172,8 +172,8 @@ def test_generation_keeps_them(folder, tmp_path, monkeypatch, capsys):
     (eight, kept), (half, plain), (powers, _) = given
     assert powers == eight.with_powers_of_two() != eight
     assert (
-        powers.format.input.power_of_two
-        and powers.format.weight.power_of_two
+        powers.quantization.input.power_of_two
+        and powers.quantization.weight.power_of_two
         and powers.attention_output.input.power_of_two
     )
     assert precision_for(tmp_path / "v3.1", get_precision("bfloat16")) == get_precision("bfloat16")

@@ -66,7 +66,7 @@ def attend(ops, w):
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_keys_and_values_are_products_with_the_stored_numbers(heads_at_once, power_of_two):
     kept = quantize_block(jnp.asarray(KV_B), power_of_two=power_of_two)
-    precision = dataclasses.replace(FP8, format=LinearQuantization(input=Quantizer(power_of_two=power_of_two)))
+    precision = dataclasses.replace(FP8, quantization=LinearQuantization(input=Quantizer(power_of_two=power_of_two)))
     found = compiled(lambda w: attend(Ops(precision, RuntimeConfig(attention_heads_at_once=heads_at_once)), w))(kept)
     kv = (rounded(LATENTS, power_of_two).astype(np.float64) @ np.asarray(dequantize(kept), np.float64)).reshape(
         B, T, 4, 40
@@ -84,8 +84,8 @@ def attention(kind):
     """The module's expanded and absorbed calls, and variables with a kv_b that is stored in FP8 or quantized in the
     product."""
     changes = {
-        "kept, powers of two": {"format": LinearQuantization(input=Quantizer(power_of_two=True))},
-        "forward not in FP8": {"format": LinearQuantization(products=("input_gradient", "weight_gradient"))},
+        "kept, powers of two": {"quantization": LinearQuantization(input=Quantizer(power_of_two=True))},
+        "forward not in FP8": {"quantization": LinearQuantization(products=("input_gradient", "weight_gradient"))},
         "not in FP8": {"high_precision": ("attention_output", "linear")},
     }
     precision = dataclasses.replace(FP8, **changes.get(kind, {}))

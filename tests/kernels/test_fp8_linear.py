@@ -19,7 +19,7 @@ from kernels_pallas import (
     fp8_grouped_swiglu_linear,
     fp8_linear,
     fp8_swiglu_linear,
-    prepare,
+    prequantize,
     prequantize_weight,
     quantize_block,
     requantize_transposed,
@@ -110,11 +110,11 @@ def check(got, expected, bounds):
         assert oracle.calc_diff(array, exact) < bound, name
 
 
-def check_linear(shape, sizes=None, format=LinearQuantization(), alignment=1):
+def check_linear(shape, sizes=None, quantization=LinearQuantization(), alignment=1):
     """y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on its
     own."""
     x, w, dy = operands(shape, None if sizes is None else len(sizes))
-    static = {"format": format} | ({} if sizes is None else {"alignment": alignment})
+    static = {"quantization": quantization} | ({} if sizes is None else {"alignment": alignment})
     got = oracle.call(gradients, x, w, dy, None if sizes is None else jnp.asarray(sizes), **static)
     expected = exact_gradients(x, w, dy, sizes)
     check(got, expected, (TWO_ROUNDINGS, TWO_ROUNDINGS, THREE_ROUNDINGS))
@@ -192,7 +192,9 @@ SUBSETS = [tuple(product for i, product in enumerate(PRODUCTS) if chosen >> i & 
 )
 def test_each_product_runs_in_the_precision_that_is_asked_for(sizes, products):
     x, w, dy = operands((37, 130, 40), sizes and len(sizes))
-    got = oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=LinearQuantization(products=products))
+    got = oracle.call(
+        gradients, x, w, dy, sizes and jnp.asarray(sizes), quantization=LinearQuantization(products=products)
+    )
     for product, array, exact in zip(PRODUCTS, got, exact_gradients(x, w, dy, sizes), strict=True):
         diff = oracle.calc_diff(array, exact)
         assert (1e-4 < diff < THREE_ROUNDINGS) if product in products else diff < 1e-10
@@ -201,7 +203,9 @@ def test_each_product_runs_in_the_precision_that_is_asked_for(sizes, products):
 @pytest.mark.parametrize("products", [("forward",), PRODUCTS[1:]], ids=str)
 def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
     gate, w, dy = operands((37, 130, 40))
-    got = oracle.call(swiglu_gradients, gate, gate[::-1].copy(), w, dy, format=LinearQuantization(products=products))
+    got = oracle.call(
+        swiglu_gradients, gate, gate[::-1].copy(), w, dy, quantization=LinearQuantization(products=products)
+    )
     expected = exact_swiglu_gradients(gate, gate[::-1], w, dy)
     check(got, expected, (TWO_ROUNDINGS, SWIGLU_GRADIENT, SWIGLU_GRADIENT, SWIGLU_WEIGHT_GRADIENT))
     assert ("forward" in products) == (oracle.calc_diff(got[0], expected[0]) > 1e-4)
@@ -218,9 +222,9 @@ def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
     ],
     ids=lambda value: getattr(value, "dtype", ""),
 )
-def test_what_is_residual_for_the_weight_gradient_may_have_another_format(residual, least, most):
+def test_the_residual_for_the_weight_gradient_may_have_another_format(residual, least, most):
     x, w, dy = operands(SMALL)
-    y, dx, dw = oracle.call(gradients, x, w, dy, format=LinearQuantization(residual=residual))
+    y, dx, dw = oracle.call(gradients, x, w, dy, quantization=LinearQuantization(residual=residual))
     plain = oracle.call(gradients, x, w, dy)
     np.testing.assert_array_equal(y, plain[0])
     np.testing.assert_array_equal(dx, plain[1])
@@ -243,17 +247,15 @@ def test_the_backward_pass_holds_x_in_eight_bits():
     assert kept(lambda x, w: fp8_grouped_linear(x, w, sizes), x, jnp.asarray(w[None])) == sorted(
         [((1,), "int32"), *in_e4m3[:2], ((1, 256, 96), "float32")]
     )
-    for format, dtype in (
+    for quantization, dtype in (
         (LinearQuantization(residual=E5M6), "bfloat16"),
         (LinearQuantization(residual=Quantizer(dtype="float8_e5m2")), "float8_e5m2"),
     ):
-        assert kept(lambda x, w, format=format: fp8_linear(x, w, format=format), x, jnp.asarray(w)) == [
-            in_e4m3[0],
-            ((48, 256), dtype),
-            in_e4m3[2],
-        ]
+        assert kept(
+            lambda x, w, quantization=quantization: fp8_linear(x, w, quantization=quantization), x, jnp.asarray(w)
+        ) == [in_e4m3[0], ((48, 256), dtype), in_e4m3[2]]
     without = LinearQuantization(products=PRODUCTS[:2])  # the weight gradient wants x as it was
-    assert kept(lambda x, w: fp8_linear(x, w, format=without), x, jnp.asarray(w)) == [
+    assert kept(lambda x, w: fp8_linear(x, w, quantization=without), x, jnp.asarray(w)) == [
         ((48, 256), "bfloat16"),
         in_e4m3[2],
     ]
@@ -262,8 +264,16 @@ def test_the_backward_pass_holds_x_in_eight_bits():
 def test_the_backward_pass_of_swiglu_holds_its_inputs_in_eight_bits():
     gate, w, _ = operands((48, 256, 96))
     gate = jnp.asarray(gate, jnp.bfloat16)
-    for format, dtype in ((LinearQuantization(), "float8_e4m3fn"), (LinearQuantization(residual=E5M6), "bfloat16")):
-        held = kept(lambda *args, format=format: fp8_swiglu_linear(*args, format=format), gate, gate, jnp.asarray(w))
+    for quantization, dtype in (
+        (LinearQuantization(), "float8_e4m3fn"),
+        (LinearQuantization(residual=E5M6), "bfloat16"),
+    ):
+        held = kept(
+            lambda *args, quantization=quantization: fp8_swiglu_linear(*args, quantization=quantization),
+            gate,
+            gate,
+            jnp.asarray(w),
+        )
         assert held == [*[((48, 2), "float32")] * 2, *[((48, 256), dtype)] * 2, ((256, 96), "float32")]
 
 
@@ -273,8 +283,8 @@ def test_each_product_sums_as_it_is_asked_to(sizes):
     x, w, dy = (np.abs(z) for z in operands((37, 130, 40), sizes and len(sizes)))
     narrow = LinearQuantization(accumulation=Accumulation(None, "fp22_register"))
     got, exact = (
-        oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), format=format)
-        for format in (narrow, LinearQuantization())
+        oracle.call(gradients, x, w, dy, sizes and jnp.asarray(sizes), quantization=quantization)
+        for quantization in (narrow, LinearQuantization())
     )
     for product, cut, whole in zip(PRODUCTS, got, exact, strict=True):
         assert 1e-5 < 1 - np.sum(cut) / np.sum(whole) < 1e-3, product
@@ -288,53 +298,55 @@ def test_results_have_the_dtype_of_x_and_weight_gradients_that_of_the_weights():
     check((y, dx, dw), exact_gradients(x, w, dy), (TWO_ROUNDINGS, TWO_ROUNDINGS, THREE_ROUNDINGS))
 
 
-@pytest.mark.parametrize("format", [LinearQuantization(), LinearQuantization(products=())], ids=["FP8", "dequantized"])
+@pytest.mark.parametrize(
+    "quantization", [LinearQuantization(), LinearQuantization(products=())], ids=["FP8", "dequantized"]
+)
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
-def test_weights_may_come_quantized(forward, format):
+def test_weights_may_come_quantized(forward, quantization):
     x, w, _ = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
     inputs = (x, x) if forward is fp8_swiglu_linear else (x,)
     q = oracle.call(quantize_block, w)
-    same = w if format.products else np.float32(oracle.exact(q))
+    same = w if quantization.products else np.float32(oracle.exact(q))
     np.testing.assert_array_equal(
-        oracle.call(forward, *inputs, q, *more, format=format),
-        oracle.call(forward, *inputs, same, *more, format=format),
+        oracle.call(forward, *inputs, q, *more, quantization=quantization),
+        oracle.call(forward, *inputs, same, *more, quantization=quantization),
     )
 
 
 @pytest.mark.parametrize(
-    "format",
+    "quantization",
     [LinearQuantization(), LinearQuantization(products=("forward", "weight_gradient"))],
     ids=["FP8", "plain input gradient"],
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
-def test_weights_may_be_prepared(forward, format):
+def test_weights_may_be_prequantized(forward, quantization):
     """The same numbers, forward and backward; the master copy is not kept."""
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
 
-    def call(x, w, dy, prepare):
+    def call(x, w, dy, early):
         def product(x, w):
-            w = prequantize_weight(w) if prepare else w
-            return forward(*((x, 2 * x) if forward is fp8_swiglu_linear else (x,)), w, *more, format=format)
+            w = prequantize_weight(w) if early else w
+            return forward(*((x, 2 * x) if forward is fp8_swiglu_linear else (x,)), w, *more, quantization=quantization)
 
         y, pull_back = jax.vjp(product, x, w)
         kept = jax.tree.leaves(pull_back)
         return (y, *pull_back(dy)), jnp.array([any(leaf.shape == w.shape and leaf.dtype == w.dtype for leaf in kept)])
 
-    (prepared, keeps), (plain, _) = (oracle.call(call, x, w, dy, prepare=prepare) for prepare in (True, False))
-    jax.tree.map(np.testing.assert_array_equal, prepared, plain)
-    assert keeps == ("input_gradient" not in format.products)
+    (prequantized, keeps), (plain, _) = (oracle.call(call, x, w, dy, early=early) for early in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, prequantized, plain)
+    assert keeps == ("input_gradient" not in quantization.products)
 
 
 @pytest.mark.parametrize(
     "products", [PRODUCTS, ("forward",), ("weight_gradient",)], ids=["FP8", "forward", "weight gradient"]
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear])
-def test_rows_may_be_prepared_and_then_moved(forward, products):
+def test_rows_may_be_prequantized_and_then_moved(forward, products):
     """Quantized where there is one row for each token, then copied: the numbers of copying first, forward and
     backward."""
-    format = LinearQuantization(products=products)
+    quantization = LinearQuantization(products=products)
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     rows = np.random.default_rng(1).integers(0, 25, 37)
     rows[[3, 30]] = 25  # no row
@@ -345,7 +357,9 @@ def test_rows_may_be_prepared_and_then_moved(forward, products):
 
     def call(x, w, dy, first):
         def product(x, w):
-            return forward(prepare(x, take=take) if first else take(x), w, *more, format=format)
+            return forward(
+                jax.tree.map(take, prequantize(x)) if first else take(x), w, *more, quantization=quantization
+            )
 
         y, pull_back = jax.vjp(product, x, w)
         return y, *pull_back(dy)

@@ -146,7 +146,7 @@ def test_machine_code(name):
             Unsupported,
             "multiplies bfloat16, not float32 and float32.*These would do it: xla",
         ),
-        (dict(x=jnp.zeros((0, 16), jnp.bfloat16)), Unsupported, "multiplies no empty arrays"),
+        (dict(x=jnp.zeros((0, 16), jnp.bfloat16)), Unsupported, "needs arrays that are not empty"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, error, message):

@@ -174,7 +174,11 @@ def test_machine_code(name):
         (quantize, (jnp.zeros((8, 128)), Quantizer("tensor")), 'takes the scopes "tile" and "block", not "tensor"'),
         (quantize, (jnp.zeros((8, 128)), Quantizer(dtype="e5m6")), "makes float8_e4m3fn, not e5m6"),
         (quantize, (jnp.zeros((8, 256)), Quantizer("block", 256)), "makes blocks of 128, not of 256"),
-        (quantize_transposed, (jnp.zeros((0, 128)),), "quantize_transposed: mosaic_gpu_sm90 quantizes no empty arrays"),
+        (
+            quantize_transposed,
+            (jnp.zeros((0, 128)),),
+            "quantize_transposed: mosaic_gpu_sm90 needs arrays that are not empty",
+        ),
         (
             swiglu_quantize,
             (jnp.zeros((8, 128)), jnp.zeros((8, 128)), Quantizer(dtype="float8_e5m2")),

@@ -107,7 +107,7 @@ def test_nan_stays_in_its_row():
         (dict(accumulation=Accumulation(accumulator="hopper_fp22")), "adds in float32, not in hopper_fp22"),
         (dict(out_dtype=jnp.float16), "writes bfloat16 or float32, not float16"),
         (dict(a=whole_numbers(0, (8, 256), (1, 64))), "takes scales for multiples of 128 numbers of K"),
-        (dict(a=whole_numbers(0, (0, 256), TILE)), "multiplies no empty matrices"),
+        (dict(a=whole_numbers(0, (0, 256), TILE)), "needs matrices that are not empty"),
     ],
 )
 def test_unsupported_says_why(changes, message):

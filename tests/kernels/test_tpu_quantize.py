@@ -147,7 +147,7 @@ def test_an_amax_of_the_wrong_tile_is_caught(monkeypatch):
         (quantize, jnp.zeros((8, 128), jnp.float16), TILE, "reads bfloat16 or float32, not float16"),
         (quantize, jnp.zeros((8, 128)), Quantizer("tensor"), "scales tiles and blocks, not whole tensors"),
         (quantize, jnp.zeros((8, 128)), Quantizer(dtype="e5m6"), "rounds to the formats of eight bits, not to e5m6"),
-        (quantize, jnp.zeros((0, 128)), TILE, "quantizes no empty array"),
+        (quantize, jnp.zeros((0, 128)), TILE, "needs arrays that are not empty"),
         (quantize_transposed, jnp.zeros((8, 128)), BLOCK, "scales tiles where it transposes, not blocks"),
         (requantize_transposed, whole_numbers(0, (8, 128), (1, 64)), TILE, "takes scales for multiples of 128 columns"),
         (

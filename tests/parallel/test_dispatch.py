@@ -143,7 +143,7 @@ def test_tiles_are_e4m3_with_powers_of_two():
 def test_fp8_dispatch_rounds_the_way_there_and_not_the_way_back(reference):
     """Forward: the experts see rounded tokens. Backward: they see rounded gradients, and the tokens' gradient comes
     back exact."""
-    call = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, format="fp8"))
+    call = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, dtype="fp8"))
     ids = IDS["random"]
     y, _, gradients = call(ids)
     want, _, want_gradients = reference(ids)
@@ -166,7 +166,7 @@ def test_fp8_dispatch_of_gradients_is_rounded_once_on_their_way_to_the_experts()
     """Each pair's gradient, gate times dy, arrives in E4M3 at its expert, where weights' and tokens' gradients are made
     of it; nothing else is rounded."""
     ids = IDS["random"].reshape(B * T, K)
-    _, _, (d_weights, dx, d_gates) = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, format="fp8"))(IDS["random"])
+    _, _, (d_weights, dx, d_gates) = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, dtype="fp8"))(IDS["random"])
 
     def oracle(weights, x_ND, gates_NK, dy_ND):
         rounded = dequantize(quantize_tile(x_ND, power_of_two=True))
@@ -193,5 +193,5 @@ def test_experts_in_fp8_multiply_the_numbers_that_came(monkeypatch):
 
     monkeypatch.setitem(moe.IMPLEMENTATIONS, "grouped", first_operand)
     precision = dataclasses.replace(get_precision("fp8_deepseek"), compute_dtype=jnp.dtype(jnp.float32))
-    y, *_ = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, precision=precision, format="fp8"))(IDS["random"])
+    y, *_ = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, precision=precision, dtype="fp8"))(IDS["random"])
     assert_close(y, dequantize(quantize_tile(X, power_of_two=True)) * jnp.sum(GATES, axis=-1, keepdims=True), 2e-6)

@@ -91,7 +91,8 @@ def test_weights_that_stay_are_not_rounded_where_their_gradients_are_summed():
     assert isinstance(r.weight(w, "linear", (32, 128)), PreQuantized)
     assert r.weight(w, "linear", (4, 128)) is w  # crumbs of a block
     assert (
-        get_precision({"name": "fp8_deepseek", "format": {"products": ("forward",)}}).weight(w, "linear", w.shape) is w
+        get_precision({"name": "fp8_deepseek", "quantization": {"products": ("forward",)}}).weight(w, "linear", w.shape)
+        is w
     )
 
 
@@ -169,39 +170,43 @@ def test_a_file_changes_single_choices():
     changed = get_precision(
         {
             "name": "fp8_deepseek",
-            "format": {"gradient": {"dtype": "float8_e5m2"}, "accumulation": {"promote_every": None}},
+            "quantization": {"gradient": {"dtype": "float8_e5m2"}, "accumulation": {"promote_every": None}},
         }
     )
-    assert changed.format.gradient.dtype == "float8_e5m2" and changed.format.gradient.scope == "tile"
-    assert changed.format.gradient.min_amax == get_precision("fp8_deepseek").format.gradient.min_amax
+    assert changed.quantization.gradient.dtype == "float8_e5m2" and changed.quantization.gradient.scope == "tile"
+    assert changed.quantization.gradient.min_amax == get_precision("fp8_deepseek").quantization.gradient.min_amax
     assert (
-        changed.format.accumulation.promote_every is None
+        changed.quantization.accumulation.promote_every is None
         and changed.attention_output == get_precision("fp8_deepseek").attention_output
     )
     assert (
-        get_precision({"name": "fp8_deepseek", "format": {"residual": {"dtype": "e5m6"}}}).format.residual.dtype
+        get_precision(
+            {"name": "fp8_deepseek", "quantization": {"residual": {"dtype": "e5m6"}}}
+        ).quantization.residual.dtype
         == "e5m6"
     )
     assert hash(changed) != hash(get_precision("fp8_deepseek")) and isinstance(changed, FP8Precision)
     assert get_precision({"name": "fp8_deepseek"}) == get_precision("fp8_deepseek")
-    assert dataclasses.replace(changed, format=get_precision("fp8_deepseek").format) == get_precision("fp8_deepseek")
+    assert dataclasses.replace(changed, quantization=get_precision("fp8_deepseek").quantization) == get_precision(
+        "fp8_deepseek"
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("fp8", "config.precision='fp8': allowed: bfloat16, float32, fp8_deepseek, or your own as package.module"),
-        ({"name": "fp8_deepseek", "formats": {}}, "unknown field config.precision.formats: did you mean 'format'"),
+        ({"name": "fp8_deepseek", "quantisation": {}}, "config.precision.quantisation: did you mean 'quantization'"),
         (
-            {"name": "fp8_deepseek", "format": {"gradient": {"scop": "tile"}}},
-            "config.precision.format.gradient.scop: did you mean 'scope'",
+            {"name": "fp8_deepseek", "quantization": {"gradient": {"scop": "tile"}}},
+            "config.precision.quantization.gradient.scop: did you mean 'scope'",
         ),
         (
-            {"name": "fp8_deepseek", "format": {"gradient": {"scope": "row"}}},
-            "config.precision.format.gradient: scope='row': one of tile, block, tensor",
+            {"name": "fp8_deepseek", "quantization": {"gradient": {"scope": "row"}}},
+            "config.precision.quantization.gradient: scope='row': one of tile, block, tensor",
         ),
         (
-            {"name": "fp8_deepseek", "format": {"products": ["backward"]}},
+            {"name": "fp8_deepseek", "quantization": {"products": ["backward"]}},
             "'backward' is none of forward, input_gradient, weight_gradient",
         ),
         (
