@@ -37,5 +37,5 @@ class MTPModule(nn.Module):
         joined = jnp.concatenate([norm("embed_norm")(embedding_BTD), norm("hidden_norm")(hidden_BTD)], axis=-1)
         projection = Linear(config, self.ops, config.hidden_size, ("mtp_input", "embed"), "mtp_projection", name="proj")
         block = self.block(config, self.ops, config.moe, name="block")
-        state_BTD, (routing, _) = block(projection(joined), tokens, None, None)
+        state_BTD, (routing, _) = block(projection(joined), tokens, None, None)  # eqs. 21, 22
         return state_BTD, norm("final_norm")(state_BTD), routing

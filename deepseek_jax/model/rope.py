@@ -11,14 +11,15 @@ from deepseek_jax.model.config import RopeConfig, YarnConfig
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """0.1 · mscale · ln(factor) + 1: YaRN's √t (V3 §4.3: 1.368888 for factor 40, mscale 1)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN: temperature
 
 
 def yarn_correction_range(yarn: YarnConfig, dim: int, theta: float) -> tuple[int, int]:
     """The dimension pairs between which YaRN goes from keeping a frequency to dividing it by `factor`."""
 
     def pair_with_rotations(rotations: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        angle = rotations * 2 * math.pi
+        return dim * math.log(yarn.original_max_position_embeddings / angle) / (2 * math.log(theta))  # YaRN: range
 
     low = math.floor(pair_with_rotations(yarn.beta_fast))
     high = math.ceil(pair_with_rotations(yarn.beta_slow))
@@ -32,8 +33,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
         return frequencies
     low, high = yarn_correction_range(rope.yarn, dim, rope.theta)
     width = high - low if high > low else 0.001  # a step instead of a ramp, as in the released code
-    interpolated_share = np.clip((np.arange(dim // 2) - low) / width, 0.0, 1.0)
-    return frequencies * (1.0 - interpolated_share) + frequencies / rope.yarn.factor * interpolated_share
+    ramp = np.clip((np.arange(dim // 2) - low) / width, 0.0, 1.0)  # YaRN: ramp
+    return frequencies * (1.0 - ramp) + frequencies / rope.yarn.factor * ramp  # YaRN: frequencies
 
 
 def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:

@@ -177,8 +177,8 @@ class Transformer(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] (main or MTP: they share the head)."""
         if self.config.tie_embeddings:
-            return self.ops.einsum("...D,VD->...V", hidden, self.embed.embedding)
-        return self.ops.einsum("...D,DV->...V", hidden, self.head.weight(hidden.shape[-1]))
+            return self.ops.einsum("...D,VD->...V", hidden, self.embed.embedding)  # eq. 23
+        return self.ops.einsum("...D,DV->...V", hidden, self.head.weight(hidden.shape[-1]))  # eq. 23
 
 
 def _boxed_init(model: Transformer, rng: jax.Array):

@@ -53,7 +53,7 @@ def group_std(rewards_QG: jax.Array, valid_QG: jax.Array, config: GRPOConfig) ->
     Deviations are populational (ddof 0) and taken in two passes, because E[r^2] - E[r]^2 in float32 turns equal rewards
     into a small number that would then be divided by; the divisor is max(std, advantage_std_floor) + advantage_eps.
     """
-    return _centered(rewards_QG, valid_QG) / _divisor(rewards_QG, valid_QG, config, axis=1)
+    return _centered(rewards_QG, valid_QG) / _divisor(rewards_QG, valid_QG, config, axis=1)  # GRPO: advantage
 
 
 def batch_std(rewards_QG: jax.Array, valid_QG: jax.Array, config: GRPOConfig) -> jax.Array:

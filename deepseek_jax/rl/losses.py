@@ -26,7 +26,7 @@ def log_ratio(logp_BN: jax.Array, other_logp_BN: jax.Array, mask_BN: jax.Array) 
 def policy_ratio(log_ratio_BN: jax.Array, mask_BN: jax.Array, level: str) -> jax.Array:
     """pi_theta / pi_old: "token" r_t (DeepSeekMath eq. 3), or "sequence" exp(mean_t log r_t) for every token (GSPO)."""
     if level == "token":
-        return jnp.exp(log_ratio_BN)
+        return jnp.exp(log_ratio_BN)  # GRPO: ratio
     if level == "sequence":
         return jnp.broadcast_to(jnp.exp(_sequence_mean(log_ratio_BN, mask_BN))[:, None], log_ratio_BN.shape)
     raise ValueError(f"level={level!r}: 'token' or 'sequence'")
@@ -42,7 +42,7 @@ def clipped_surrogate(
     """
     advantages_BN = per_token(advantages)
     clipped_BN = jnp.clip(ratio_BN, 1.0 - clip_low, 1.0 + clip_high)
-    surrogate_BN = jnp.minimum(ratio_BN * advantages_BN, clipped_BN * advantages_BN)
+    surrogate_BN = jnp.minimum(ratio_BN * advantages_BN, clipped_BN * advantages_BN)  # GRPO: clip
     if dual_clip is not None:
         surrogate_BN = jnp.where(advantages_BN < 0, jnp.maximum(surrogate_BN, dual_clip * advantages_BN), surrogate_BN)
     return surrogate_BN
@@ -67,7 +67,7 @@ def kl_divergence(
         return -u_BN
     if estimator == "k2":
         return 0.5 * u_BN**2
-    k3_BN = jnp.expm1(u_BN) - u_BN
+    k3_BN = jnp.expm1(u_BN) - u_BN  # GRPO: KL
     if estimator == "k3":
         return k3_BN
     if estimator == "unbiased_k3":
@@ -93,7 +93,7 @@ def aggregate(x_BN: jax.Array, mask_BN: jax.Array, counted_B: jax.Array, mode: s
     x_BN = jnp.where(mask_BN > 0, x_BN, 0.0)
     counted_B = (counted_B & (mask_BN.sum(1) > 0)).astype(jnp.float32)
     if mode == "sequence_mean":
-        return _sequence_mean(x_BN, mask_BN).sum() / jnp.maximum(counted_B.sum(), 1.0)
+        return _sequence_mean(x_BN, mask_BN).sum() / jnp.maximum(counted_B.sum(), 1.0)  # GRPO: mean
     if mode == "token_mean":
         return x_BN.sum() / jnp.maximum((mask_BN.sum(1) * counted_B).sum(), 1.0)
     if mode == "constant":
@@ -143,7 +143,7 @@ def grpo_loss(
         ref_logp_BN = jax.lax.stop_gradient(ref_logp_BN)
         kl_BN = kl_divergence(logp_BN, ref_logp_BN, old_logp_BN, mask_BN, config.kl_estimator)
         kl = {"kl": aggregate(kl_BN, mask_BN, every_B, config.aggregation)}
-        loss += config.kl_coefficient * kl["kl"]
+        loss += config.kl_coefficient * kl["kl"]  # GRPO: loss
 
     negative_BN = advantages_BN < 0
     tokens = mask_BN.sum()

@@ -16,9 +16,8 @@ def _balance(counts_E: jax.Array, probs_E: jax.Array, tokens: jax.Array, top_k: 
     """Σ_i f_i P_i over the experts of [..., E]; 1 where the load or the probability is uniform."""
     tokens = jnp.maximum(tokens, 1.0)[..., None]
     num_experts = counts_E.shape[-1]
-    f_E = num_experts / (top_k * tokens) * counts_E  # eq. 18
-    P_E = probs_E / tokens  # eq. 20
-    return jnp.sum(f_E * P_E, axis=-1)  # eq. 17
+    f_E = counts_E * num_experts / (top_k * tokens)  # eq. 18
+    return jnp.sum(f_E * probs_E / tokens, axis=-1)  # eqs. 17, 20
 
 
 def sequence_balance_loss(stats: RoutingStats, top_k: int) -> jax.Array:

@@ -113,14 +113,14 @@ def loss_fn(
     def cross_entropy(hidden_BTD, ahead):
         targets_BT, mask_BT = targets(batch, ahead)
         logp_BT, _ = token_log_probs(model, variables, hidden_BTD, targets_BT, objective.loss_chunk)
-        return -jnp.sum(logp_BT * mask_BT) / denominator.targets_K[ahead - 1]
+        return -jnp.sum(logp_BT * mask_BT) / denominator.targets_K[ahead - 1]  # eq. 24
 
     losses = {"cross_entropy": cross_entropy(output.hidden_BTD, 1)}
     loss = losses["cross_entropy"]
     if mtp:
         ahead = [cross_entropy(hidden_BTD, k + 1) for k, hidden_BTD in enumerate(output.mtp_hidden, start=1)]
         losses |= {f"mtp_{k}": value for k, value in enumerate(ahead, start=1)}
-        loss += objective.mtp_weight(step) * sum(ahead) / len(ahead)
+        loss += objective.mtp_weight(step) * sum(ahead) / len(ahead)  # eq. 25
 
     routings = [routing for routing in (output.routing, output.mtp_routing) if routing is not None]
     loads = {}
