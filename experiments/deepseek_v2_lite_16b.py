@@ -1,8 +1,11 @@
 """DeepSeek-V2-Lite's pre-training at full size: network, optimizer and schedules of the report (V2 appendix B), 5.7T
 tokens.
 
-    python -m deepseek_jax --config=experiments/deepseek_v2_lite_16b.py --dry      validates and prints the plan, allocates nothing
-    python -m deepseek_jax.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x8 --config.pretrain.train.microbatch=32
+    python -m deepseek_jax --config=experiments/deepseek_v2_lite_16b.py --dry
+    python -m deepseek_jax.dry_run --config=experiments/deepseek_v2_lite_16b.py --topology=v6e:4x8 \\
+        --config.pretrain.train.microbatch=32
+
+The first command validates the file and prints the plan; it allocates nothing. The second compiles a step.
 
 Hardware: weights, gradients and float32 moments are 251 GB: four 80 GB accelerators for the state alone, some hundreds
 to finish. It has been compiled for v6e:4x8 with a microbatch of 32 (see `deepseek_jax/parallel/README.md`) and never

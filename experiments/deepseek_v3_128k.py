@@ -5,8 +5,8 @@
     python -m deepseek_jax.dry_run --config=experiments/deepseek_v3_128k.py --topology=v5p:8x8x16
 
 Hardware: every sequence is divided among 32 devices, every expert layer among 32; 1,024 devices take 32 sequences at a
-time. What it needs on a v5p pod is in `deepseek_jax/parallel/README.md`; it has not been run. No stage loads the
-weights of the 32K phase yet; the file is the program, its batches and its mesh.
+time. The table in `deepseek_jax/parallel/README.md` says how much memory and time it needs on a v5p pod; it has not
+been run. No stage loads the weights of the 32K phase yet: the file defines the program, its batches and its mesh.
 """
 
 from deepseek_v3_671b import get_config as deepseek_v3

@@ -1,13 +1,15 @@
 """DeepSeek-V3's pre-training at full size: network, optimizer and schedules of the report (V3 §4.2), 14.8T tokens.
 
-    python -m deepseek_jax --config=experiments/deepseek_v3_671b.py --dry      validates and prints the plan, allocates nothing
+    python -m deepseek_jax --config=experiments/deepseek_v3_671b.py --dry
     python -m deepseek_jax.dry_run --config=experiments/deepseek_v3_671b.py --topology=v5p:8x8x16
+
+The first command validates the file and prints the plan; it allocates nothing. The second compiles a step.
 
 Hardware: weights, gradients and bfloat16 moments are 8.2 TB; V3 ran on 2048 H800s. The mesh is for 1,024 devices or
 more, a multiple of 64; the microbatch is one sequence for each of 1,024. It has been compiled for v5p:8x8x16 (what it
 needs there is in `deepseek_jax/parallel/README.md`) and never run. Cost: 3.9e24 FLOPs with MTP (260.6 GFLOPs a token).
 The report's own bill for this stage is 2.664M H800 hours, $5.3M at $2 an hour. Differences: V3 multiplies in FP8,
-bfloat16 here; it does not mask attention across packed documents, this code does; its corpus is not public, so C4
+this file in bfloat16; V3 lets attention cross packed documents, this code masks it; V3's corpus is not public, so C4
 stands in, read with the byte tokenizer until `tokenizer` is the released checkpoint's folder. Pre-training has no YaRN;
 context extension (V3 §4.3) switches on `rope.yarn` of the preset. Expected result: Pile-test 0.548 bits per byte (V3
 Table 3).

@@ -2,12 +2,13 @@
 experiments/sweeps/fp8_curve.py.
 
     python -m deepseek_jax --config=experiments/fp8_curve.py
-    python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16    to compare
+    python -m deepseek_jax --config=experiments/fp8_curve.py --config.precision.name=bfloat16
 
-2,830,088 parameters, heads as wide as V3's. Hardware: one CPU core; 8 minutes in FP8, 3.5 in bfloat16. What is
-measured: experiments/sweeps/fp8_curve.py.
+The second command trains the network to compare with. It has 2,830,088 parameters and heads as wide as V3's. Hardware:
+one CPU core; 8 minutes in FP8, 3.5 in bfloat16. The results are in experiments/sweeps/fp8_curve.py.
 
-Outlier channels, as large networks grow them, are a stage of this file: --config.stages="('outliers', 'pretrain')".
+The stage `outliers` of this file adds outlier channels, as large networks grow them:
+--config.stages="('outliers', 'pretrain')".
 """
 
 import dataclasses

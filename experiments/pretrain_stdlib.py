@@ -1,4 +1,4 @@
-"""A language model of real text with no download: Python's standard library, on the V3 layer at laptop size.
+"""A language model of real text, without a download: V3's layer at laptop size reads Python's standard library.
 
     python -m deepseek_jax --config=experiments/pretrain_stdlib.py
 

@@ -8,7 +8,8 @@ accuracy 1.000 and 0.980, response length 20.6 and 26.0 tokens.
 
 The contrast is the same RL on random weights, where no completion ever earns a reward and nothing is learned:
 
-    python -m deepseek_jax --config=experiments/r1_zero_tiny.py --workdir=runs/r1_zero_random --config.stages="('before', 'grpo', 'after')"
+    python -m deepseek_jax --config=experiments/r1_zero_tiny.py --workdir=runs/r1_zero_random \\
+        --config.stages="('before', 'grpo', 'after')"
 
 Measured: reward 0.000 in all 40 rollouts, greedy accuracy 0.000 before and after. In the fifth rollout the run warns
 that 96% of the completions hit the length limit and earn nothing.

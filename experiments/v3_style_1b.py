@@ -1,10 +1,10 @@
-"""A V3 of one billion parameters for one GPU: every piece of V3 (compressed queries, groups of experts, bias balancing,
-MTP), in FP8.
+"""A network of V3's design with one billion parameters, for one GPU: compressed queries, groups of experts, bias
+balancing and MTP, in FP8.
 
     python -m deepseek_jax --config=experiments/v3_style_1b.py
 
 980,922,592 parameters and 123,677,984 of MTP. It has never been run. Compiled for one H200
-(deepseek_jax.dry_run.dry_run --topology=h200:1), a step of 131,072 tokens: 28 GiB, at least 0.42 s of products and
+(python -m deepseek_jax.dry_run --topology=h200:1), a step of 131,072 tokens: 28 GiB, at least 0.42 s of products and
 0.39 s of memory traffic; in bfloat16 23 GiB, 0.56 s and 0.35 s.
 """
 
@@ -27,9 +27,17 @@ def get_config() -> ConfigDict:
         routed_scaling_factor=2.5,
     )
     model = ModelConfig(
-        vocab_size=32_768, hidden_size=2048, num_layers=8, intermediate_size=4608, first_k_dense=1, mtp_depth=1, remat="full", attention_chunk=512,
-        attention=attention, moe=moe,
-    )  # fmt: skip
+        vocab_size=32_768,
+        hidden_size=2048,
+        num_layers=8,
+        intermediate_size=4608,
+        first_k_dense=1,
+        mtp_depth=1,
+        remat="full",
+        attention_chunk=512,
+        attention=attention,
+        moe=moe,
+    )
     return ConfigDict(
         {
             "seed": 0,

@@ -175,6 +175,13 @@ def test_the_batch_of_a_schedule_is_the_one_that_is_used_and_checked():
         built("mesh.context=4", stages)
 
 
+def test_reinforcement_learning_has_the_same_optimizers():
+    stage = built("grpo.optimizer.name=muon", "grpo.optimizer.muon.update_rms=0.18")["grpo"]
+    assert stage.optimizer.muon.update_rms == 0.18 and set(stage.updated_by()) == {"muon", "adamw"}
+    with pytest.raises(ConfigError, match="config.grpo: optimizer.name='adam': did you mean 'adamw'"):
+        built("grpo.optimizer.name=adam")
+
+
 def test_the_learning_rate_of_reinforcement_learning_has_one_meaning(tmp_path):
     lines = (
         "from r1_tiny import get_config as base\n\n\ndef get_config():\n    config = base()\n"

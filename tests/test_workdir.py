@@ -103,6 +103,7 @@ def test_what_changes_no_result_is_let_through(finished, override):
         ("--config.task.bits=8", r"config.task.bits \(20 -> 8\)"),
         ("--config.precision=bfloat16", r"config.precision \('float32' -> 'bfloat16'\)"),
         ("--config.pretrain.train.optimizer.b1=0.5", r"config.pretrain.train.optimizer.b1 \(0.9 -> 0.5\)"),
+        ("--config.pretrain.train.optimizer.name=muon", r"config.pretrain.train.optimizer.name \('adamw' -> 'muon'\)"),
         ("--config.pretrain.data.shuffle=False", r"config.pretrain.data.shuffle \(True -> False\)"),
         ("--config.pretrain.data.streams=2", r"config.pretrain.data.streams \(1 -> 2\)"),
         ("--config.pretrain.batch_size=32", r"config.pretrain.batch_size \(64 -> 32\)"),

@@ -1,5 +1,5 @@
-"""V3's comparison of training in FP8 and in bfloat16 (Appendix B.1), small, beside what the recipe's choices are there
-to prevent.
+"""V3's comparison of training in FP8 and in bfloat16 (Appendix B.1) at small size, and the same with each choice of the
+recipe taken away.
 
     python -m deepseek_jax.launch --sweep=experiments/sweeps/fp8_curve.py --slots=2
 
@@ -27,11 +27,11 @@ largest in the last 110 steps (notebooks/fp8.ipynb draws the curves):
 
 Seed 0 in bfloat16 and in fp8 was run again after SwiGLU had become the same number in both, float32 rounded once; in
 the bfloat16 runs of seeds 1 and 2, of outliers and of narrow heads it was still rounded after every operation. The new
-bfloat16 run is within 0.08 of the old one and the new fp8 run, whose SwiGLU did not change, within 0.17: so far apart
-do runs drift that differ in rounding.
+bfloat16 run is within 0.08 of the old one and the new fp8 run, whose SwiGLU did not change, within 0.17. Runs that
+differ in rounding alone drift that far apart.
 
-Heads are as wide as V3's, 128 + 64 numbers. They, batch and steps were chosen after the first network, with heads of 32
-+ 16 (narrow-heads, one seed), had failed: FP8 costs it 0.4 almost from the start, where float32
+Heads are as wide as V3's, 128 + 64 numbers. Their width, the batch and the steps were chosen after a first network with
+heads of 32 + 16 (narrow-heads, one seed) had failed: FP8 costs it 0.4 almost from the start, where float32
 (--config.precision.name=float32 with the same heads) is within 0.072. The learning rate is small on purpose: at ten
 times it any two runs that round differently drift apart by 1%.
 """

@@ -1,9 +1,13 @@
 """A V3-style size ladder from a laptop to a pod: loss against compute. The recipes of mHC, appendix A.1, and the same
 shape below them.
 
-    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py --plan        every rung: hours, cost, memory; starts nothing
-    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py               the three rungs for a laptop
-    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py --launcher=skypilot --bucket=gs://NAME --only='0.3b,3b'
+    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py --plan
+    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py
+    python -m deepseek_jax.launch --sweep=experiments/sweeps/v3_ladder.py --launcher=skypilot --bucket=gs://NAME \\
+        --only='0.3b,3b'
+
+The first command prints hours, cost and memory of every rung and starts nothing. The second runs the three rungs for a
+laptop, the third two rungs in a cloud.
 
     rung   parameters      active          tokens   sequences a step   peak      for
     0.2m   188,396         48,236          0.82M    16 × 128           1e-2      two CPU cores
@@ -71,11 +75,20 @@ RUNGS = (
     laptop("0.4m", (3, 32, 24, 2), 650, 1e-2),
     laptop("1m", (4, 48, 32, 3), 1650, 1e-2),
     # tokens and learning rate are the published rungs' trend: 64 tokens for each active parameter, N^-0.4
-    published("0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256, remat="full"), 64, 26_000, 1.7e-3, "v5e:2x2", {"fsdp": 4}, 16),
+    published(
+        "0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256, remat="full"), 64, 26_000, 1.7e-3, "v5e:2x2",
+        {"fsdp": 4}, 16,
+    ),
     # in place of its TPUs: one node of 8 H100, h100:8
-    published("3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4", {"fsdp": 2, "expert": 8}, 32),
+    published(
+        "3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4",
+        {"fsdp": 2, "expert": 8}, 32,
+    ),
     # four nodes, h100:32
-    published("9b", v3_style(18, 1920, 1280, 24, remat="full"), 512, 50_000, 5.9e-4, "v5p:4x4x4", {"fsdp": 8, "expert": 8}, 256),
+    published(
+        "9b", v3_style(18, 1920, 1280, 24, remat="full"), 512, 50_000, 5.9e-4, "v5p:4x4x4",
+        {"fsdp": 8, "expert": 8}, 256,
+    ),
     # 32 nodes, h100:256
     published(
         "27b", v3_style(30, 2560, 1536, 32, num_experts=72, remat="full"), 1280, 50_000, 4.0e-4, "v5p:8x8x8",

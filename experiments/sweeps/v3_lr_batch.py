@@ -12,9 +12,9 @@ Measured before the balance loss was summed over layers, held-out bits per byte,
     peak 0.01         3.553   3.685   3.873
     peak 0.03         3.628   3.759   3.898
 
-What a seed adds is larger than what is asked (seed 1 is worse at every point, by 0.05 to 0.43) and much the same for
-all. With every seed 0.01 beats 0.003 at every batch, and 8 sequences beat 16 at 0.01, by 0.139, 0.121 and 0.137. At 32
-sequences 0.03 is better with two seeds of three.
+Seeds differ by more than the settings do (seed 1 is worse at every point, by 0.05 to 0.43), but by much the same at
+every setting. With every seed 0.01 beats 0.003 at every batch, and 8 sequences beat 16 at 0.01, by 0.139, 0.121 and
+0.137. At 32 sequences 0.03 is better with two seeds of three.
 """
 
 from deepseek_jax.launch import Run, Sweep, cross, grid, paired_seeds
