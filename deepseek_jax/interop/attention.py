@@ -1,7 +1,8 @@
 """Hugging Face names of attention variants: their fields in config.json and their tensors.
 
-An attention config says in `hugging_face` which of `ATTENTION` is its own, or names a class of the user's as
-`package.module:Class` with the same members.
+An attention config says in `hugging_face` which row of `ATTENTION` is its own. A subclass inherits the row, and with it
+the names of its tensors; `config_to_hf` refuses to export it nevertheless, since its config.json would be read as that
+of the class it extends.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +12,6 @@ from typing import Any
 from deepseek_jax.errors import CheckpointError
 from deepseek_jax.interop.hf_fields import Fields
 from deepseek_jax.model.config import AttentionConfig, GQAConfig, MLAConfig
-from deepseek_jax.registry import resolve
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name below self_attn, path of our parameter below attn, stored shape
 
@@ -119,11 +119,10 @@ def attention_names(attention: AttentionConfig) -> type[AttentionNames]:
     """The names of a network's attention. Raises CheckpointError for a variant that has none."""
     if attention.hugging_face is None:
         raise CheckpointError(
-            f"attention of kind {attention.kind!r} has no Hugging Face names, so it can be neither exported nor "
-            f"imported: set `hugging_face` in its config class to one of {', '.join(ATTENTION)}, or to a class of your "
-            "own as package.module:Class (see deepseek_jax/interop/attention.py)"
+            f"attention of kind {attention.kind!r} has no Hugging Face names: no config.json can say what it computes, "
+            f"so it cannot be exported; kinds that can: {', '.join(ATTENTION)}"
         )
-    return resolve(ATTENTION, attention.hugging_face, f"hugging_face of attention {attention.kind!r}")
+    return ATTENTION[attention.hugging_face]
 
 
 def names_of_model_type(model_type: str) -> type[AttentionNames]:

@@ -74,7 +74,7 @@ class AttentionConfig(Variant, abc.ABC):
 
     A subclass says everything that the rest of the program asks of a variant, so that a new one is one class in a file
     of its own. `sharding_rules` has rows for logical axes that only its parameters have (see `parallel/rules.py`).
-    `hugging_face` names the tables that import and export it (see `interop/attention.py`); None: it has none. A method
+    `hugging_face` is its row in the table of `interop/attention.py`; None: it cannot be exported. A method
     `attends_to(distance)` says which of the earlier tokens a query attends to, by their distance; None: all of them.
     """
 

@@ -103,7 +103,10 @@ def test_a_variant_is_never_exported_as_another():
     with pytest.raises(CheckpointError, match="cannot say attention.kind='.*:SameFields': it would be read as 'mla'"):
         config_to_hf(same)
     for refused in (config_to_hf, tensor_table):
-        with pytest.raises(CheckpointError, match="kind '.*:WithoutNames' has no Hugging Face names.*`hugging_face`"):
+        with pytest.raises(
+            CheckpointError,
+            match="kind '.*:WithoutNames' has no Hugging Face names.*cannot be exported; kinds that can: mla, gqa",
+        ):
             refused(without)
 
 
