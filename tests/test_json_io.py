@@ -15,7 +15,7 @@ from deepseek_jax.json_io import read_json, read_json_lines, to_json
 
 # These write no file of a run: messages between processes, positions compared in memory, keys, and what the formats of
 # others prescribe.
-OWN_DUMPS = {"data/position.py", "data/loader.py", "data/documents.py", "data/files.py", "data/chat_template.py"}
+OWN_DUMPS = {"data/loader_state.py", "data/loader.py", "data/documents.py", "data/files.py", "data/chat_template.py"}
 OWN_DUMPS |= {
     "data/byte_tokenizer.py",
     "data/json_tokenizer.py",
