@@ -34,7 +34,8 @@ def check_value(path: str, value: Any, allowed: Range) -> None:
 
 def at_least(low: float, *, at_most: float = math.inf, below: float | None = None, why: str = "") -> Range:
     """From `low` to `at_most`, both included, or up to but not including `below`. `why` ends the message."""
-    return _range(lambda x: low <= x and _is_under(x, at_most, below), f"at least {low}{_upper(at_most, below)}", why)
+    words = f"from {low} to {at_most:,}" if at_most < math.inf else f"at least {low}{_upper(at_most, below)}"
+    return _range(lambda x: low <= x and _is_under(x, at_most, below), words, why)
 
 
 def above(low: float, *, at_most: float = math.inf, below: float | None = None, why: str = "") -> Range:
@@ -42,9 +43,12 @@ def above(low: float, *, at_most: float = math.inf, below: float | None = None, 
     return _range(lambda x: low < x and _is_under(x, at_most, below), f"above {low}{_upper(at_most, below)}", why)
 
 
-def integer(low: int) -> Range:
+def integer(low: int, *, multiple_of: int = 1, why: str = "") -> Range:
     """A whole number, at least `low`; for dataclasses that programs make too, whose types nothing else checks."""
-    return _range(lambda x: isinstance(x, numbers.Integral) and x >= low, f"an integer, at least {low}")
+    words = f"a multiple of {multiple_of}" if multiple_of > 1 else "an integer"
+    return _range(
+        lambda x: isinstance(x, numbers.Integral) and x >= low and x % multiple_of == 0, f"{words}, at least {low}", why
+    )
 
 
 def one_of(names: Iterable[str]) -> Range:
@@ -84,5 +88,8 @@ def _is_under(x: float, at_most: float, below: float | None) -> bool:
 
 def _upper(at_most: float, below: float | None) -> str:
     if below is not None:
-        return " and finite" if below == math.inf else f" and below {below}"
-    return f" and at most {at_most}" if at_most < math.inf else ""
+        return " and finite" if below == math.inf else f" and below {below:,}"
+    return f" and at most {at_most:,}" if at_most < math.inf else ""
+
+
+PROBABILITY = at_least(0, at_most=1)

@@ -1,38 +1,23 @@
 """The network's configuration as frozen dataclasses. `presets.py` has the published models.
 
-Every module takes the part it uses and nothing else. Names follow the papers and the released `config.json` files;
+Every module takes its own section and nothing else. Names follow the papers and the released `config.json` files;
 `interop` maps the latter onto these field by field. Nothing here depends on a model's name.
 """
 
 import abc
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.identity import free
 from deepseek_jax.model.scores import GROUP_SCORES, SCORES
+from deepseek_jax.ranges import above, at_least, check, integer, one_of, or_none
 from deepseek_jax.registry import Variant, resolve
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{field}={value!r}: {nearest(str(value), allowed)}")
-
-
-def _positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(
-            isinstance(value, numbers.Integral) and value >= 1,
-            f"{type(config).__name__}.{field}={value!r}: must be an integer, at least 1",
-        )
+COUNT = integer(1)
+EVEN = integer(2, multiple_of=2, why="rotary dimensions come in pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +32,9 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self):
-        _require(
-            0 < self.beta_slow <= self.beta_fast,
-            f"YarnConfig: beta_slow={self.beta_slow} must be above 0 and at most beta_fast={self.beta_fast}",
-        )
-        _require(self.factor >= 1, f"YarnConfig.factor={self.factor}: must be at least 1 (1 means no extension)")
-        _positive(self, "original_max_position_embeddings")
+        factor = at_least(1, why="1 extends nothing")
+        check(self, "YarnConfig.", factor=factor, original_max_position_embeddings=COUNT)
+        check(self, "YarnConfig.", beta_slow=above(0, at_most=self.beta_fast, why="beta_fast is the upper end"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +47,7 @@ class RopeConfig:
     yarn: YarnConfig | None = None
 
     def __post_init__(self):
-        _require(self.theta > 0, f"RopeConfig.theta={self.theta}: must be above 0")
+        check(self, "RopeConfig.", theta=above(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +123,15 @@ class MLAConfig(AttentionConfig, kind="mla"):
     q_lora_rank: int | None = None
 
     def __post_init__(self):
-        _positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        _require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"MLAConfig.qk_rope_head_dim={self.qk_rope_head_dim}: rotary dimensions come in pairs, use an even number",
-        )
-        _require(
-            self.q_lora_rank is None or self.q_lora_rank >= 1,
-            f"MLAConfig.q_lora_rank={self.q_lora_rank}: at least 1, or None for a direct query projection",
+        check(
+            self,
+            "MLAConfig.",
+            num_heads=COUNT,
+            q_lora_rank=or_none(COUNT, "for a direct query projection"),
+            kv_lora_rank=COUNT,
+            qk_nope_head_dim=COUNT,
+            qk_rope_head_dim=EVEN,
+            v_head_dim=COUNT,
         )
 
     @property
@@ -196,15 +179,9 @@ class GQAConfig(AttentionConfig, kind="gqa"):
     head_dim: int
 
     def __post_init__(self):
-        _positive(self, "num_heads", "num_kv_heads", "head_dim")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"GQAConfig: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
-        )
-        _require(
-            self.head_dim % 2 == 0,
-            f"GQAConfig.head_dim={self.head_dim}: rotary dimensions come in pairs, use an even number",
-        )
+        check(self, "GQAConfig.", num_heads=COUNT, num_kv_heads=COUNT, head_dim=EVEN)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"GQAConfig: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
 
     @property
     def module(self) -> type:
@@ -266,42 +243,41 @@ class MoEConfig(Variant, kind="moe"):
     implementation: str = free("grouped")
 
     def __post_init__(self):
-        _positive(self, "num_experts", "top_k", "intermediate_size", "num_groups", "topk_groups")
+        check(
+            self,
+            "MoEConfig.",
+            num_experts=COUNT,
+            top_k=COUNT,
+            intermediate_size=COUNT,
+            num_groups=COUNT,
+            topk_groups=COUNT,
+            num_shared_experts=integer(0),
+            routed_scaling_factor=above(0),
+            implementation=one_of(("grouped", "dense")),
+        )
         from deepseek_jax.model.router import ROUTERS  # it takes this class, so it is imported late
 
         for field, names in (("scoring", SCORES), ("group_score", GROUP_SCORES), ("router", ROUTERS)):
             resolve(names, getattr(self, field), f"MoEConfig.{field}")
-        _choice("MoEConfig.implementation", self.implementation, ("grouped", "dense"))
-        _require(
-            self.routed_scaling_factor > 0,
-            f"MoEConfig.routed_scaling_factor={self.routed_scaling_factor}: must be above 0",
-        )
-        _require(self.num_shared_experts >= 0, f"MoEConfig.num_shared_experts={self.num_shared_experts}: 0 or more")
-        _require(
-            self.top_k <= self.num_experts,
-            f"MoEConfig: top_k={self.top_k} exceeds num_experts={self.num_experts}; a token can't visit more experts "
-            "than there are",
-        )
-        _require(
-            self.num_experts % self.num_groups == 0,
-            f"MoEConfig: num_groups={self.num_groups} must divide num_experts={self.num_experts}",
-        )
-        _require(
-            self.topk_groups <= self.num_groups,
-            f"MoEConfig: topk_groups={self.topk_groups} exceeds num_groups={self.num_groups}",
-        )
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"MoEConfig: top_k={self.top_k} exceeds num_experts={self.num_experts}; a token visits each expert once"
+            )
+        if self.num_experts % self.num_groups:
+            raise ConfigError(f"MoEConfig: num_groups={self.num_groups} must divide num_experts={self.num_experts}")
+        if self.topk_groups > self.num_groups:
+            raise ConfigError(f"MoEConfig: topk_groups={self.topk_groups} exceeds num_groups={self.num_groups}")
         reachable = self.num_experts // self.num_groups * self.topk_groups
-        _require(
-            self.top_k <= reachable,
-            f"MoEConfig: top_k={self.top_k} exceeds the {reachable} experts in {self.topk_groups} of {self.num_groups} "
-            "groups; "
-            "raise topk_groups or lower top_k",
-        )
-        _require(
-            self.num_groups == 1 or self.group_score != "top2_sum" or self.num_experts // self.num_groups >= 2,
-            f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, "
-            f"num_groups={self.num_groups}",
-        )
+        if self.top_k > reachable:
+            raise ConfigError(
+                f"MoEConfig: top_k={self.top_k} exceeds the {reachable} experts in {self.topk_groups} of "
+                f"{self.num_groups} groups; raise topk_groups or lower top_k"
+            )
+        if self.group_score == "top2_sum" and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+            raise ConfigError(
+                f"MoEConfig: group_score='top2_sum' needs two experts a group; num_experts={self.num_experts}, "
+                f"num_groups={self.num_groups}"
+            )
 
     @property
     def module(self) -> type:
@@ -344,27 +320,31 @@ class ModelConfig:
     scan_unroll: int = free(1)
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "hidden_size", "num_layers", "intermediate_size", "scan_unroll")
+        check(
+            self,
+            "ModelConfig.",
+            vocab_size=COUNT,
+            hidden_size=COUNT,
+            num_layers=COUNT,
+            intermediate_size=COUNT,
+            scan_unroll=COUNT,
+            mtp_depth=integer(0),
+            rms_norm_eps=at_least(0),
+            latent_norm_eps=at_least(0),
+            init_std=at_least(0),
+            attention_chunk=integer(0),
+            attention_heads_at_once=integer(0),
+            remat=one_of(("none", "full", "dots")),
+        )
+        check(self, "ModelConfig.", first_k_dense=at_least(0, at_most=self.num_layers, why="num_layers is the limit"))
         for field, kinds in (
             ("attention", (AttentionConfig,)),
             ("moe", (MoEConfig, type(None))),
             ("rope", (RopeConfig,)),
         ):
             allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            _require(
-                isinstance(getattr(self, field), kinds),
-                f"ModelConfig.{field}={getattr(self, field)!r}: must be {allowed}",
-            )
-        _choice("ModelConfig.remat", self.remat, ("none", "full", "dots"))
-        _require(
-            0 <= self.first_k_dense <= self.num_layers,
-            f"ModelConfig: first_k_dense={self.first_k_dense} must lie between 0 and num_layers={self.num_layers}",
-        )
-        _require(self.mtp_depth >= 0, f"ModelConfig.mtp_depth={self.mtp_depth}: 0 or more")
-        for field in ("rms_norm_eps", "latent_norm_eps", "init_std"):
-            _require(getattr(self, field) >= 0, f"ModelConfig.{field}={getattr(self, field)}: 0 or more")
-        for field in ("attention_chunk", "attention_heads_at_once"):
-            _require(getattr(self, field) >= 0, f"ModelConfig.{field}={getattr(self, field)}: 0 or more")
+            if not isinstance(getattr(self, field), kinds):
+                raise ConfigError(f"ModelConfig.{field}={getattr(self, field)!r}: must be {allowed}")
 
     @property
     def num_dense_layers(self) -> int:

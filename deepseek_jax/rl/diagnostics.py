@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import above, at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,9 @@ class DiagnosticsConfig:
     repeat: int = 50
 
     def __post_init__(self):
-        for field in ("zero_variance", "truncated", "shorter"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ConfigError(f"diagnostics.{field}={getattr(self, field)}: a share, above 0 and at most 1")
-        for field in ("patience", "repeat"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"diagnostics.{field}={getattr(self, field)}: at least 1 iteration")
+        share = above(0, at_most=1)
+        check(self, "diagnostics.", zero_variance=share, truncated=share, shorter=share)
+        check(self, "diagnostics.", patience=at_least(1), repeat=at_least(1))
 
 
 class Diagnostics:

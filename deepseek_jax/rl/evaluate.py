@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.generation.generate import Generation, generate
 from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.identity import free
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.ranges import above, at_least, check, check_value
 from deepseek_jax.rl.answers import votes
 from deepseek_jax.rl.tasks.base import EOS, PAD, Task, answer_in, parse, to_texts
 
@@ -44,24 +44,18 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field, value in (
-            ("problems", self.problems),
-            ("sampled_problems", self.num_sampled),
-            ("samples", self.samples),
-        ):
-            if value < 1:
-                raise ConfigError(f"eval.{field}={value}: at least 1")
-        if self.num_sampled > self.problems:
-            raise ConfigError(f"eval.sampled_problems={self.sampled_problems} exceeds eval.problems={self.problems}")
-        for field in ("max_completion_length", "show"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"eval.{field}={getattr(self, field)}: 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"eval.top_p={self.top_p}: above 0 and at most 1, which is off")
-        if not 0 <= self.seed < 2**32 - 1:
-            raise ConfigError(f"eval.seed={self.seed}: from 0 to 2**32 - 2")
-        if self.temperature <= 0:
-            raise ConfigError(f"eval.temperature={self.temperature}: above 0; greedy accuracy is measured anyway")
+        check(
+            self,
+            "eval.",
+            problems=at_least(1),
+            samples=at_least(1),
+            max_completion_length=at_least(0),
+            show=at_least(0),
+            temperature=above(0, why="greedy accuracy is measured too"),
+            top_p=above(0, at_most=1, why="1 turns it off"),
+            seed=at_least(0, at_most=2**32 - 2),
+        )
+        check_value("eval.sampled_problems", self.num_sampled, at_least(1, at_most=self.problems))
 
     @property
     def num_sampled(self) -> int:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import build
 from deepseek_jax.parallel.hosts import from_primary
+from deepseek_jax.ranges import at_least, check
 from deepseek_jax.rl.diagnostics import Diagnostics, DiagnosticsConfig
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate, greedy
 from deepseek_jax.rl.grpo import GRPO, GRPOState, Samples, abstract_grpo_state, grpo_state
@@ -39,16 +39,16 @@ class LoopConfig:
     show: int = 4
 
     def __post_init__(self):
-        for name, least in (
-            ("log_every", 1),
-            ("eval_every", 0),
-            ("sampled_eval_every", 0),
-            ("checkpoint_every", 0),
-            ("keep_last", 1),
-            ("show", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"loop.{name}={getattr(self, name)}: at least {least}")
+        check(
+            self,
+            "loop.",
+            log_every=at_least(1),
+            eval_every=at_least(0),
+            sampled_eval_every=at_least(0),
+            checkpoint_every=at_least(0),
+            keep_last=at_least(1),
+            show=at_least(0),
+        )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LoopConfig":

@@ -21,6 +21,7 @@ from deepseek_jax.fields import build
 from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.parallel.hosts import is_primary
+from deepseek_jax.ranges import at_least, check_value
 from deepseek_jax.report import plot_curves
 from deepseek_jax.rl.tasks import Task
 from deepseek_jax.training.checkpoints import steps_in
@@ -169,7 +170,4 @@ class Stage:
 
 def require_length(seq_len: int) -> None:
     """Raises ConfigError unless a sequence has a token and a next one to predict, and positions that an int32 holds."""
-    if seq_len < 2:
-        raise ConfigError(f"seq_len={seq_len}: at least 2, a token and the next one")
-    if seq_len >= 2**31:
-        raise ConfigError(f"seq_len={seq_len}: positions are int32, so at most {2**31 - 1:,}")
+    check_value("seq_len", seq_len, at_least(2, below=2**31, why="a token and the next one; positions are int32"))

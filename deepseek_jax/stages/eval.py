@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from deepseek_jax.data.config import DataConfig
-from deepseek_jax.errors import ConfigError
 from deepseek_jax.json_io import to_json
 from deepseek_jax.parallel.hosts import from_primary, write_text
+from deepseek_jax.ranges import at_least, check, or_none
 from deepseek_jax.rl.evaluate import EvalConfig, evaluate
 from deepseek_jax.stages.base import Experiment, Stage, Variables, require_length
 from deepseek_jax.stages.held_out import check_data, held_out_batches
@@ -33,10 +33,7 @@ class EvalStage(Stage):
 
     def __post_init__(self):
         require_length(self.seq_len)
-        for field in ("batch_size", "eval_batches"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"{field}={value}: at least 1")
+        check(self, "", batch_size=at_least(1), eval_batches=or_none(at_least(1), "for all"))
         if self.eval is not None or self.data is None:
             self.require_task()
 

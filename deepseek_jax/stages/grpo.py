@@ -8,6 +8,7 @@ from deepseek_jax.accounting.cost import Work
 from deepseek_jax.accounting.flops import rollout_flops
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import build, change
+from deepseek_jax.ranges import at_least, check
 from deepseek_jax.rl.config import GRPOConfig, learning_rate
 from deepseek_jax.rl.diagnostics import DiagnosticsConfig
 from deepseek_jax.rl.evaluate import EvalConfig
@@ -30,8 +31,7 @@ class GRPOSection:
     loss_chunk: int = 4096
 
     def __post_init__(self):
-        if self.loss_chunk < 1:
-            raise ConfigError(f"loss_chunk={self.loss_chunk}: at least 1 token at a time")
+        check(self, "", loss_chunk=at_least(1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.fields import NO_CONTEXT, build, convert, is_mapping
 from deepseek_jax.identity import free
+from deepseek_jax.ranges import at_least, check, check_value, everywhere, or_none
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import Schedule
@@ -39,16 +40,19 @@ class TrainConfig:
     keep_best: int = free(1)
 
     def __post_init__(self):
-        for name, least in (
-            *(("steps", 1), ("log_every", 1), ("keep_last", 1)),
-            *(("microbatch", 0), ("eval_every", 0), ("checkpoint_every", 0), ("keep_best", 0)),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: at least {least}")
-        if min(self.bias_update_speed.values) < 0:
-            raise ConfigError(f"train.bias_update_speed goes down to {min(self.bias_update_speed.values):g}: 0 or more")
-        if self.eval_batches is not None and self.eval_batches < 1:
-            raise ConfigError(f"train.eval_batches={self.eval_batches}: at least 1, or None for all")
+        check(
+            self,
+            "train.",
+            steps=at_least(1),
+            bias_update_speed=everywhere(at_least(0)),
+            microbatch=at_least(0),
+            log_every=at_least(1),
+            eval_every=at_least(0),
+            eval_batches=or_none(at_least(1), "for all"),
+            checkpoint_every=at_least(0),
+            keep_last=at_least(1),
+            keep_best=at_least(0),
+        )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
@@ -67,10 +71,7 @@ class TrainConfig:
             if "steps" not in fields:
                 raise ConfigError(f"missing field {path}.steps: how many optimizer steps to make")
             context = {**context, "steps": convert(fields["steps"], int, f"{path}.steps")}
-            if not 1 <= context["steps"] < 2**31:
-                raise ConfigError(
-                    f"{path}.steps={context['steps']}: at least 1, and at most {2**31 - 1:,}, since a step is an int32"
-                )
+            check_value(f"{path}.steps", context["steps"], at_least(1, below=2**31, why="a step is an int32"))
         return build(cls, fields, path, context)
 
     def batch_sizes(self, batch_size: int | None) -> tuple[int, ...]:
@@ -93,7 +94,6 @@ class TrainConfig:
         if batch_size is not None and batch_size != sizes[-1]:
             raise ConfigError(
                 f"batch_size={batch_size} and train.batch_size, which reaches {sizes[-1]:g}, are two answers to one "
-                "question: leave "
-                "one of them out, or train.batch_size=None for the same size throughout"
+                "question: leave one of them out, or train.batch_size=None for the same size throughout"
             )
         return tuple(map(int, sizes))

@@ -12,10 +12,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.errors import ConfigError, nearest
+from deepseek_jax.errors import ConfigError
 from deepseek_jax.identity import free
 from deepseek_jax.model.auxiliary import Sum
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.ranges import at_least, check, everywhere, one_of
 from deepseek_jax.registry import resolve
 from deepseek_jax.training.auxiliary import COLLECTIONS, add_names, auxiliary_losses, auxiliary_metrics, weighted
 from deepseek_jax.training.balance import BALANCE_LOSSES
@@ -52,17 +53,14 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         resolve(BALANCE_LOSSES, self.balance, "objective.balance")
-        if self.balance_reduction not in BALANCE_REDUCTIONS:
-            raise ConfigError(
-                f"objective.balance_reduction={self.balance_reduction!r}: "
-                f"{nearest(str(self.balance_reduction), BALANCE_REDUCTIONS)}"
-            )
-        if min(self.mtp_weight.values) < 0:
-            raise ConfigError(f"objective.mtp_weight goes down to {min(self.mtp_weight.values):g}: 0 or more")
-        if self.balance_alpha < 0:
-            raise ConfigError(f"objective.balance_alpha={self.balance_alpha}: 0 or more")
-        if self.loss_chunk < 1:
-            raise ConfigError(f"objective.loss_chunk={self.loss_chunk}: at least 1 token at a time")
+        check(
+            self,
+            "objective.",
+            balance_reduction=one_of(BALANCE_REDUCTIONS),
+            mtp_weight=everywhere(at_least(0)),
+            balance_alpha=at_least(0),
+            loss_chunk=at_least(1),
+        )
 
 
 @flax.struct.dataclass

@@ -18,6 +18,7 @@ import optax
 
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.fields import convert, inside, is_mapping
+from deepseek_jax.ranges import check, one_of
 from deepseek_jax.registry import resolve
 
 SHAPES = ("linear", "cosine", "constant")
@@ -32,11 +33,10 @@ class Segment:
     end: float
 
     def __post_init__(self):
-        if self.shape not in SHAPES:
-            raise ConfigError(f"schedule segment {self.shape!r}: {nearest(self.shape, SHAPES)}")
+        check(self, "schedule segment ", shape=one_of(SHAPES))
         if self.steps < 0:
             raise ConfigError(
-                f"a {self.shape} segment of {self.steps} steps: the schedule's parts do not fit into its steps; raise "
+                f"a {self.shape} segment of {self.steps} steps: the segments are longer than the schedule; raise "
                 "steps or warm up less"
             )
 

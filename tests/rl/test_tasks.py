@@ -276,7 +276,7 @@ def test_countdown_fractions_are_exact():
         ({"name": "parity", "bits": 4}, "at least 8"),
         ({"name": "parity", "cot_probability": 1.5}, "from 0 to 1"),
         ({"name": "chain", "modulus": 101}, "from 2 to 100"),
-        ({"name": "chain", "alphabets": 3}, "1 or 2"),
+        ({"name": "chain", "alphabets": 3}, "from 1 to 2"),
         ({"name": "countdown", "numbers": 6, "max_number": 50}, "overflow"),
     ],
 )

@@ -109,7 +109,7 @@ def test_specifications():
         build_schedule({"kind": "cosine", "peek": 1}, "train.lr", 10)
     with pytest.raises(ConfigError, match="needs 'peak'"):
         build_schedule({"kind": "cosine"}, "train.lr", 10)
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match="longer than the schedule"):
         build_schedule({"kind": "cosine", "peak": 1.0, "warmup_steps": 20}, "train.lr", 10)
     with pytest.raises(ConfigError, match="linear"):
         Segment("linea", 1, 1.0)

@@ -406,5 +406,5 @@ def test_bad_configs_are_refused():
         TrainConfig.from_dict({"steps": 1, "objective": {"mtp_weight": {"kind": "ramp", "sart": 1}}})
     with pytest.raises(ConfigError, match="missing field train.steps"):
         TrainConfig.from_dict({})
-    with pytest.raises(ConfigError, match="train.steps=0: at least 1"):
+    with pytest.raises(ConfigError, match="train.steps=0: must be at least 1"):
         TrainConfig(steps=0)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.tokenizers import ByteTokenizer
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import PROBABILITY, Range, at_least, check
 from deepseek_jax.rl.text_rewards import split_completion
 
 TOKENIZER = ByteTokenizer()
@@ -124,13 +124,15 @@ class Task(abc.ABC):
     corrupt_probability: float = 0.0
 
     def __post_init__(self):
-        self.require(self.split_classes >= 2, "split_classes", "at least 2, one class in that many is held out")
-        for field in ("cot_probability", "corrupt_probability"):
-            self.require(0 <= getattr(self, field) <= 1, field, "a probability, from 0 to 1")
+        self.check(
+            split_classes=at_least(2, why="one class in that many is held out"),
+            cot_probability=PROBABILITY,
+            corrupt_probability=PROBABILITY,
+        )
 
-    def require(self, condition: bool, field: str, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(f"{type(self).__name__}.{field}={getattr(self, field)}: {allowed}")
+    def check(self, **ranges: Range) -> None:
+        """Raises ConfigError for a field outside its range; see `deepseek_jax.ranges`."""
+        check(self, f"{type(self).__name__}.", **ranges)
 
     @property
     @abc.abstractmethod

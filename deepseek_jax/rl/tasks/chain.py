@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import PROBABILITY, at_least
 from deepseek_jax.rl.tasks import base
 
 ZERO, LETTER_A, STEP_A = ord("0"), ord("a"), ord("A")
@@ -47,13 +49,14 @@ class ChainTask(base.Task):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "leaps", tuple(self.leaps))
-        self.require(2 <= self.operations <= 26, "operations", "from 2 to 26, steps are numbered with capital letters")
-        self.require(2 <= self.modulus <= 100, "modulus", "from 2 to 100, values have one or two digits")
-        self.require(self.alphabets in (1, 2), "alphabets", "1 or 2")
-        self.require(len(self.leaps) > 0 and min(self.leaps) >= 1, "leaps", "at least one leap, each 1 or more")
-        self.require(
-            0 <= self.wrong_alphabet_probability <= 1, "wrong_alphabet_probability", "a probability, from 0 to 1"
+        self.check(
+            operations=at_least(2, at_most=26, why="steps are numbered with capital letters"),
+            modulus=at_least(2, at_most=100, why="values have one or two digits"),
+            alphabets=at_least(1, at_most=2),
+            wrong_alphabet_probability=PROBABILITY,
         )
+        if not self.leaps or min(self.leaps) < 1:
+            raise ConfigError(f"{type(self).__name__}.leaps={self.leaps}: must be at least one leap, each at least 1")
 
     @property
     def width(self) -> int:

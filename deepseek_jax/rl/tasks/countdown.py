@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import at_least
 from deepseek_jax.rl.tasks import base
 
 ZERO = ord("0")
@@ -45,15 +47,17 @@ class CountdownTask(base.Task):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(2 <= self.numbers <= 6, "numbers", "from 2 to 6")
-        self.require(2 <= self.max_number <= 99, "max_number", "from 2 to 99, numbers have one or two digits")
-        self.require(
-            2 ** (self.numbers - 1) * self.max_number**self.numbers < 2**31,
-            "max_number",
-            f"fractions of {self.numbers} such numbers overflow 32 bits; lower max_number or numbers",
+        self.check(
+            numbers=at_least(2, at_most=6),
+            max_number=at_least(2, at_most=99, why="numbers have one or two digits"),
+            max_target=at_least(10, at_most=999),
+            max_tries=at_least(1),
         )
-        self.require(10 <= self.max_target <= 999, "max_target", "from 10 to 999")
-        self.require(self.max_tries >= 1, "max_tries", "at least 1")
+        if 2 ** (self.numbers - 1) * self.max_number**self.numbers >= 2**31:
+            raise ConfigError(
+                f"{type(self).__name__}.max_number={self.max_number}: fractions of {self.numbers} such numbers overflow "
+                "32 bits; lower max_number or numbers"
+            )
 
     @property
     def width(self) -> int:

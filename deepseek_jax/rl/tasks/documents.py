@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from deepseek_jax.errors import ConfigError
+from deepseek_jax.ranges import PROBABILITY, at_least, check, or_none
 from deepseek_jax.rl.tasks.base import Task
 
 
@@ -23,14 +23,8 @@ class TaskDocuments:
     whole_document: bool = False
 
     def __post_init__(self):
-        if self.count < 1:
-            raise ConfigError(f"task_documents.count={self.count}: at least 1")
-        for name in ("cot_probability", "corrupt_probability"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(
-                    f"task_documents.{name}={value}: a probability, from 0 to 1, or None for the task's own"
-                )
+        share = or_none(PROBABILITY, "for the task's own")
+        check(self, "task_documents.", count=at_least(1), cot_probability=share, corrupt_probability=share)
 
     def write(self, task: Task, seed: int) -> list[dict[str, np.ndarray]]:
         """Records {"tokens", "loss_mask"} for the loader."""

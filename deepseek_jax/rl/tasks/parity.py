@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.ranges import at_least
 from deepseek_jax.rl.tasks import base
 
 ZERO = ord("0")
@@ -31,9 +32,7 @@ class ParityTask(base.Task):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(
-            self.bits >= 8, "bits", "at least 8; fewer are learnt by heart, and leave too few problems to hold out"
-        )
+        self.check(bits=at_least(8, why="fewer are memorized, and leave too few problems to hold out"))
 
     @property
     def prompt_length(self) -> int:
