@@ -1,5 +1,6 @@
 """Attention against a float64 loop written from the paper's equations; the absorbed form against the expanded one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,12 +11,22 @@ from tiny_models import GQA, MHA, MQA, YARN, jit, random_like, tiny_config, tiny
 
 from deepseek_jax.model.attention import GroupedQueryAttention, LatentAttention
 from deepseek_jax.model.attention_core import Tokens, self_attention
-from deepseek_jax.model.config import MLAConfig, RopeConfig
+from deepseek_jax.model.config import GQAConfig, MLAConfig, RopeConfig
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.rope import inverse_frequencies, softmax_scale
 from deepseek_jax.model.runtime import RuntimeConfig
 
 B, T, D = 2, 7, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowedGQA(GQAConfig):
+    """A query sees itself and the two tokens before it."""
+
+    def attends_to(self, distance):
+        return distance < 3
+
+
 PLAIN = RopeConfig()
 HALF_SPLIT = RopeConfig(interleaved=False)
 CASES = {
@@ -24,6 +35,7 @@ CASES = {
     "mha": (MHA, HALF_SPLIT),
     "gqa": (GQA, YARN),
     "mqa": (MQA, PLAIN),
+    "gqa in a window": (WindowedGQA(4, 2, 8), PLAIN),
 }
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 0]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, -1]], np.int32)
@@ -95,7 +107,8 @@ def test_expanded_equals_the_equations(case):
     for b in range(B):
         q, k, v = numpy_keys(case, variables["params"], np.asarray(x[b], np.float64), np.maximum(POSITIONS[b], 0))
         for t in range(T):
-            seen = [s for s in range(t + 1) if SEGMENTS[b, s] == SEGMENTS[b, t]]
+            earliest = max(0, t - 2) if "window" in case else 0
+            seen = [s for s in range(earliest, t + 1) if SEGMENTS[b, s] == SEGMENTS[b, t]]
             scores = np.einsum("hk,hsk->hs", q[:, t], k[:, seen]) * scale
             probs = np.exp(scores - scores.max(-1, keepdims=True))
             out = np.einsum("hs,hsv->hv", probs / probs.sum(-1, keepdims=True), v[:, seen])
