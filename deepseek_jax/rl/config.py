@@ -41,7 +41,8 @@ class GRPOConfig:
     whose Python reward failed no reward, so that it trains nothing; "raise" stops the run.
 
     `replay_experts` makes training route as sampling did (V3.2's Keep Routing). `bias_update_speed` is gamma of the
-    auxiliary-loss-free balance during RL. `learning_rate` and `warmup_steps` are the recipe's, for the stage's
+    auxiliary-loss-free balance during RL. `auxiliary` has the weights of losses that the network's modules return,
+    {name: weight} (see `model/auxiliary.py`). `learning_rate` and `warmup_steps` are the recipe's, for the stage's
     optimizer.
     """
 
@@ -77,6 +78,7 @@ class GRPOConfig:
     on_reward_error: str = "raise"
     replay_experts: bool = False
     bias_update_speed: float = 0.0
+    auxiliary: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         check(
@@ -192,7 +194,12 @@ class GRPOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary; `from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "clip_epsilon": list(self.clip_epsilon), "rewards": dict(self.rewards)}
+        return {
+            **dataclasses.asdict(self),
+            "clip_epsilon": list(self.clip_epsilon),
+            "rewards": dict(self.rewards),
+            "auxiliary": dict(self.auxiliary),
+        }
 
 
 def learning_rate(config: GRPOConfig) -> Schedule:

@@ -22,9 +22,11 @@ from deepseek_jax.rl.losses import grpo_loss, log_ratio
 from deepseek_jax.rl.rewards import RewardSet, reward_to_go
 from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
+from deepseek_jax.training.auxiliary import add_names, auxiliary_losses, auxiliary_metrics, mean_metrics, weighted
 from deepseek_jax.training.balance import load_metrics
 from deepseek_jax.training.state import TrainState, abstract_state, state_of
 from deepseek_jax.training.step import guarded_update
+from deepseek_jax.training.targets import valid_counts
 
 
 @flax.struct.dataclass
@@ -140,7 +142,7 @@ class GRPO:
 
         skipped_before = state.skipped
         state, steps = jax.lax.scan(update, state, minibatches_MB)
-        metrics |= {name: finite_mean(values, axis=0) for name, values in steps.items()}
+        metrics = add_names(metrics, {name: finite_mean(values, axis=0) for name, values in steps.items()})
         # The policy that sampled is the policy of the first minibatch: its ratios are 1 but for rounding.
         metrics["first_ratio_error"] = jnp.maximum(steps["ratio_max"][0] - 1.0, 1.0 - steps["ratio_min"][0])
         metrics |= {"ratio_max": jnp.max(steps["ratio_max"]), "ratio_min": jnp.min(steps["ratio_min"])}
@@ -179,7 +181,7 @@ class GRPO:
 
         def loss_fn(params):
             variables = {"params": params, "router_bias": state.router_bias}
-            logp_BN, entropy_BN, routing = self._log_probs(variables, trajectories)
+            logp_BN, entropy_BN, routing, returned = self._log_probs(variables, trajectories)
             loss, metrics = grpo_loss(
                 config,
                 logp_BN,
@@ -192,16 +194,20 @@ class GRPO:
             )
             mask_BN = trajectories.mask_BN.astype(jnp.float32)
             metrics["entropy"] = jnp.sum(entropy_BN * mask_BN) / jnp.maximum(jnp.sum(mask_BN), 1.0)
+            valid_BT = trajectories.sequences()[1] > 0
+            auxiliary = auxiliary_losses(returned, *valid_counts(valid_BT[None]))
+            loss += weighted(auxiliary, config.auxiliary, "grpo.auxiliary")
+            reported = add_names(auxiliary, mean_metrics(auxiliary_metrics(returned)))
             loads = {} if routing is None else {"moe_layers": jnp.sum(routing.counts_LBE, axis=1)}
-            return loss, (metrics, loads)
+            return loss, (metrics | {"loss": loss}, reported, loads)
 
-        (loss, (metrics, loads)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (metrics, reported, loads)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         state, metrics["grad_norm"] = guarded_update(
             state, self.optimizer, loss, grads, loads, config.bias_update_speed
         )
         if loads:
             metrics |= {name: value for name, value in load_metrics(loads).items() if value.ndim != 1}
-        return self._refresh(state), metrics
+        return self._refresh(state), add_names(metrics, reported)
 
     def _refresh(self, state: GRPOState) -> GRPOState:
         """reference <- ref_mix · policy + (1 - ref_mix) · reference every `reference_refresh_every` steps."""

@@ -13,6 +13,7 @@ from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.rl.config import GRPOConfig
 from deepseek_jax.rl.tasks.base import EOS, PAD, Instance, Task
+from deepseek_jax.training.auxiliary import COLLECTIONS
 from deepseek_jax.training.log_probs import token_log_probs
 
 
@@ -99,16 +100,17 @@ def completion_log_probs(model: Transformer, variables, trajectories: Trajectori
     """
     tokens_BT, segment_ids_BT, positions_BT = trajectories.sequences()
     experts = trajectories.expert_ids_BLTK
-    output = model.apply(
+    output, returned = model.apply(
         variables,
         tokens_BT,
         segment_ids_BT=segment_ids_BT,
         positions_BT=positions_BT,
         expert_ids_LBTK=None if experts is None else jnp.swapaxes(experts, 0, 1),
+        mutable=COLLECTIONS,
     )
     slots = trajectories.prompts_BP.shape[1]
     last_B11 = jnp.maximum(trajectories.prompt_lengths_B - 1, 0)[:, None, None]
     first_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
     hidden_BND = jnp.concatenate([first_B1D, output.hidden_BTD[:, slots:-1]], axis=1)
     logp_BN, entropy_BN = token_log_probs(model, variables, hidden_BND, trajectories.completions_BN, chunk, temperature)
-    return logp_BN, entropy_BN, output.routing
+    return logp_BN, entropy_BN, output.routing, returned

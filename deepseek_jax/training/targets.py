@@ -39,7 +39,12 @@ def has_token_ahead(batch: Mapping[str, jax.Array], ahead: int) -> jax.Array:
 def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators:
     """Counts over a whole batch; at least 1 each, so that a batch without targets has loss 0."""
     target_counts = [jnp.sum(targets(batch, ahead)[1]) for ahead in range(1, mtp_depth + 2)]
-    ahead_KBT = [has_token_ahead(batch, k) for k in range(mtp_depth + 1)]
-    tokens = [jnp.sum(ahead_BT, dtype=jnp.float32) for ahead_BT in ahead_KBT]
-    sequences = [jnp.sum(jnp.any(ahead_BT, axis=1), dtype=jnp.float32) for ahead_BT in ahead_KBT]
-    return Denominators(*(jnp.maximum(jnp.stack(counts), 1.0) for counts in (target_counts, tokens, sequences)))
+    counts = valid_counts(jnp.stack([has_token_ahead(batch, k) for k in range(mtp_depth + 1)]))
+    return Denominators(jnp.maximum(jnp.stack(target_counts), 1.0), *counts)
+
+
+def valid_counts(valid_KBT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many tokens are valid, and how many sequences hold any: float32 [K] each, at least 1."""
+    tokens_K = jnp.sum(valid_KBT, axis=(1, 2), dtype=jnp.float32)
+    sequences_K = jnp.sum(jnp.any(valid_KBT, axis=2), axis=1, dtype=jnp.float32)
+    return jnp.maximum(tokens_K, 1.0), jnp.maximum(sequences_K, 1.0)

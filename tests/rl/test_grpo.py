@@ -45,7 +45,7 @@ def test_first_ratio_is_one_with_and_without_replay(first, grpo, variables):
     _, metrics, samples, _ = first
     assert float(metrics["first_ratio_error"]) < 1e-5
     for trajectories in (samples.trajectories, samples.trajectories.replace(expert_ids_BLTK=None)):
-        logp_BN, entropy_BN, _ = completion_log_probs(MODEL, variables, trajectories, 1.0, 64)
+        logp_BN, entropy_BN, *_ = completion_log_probs(MODEL, variables, trajectories, 1.0, 64)
         error = np.abs(np.asarray(logp_BN - trajectories.old_logp_BN)) * np.asarray(trajectories.mask_BN)
         assert error.max() < 1e-5
         assert float(entropy_BN.min()) >= 0
@@ -70,8 +70,8 @@ def test_an_iteration_in_fp8(variables):
 def test_replay_routes_through_the_given_experts(first, variables):
     trajectories = first[2].trajectories
     other = trajectories.replace(expert_ids_BLTK=(trajectories.expert_ids_BLTK + 1) % 8)
-    routed, _, routing = completion_log_probs(MODEL, variables, other, 1.0, 64)
-    own, _, _ = completion_log_probs(MODEL, variables, trajectories, 1.0, 64)
+    routed, _, routing, _ = completion_log_probs(MODEL, variables, other, 1.0, 64)
+    own, *_ = completion_log_probs(MODEL, variables, trajectories, 1.0, 64)
     assert (jnp.swapaxes(routing.expert_ids_LBTK, 0, 1) == other.expert_ids_BLTK).all()
     assert float(jnp.abs((routed - own) * trajectories.mask_BN).max()) > 1e-3
 

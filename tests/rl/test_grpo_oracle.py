@@ -2,7 +2,7 @@
 
 From the sampled tokens and the weights before: log-probabilities of whole sequences without gaps, advantages and Adam
 in numpy, and the loss written down once more. Prompts differ in length, the temperature is 0.7, and the reference stays
-what the policy was at the start.
+what the policy was at the start. The router returns a loss of its own, which the stage weighs.
 """
 
 import dataclasses
@@ -15,11 +15,14 @@ from tiny_policy import CONFIG, MODEL, digit_share_in_graph, grpo_of, random_var
 
 from deepseek_jax.generation.generate import generate
 from deepseek_jax.generation.sampling import SamplingConfig
+from deepseek_jax.model.auxiliary import auxiliary_loss, auxiliary_metric
+from deepseek_jax.model.router import Router
 from deepseek_jax.rl.grpo import grpo_state
 from deepseek_jax.rl.rewards import Reward, RewardSet
 from deepseek_jax.rl.tasks import base
 from deepseek_jax.rl.tasks.parity import ParityTask
 
+Z_WEIGHT = 0.02
 BETA, TEMPERATURE, EPS, FLOOR, GAMMA, RATE, ADAM_EPS = 0.1, 0.7, 0.05, 0.02, 1e-3, 1e-3, 1e-3
 
 
@@ -35,12 +38,25 @@ class UnevenParity(ParityTask):
         return tokens_BP, lengths_B
 
 
+class ZLossRouter(Router):
+    def route(self, logits_BTE, valid_BT, expert_ids_BTK):
+        z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
+        auxiliary_loss(self, "z", z_BT, valid_BT)
+        auxiliary_metric(self, "z_again", z_BT, valid_BT)
+        return super().route(logits_BTE, valid_BT, expert_ids_BTK)
+
+
 def length_in_graph(task, instances, completions_BN, mask_BN):
     return mask_BN.sum(1) / mask_BN.shape[1]
 
 
 REWARDS = RewardSet(
     (Reward("digits", digit_share_in_graph, True), Reward("length", length_in_graph, True)), (1.0, 0.25)
+)
+Z_MODEL = MODEL.clone(
+    config=MODEL.config.replace(
+        moe=dataclasses.replace(MODEL.config.moe, router="test_grpo_oracle:ZLossRouter"), num_layers=3
+    )
 )
 GRPO = grpo_of(
     CONFIG.replace(
@@ -55,8 +71,10 @@ GRPO = grpo_of(
         advantage_eps=EPS,
         advantage_std_floor=FLOOR,
         bias_update_speed=GAMMA,
+        auxiliary=(("z", Z_WEIGHT),),
     ),
     REWARDS,
+    model=Z_MODEL,
     task=UnevenParity(bits=8),
     eps=ADAM_EPS,
 )
@@ -83,14 +101,25 @@ def sequences(t, rows):
 
 @jax.jit
 def log_softmax(variables, tokens, segments, positions, experts=None):
-    output = MODEL.apply(variables, tokens, segment_ids_BT=segments, positions_BT=positions, expert_ids_LBTK=experts)
-    return jax.nn.log_softmax(MODEL.apply(variables, output.hidden_BTD, method="unembed") / TEMPERATURE)
+    output = Z_MODEL.apply(variables, tokens, segment_ids_BT=segments, positions_BT=positions, expert_ids_LBTK=experts)
+    return jax.nn.log_softmax(Z_MODEL.apply(variables, output.hidden_BTD, method="unembed") / TEMPERATURE)
 
 
 @jax.jit
-def loss_and_gradient(params, router_bias, arrays, where, drawn, mask, old, ref, A):
+def loss_and_gradient(params, router_bias, arrays, fed, where, drawn, mask, old, ref, A):
     def loss_fn(params):
-        logp_BTV = log_softmax({"params": params, "router_bias": router_bias}, *arrays)
+        variables = {"params": params, "router_bias": router_bias}
+        logp_BTV = log_softmax(variables, *arrays)
+        tokens, _, positions, experts = arrays
+        _, returned = Z_MODEL.apply(
+            variables,
+            tokens,
+            segment_ids_BT=fed.astype(jnp.int32),
+            positions_BT=positions,
+            expert_ids_LBTK=experts,
+            mutable=("auxiliary_losses",),
+        )
+        z = jnp.sum(returned["auxiliary_losses"]["moe_layers"]["ffn"]["router"]["z"].total) / jnp.sum(fed)
         logp_BNV = jnp.take_along_axis(logp_BTV, where[..., None], axis=1)
         logp = jnp.take_along_axis(logp_BNV, drawn[..., None], axis=-1)[..., 0]
         ratio = jnp.exp(logp - old)
@@ -98,12 +127,14 @@ def loss_and_gradient(params, router_bias, arrays, where, drawn, mask, old, ref,
         kl = jnp.exp(ref - logp) - (ref - logp) - 1
         pg_loss, kl = (jnp.sum(jnp.where(mask, x, 0.0)) / jnp.sum(mask) for x in (-surrogate, kl))
         entropy = jnp.sum(jnp.where(mask, -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, -1), 0.0)) / jnp.sum(mask)
-        loss = pg_loss + BETA * kl
+        loss = pg_loss + BETA * kl + Z_WEIGHT * z
         return loss, {
             "loss": loss,
             "pg_loss": pg_loss,
             "kl": kl,
             "entropy": entropy,
+            "z": z,
+            "z_again": z / len(experts),
             "ratio": jnp.where(mask, ratio, 1.0),
         }
 
@@ -138,7 +169,7 @@ class Oracle:
         ]
         old = np.asarray(t.old_logp_BN)[rows]
         metrics, grads = loss_and_gradient(
-            self.params, self.bias, (*arrays, experts), where, drawn, mask, old, ref, A[rows]
+            self.params, self.bias, (*arrays, experts), fed, where, drawn, mask, old, ref, A[rows]
         )
         metrics["grad_norm"] = norm = np.sqrt(sum(float(np.sum(np.float64(g) ** 2)) for g in jax.tree.leaves(grads)))
         self.count += 1
@@ -152,6 +183,9 @@ class Oracle:
         loads = np.stack([np.bincount(layer[fed].reshape(-1), minlength=8) for layer in experts])
         bias = self.bias["moe_layers"]["ffn"]["router"]["bias"]
         bias += GAMMA * np.sign(loads.mean(1, keepdims=True) - loads)
+        metrics["expert_load"] = loads / loads.mean(1, keepdims=True)
+        metrics["max_violation_mean"] = np.mean(loads.max(1) / loads.mean(1) - 1)
+        metrics["max_violation_max"] = np.max(loads.max(1) / loads.mean(1) - 1)
         return metrics
 
 
@@ -159,10 +193,10 @@ class Oracle:
 def rollouts():
     """For each of two rollouts: (state before, state after, metrics, samples, rewards), and what the oracle makes of
     it."""
-    variables = random_variables()
+    variables = random_variables(Z_MODEL)
     head = variables["params"]["head"]["kernel"]
     variables["params"]["head"]["kernel"] = head.at[:, base.EOS].multiply(4.0)  # some completions end early
-    state, oracle, made = grpo_state(MODEL, variables, GRPO.optimizer, jax.random.key(2)), Oracle(variables), []
+    state, oracle, made = grpo_state(Z_MODEL, variables, GRPO.optimizer, jax.random.key(2)), Oracle(variables), []
     for _ in range(2):
         before = jax.tree.map(jnp.copy, state)
         state, metrics, samples, rewards_B = GRPO.iteration(state)
@@ -181,8 +215,10 @@ def rollouts():
 @pytest.mark.parametrize("rollout", [0, 1])
 def test_metrics_and_update_are_those_of_the_equations(rollouts, rollout):
     before, after, metrics, samples, rewards_B, expected = rollouts[rollout]
-    for name in ("loss", "pg_loss", "kl", "entropy", "grad_norm"):
-        value = np.mean([m[name] for m in expected["minibatches"]])
+    counted = ("expert_load", "max_violation_mean", "max_violation_max")
+    for name in ("loss", "pg_loss", "kl", "entropy", "grad_norm", "z", "z_again", *counted):
+        value = np.mean([m[name] for m in expected["minibatches"]], axis=0)
+        assert np.shape(metrics[name]) == np.shape(value) and np.any(value), name
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
     ratios = np.stack([m["ratio"] for m in expected["minibatches"]])
     assert ratios[1].max() > 1.001, "the second minibatch is off policy"
@@ -212,7 +248,13 @@ def test_completions_are_drawn_with_a_key_of_their_own(rollouts):
     np.testing.assert_array_equal(samples.instances.bits_BK[::4], GRPO.task.sample(problem_key, 4, "train").bits_BK)
     sampling = SamplingConfig(max_new_tokens=6, eos_id=base.EOS, pad_id=base.PAD, temperature=TEMPERATURE)
     drawn = generate(
-        MODEL, before.variables, t.prompts_BP[::4], t.prompt_lengths_B[::4], sample_key, sampling, samples_per_prompt=4
+        Z_MODEL,
+        before.variables,
+        t.prompts_BP[::4],
+        t.prompt_lengths_B[::4],
+        sample_key,
+        sampling,
+        samples_per_prompt=4,
     )
     np.testing.assert_array_equal(drawn.tokens_BN, t.completions_BN)
     assert len(set(t.prompt_lengths_B.tolist())) > 1

@@ -75,8 +75,8 @@ def grpo_of(config=CONFIG, rewards=None, model=MODEL, task=TASK, eps=1e-5):
     return GRPO(model, task, config, rewards or rewards_of(digit_share_in_graph, True), optimizer)
 
 
-def random_variables():
+def random_variables(model=MODEL):
     """Random weights, and biases that change which experts are chosen."""
-    variables = init_variables(MODEL, jax.random.key(0))
+    variables = init_variables(model, jax.random.key(0))
     bias = jax.tree.map(lambda b: jax.random.normal(jax.random.key(1), b.shape) * 0.1, variables["router_bias"])
     return {"params": variables["params"], "router_bias": bias}

@@ -184,12 +184,26 @@ def test_loss_and_gradient_have_to_be_finite_each(loss, gradient, counts):
         equal(copies((new.params, new.router_bias, new.opt_state)), before)
 
 
-def test_metrics_of_the_loads(steps, state, batch):
-    _, metrics = steps[0](state, batch)
-    violations = np.asarray(metrics["max_violation_per_layer"])
-    assert violations.shape == (2,) and np.all(violations >= 0)
-    assert float(metrics["max_violation_mean"]) == pytest.approx(violations.mean())
-    assert float(metrics["max_violation_max"]) == violations.max()
+@pytest.mark.parametrize("microbatch", [0, 2])
+def test_logged_loads_are_the_choices_counted_one_by_one(steps, small, state, batch, microbatch):
+    """Of the router of the layer, then of the MTP module's, which has no input at a document's last token."""
+    output = small.apply(
+        state.variables, batch["tokens"], segment_ids_BT=batch["segment_ids"], positions_BT=batch["positions"], mtp=True
+    )
+    counts = np.zeros((2, 4))
+    for router, (routing, ahead) in enumerate(((output.routing, 0), (output.mtp_routing, 1))):
+        choices = np.asarray(routing.expert_ids_LBTK)[0]
+        for row, segments in enumerate(batch["segment_ids"]):
+            for i, segment in enumerate(segments):
+                if segment and i + ahead < len(segments) and segments[i + ahead] == segment:
+                    counts[router, choices[row, i]] += 1
+    assert counts.sum(axis=1).tolist() == [2 * 37, 2 * (37 - 5)] and np.any(counts[0] != counts[0, 0])
+    _, metrics = steps[microbatch](state, batch)
+    np.testing.assert_allclose(metrics["expert_load"], counts / counts.mean(axis=1, keepdims=True), rtol=1e-6)
+    violations = counts.max(axis=1) / counts.mean(axis=1) - 1
+    np.testing.assert_allclose(metrics["max_violation_per_layer"], violations, rtol=1e-5)
+    assert float(metrics["max_violation_mean"]) == pytest.approx(violations.mean(), rel=1e-5)
+    assert float(metrics["max_violation_max"]) == pytest.approx(violations.max(), rel=1e-5)
     assert float(metrics["tokens"]) == 3 + 16 + 2 + 16
 
 
