@@ -124,7 +124,7 @@ def test_a_right_kernel_runs_and_nothing_is_said(case, monkeypatch, caplog):
     operation, call = CASES[case]
     calls = plant(monkeypatch, operation)
     jax.block_until_ready(jax.jit(lambda: call())())
-    assert len(calls) == 2 and len(trust._kept()) >= 1  # compared, then used
+    assert len(calls) == 2 and len(trust._agreed_before()) >= 1  # compared, then used
     assert not [record for record in caplog.records if operation.name in record.getMessage() and "gradient" not in case]
     same(jax.jit(lambda: call())(), jax.jit(lambda: call("xla"))())
 
