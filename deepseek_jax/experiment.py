@@ -3,6 +3,7 @@
 An experiment file has one function, `get_config()`, that returns a ConfigDict:
 
     model      fields of ModelConfig
+    runtime    fields of RuntimeConfig: recomputation, chunks, unrolling; they change speed and memory alone
     precision  policy name ("float32", "bfloat16", "fp8_deepseek"), or {"name": …, fields that differ from it}
     tokenizer  "byte", a tokenizer.json or the folder of a checkpoint
     task       {"name": …, fields of that task}, for stages that need one
@@ -32,6 +33,7 @@ from deepseek_jax.fields import convert, inside, is_mapping
 from deepseek_jax.json_io import to_json
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.overrides import override, plain, split
 from deepseek_jax.parallel.mesh import MeshConfig, build_mesh, resolve
@@ -41,7 +43,7 @@ from deepseek_jax.precision import get_precision
 from deepseek_jax.rl.tasks import build_task
 from deepseek_jax.stages import Experiment, find_kind
 
-FIELDS = ("model", "precision", "tokenizer", "task", "stages", "mesh", "seed")
+FIELDS = ("model", "runtime", "precision", "tokenizer", "task", "stages", "mesh", "seed")
 
 
 def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
@@ -154,26 +156,27 @@ def build_ops(
     devices: Sequence[jax.Device] | None,
     elsewhere: int | None = None,
 ) -> Ops:
-    """The number format of `config.precision` on the mesh of `config.mesh`. Raises ConfigError if the mesh does not
+    """The number format of `config.precision` on the mesh of `config.mesh`, computed as `config.runtime` says. Raises ConfigError if the mesh does not
     divide the network or a stage's batches."""
     precision = get_precision(fields.get("precision", "float32"))
+    runtime = RuntimeConfig.from_dict(fields.get("runtime") or {})
     if not fields.get("mesh"):
         if devices is None and elsewhere is None and jax.process_count() > 1:
             raise ConfigError(
                 f"{jax.process_count()} processes and no mesh: say how they share the work, for one "
                 f"config.mesh={{'fsdp': -1}}"
             )
-        return Ops(precision)
+        return Ops(precision, runtime)
     config = MeshConfig.from_dict(fields["mesh"])
     rules = build_rules(config.rules, model.attention.sharding_rules)
     if elsewhere is not None:
         if elsewhere or -1 not in config.sizes.values():
             mesh_sizes(config, fields, model, stages, elsewhere or math.prod(config.sizes.values()))
-        return Ops(precision)
+        return Ops(precision, runtime)
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, fields, model, stages, len(devices))
     mesh = build_mesh(sizes, dict(config.dcn), devices)
-    return MeshOps(precision, mesh=mesh, rules=rules, dispatch=config.dispatch)
+    return MeshOps(precision, runtime, mesh=mesh, rules=rules, dispatch=config.dispatch)
 
 
 def mesh_sizes(

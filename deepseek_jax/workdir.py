@@ -159,7 +159,7 @@ def _record(stage: Stage) -> dict[str, Any] | None:
 def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that all stages share, by dotted path."""
     shared = {field: config.get(field, default) for field, default in DEFAULTS.items()}
-    return decisive({"model": ModelConfig.from_dict(config["model"]), **shared})
+    return decisive({"model": ModelConfig.from_saved(config["model"]), **shared})
 
 
 def _makers(name: str, stages: Sequence[Stage]) -> list[Stage]:

@@ -17,7 +17,8 @@ from deepseek_jax.model.presets import preset
 
 def get_config() -> ConfigDict:
     config = deepseek_v3()
-    config.model = preset("v3_671b").replace(attention_heads_at_once=16, attention_chunk=256).to_dict()
+    config.model = preset("v3_671b").to_dict()
+    config.runtime = {"remat": "full", "attention_heads_at_once": 16, "attention_chunk": 256}
     config.mesh = {"expert": 32, "context": -1}
     config.pretrain.seq_len = 131_072
     config.pretrain.batch_size = 480

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.model = preset("moonlight_16b").to_dict()
+    config.runtime = {"remat": "full"}
     config.precision = "bfloat16"
     config.tokenizer = "byte"
     config.mesh = {"fsdp": -1, "expert": 8}

@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
         first_k_dense=1,
         mtp_depth=1,
         init_std=0.02,
-        scan_unroll=3,
         attention=MLAConfig(
             num_heads=4, q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
         ),
@@ -37,6 +36,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": model.to_dict(),
+            "runtime": {"scan_unroll": 3},
             "precision": "float32",
             "tokenizer": "byte",
             "mesh": {},

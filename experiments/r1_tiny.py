@@ -41,7 +41,6 @@ def get_config() -> ConfigDict:
         first_k_dense=1,
         mtp_depth=1,
         init_std=0.1,
-        scan_unroll=2,
         attention=MLAConfig(
             num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
         ),
@@ -59,6 +58,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": model.to_dict(),
+            "runtime": {"scan_unroll": 2},
             "precision": "float32",
             "tokenizer": "byte",
             "task": {"name": "parity", "bits": 20, "cot_probability": 0.08},

@@ -33,8 +33,6 @@ def get_config() -> ConfigDict:
         intermediate_size=4608,
         first_k_dense=1,
         mtp_depth=1,
-        remat="full",
-        attention_chunk=512,
         attention=attention,
         moe=moe,
     )
@@ -42,6 +40,7 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "model": model.to_dict(),
+            "runtime": {"remat": "full", "attention_chunk": 512},
             "precision": "fp8_deepseek",
             "tokenizer": "byte",
             "mesh": {},

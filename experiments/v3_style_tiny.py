@@ -63,7 +63,7 @@ def tiny(num_layers: int, hidden_size: int, expert_size: int, num_heads: int) ->
     """The shape for a laptop: heads of 16, a latent half as wide as the model, bytes."""
     return v3_style(
         num_layers, hidden_size, expert_size, num_heads,
-        head_dim=16, kv_lora_rank=hidden_size // 2, vocab_size=272, init_std=0.05, scan_unroll=2,
+        head_dim=16, kv_lora_rank=hidden_size // 2, vocab_size=272, init_std=0.05,
     )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": model.to_dict(),
+            "runtime": {"scan_unroll": 2},
             "precision": "float32",
             "tokenizer": "byte",
             "mesh": {},

@@ -68,9 +68,9 @@ def finished(tmp_path):
     "override",
     [
         "--config.mesh={'fsdp':8}",
-        "--config.model.remat=full",
-        "--config.model.attention_chunk=32",
-        "--config.model.moe.implementation=dense",
+        "--config.runtime.remat=full",
+        "--config.runtime.attention_chunk=32",
+        "--config.runtime.experts=dense",
         "--config.pretrain.train.log_every=1",
         "--config.pretrain.train.eval_every=7",
         "--config.pretrain.train.eval_batches=3",

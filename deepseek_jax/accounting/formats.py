@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from deepseek_jax.interop.tensors import tensor_table
 from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.precision import FP8Precision, Precision
 
@@ -43,7 +44,7 @@ def activation_bytes(config: ModelConfig, precision: Precision, sequences: int, 
     Counted is the growth from `sequences` to twice as many, so that weights and the padding of experts' groups cancel.
     The network is differentiated abstractly: nothing is allocated. Attention's scores are recomputed and not counted.
     """
-    model = Transformer(config.replace(remat="none", attention_chunk=length // 2), Ops(precision, target="gpu"))
+    model = Transformer(config, Ops(precision, RuntimeConfig(attention_chunk=length // 2), target="gpu"))
     variables = abstract_variables(Transformer(config))
 
     def kept(sequences: int) -> Counter[str]:

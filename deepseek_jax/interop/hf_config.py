@@ -281,7 +281,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
     moe, attention = config.moe, config.attention
     if moe is not None:
         group_score = moe.group_score if moe.num_groups > 1 else "none"
-        moe = dataclasses.asdict(moe) | {"implementation": None, "group_score": group_score}
+        moe = dataclasses.asdict(moe) | {"group_score": group_score}
     fields = {
         **{f"attention.{name}": value for name, value in dataclasses.asdict(attention).items()},
         **{f"moe.{name}": value for name, value in (moe or {}).items()},

@@ -7,6 +7,7 @@ from typing import Any
 from deepseek_jax.launch.resources import Resources
 from deepseek_jax.launch.sweep import Run
 from deepseek_jax.model.config import ModelConfig
+from deepseek_jax.model.runtime import RuntimeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Rung:
     learning_rate: float
     warmup_steps: int
     resources: Resources = Resources()
+    runtime: RuntimeConfig = RuntimeConfig()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -34,6 +36,7 @@ def _overrides(rung: Rung, stage: str) -> dict[str, Any]:
     learning_rate = f"{stage}.train.optimizer.learning_rate"
     return {
         **_flat(rung.model.to_dict(), "model"),
+        **_flat(dataclasses.asdict(rung.runtime), "runtime"),
         f"{stage}.seq_len": rung.seq_len,
         f"{stage}.batch_size": rung.batch_size,
         f"{stage}.train.steps": rung.steps,

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.fields import build
-from deepseek_jax.identity import free
+from deepseek_jax.fields import build, is_mapping
 from deepseek_jax.model.scores import GROUP_SCORES, SCORES
-from deepseek_jax.ranges import above, at_least, check, integer, one_of, or_none
+from deepseek_jax.ranges import above, at_least, check, integer, or_none
 from deepseek_jax.registry import Variant, resolve
 
 COUNT = integer(1)
@@ -222,7 +221,6 @@ class MoEConfig(Variant, kind="moe"):
     `Router`.
     `norm_topk_prob` normalizes the gates over the chosen experts; all gates are then multiplied by
     `routed_scaling_factor`. `correction_bias` adds V3's auxiliary-loss-free bias to the scores that choose.
-    `implementation` is "grouped" (dropless grouped products) or "dense" (every expert sees every token: the oracle).
     A subclass with a `module` of its own is another kind: `config.model.moe` is {"kind": "package.module:Class", …}.
     """
 
@@ -240,7 +238,6 @@ class MoEConfig(Variant, kind="moe"):
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     correction_bias: bool = True
-    implementation: str = free("grouped")
 
     def __post_init__(self):
         check(
@@ -253,7 +250,6 @@ class MoEConfig(Variant, kind="moe"):
             topk_groups=COUNT,
             num_shared_experts=integer(0),
             routed_scaling_factor=above(0),
-            implementation=one_of(("grouped", "dense")),
         )
         from deepseek_jax.model.router import ROUTERS  # it takes this class, so it is imported late
 
@@ -287,18 +283,30 @@ class MoEConfig(Variant, kind="moe"):
         return MoE
 
 
+# Fields of earlier versions that are fields of `RuntimeConfig` now.
+MOVED = {
+    "remat": "remat",
+    "scan_unroll": "scan_unroll",
+    "attention_chunk": "attention_chunk",
+    "attention_heads_at_once": "attention_heads_at_once",
+    "moe.implementation": "experts",
+}
+
+
+def _moved(fields: Mapping[str, Any]) -> set[str]:
+    """The fields of MOVED that nested mappings of a ModelConfig's fields have."""
+    moe = fields.get("moe") or {}
+    return MOVED.keys() & {*fields, *(f"moe.{name}" for name in (moe if is_mapping(moe) else ()))}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A DeepSeek network: `first_k_dense` dense layers, then MoE layers, then `mtp_depth` multi-token-prediction
     modules.
 
     `moe=None` makes every layer dense. `latent_norm_eps` is the epsilon of the norms inside MLA, which the released
-    code keeps at 1e-6 whatever `rms_norm_eps` is. `remat` names what a layer keeps for its backward pass: "none" keeps
-    everything, "full" recomputes the layer from its input, "dots" keeps the results of products with weights.
-    `attention_chunk` computes that many queries at a time (0: all at once), so that a long sequence never holds a whole
-    T x S score matrix; `attention_heads_at_once` (a common divisor of it and the heads; 0: all) expands the keys and
-    values of that many MLA heads at a time. `scan_unroll` unrolls the scan over layers, which trades compile time for
-    speed.
+    code keeps at 1e-6 whatever `rms_norm_eps` is. `RuntimeConfig` has the choices that do not change what the network
+    computes.
     """
 
     vocab_size: int
@@ -314,10 +322,6 @@ class ModelConfig:
     latent_norm_eps: float = 1e-6
     init_std: float = 0.006
     tie_embeddings: bool = False
-    remat: str = free("none")
-    attention_chunk: int = free(0)
-    attention_heads_at_once: int = free(0)
-    scan_unroll: int = free(1)
 
     def __post_init__(self):
         check(
@@ -327,14 +331,10 @@ class ModelConfig:
             hidden_size=COUNT,
             num_layers=COUNT,
             intermediate_size=COUNT,
-            scan_unroll=COUNT,
             mtp_depth=integer(0),
             rms_norm_eps=at_least(0),
             latent_norm_eps=at_least(0),
             init_std=at_least(0),
-            attention_chunk=integer(0),
-            attention_heads_at_once=integer(0),
-            remat=one_of(("none", "full", "dots")),
         )
         check(self, "ModelConfig.", first_k_dense=at_least(0, at_most=self.num_layers, why="num_layers is the limit"))
         for field, kinds in (
@@ -365,7 +365,21 @@ class ModelConfig:
         Raises ConfigError for an unknown or a missing field, naming the nearest known one, for a value of the wrong
         kind, and for sizes that don't fit.
         """
+        for field in sorted(_moved(fields)):
+            raise ConfigError(
+                f"model.{field} is now runtime.{MOVED[field]}: it changes speed and memory, not what the network "
+                f"computes. Write config.runtime.{MOVED[field]}"
+            )
         return build(cls, fields, "model")
+
+    @classmethod
+    def from_saved(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """`from_dict` for what an earlier run saved: leaves out fields that have moved to `config.runtime` since."""
+        saved = {name: dict(value) if name == "moe" and value else value for name, value in fields.items()}
+        for field in _moved(fields):
+            section, _, name = field.rpartition(".")
+            del (saved[section] if section else saved)[name]
+        return cls.from_dict(saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries; `from_dict` is the inverse."""

@@ -77,7 +77,7 @@ class Experts(nn.Module):
         )
 
         def apply(weights, x_ND, expert_ids_NK):
-            return IMPLEMENTATIONS[moe.implementation](ops, weights, x_ND, expert_ids_NK)
+            return IMPLEMENTATIONS[ops.runtime.experts](ops, weights, x_ND, expert_ids_NK)
 
         return ops.experts(apply, combine, weights, (into, into, out), x_BTD, expert_ids_BTK, gates_BTK)
 

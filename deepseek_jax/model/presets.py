@@ -32,7 +32,6 @@ def v3_671b() -> ModelConfig:
         first_k_dense=3,
         rope=RopeConfig(yarn=YarnConfig(mscale_all_dim=1.0)),
         mtp_depth=1,
-        remat="full",
     )
 
 
@@ -61,7 +60,6 @@ def v2_236b() -> ModelConfig:
         ),
         first_k_dense=1,
         rope=RopeConfig(yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
-        remat="full",
     )
 
 
@@ -84,7 +82,6 @@ def v2_lite_16b() -> ModelConfig:
         ),
         first_k_dense=1,
         rope=RopeConfig(yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
-        remat="full",
     )
 
 
@@ -107,7 +104,6 @@ def deepseek_moe_16b() -> ModelConfig:
         ),
         first_k_dense=1,
         rope=RopeConfig(interleaved=False),
-        remat="full",
     )
 
 
@@ -125,7 +121,6 @@ def moonlight_16b() -> ModelConfig:
         first_k_dense=1,
         rope=RopeConfig(theta=50_000.0),
         rms_norm_eps=1e-5,
-        remat="full",
     )
 
 
@@ -144,7 +139,6 @@ def kimi_k2_1t() -> ModelConfig:
         ),
         first_k_dense=1,
         rope=RopeConfig(theta=50_000.0, yarn=YarnConfig(factor=32.0, beta_fast=1.0, beta_slow=1.0, mscale_all_dim=1.0)),
-        remat="full",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepseek_jax.fields import build
-from deepseek_jax.ranges import at_least, check, integer, one_of
+from deepseek_jax.ranges import check, integer, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RuntimeConfig:
             "runtime.",
             remat=one_of(("none", "full", "dots")),
             scan_unroll=integer(1),
-            attention_chunk=at_least(0),
-            attention_heads_at_once=at_least(0),
+            attention_chunk=integer(0),
+            attention_heads_at_once=integer(0),
             experts=one_of(("grouped", "dense")),
         )
 

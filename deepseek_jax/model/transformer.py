@@ -1,6 +1,5 @@
 """The network: embedding, dense blocks, MoE blocks, final norm, head, and the multi-token-prediction modules."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,6 @@ from deepseek_jax.model.layers import Linear, RMSNorm, SwiGLU
 from deepseek_jax.model.mtp import MTPModule, shift_left
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.router import RoutingStats
-from deepseek_jax.model.runtime import RuntimeConfig
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -81,37 +79,34 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        runtime = RuntimeConfig(
-            attention_chunk=config.attention_chunk, attention_heads_at_once=config.attention_heads_at_once
-        )
-        ops = dataclasses.replace(self.ops, runtime=runtime)
+        ops, runtime = self.ops, self.ops.runtime
         normal = nn.initializers.normal(config.init_std)
         self.embed = nn.Embed(
             config.vocab_size,
             config.hidden_size,
-            param_dtype=self.ops.precision.param_dtype,
+            param_dtype=ops.precision.param_dtype,
             embedding_init=nn.with_logical_partitioning(normal, ("vocab", "embed")),
         )
         if not config.tie_embeddings:
-            self.head = Linear(config, self.ops, config.vocab_size, ("embed", "vocab"))
+            self.head = Linear(config, ops, config.vocab_size, ("embed", "vocab"))
         self.final_norm = RMSNorm(config.rms_norm_eps)
 
         def block(looped: bool):
             """`Block` under the remat policy. Outside a loop XLA must be kept from merging the recomputation with the
             forward pass."""
-            layer = self.ops.wrap_layer(Block)
-            if config.remat == "none":
+            layer = ops.wrap_layer(Block)
+            if runtime.remat == "none":
                 return layer
-            return nn.remat(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not looped)
+            return nn.remat(layer, policy=REMAT_POLICIES[runtime.remat], prevent_cse=not looped)
 
         def stack(length, moe):
             return nn.scan(
-                block(looped=config.scan_unroll < length),
+                block(looped=runtime.scan_unroll < length),
                 variable_axes={"params": 0, "router_bias": 0, LOSSES: 0, METRICS: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=length,
-                unroll=min(config.scan_unroll, length),
+                unroll=min(runtime.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(config, ops, moe)
 

@@ -370,7 +370,7 @@ def _model_of(meta: Mapping[str, Any], where: pathlib.Path) -> ModelConfig:
     """The model of a checkpoint. Raises CheckpointError for one that this program cannot read, because another version
     wrote it, or because its attention is a class that is not on PYTHONPATH."""
     try:
-        return ModelConfig.from_dict(meta["model"])
+        return ModelConfig.from_saved(meta["model"])
     except ConfigError as error:
         raise CheckpointError(f"the model of checkpoint {where} cannot be read here: {error}") from error
 

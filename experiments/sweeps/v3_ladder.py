@@ -34,6 +34,7 @@ taken by other work, jax 0.10.2), 20 minutes in all:
 from v3_style_tiny import tiny, v3_style
 
 from deepseek_jax.launch import Resources, Rung, Sweep, ladder
+from deepseek_jax.model.runtime import RuntimeConfig
 
 
 def laptop(name: str, sizes: tuple[int, int, int, int], steps: int, learning_rate: float) -> Rung:
@@ -45,6 +46,7 @@ def laptop(name: str, sizes: tuple[int, int, int, int], steps: int, learning_rat
         steps=steps,
         learning_rate=learning_rate,
         warmup_steps=steps // 10,
+        runtime=RuntimeConfig(scan_unroll=2),
     )
 
 
@@ -67,7 +69,18 @@ def published(
         "pretrain.train.eval_every": 1000,
         "pretrain.train.checkpoint_every": 1000,
     }
-    return Rung(name, model, 4096, batch_size, steps, learning_rate, 2000, Resources(topology), overrides)
+    return Rung(
+        name,
+        model,
+        4096,
+        batch_size,
+        steps,
+        learning_rate,
+        2000,
+        Resources(topology),
+        RuntimeConfig(remat="full"),
+        overrides,
+    )
 
 
 RUNGS = (
@@ -76,22 +89,22 @@ RUNGS = (
     laptop("1m", (4, 48, 32, 3), 1650, 1e-2),
     # tokens and learning rate are the published rungs' trend: 64 tokens for each active parameter, N^-0.4
     published(
-        "0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256, remat="full"), 64, 26_000, 1.7e-3, "v5e:2x2",
+        "0.3b", v3_style(8, 512, 320, 8, head_dim=64, kv_lora_rank=256), 64, 26_000, 1.7e-3, "v5e:2x2",
         {"fsdp": 4}, 16,
     ),
     # in place of its TPUs: one node of 8 H100, h100:8
     published(
-        "3b", v3_style(12, 1280, 896, 16, remat="full"), 320, 30_000, 8.6e-4, "v5e:4x4",
+        "3b", v3_style(12, 1280, 896, 16), 320, 30_000, 8.6e-4, "v5e:4x4",
         {"fsdp": 2, "expert": 8}, 32,
     ),
     # four nodes, h100:32
     published(
-        "9b", v3_style(18, 1920, 1280, 24, remat="full"), 512, 50_000, 5.9e-4, "v5p:4x4x4",
+        "9b", v3_style(18, 1920, 1280, 24), 512, 50_000, 5.9e-4, "v5p:4x4x4",
         {"fsdp": 8, "expert": 8}, 256,
     ),
     # 32 nodes, h100:256
     published(
-        "27b", v3_style(30, 2560, 1536, 32, num_experts=72, remat="full"), 1280, 50_000, 4.0e-4, "v5p:8x8x8",
+        "27b", v3_style(30, 2560, 1536, 32, num_experts=72), 1280, 50_000, 4.0e-4, "v5p:8x8x8",
         {"fsdp": 32, "expert": 8, "tensor": 2}, 1280,
     ),
 )  # fmt: skip

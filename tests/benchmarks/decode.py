@@ -57,7 +57,7 @@ class Theirs:
 def main(flags) -> None:
     # Wide weights keep greedy choices far apart, so that rounding decides none of them.
     config = common.SIZES[flags.size].replace(init_std=0.15)
-    model = Transformer(config)
+    model = Transformer(config, common.our_ops(config))
     variables = init_variables(model, jax.random.key(0))
     prompts_BP = np.random.default_rng(0).integers(0, config.vocab_size, (flags.batch, flags.prompt), dtype=np.int32)
 

@@ -167,7 +167,8 @@ def check_same_update(grpo: GRPO, ours: Ours, peer: Theirs) -> None:
 
 
 def main(flags) -> None:
-    model = Transformer(common.SIZES[flags.size])
+    config = common.SIZES[flags.size]
+    model = Transformer(config, common.our_ops(config))
     variables = init_variables(model, jax.random.key(0))
     task = build_task(common.R1_TINY.task.to_dict())
     section = {name: value for name, value in common.R1_TINY.grpo.to_dict().items() if name != "kind"}

@@ -73,7 +73,7 @@ class Theirs:
 
 def main(flags) -> None:
     config = common.SIZES[flags.size]
-    model = Transformer(config)
+    model = Transformer(config, common.our_ops(config))
     variables = init_variables(model, jax.random.key(0))
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (flags.batch, flags.length), dtype=np.int32)
 

@@ -17,6 +17,7 @@ from deepseek_jax.dry_run.program_flops import Assumptions, counted, traced_flop
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.sharding import MeshOps
 from kernels_pallas import fp8_grouped_linear, fp8_linear
@@ -333,9 +334,8 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
             attention=attention,
             moe=moe,
             first_k_dense=0,
-            remat=remat,
         )
-        model = Transformer(config, MeshOps("bfloat16", target="tpu", mesh=mesh))
+        model = Transformer(config, MeshOps("bfloat16", RuntimeConfig(remat=remat), target="tpu", mesh=mesh))
         loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
         variables = abstract_variables(Transformer(config))
         params = variables.pop("params")

@@ -16,7 +16,7 @@ SWEEP = """
 from deepseek_jax.launch import Run, Sweep
 
 SMALL = {{
-    "model.num_layers": 1, "model.first_k_dense": 0, "model.scan_unroll": 1, "model.moe.num_experts": 8,
+    "model.num_layers": 1, "model.first_k_dense": 0, "runtime.scan_unroll": 1, "model.moe.num_experts": 8,
     "model.moe.intermediate_size": 8,
     "pretrain.seq_len": 16, "pretrain.batch_size": 2, "pretrain.train.steps": 2, "pretrain.train.eval_batches": 1,
     "pretrain.train.optimizer.learning_rate.warmup_steps": 1, "pretrain.train.log_every": 1,

@@ -10,6 +10,7 @@ from tiny_models import GQA, tiny_config, tiny_mla, tiny_moe
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import GQAConfig, ModelConfig, RopeConfig, YarnConfig
 from deepseek_jax.model.presets import PRESETS, preset
+from deepseek_jax.model.runtime import RuntimeConfig
 
 REFUSED = [
     (lambda: YarnConfig(factor=0.5), "YarnConfig.factor=0.5: must be at least 1"),
@@ -26,7 +27,6 @@ REFUSED = [
     (lambda: GQAConfig(4, 0, 8), "GQAConfig.num_kv_heads=0: must be an integer, at least 1"),
     (lambda: tiny_moe(scoring="sigmoidd"), "MoEConfig.scoring='sigmoidd': did you mean 'sigmoid'"),
     (lambda: tiny_moe(group_score="top2"), "MoEConfig.group_score='top2': .*allowed: max, top2_sum"),
-    (lambda: tiny_moe(implementation="ragged"), "MoEConfig.implementation='ragged': .*allowed: dense, grouped"),
     (lambda: tiny_moe(num_shared_experts=-1), "MoEConfig.num_shared_experts=-1: must be an integer, at least 0"),
     (lambda: tiny_moe(top_k=9), "top_k=9 exceeds num_experts=8"),
     (lambda: tiny_moe(num_groups=3), "num_groups=3 must divide num_experts=8"),
@@ -36,11 +36,13 @@ REFUSED = [
     (lambda: tiny_moe(top_k=0), "MoEConfig.top_k=0: must be an integer, at least 1"),
     (lambda: tiny_config(vocab_size=0), "ModelConfig.vocab_size=0: must be an integer, at least 1"),
     (lambda: tiny_config(hidden_size="16"), "ModelConfig.hidden_size='16': must be an integer, at least 1"),
-    (lambda: tiny_config(scan_unroll=0), "ModelConfig.scan_unroll=0: must be an integer, at least 1"),
-    (lambda: tiny_config(remat="ful"), "ModelConfig.remat='ful': did you mean 'full'"),
+    (lambda: RuntimeConfig(scan_unroll=0), "runtime.scan_unroll=0: must be an integer, at least 1"),
+    (lambda: RuntimeConfig(remat="ful"), "runtime.remat='ful': did you mean 'full'"),
+    (lambda: RuntimeConfig(experts="ragged"), "runtime.experts='ragged': .*allowed: dense, grouped"),
     (lambda: tiny_config(first_k_dense=4), "first_k_dense=4: must be from 0 to 3; num_layers"),
     (lambda: tiny_config(mtp_depth=-1), "ModelConfig.mtp_depth=-1: must be an integer, at least 0"),
-    (lambda: tiny_config(attention_chunk=-1), "ModelConfig.attention_chunk=-1: must be an integer, at least 0"),
+    (lambda: RuntimeConfig(attention_chunk=-1), "runtime.attention_chunk=-1: must be an integer, at least 0"),
+    (lambda: RuntimeConfig.from_dict({"scan_unrol": 2}), "runtime.scan_unrol: did you mean 'scan_unroll'"),
     (lambda: tiny_config(attention=None), "ModelConfig.attention=None: must be AttentionConfig"),
     (lambda: tiny_config(moe=8), "ModelConfig.moe=8: must be MoEConfig or None"),
     (lambda: tiny_config(rope=None), "ModelConfig.rope=None: must be RopeConfig"),
@@ -52,6 +54,22 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_in_words(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("field", "moved"),
+    [(("remat",), "remat"), (("scan_unroll",), "scan_unroll"), (("moe", "implementation"), "experts")],
+)
+def test_a_field_that_moved_to_runtime_says_so_and_is_dropped_from_what_was_saved(field, moved):
+    fields = tiny_config().to_dict()
+    (fields["moe"] if len(field) > 1 else fields)[field[-1]] = "dense"
+    with pytest.raises(
+        ConfigError, match=f"model.{'.'.join(field)} is now runtime.{moved}.*Write config.runtime.{moved}"
+    ):
+        ModelConfig.from_dict(fields)
+    assert ModelConfig.from_saved(fields) == tiny_config() and field[-1] in (
+        fields["moe"] if len(field) > 1 else fields
+    )
 
 
 CONFIGS = {name: make() for name, make in PRESETS.items()} | {

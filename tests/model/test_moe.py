@@ -10,6 +10,7 @@ from deepseek_jax.model.config import MoEConfig
 from deepseek_jax.model.moe import Experts, MoE
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.permute import permute, sort_by_expert, unpermute
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.precision import Precision, get_precision
 
 E, K, D, F = 4, 2, 5, 3
@@ -62,8 +63,8 @@ PRECISIONS = {
 
 def experts_call(implementation):
     """Compiled (params, x, ids, gates, dy) -> (y, gradients of params, x and gates)."""
-    moe = MoEConfig(E, K, F, implementation="dense" if implementation == "dense" else "grouped")
-    module = Experts(tiny_config(moe=moe), Ops(PRECISIONS[implementation]))
+    runtime = RuntimeConfig(experts="dense" if implementation == "dense" else "grouped")
+    module = Experts(tiny_config(moe=MoEConfig(E, K, F)), Ops(PRECISIONS[implementation], runtime))
 
     def call(params, x, ids, gates, dy):
         y, pull = jax.vjp(
@@ -114,8 +115,8 @@ def test_dense_and_grouped_agree_in_narrow_formats(precision, apart):
     )
 
     def gradients(implementation):
-        moe = MoEConfig(E, K, F, implementation=implementation)
-        module = Experts(tiny_config(moe=moe), Ops(precision))
+        ops = Ops(precision, RuntimeConfig(experts=implementation))
+        module = Experts(tiny_config(moe=MoEConfig(E, K, F)), ops)
         loss = lambda params, x: jnp.sum(module.apply(params, x, ids, gates)[0].astype(jnp.float32) ** 2)
         return jax.tree.leaves(jit(jax.grad(loss, (0, 1)))(params, x))
 

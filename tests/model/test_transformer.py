@@ -11,7 +11,9 @@ from tiny_models import GQA, batch, forward, jit, tiny_config, tiny_moe, variabl
 import deepseek_jax.model
 import deepseek_jax.precision
 from deepseek_jax.model.cache import init_cache, write
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.presets import PRESETS, preset
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables, logical_axes
 from deepseek_jax.training.balance import sequence_balance_loss
 
@@ -21,11 +23,11 @@ STACK = tiny_config(num_layers=2, first_k_dense=0, attention=GQA, moe=tiny_moe(n
 
 @pytest.fixture(scope="module")
 def plain():
-    return loss_and_gradients(STACK)
+    return loss_and_gradients()
 
 
-def loss_and_gradients(config):
-    model, (tokens, segments, positions) = Transformer(config), batch()
+def loss_and_gradients(runtime=RuntimeConfig()):
+    model, (tokens, segments, positions) = Transformer(STACK, Ops(runtime=runtime)), batch()
     segments = np.array(segments)
     segments[1, 8:] = 0
 
@@ -42,7 +44,7 @@ def loss_and_gradients(config):
 
 @pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots", "scan_unroll": 2}], ids=str)
 def test_remat_and_unrolling_change_neither_values_nor_counts(plain, changes):
-    output, gradients = loss_and_gradients(STACK.replace(**changes))
+    output, gradients = loss_and_gradients(RuntimeConfig(**changes))
     for got, want in zip(jax.tree.leaves((output, gradients)), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
     for routing, layers, chosen in ((output.routing, 2, [33, 24]), (output.mtp_routing, 1, [30, 21])):
@@ -53,7 +55,7 @@ def test_remat_and_unrolling_change_neither_values_nor_counts(plain, changes):
 
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_recomputation_outside_a_loop_is_kept_from_being_merged(unroll):
-    model, tokens = Transformer(STACK.replace(remat="full", scan_unroll=unroll)), batch()[0]
+    model, tokens = Transformer(STACK, Ops(runtime=RuntimeConfig(remat="full", scan_unroll=unroll))), batch()[0]
     program = str(jax.make_jaxpr(lambda v: model.apply(v, tokens, mtp=True))(variables(STACK)))
     assert program.count("prevent_cse=True") == (1 if unroll == 1 else 2)  # the MTP module; the unrolled stack
     assert program.count("prevent_cse=False") == (1 if unroll == 1 else 0)  # the loop
@@ -61,7 +63,7 @@ def test_recomputation_outside_a_loop_is_kept_from_being_merged(unroll):
 
 def test_a_deep_network_traces_to_the_program_of_a_shallow_one():
     def size(layers):
-        model = Transformer(CONFIG.replace(num_layers=layers, remat="full"))
+        model = Transformer(CONFIG.replace(num_layers=layers), Ops(runtime=RuntimeConfig(remat="full")))
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
 
         def loss(variables, tokens):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
 
 VOCAB = 67  # like no other size of the model, so that arrays over the vocabulary can be told
@@ -42,10 +44,11 @@ def model():
             num_layers=1,
             intermediate_size=32,
             attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
-            moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=16, implementation="dense"),
+            moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=16),
             mtp_depth=2,
             init_std=0.1,
-        )
+        ),
+        Ops(runtime=RuntimeConfig(experts="dense")),
     )
 
 

@@ -13,7 +13,9 @@ from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.attention import GroupedQueryAttention
 from deepseek_jax.model.auxiliary import auxiliary_loss, auxiliary_metric
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.router import Router
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.training.balance import sequence_balance_loss
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
@@ -54,9 +56,7 @@ class ReportingGQA(GQAConfig):
         return ReportingAttention
 
 
-MOE = MoEConfig(
-    num_experts=4, top_k=2, intermediate_size=16, implementation="dense", router="test_auxiliary:ReportingRouter"
-)
+MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=16, router="test_auxiliary:ReportingRouter")
 CONFIG = ModelConfig(
     vocab_size=67,
     hidden_size=32,
@@ -74,7 +74,7 @@ WEIGHED = dataclasses.replace(PLAIN, auxiliary=(("largest_logit", 0.5), ("attent
 
 @pytest.fixture(scope="module")
 def reporting():
-    return Transformer(CONFIG)
+    return Transformer(CONFIG, Ops(runtime=RuntimeConfig(experts="dense")))
 
 
 @pytest.fixture(scope="module")

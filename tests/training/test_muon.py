@@ -11,6 +11,8 @@ import pytest
 
 from deepseek_jax.errors import CheckpointError, ConfigError
 from deepseek_jax.model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables, init_variables
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.muon import NEWTON_SCHULZ, MuonConfig, newton_schulz
@@ -27,9 +29,10 @@ MODEL = Transformer(
         num_layers=2,
         intermediate_size=24,
         attention=MLAConfig(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5),
-        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=12, num_shared_experts=1, implementation="dense"),
+        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=12, num_shared_experts=1),
         init_std=0.1,
-    )
+    ),
+    Ops(runtime=RuntimeConfig(experts="dense")),
 )
 RATE = Schedule(0.01)
 CONFIG = OptimizerConfig(RATE, name="muon", clip_norm=float("inf"))

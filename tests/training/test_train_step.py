@@ -1,7 +1,5 @@
 """The jitted step: accumulation, router bias, skipped steps, what it leaves alone."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,8 +79,7 @@ def test_accumulation_is_one_big_batch(steps, state, small, optimizer, batch):
 
 def test_learns_in_fp8(small, optimizer, batch):
     """The whole step, MTP and AdamW included; master weights stay float32."""
-    config = small.config.replace(moe=dataclasses.replace(small.config.moe, implementation="grouped"))
-    model = Transformer(config, Ops("fp8_deepseek"))
+    model = Transformer(small.config, Ops("fp8_deepseek"))
     step = make_train_step(
         model, ObjectiveConfig(balance_alpha=0.01), optimizer, CONFIG.learning_rate, GAMMA, microbatch=2
     )

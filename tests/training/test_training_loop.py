@@ -17,6 +17,8 @@ import pytest
 from deepseek_jax.errors import CheckpointError, ConfigError, DataError
 from deepseek_jax.json_io import read_json_lines
 from deepseek_jax.model.config import GQAConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training import metrics
 from deepseek_jax.training.batches import step_batches
@@ -83,9 +85,10 @@ def tiny():
             num_layers=1,
             intermediate_size=16,
             attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=8),
-            moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=8, implementation="dense"),
+            moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=8),
             init_std=0.1,
-        )
+        ),
+        Ops(runtime=RuntimeConfig(experts="dense")),
     )
 
 
