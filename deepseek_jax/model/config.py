@@ -293,9 +293,11 @@ MOVED = {
 }
 
 
-def _moved(fields: Mapping[str, Any]) -> set[str]:
-    """The fields of MOVED that nested mappings of a ModelConfig's fields have."""
-    moe = fields.get("moe") or {}
+def _moved(fields: Any) -> set[str]:
+    """The fields of MOVED among the nested fields of a ModelConfig."""
+    if not is_mapping(fields):
+        return set()
+    moe = fields.get("moe")
     return MOVED.keys() & {*fields, *(f"moe.{name}" for name in (moe if is_mapping(moe) else ()))}
 
 
