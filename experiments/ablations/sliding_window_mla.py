@@ -46,7 +46,6 @@ def get_config() -> ConfigDict:
         intermediate_size=192,
         first_k_dense=1,
         init_std=0.1,
-        scan_unroll=3,
         attention=SlidingWindowMLA(
             num_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16
         ),
@@ -56,6 +55,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": model.to_dict(),
+            "runtime": {"scan_unroll": 3},
             "tokenizer": "byte",
             "task": {"name": "parity", "bits": 8, "cot_probability": 1.0},
             "seed": 0,

@@ -20,6 +20,7 @@ from deepseek_jax.model.attention_core import Tokens
 from deepseek_jax.model.cache import init_cache, write
 from deepseek_jax.model.config import MLAConfig, ModelConfig, RopeConfig
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer, abstract_variables
 from deepseek_jax.parallel.mesh import build_mesh
 from deepseek_jax.parallel.rules import build_rules
@@ -33,10 +34,10 @@ SIZES = dict(num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=8
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def model(window: int | None, layers: int = 2, **changes) -> Transformer:
+def model(window: int | None, layers: int = 2, ops: Ops = Ops()) -> Transformer:
     attention = MLAConfig(**SIZES) if window is None else sliding_window_mla.SlidingWindowMLA(**SIZES, window=window)
     fields = dict(vocab_size=40, hidden_size=16, num_layers=layers, intermediate_size=24, attention=attention)
-    return Transformer(ModelConfig(**(fields | dict(rope=RopeConfig(theta=100.0)) | changes)))
+    return Transformer(ModelConfig(**fields, rope=RopeConfig(theta=100.0)), ops)
 
 
 @functools.cache
@@ -75,7 +76,7 @@ def whole(transformer: Transformer, layers: int = 2, segments=SEGMENTS):
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_a_query_sees_its_window_and_nothing_else(chunk):
     """Of one layer, position t is what plain MLA gives where only the window's tokens are in t's document."""
-    windowed, _ = whole(model(WINDOW, 1, attention_chunk=chunk), 1)
+    windowed, _ = whole(model(WINDOW, 1, Ops(runtime=RuntimeConfig(attention_chunk=chunk))), 1)
     plain = model(None, 1)
     call = jit(functools.partial(logits_of, plain, variables(1)))
     for b in range(B):
