@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from deepseek_jax import accounting, cli
-from deepseek_jax.accounting.report import report as model_report
-from deepseek_jax.accounting.report import table as model_table
+from deepseek_jax.accounting.report import network_report, network_table
 from deepseek_jax.atomic import atomic_path
 from deepseek_jax.experiment import Experiment, build_experiment, read_flags
 from deepseek_jax.parallel import hosts
@@ -80,7 +79,7 @@ def print_plan(config: ConfigDict, name: str, workdir: Path) -> None:
     experiment = build_experiment(config, name, workdir, elsewhere=0)
     stages = build_stages(experiment)
     console = Console(highlight=False)
-    cli.show(model_table(experiment.name, model_report(experiment.model.config, stages=works(stages))))
+    cli.show(network_table(experiment.name, network_report(experiment.model.config, stages=works(stages))))
     for index, stage in enumerate(stages, start=1):
         stage.check_data(prepare=False)
         console.print(f"[{index}/{len(stages)}] {stage.name}: {stage.summary()}", markup=False)

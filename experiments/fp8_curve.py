@@ -20,8 +20,9 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from deepseek_jax.model.transformer import Transformer, logical_axes
+from deepseek_jax.ranges import above, at_least, check
 from deepseek_jax.stages import Stage, Variables
 
 
@@ -88,40 +89,34 @@ class OutliersStage(Stage):
 
     def __post_init__(self):
         width = self.experiment.model.config.hidden_size
-        if not 0 < self.channels <= width or self.factor <= 0:
-            raise ConfigError(f"channels={self.channels} must be 1 to {width}, and factor={self.factor} above 0")
+        check(self, "", channels=at_least(1, at_most=width), factor=above(0))
 
     def summary(self) -> str:
         return f"{self.channels} channels {self.factor:g} times as large"
 
     def run(self, variables: Variables | None) -> Variables:
         variables = self.initial_weights(variables)
-        return {**variables, "params": add_outliers(variables["params"], self.channels, self.factor)}
+        return {
+            **variables,
+            "params": add_outliers(self.experiment.model, variables["params"], self.channels, self.factor),
+        }
 
 
-# The weights that read a norm's output: their input axis is the last but one.
-READERS = {
-    "attn_norm": ("attn/q/kernel", "attn/q_a/kernel", "attn/kv_a/kernel", "attn/k/kernel", "attn/v/kernel"),
-    "ffn_norm": (
-        *("ffn/gate/kernel", "ffn/up/kernel", "ffn/router/kernel", "ffn/experts/gate", "ffn/experts/up"),
-        *("ffn/shared/gate/kernel", "ffn/shared/up/kernel"),
-    ),
-}
-
-
-def add_outliers(params: Mapping[str, Any], channels: int, factor: float) -> dict[str, Any]:
+def add_outliers(model: Transformer, params: Mapping[str, Any], channels: int, factor: float) -> dict[str, Any]:
     """Makes `channels` evenly spaced channels of every norm before an attention or a feed-forward `factor` times as
     large, and the rows of the weights that read them as much smaller. For a power of two the network computes the same,
     bit for bit, except where something rounds numbers of one size together."""
     flat = traverse_util.flatten_dict(params, sep="/")
+    axes = traverse_util.flatten_dict(dict(logical_axes(model))["params"], sep="/")
     for path in list(flat):
         block, _, norm = path.removesuffix("/scale").rpartition("/")
-        if norm in READERS:
+        if norm in ("attn_norm", "ffn_norm"):
             large = np.arange(channels) * (flat[path].shape[-1] // channels)
             flat[path] = _scaled(flat[path], (..., large), factor)
-            for reader in READERS[norm]:
-                if (name := f"{block}/{reader}") in flat:
-                    flat[name] = _scaled(flat[name], (..., large, slice(None)), 1 / factor)
+            for reader in flat:
+                # a weight's input axis is its last but one
+                if reader.startswith(f"{block}/{norm.removesuffix('_norm')}/") and axes[reader][-2:-1] == ("embed",):
+                    flat[reader] = _scaled(flat[reader], (..., large, slice(None)), 1 / factor)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

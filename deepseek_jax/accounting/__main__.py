@@ -13,7 +13,7 @@ from rich.table import Table
 from deepseek_jax import cli
 from deepseek_jax.accounting.cost import Work
 from deepseek_jax.accounting.counts import count_parameters
-from deepseek_jax.accounting.report import Assumptions, report, table
+from deepseek_jax.accounting.report import CostAssumptions, network_report, network_table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import build_experiment, read_config
 from deepseek_jax.json_io import to_json
@@ -23,7 +23,7 @@ from deepseek_jax.overrides import plain, split
 
 
 def main(argv: Sequence[str]) -> None:
-    defaults = Assumptions()
+    defaults = CostAssumptions()
     parser = cli.parser(
         "deepseek_jax.accounting", "Parameters, FLOPs, memory and cost of a network; nothing is allocated."
     )
@@ -64,15 +64,15 @@ def main(argv: Sequence[str]) -> None:
         name, (config, stages) = flags.config, experiment_work(flags.config, overrides)
     else:
         name, config = flags.preset, named_model(flags.preset)
-    figures = report(config, assumptions, stages)
+    figures = network_report(config, assumptions, stages)
     if flags.json:
         print(to_json({"model": name, **figures}, indent=2))
     else:
-        cli.show(table(name, figures))
+        cli.show(network_table(name, figures))
 
 
-def assumptions_from(flags) -> Assumptions:
-    return Assumptions(flags.seq_len, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
+def assumptions_from(flags) -> CostAssumptions:
+    return CostAssumptions(flags.seq_len, flags.tokens, flags.sustained_tflops, flags.dollars_per_hour)
 
 
 def named_model(name: str) -> ModelConfig:

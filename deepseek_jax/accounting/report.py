@@ -17,7 +17,7 @@ DEFAULT_TOKENS = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
-class Assumptions:
+class CostAssumptions:
     """Assumptions of the cost figures.
 
     `seq_len` None is that of the experiment's first stage, 4096 without an experiment; `tokens` None is as many as its
@@ -30,8 +30,8 @@ class Assumptions:
     dollars_per_hour: float = cost.DOLLARS_PER_GPU_HOUR
 
 
-def report(
-    config: ModelConfig, assumptions: Assumptions = Assumptions(), stages: Mapping[str, cost.Work] = {}
+def network_report(
+    config: ModelConfig, assumptions: CostAssumptions = CostAssumptions(), stages: Mapping[str, cost.Work] = {}
 ) -> dict[str, Any]:
     """Attention, parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, with names for JSON.
 
@@ -104,8 +104,8 @@ def _yarn(config: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def table(name: str, figures: dict[str, Any]) -> Table:
-    """A rich table of `report`'s figures."""
+def network_table(name: str, figures: dict[str, Any]) -> Table:
+    """A rich table of `network_report`'s figures."""
     view = Table(
         title=name, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", show_header=False
     )

@@ -14,7 +14,7 @@ from deepseek_jax import cli
 from deepseek_jax.atomic import atomic_write
 from deepseek_jax.dry_run.dry_run import dry_run
 from deepseek_jax.dry_run.programs import PROGRAMS
-from deepseek_jax.dry_run.table import table
+from deepseek_jax.dry_run.table import dry_run_table
 from deepseek_jax.dry_run.topologies import prepare
 from deepseek_jax.experiment import read_config
 from deepseek_jax.json_io import to_json
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.json == "-":
         print(to_json(figures, indent=2))
         return
-    cli.show(table(figures))
+    cli.show(dry_run_table(figures))
     if flags.json:
         atomic_write(Path(flags.json), to_json(figures, indent=2) + "\n")
 

@@ -79,7 +79,7 @@ class Traffic:
 def traffic(
     module: Module, num_devices: int, *, while_trips: int = 1, branch: str = "most", taken: Taken = NOTHING_TAKEN
 ) -> Traffic:
-    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.Assumptions; branches that
+    """Collectives of the whole program. `while_trips` and `branch` as in program_flops.FlopAssumptions; branches that
     `taken` leaves open are compared by wire bytes."""
     worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))  # noqa: E731
     runs, taken = compiled_branches(module, branch, worst, while_trips, taken)

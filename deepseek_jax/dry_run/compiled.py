@@ -13,7 +13,7 @@ from deepseek_jax.dry_run import hlo
 from deepseek_jax.dry_run.branches import Taken
 from deepseek_jax.dry_run.collectives import traffic
 from deepseek_jax.dry_run.hbm import memory_traffic
-from deepseek_jax.dry_run.program_flops import Assumptions, counted
+from deepseek_jax.dry_run.program_flops import FlopAssumptions, jaxpr_flops
 from deepseek_jax.dry_run.roofline import TERMS, roofline
 from deepseek_jax.dry_run.topologies import Topology
 
@@ -57,7 +57,7 @@ def measure(
     mesh: jax.sharding.Mesh,
     *,
     named: dict[str, Any] | None = None,
-    assumptions: Assumptions = Assumptions(branch="least"),
+    assumptions: FlopAssumptions = FlopAssumptions(branch="least"),
 ) -> dict[str, Any]:
     """Compiles the jitted `program` for `arguments` (jax.ShapeDtypeStruct with shardings on `mesh`, whose devices are
     the topology's).
@@ -70,7 +70,7 @@ def measure(
     """
     started = time.monotonic()
     traced = program.trace(*arguments)
-    flops, taken = counted(traced.jaxpr.jaxpr, assumptions)
+    flops, taken = jaxpr_flops(traced.jaxpr.jaxpr, assumptions)
     parts = {name: sharded_bytes(tree) for name, tree in (named or {}).items()}
     capacity = topology.hbm_bytes_per_device
     report: dict[str, Any] = {"flops": dict(flops), "hbm_capacity": capacity}
@@ -99,7 +99,7 @@ def measure(
 
 
 def compiled_report(
-    compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: Assumptions
+    compiled, parts: dict[str, int], flops, taken: Taken, topology: Topology, mesh, assumptions: FlopAssumptions
 ) -> dict[str, Any]:
     """Reads the compiled text into the fields of `measure`; `taken` holds the branches that `flops` counted."""
     memory = memory_bytes(compiled.memory_analysis(), parts)

@@ -18,8 +18,6 @@ from deepseek_jax.model.presets import preset
 from deepseek_jax.ranges import above, check_value, one_of, or_none
 from kernels_pallas.trust import unchecked
 
-MACHINE_DEPENDENT = ("compile_seconds", "peak_host_bytes")
-
 
 @unchecked()  # kernels for hardware that is not here
 def dry_run(

@@ -38,7 +38,7 @@ _MOVES = ("bitcast", "copy", "convert")
 
 
 def memory_traffic(module: Module, *, while_trips: int = 1, branch: str = "most", taken: Taken = NOTHING_TAKEN) -> int:
-    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.Assumptions;
+    """Bytes read and written per device in one call. `while_trips` and `branch` as in program_flops.FlopAssumptions;
     branches that `taken` leaves open are compared by these bytes."""
     runs, _ = compiled_branches(
         module, branch, lambda scope: _scope_bytes(scope, while_trips, None), while_trips, taken

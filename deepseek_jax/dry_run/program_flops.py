@@ -25,8 +25,8 @@ from deepseek_jax.ranges import at_least, check, one_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """Assumptions about what a jaxpr leaves open.
+class FlopAssumptions:
+    """FlopAssumptions about what a jaxpr leaves open.
 
     `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their
     "least" expensive branch, each at its worst, and all conditionals of one predicate the same (see `branches`).
@@ -42,19 +42,19 @@ class Assumptions:
         check(self, "", branch=one_of(("most", "least")), ragged_fill=at_least(0, at_most=1))
 
 
-def traced_flops(fn: Callable, *args: Any, assumptions: Assumptions = Assumptions(), **kwargs: Any) -> Counter[str]:
+def traced_flops(
+    fn: Callable, *args: Any, assumptions: FlopAssumptions = FlopAssumptions(), **kwargs: Any
+) -> Counter[str]:
     """FLOPs of `fn` on (abstract) arguments, by the number format of the products' left operand: {"bfloat16": …,
     "float32": …}."""
-    return jaxpr_flops(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, assumptions)
+    return jaxpr_flops(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, assumptions)[0]
 
 
-def jaxpr_flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> Counter[str]:
-    """FLOPs of a jaxpr, as `traced_flops`. Equations that no output depends on are not counted."""
-    return counted(jaxpr, assumptions)[0]
-
-
-def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> tuple[Counter[str], dict[Key, int]]:
-    """FLOPs of a jaxpr, and the branches that were counted, for the compiled text to follow."""
+def jaxpr_flops(
+    jaxpr: jex_core.Jaxpr, assumptions: FlopAssumptions = FlopAssumptions()
+) -> tuple[Counter[str], dict[Key, int]]:
+    """FLOPs of a jaxpr as `traced_flops`, and the branches that were counted, for the compiled text to follow.
+    Equations that no output depends on are not counted."""
     jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     found = list(_conditionals(jaxpr, assumptions, 1, {}))
     taken = taken_branches([conditional for _, conditional in found], assumptions.branch)
@@ -64,7 +64,7 @@ def counted(jaxpr: jex_core.Jaxpr, assumptions: Assumptions = Assumptions()) -> 
 
 
 def _conditionals(
-    jaxpr: jex_core.Jaxpr, assumptions: Assumptions, times: int, origins: Mapping[Any, Hashable]
+    jaxpr: jex_core.Jaxpr, assumptions: FlopAssumptions, times: int, origins: Mapping[Any, Hashable]
 ) -> Iterator[tuple[jex_core.JaxprEqn, Conditional]]:
     """All conditionals of a jaxpr that runs `times` times. `origins` maps variables to what they are bound to outside
     of it."""
@@ -107,7 +107,7 @@ def _place(eqn: jex_core.JaxprEqn) -> Place | None:
 _JAX = os.path.dirname(jax.__file__) + os.sep
 
 
-def _flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions, taken: Mapping[int, int] | None) -> Counter[str]:
+def _flops(jaxpr: jex_core.Jaxpr, assumptions: FlopAssumptions, taken: Mapping[int, int] | None) -> Counter[str]:
     """`taken` holds the branch that runs by the id of the equation; None counts every conditional at its worst."""
     total = Counter()
     for eqn in jaxpr.eqns:
@@ -115,7 +115,9 @@ def _flops(jaxpr: jex_core.Jaxpr, assumptions: Assumptions, taken: Mapping[int, 
     return total
 
 
-def _equation_flops(eqn: jex_core.JaxprEqn, assumptions: Assumptions, taken: Mapping[int, int] | None) -> Counter[str]:
+def _equation_flops(
+    eqn: jex_core.JaxprEqn, assumptions: FlopAssumptions, taken: Mapping[int, int] | None
+) -> Counter[str]:
     name, params = eqn.primitive.name, eqn.params
     if name in _PRODUCTS:
         flops = _PRODUCTS[name](eqn)
@@ -143,7 +145,7 @@ def _kernel_notes(eqn: jex_core.JaxprEqn) -> dict[str, Any] | None:
     return notes if "kernel_flops" in notes and eqn.primitive.name in _KERNEL_GRIDS else None
 
 
-def _repetitions(name: str, params: dict[str, Any], assumptions: Assumptions) -> int:
+def _repetitions(name: str, params: dict[str, Any], assumptions: FlopAssumptions) -> int:
     if name == "scan":
         return params["length"]
     if name == "while":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.accounting.flops import decode_flops_per_token
-from deepseek_jax.dry_run.program_flops import Assumptions
+from deepseek_jax.dry_run.program_flops import FlopAssumptions
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.experiment import Experiment
 from deepseek_jax.generation.generate import advance, start
@@ -41,7 +41,7 @@ class Program:
     tokens: int
     calls: float | None
     model_flops: float
-    assumptions: Assumptions
+    assumptions: FlopAssumptions
 
 
 def train(experiment: Experiment, stage: str | None) -> Program:
@@ -134,12 +134,12 @@ def grpo(experiment: Experiment, stage: str | None) -> Program:
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "decode": decode, "grpo": grpo}
 
 
-def assumptions(experiment: Experiment, **changes: Any) -> Assumptions:
+def assumptions(experiment: Experiment, **changes: Any) -> FlopAssumptions:
     """A balanced load: it fits the receive buffers, and fills 1 / `buffer_factor` of them."""
     ops, fill = experiment.model.ops, 1.0
     if isinstance(ops, MeshOps) and ops.sizes["expert"] > 1 and ops.dispatch.on(ops.device) != "gather":
         fill = 1 / ops.dispatch.buffer_factor
-    return Assumptions(branch="least", ragged_fill=fill, **changes)
+    return FlopAssumptions(branch="least", ragged_fill=fill, **changes)
 
 
 def _stage(experiment: Experiment, stage: str | None, cls: type[Stage]) -> Stage:

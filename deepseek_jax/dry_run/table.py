@@ -12,7 +12,7 @@ from deepseek_jax.dry_run.roofline import unit
 GIB = 2**30
 
 
-def table(figures: dict[str, Any]) -> Table:
+def dry_run_table(figures: dict[str, Any]) -> Table:
     """A rich table of `dry_run`'s figures."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in figures["mesh"].items()) or "one device"
     title = f"{figures['experiment']}, {figures['program']}, on {figures['topology']}"

@@ -63,8 +63,8 @@ class SlurmLauncher:
         number = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\d+(_\d+)?", number):
             raise ConfigError(
-                f"{path} is damaged ({number[:20]!r} is not the number of a job): look for {job.name} in `squeue`, then write its "
-                "number there or remove the file"
+                f"{path} is damaged ({number[:20]!r} is not the number of a job): look for {job.name} in "
+                "`squeue`, then write its number there or remove the file"
             )
         submitted = _job_class(self.cluster)(self.folder, number)
         if submitted.done():

@@ -1,12 +1,13 @@
-"""The network and nothing else: pure Flax (Linen) modules, no input or output, no mesh names, no global configuration.
+"""The network: pure Flax (Linen) modules, without input or output, mesh names or global configuration.
 
 Shape suffixes name the axes of an array:
 
     B batch            T query position, new token      S key position, cache slot     D model width
     H heads            E experts                        K experts chosen per token     G expert groups
     N tokens (B·T)     F feed-forward width             L layers                       V vocabulary
-    R rows of a grouped product (N·K plus padding)      P prompt slots                 n, r, v, c head widths and latent rank
+    R rows of a grouped product (N·K plus padding)      P prompt slots
+    n, r, v, c head widths and latent rank
 
 A variable tree is {"params": …, "router_bias": …}: trainable weights, and the correction biases of the routers, which
-no gradient and no weight decay ever touches. Both are always arguments of a jitted function.
+neither gradients nor weight decay change. Both are always arguments of a jitted function.
 """

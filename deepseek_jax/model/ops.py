@@ -26,7 +26,7 @@ class Ops:
 
     precision  a policy of `deepseek_jax.precision`, or its name: the number format of each product
     runtime    how it is computed: choices that change speed and memory, not the function
-    target     the kind of device that the program is for ("cpu", "tpu", "sm90" for NVIDIA Hopper, …); None: the first here
+    target     the device that the program is for ("cpu", "tpu", "sm90" for NVIDIA Hopper, …); None: the first one here
     """
 
     precision: Precision = "float32"

@@ -16,8 +16,8 @@ class RuntimeConfig:
                              layer from its input, "dots" keeps the results of products with weights
     scan_unroll              layers that one step of the scan over layers runs: more compile longer and may run faster
     attention_chunk          queries attended at a time (0: all), so that no whole T x S score matrix exists
-    attention_heads_at_once  MLA heads whose keys and values are expanded at a time (0: all): the greatest common divisor
-                             of this and the number of heads
+    attention_heads_at_once  MLA heads whose keys and values are expanded at a time (0: all): the greatest common
+                             divisor of this and the number of heads
     experts                  "grouped" (each expert multiplies its own tokens) or "dense" (every expert multiplies every
                              token: the oracle)
     """

@@ -40,8 +40,8 @@ class DispatchConfig:
     suits few peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold
     `buffer_factor` times the rows of a balanced load ("gather" always has room). `dtype` "fp8" sends E4M3 with a
     power-of-two scale for each 1 x 128 tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and
-    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `dual_batch` runs every layer on
-    two halves of the rows side by side (see `dual_batch.DualBatchBlock`).
+    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `dual_batch` runs every layer
+    on two halves of the rows side by side (see `dual_batch.DualBatchBlock`).
     """
 
     exchange: str = "auto"

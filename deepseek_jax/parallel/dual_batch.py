@@ -37,10 +37,9 @@ class DualBatchBlock(nn.Module):
         rows, halves = x_BTD.shape[0], 2 * self.ops.batch_shards
         if cache_entry is None and rows % halves:
             say_once(
-                f"mesh.dispatch.dual_batch: {rows} sequences do not make two halves on each of the {halves // 2} devices "
-                "that divide them, so that each layer "
-                f"runs them in one piece and nothing overlaps; batches and microbatches that are multiples of {halves} "
-                "avoid it"
+                f"mesh.dispatch.dual_batch: {rows} sequences do not make two halves on each of the {halves // 2} "
+                "devices that divide them, so that each layer runs them in one piece and nothing overlaps; batches and "
+                f"microbatches that are multiples of {halves} avoid it"
             )
         if cache_entry is not None or rows % halves:
             return self.block(x_BTD, tokens, cache_entry, expert_ids_BTK)

@@ -101,9 +101,9 @@ class MeshOps(Ops):
     ) -> Callable[..., jax.Array]:
         """multiply(*x, w) of each device's own tokens: x [N, D] or [B, T, D], w [D, F].
 
-        A dimension of w that the tokens' mesh axes divide is gathered here, and its gradient summed and divided again on
-        the way back. One that other axes divide (tensor) divides the product, if its shards are whole tiles: sums over D
-        are then added up.
+        A dimension of w that the tokens' mesh axes divide is gathered here, and its gradient summed and divided again
+        on the way back. One that other axes divide (tensor) divides the product, if its shards are whole tiles: sums
+        over D are then added up.
         """
         tokens = self.mesh_axes(("batch", "length")[: x[0].ndim - 1], x[0].shape[:-1])
         token_axes = set(sum(tokens, ()))
@@ -226,8 +226,8 @@ class MeshOps(Ops):
         gathered_axes = set(token_axes) - set(by_expert)
 
         def divided(w, names):
-            """The mesh axes that divide a weight (several arrays: values and scales) where it enters the shard_map, to be
-            used or gathered. The compiler gathers the other axes: where tokens are not divided, all devices need the
+            """The mesh axes that divide a weight (several arrays: values and scales) where it enters the shard_map, to
+            be used or gathered. The compiler gathers the other axes: where tokens are not divided, all devices need the
             same."""
             use = {"experts": by_expert, "expert_ffn": by_width}
 

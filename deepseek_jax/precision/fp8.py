@@ -62,8 +62,8 @@ class FP8Precision(Precision):
         if device not in PREFERRED and device.startswith("sm"):
             say_once(
                 f"precision {self.name}: there are no FP8 kernels for this kind of device, {device}, so XLA emulates "
-                "every product in float32, which is slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, and "
-                "config.precision=bfloat16 needs none"
+                "every product in float32, which is slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, "
+                "and config.precision=bfloat16 needs none"
             )
         return device in PREFERRED
 

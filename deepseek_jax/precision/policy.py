@@ -1,7 +1,7 @@
 """Precision: the number format of every matrix product of the network.
 
-Every policy keeps float32 master weights. Activations and the operands of products have `compute_dtype`. Norms, softmax,
-routing, logits and losses are float32 in every policy.
+Every policy keeps float32 master weights. Activations and the operands of products have `compute_dtype`. Norms,
+softmax, routing, logits and losses are float32 in every policy.
 """
 
 import dataclasses

@@ -113,9 +113,3 @@ class Diagnostics:
     def _lasts(self, name: str, holds: bool, patience: int) -> bool:
         streak = self.streaks[name] = self.streaks.get(name, 0) + 1 if holds else 0
         return streak >= patience and (streak - patience) % self.config.repeat == 0
-
-
-def dead_group_probability(success: float, group_size: int) -> float:
-    """p^G + (1-p)^G: how often a group is all right or all wrong, and teaches nothing, if a completion is right with
-    probability p."""
-    return success**group_size + (1.0 - success) ** group_size

@@ -139,7 +139,7 @@ class Checkpoints:
             self.wait()
         except Exception as error:
             return f"What was reached could not be saved: {error}"
-        return f"saved step {int(state.step)} in {self.directory}; once the error below is mended, start again to go on from there"
+        return f"saved step {int(state.step)} in {self.directory}; fix the error below and start again to resume there"
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises CheckpointError as `save` does."""

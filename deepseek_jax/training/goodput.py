@@ -1,14 +1,14 @@
-"""Goodput: which share of a stage's wall time went into steps that count, and what took the rest.
+"""Goodput: the share of a stage's wall time that went into steps that count, and the causes of the rest.
 
 Wall time runs from the first start of the stage to now, over every restart, and is divided without remainder into
 
-    step         steps that still count: of the seconds spent on them, those up to the checkpoint from which the next start went on
+    step         steps that still count: those up to the checkpoint from which the next start resumed
     start-up     from the start of the stage to the end of its first step: weights or checkpoint, compilation
     data         the device had nothing to do because the loader was not done
     evaluation   held-out loss or accuracy
     checkpoint   waiting for a checkpoint; what is written in the background costs nothing
     lost         steps that were made, and made again after a restart
-    down         from the last sign of life to the next start. A killed run's last sign is its last log line or checkpoint
+    down         from the last sign of life, which of a killed run is its last log line or checkpoint, to the next start
 
 Goodput is the first of these over their sum.
 """

@@ -12,7 +12,7 @@ from dry_run_cases import BIG, CASES, GOLDEN, ONE_LAYER, figures
 from deepseek_jax import cli
 from deepseek_jax.dry_run.compiled import memory_bytes, needed_bytes
 from deepseek_jax.dry_run.dry_run import dry_run
-from deepseek_jax.dry_run.table import table
+from deepseek_jax.dry_run.table import dry_run_table
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.experiment import read_flags
 
@@ -44,7 +44,7 @@ def test_golden_figures(case):
     assert now["collective_bytes"].keys() == stored["collective_bytes"].keys()
     for axes, kinds in stored["collective_bytes"].items():
         assert sum(now["collective_bytes"][axes].values()) == pytest.approx(sum(kinds.values()), rel=0.05), axes
-    assert table(now | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}).row_count > 10
+    assert dry_run_table(now | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}).row_count > 10
 
 
 def test_decoding_computes_what_the_closed_formula_says():
@@ -121,7 +121,7 @@ def test_the_table_says_whose_price_it_is(changes, price, capsys, monkeypatch):
     stored = (
         json.loads((GOLDEN / "v3_v5p.json").read_text()) | {"compile_seconds": 1.0, "peak_host_bytes": 2**30} | changes
     )
-    cli.show(table(stored))
+    cli.show(dry_run_table(stored))
     printed = capsys.readouterr().out
     assert price in printed and "14.8T tokens" in printed and "…" not in printed
     assert (
@@ -171,14 +171,14 @@ def test_need_of_what_does_not_fit(message, size):
 
 def test_the_table_says_what_was_assumed(capsys):
     stored = json.loads((GOLDEN / "small_v5p.json").read_text()) | {"compile_seconds": 1.0, "peak_host_bytes": 2**30}
-    cli.show(table(stored | {"flops": {"bfloat16": 1, "float32": 2, "float8_e4m3fn": 3}}))
+    cli.show(dry_run_table(stored | {"flops": {"bfloat16": 1, "float32": 2, "float8_e4m3fn": 3}}))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "rate" not in lines["bfloat16"]
     assert (
         all("counted at the bfloat16 rate of v5p" in lines[name] for name in ("float32", "float8_e4m3fn"))
         and "The" not in lines
     )
-    cli.show(table(stored | {"mesh_assumed": True}))
+    cli.show(dry_run_table(stored | {"mesh_assumed": True}))
     assert "taken as config.mesh={'fsdp': -1}" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from deepseek_jax.dry_run import hlo
 from deepseek_jax.dry_run.collectives import replica_groups, traffic
 from deepseek_jax.dry_run.compiled import compiled_report
 from deepseek_jax.dry_run.hbm import memory_traffic
-from deepseek_jax.dry_run.program_flops import Assumptions
+from deepseek_jax.dry_run.program_flops import FlopAssumptions
 from deepseek_jax.dry_run.topologies import Topology, topology
 
 MESH = {"x": 2, "y": 4}
@@ -273,7 +273,13 @@ def test_a_report_counts_the_branches_of_the_flops():
     mesh = types.SimpleNamespace(size=8, devices=np.array(target.devices, dtype=object), shape={"x": 8})
     for taken, sums, moved in ((1, 3, 64 * 4 + 5), (0, 2, 64 * 2 + 5)):
         report = compiled_report(
-            Compiled(), {}, {}, {(hlo.Place("model.py", 30, 8), 2): taken}, target, mesh, Assumptions(branch="least")
+            Compiled(),
+            {},
+            {},
+            {(hlo.Place("model.py", 30, 8), 2): taken},
+            target,
+            mesh,
+            FlopAssumptions(branch="least"),
         )
         assert report["collective_bytes"] == {"x": {"all-reduce": sums * 2 * 32 * 7 // 8}}
         assert report["hbm_bytes"] == moved

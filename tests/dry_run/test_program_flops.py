@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.accounting.flops import forward_flops_per_token
 from deepseek_jax.dry_run import hlo
 from deepseek_jax.dry_run.branches import compiled_branches
-from deepseek_jax.dry_run.program_flops import Assumptions, counted, traced_flops
+from deepseek_jax.dry_run.program_flops import FlopAssumptions, jaxpr_flops, traced_flops
 from deepseek_jax.errors import ConfigError
 from deepseek_jax.model.config import MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.ops import Ops
@@ -63,7 +63,7 @@ def test_grouped_product_forward_and_backward():
     assert count(lax.ragged_dot, *args) == forward
     loss = lambda x, w, n: jnp.sum(lax.ragged_dot(x, w, n) ** 2)  # noqa: E731
     assert count(jax.grad(loss, argnums=(0, 1)), *args) == 3 * forward
-    assert count(lax.ragged_dot, *args, assumptions=Assumptions(ragged_fill=0.25)) == forward // 4
+    assert count(lax.ragged_dot, *args, assumptions=FlopAssumptions(ragged_fill=0.25)) == forward // 4
 
 
 def test_loops_count_as_often_as_they_run():
@@ -73,7 +73,7 @@ def test_loops_count_as_often_as_they_run():
     assert count(lambda x: lax.fori_loop(0, 5, lambda i, c: c @ c, x), x) == 5 * once
     loop = lambda x: lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c @ c, x)  # noqa: E731
     assert count(loop, x) == once
-    assert count(loop, x, assumptions=Assumptions(while_trips=9)) == 9 * once
+    assert count(loop, x, assumptions=FlopAssumptions(while_trips=9)) == 9 * once
     nested = lambda x: lax.scan(
         lambda c, _: (lax.scan(lambda d, _: (d @ d, None), c, None, length=3)[0], None), x, None, length=2
     )[0]  # noqa: E731
@@ -84,7 +84,7 @@ def test_branches():
     x = f32(4, 4)
     fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
     assert count(fn, x) == 2 * 2 * 4**3
-    assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
+    assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 2 * 4**3
 
 
 def test_a_branch_is_compared_at_its_worst():
@@ -97,7 +97,7 @@ def test_a_branch_is_compared_at_its_worst():
         ]
 
     fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)  # noqa: E731
-    assert count(fn, x, assumptions=Assumptions(branch="least")) == 2 * 4**3
+    assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 2 * 4**3
     assert count(fn, x) == 4 * 2 * 4**3
 
 
@@ -130,8 +130,8 @@ def test_conditionals_of_one_predicate_take_the_same_branch(remat, products, bra
     computed again it would be the cheaper one."""
     gradient, args = layers(branches, remat)
     product = 3 * 2 * 8 * 16 * 16
-    assert count(gradient, *args, assumptions=Assumptions(branch="least")) == products * product
-    assert count(gradient, *args, assumptions=Assumptions(branch="most")) == 3 * (2 + 2 + 4) * product
+    assert count(gradient, *args, assumptions=FlopAssumptions(branch="least")) == products * product
+    assert count(gradient, *args, assumptions=FlopAssumptions(branch="most")) == 3 * (2 + 2 + 4) * product
 
 
 @pytest.mark.parametrize("branch, index", [("least", 0), ("most", 1)])
@@ -139,7 +139,7 @@ def test_the_compiled_program_is_asked_about_the_same_branches(branch, index):
     """By the place where the conditional was written: forward, computed again and backward. JAX has the branch of False
     first."""
     gradient, args = layers((slow, quick), True)
-    taken = counted(jax.make_jaxpr(gradient)(*args).jaxpr, Assumptions(branch=branch))[1]
+    taken = jaxpr_flops(jax.make_jaxpr(gradient)(*args).jaxpr, FlopAssumptions(branch=branch))[1]
     module = hlo.parse(jax.jit(gradient).lower(*args).compile().as_text())
     conditionals = [
         i for c in module.computations.values() for i in c.instructions.values() if i.opcode == "conditional"
@@ -169,7 +169,7 @@ def test_one_predicate_at_two_places(first, rounds):
         )[0]
 
     together = (first + rounds * 1, 1 + rounds * 3)
-    assert count(fn, x, assumptions=Assumptions(branch="least")) == min(together) * 2 * 4**3
+    assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == min(together) * 2 * 4**3
     assert count(fn, x) == max(together) * 2 * 4**3
 
 
@@ -181,7 +181,7 @@ def test_predicates_apart():
         lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
         + lax.cond(x[1, 1] > 0, lambda x: x, lambda x: x @ x @ x, x)
     )  # noqa: E731
-    assert count(fn, x, assumptions=Assumptions(branch="least")) == 0
+    assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 0
     assert count(fn, x) == 3 * 2 * 4**3
 
     def body(carry):
@@ -198,14 +198,14 @@ def test_predicates_apart():
         lambda carry: lax.while_loop(lambda carry: jnp.sum(carry[0]) < 1, body, carry),
     )
     for loop in loops:
-        assert count(functools.partial(moving, loop), x, assumptions=Assumptions(branch="least")) == 0
+        assert count(functools.partial(moving, loop), x, assumptions=FlopAssumptions(branch="least")) == 0
 
 
 def test_unknown_branch_is_refused():
     with pytest.raises(ConfigError, match="most"):
-        Assumptions(branch="mots")
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        Assumptions(ragged_fill=2.0)
+        FlopAssumptions(branch="mots")
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        FlopAssumptions(ragged_fill=2.0)
 
 
 @pytest.mark.parametrize("remat, products", [(False, 6), (True, 7)])
@@ -344,7 +344,7 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
             params,
             variables,
             jax.ShapeDtypeStruct(tokens, jnp.int32),
-            assumptions=Assumptions(branch="least", ragged_fill=0.5),
+            assumptions=FlopAssumptions(branch="least", ragged_fill=0.5),
         )
 
     wider = 128
@@ -368,8 +368,10 @@ def test_kernels_count_what_they_multiply(implementation, number_format):
     assert traced_flops(linear, x, w) == {number_format: forward}
     assert traced_flops(jax.vmap(linear, (0, None)), f32(batch, rows, width), w) == {number_format: batch * forward}
     assert count(jax.grad(lambda *args: jnp.sum(linear(*args) ** 2), argnums=(0, 1)), x, w) == 3 * forward
-    assert count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(branch="least")) == forward
     assert (
-        count(grouped, x, f32(groups, width, features), sizes, assumptions=Assumptions(ragged_fill=0.25))
+        count(grouped, x, f32(groups, width, features), sizes, assumptions=FlopAssumptions(branch="least")) == forward
+    )
+    assert (
+        count(grouped, x, f32(groups, width, features), sizes, assumptions=FlopAssumptions(ragged_fill=0.25))
         == forward // 4
     )

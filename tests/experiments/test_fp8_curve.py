@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
 def test_the_function_stays_to_the_bit(config):
     model = Transformer(config)
     variables = init_variables(model, jax.random.key(0))
-    large = variables | {"params": add_outliers(variables["params"], 3, 64.0)}
+    large = variables | {"params": add_outliers(model, variables["params"], 3, 64.0)}
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, config.vocab_size)
 
     @jax.jit

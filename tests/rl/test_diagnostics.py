@@ -3,7 +3,7 @@
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.rl.diagnostics import Diagnostics, DiagnosticsConfig, dead_group_probability
+from deepseek_jax.rl.diagnostics import Diagnostics, DiagnosticsConfig
 
 SOLVED = {
     "zero_variance_fraction": 0.97,
@@ -108,8 +108,3 @@ def test_lines_of_a_metrics_file_may_hold_null():
 def test_refused(fields):
     with pytest.raises(ConfigError, match=f"diagnostics.{next(iter(fields))}"):
         DiagnosticsConfig(**fields)
-
-
-def test_probability_of_a_dead_group():
-    assert dead_group_probability(0.18, 2) == pytest.approx(0.7, abs=0.01)
-    assert dead_group_probability(0.18, 16) == pytest.approx(0.04, abs=0.005)

@@ -254,7 +254,7 @@ def test_an_exception_loses_no_step(uninterrupted, tmp_path, monkeypatch, capsys
         run(tmp_path, loader, held_out=passing)
     assert saved_steps(tmp_path)[-1] == step and loader.closed
     # else it was saved before the exception
-    assert ("start again to go on from there" in capsys.readouterr().out) == (step % 5 != 0)
+    assert ("start again to resume there" in capsys.readouterr().out) == (step % 5 != 0)
     run(tmp_path, Counting())
     same_results(tmp_path, uninterrupted, missing=(12,) if where == "the log" else ())
     loads = [line["step"] for line in read_json_lines(tmp_path / "expert_load.jsonl")]

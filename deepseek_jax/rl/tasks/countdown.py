@@ -55,8 +55,8 @@ class CountdownTask(base.Task):
         )
         if 2 ** (self.numbers - 1) * self.max_number**self.numbers >= 2**31:
             raise ConfigError(
-                f"{type(self).__name__}.max_number={self.max_number}: fractions of {self.numbers} such numbers overflow "
-                "32 bits; lower max_number or numbers"
+                f"{type(self).__name__}.max_number={self.max_number}: fractions of {self.numbers} such numbers "
+                "overflow 32 bits; lower max_number or numbers"
             )
 
     @property
