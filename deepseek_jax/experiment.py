@@ -156,8 +156,8 @@ def build_ops(
     devices: Sequence[jax.Device] | None,
     elsewhere: int | None = None,
 ) -> Ops:
-    """The number format of `config.precision` on the mesh of `config.mesh`, computed as `config.runtime` says. Raises ConfigError if the mesh does not
-    divide the network or a stage's batches."""
+    """The number format of `config.precision` on the mesh of `config.mesh`, computed as `config.runtime` says. Raises
+    ConfigError if the mesh does not divide the network or a stage's batches."""
     precision = get_precision(fields.get("precision", "float32"))
     runtime = RuntimeConfig.from_dict(fields.get("runtime") or {})
     if not fields.get("mesh"):
