@@ -99,7 +99,7 @@ def choose(operation: Operation, implementation: str | tuple[str, ...] | None, *
     reasons = []
     for name in names:
         if name not in operation.implementations:
-            reasons.append(f"there is no implementation {name!r}, but {', '.join(operation.implementations)}")
+            reasons.append(f"{name!r} is not one of its implementations, {', '.join(operation.implementations)}")
             continue
         function, reason = operation.implementations[name]
         why = reason(*arguments) if len(names) == 1 else operation.missing(name, *arguments)

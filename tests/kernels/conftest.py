@@ -1,4 +1,4 @@
-"""What the tests of kernels share."""
+"""Fixtures of the kernels' tests."""
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +8,8 @@ from kernels_pallas.attention import mosaic_gpu_sm90
 
 @pytest.fixture
 def interpretable(monkeypatch):
-    """Attention, for an interpreter that knows no matrix instruction whose left side lies in registers."""
+    """Replaces a matrix instruction of the attention kernels that the interpreter does not know: its left side lies in
+    registers."""
 
     def add_product(total, left, right):
         return total + jnp.dot(left.astype(jnp.float32), right[...].astype(jnp.float32), precision="highest")

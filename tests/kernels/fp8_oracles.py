@@ -1,4 +1,4 @@
-"""What FP8 operations are held against: numpy in float64, exact integers, and bounds that follow from the formats."""
+"""Oracles of the FP8 operations: float64 in NumPy, exact integers, and bounds that follow from the formats."""
 
 import contextlib
 import functools
@@ -40,8 +40,8 @@ def matrix(kind, rows, columns, seed=0):
 
 
 def calc_diff(x, y) -> float:
-    """DeepGEMM's measure of how far two arrays lie apart: 0 for equal ones, about half the relative squared error for
-    near ones."""
+    """DeepGEMM's distance of two arrays: 0 for equal arrays, and about half the relative squared error for near
+    ones."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = (x * x).sum() + (y * y).sum()
     return 0.0 if norms == 0 else 1 - 2 * (x * y).sum() / norms
@@ -60,19 +60,20 @@ def exact(q: QTensor) -> np.ndarray:
 
 
 def quantization_bound(x, q: QTensor, format="float8_e4m3fn") -> np.ndarray:
-    """How far each number of x may lie from its quantized self: half a unit in its last place."""
+    """The bound of each number's quantization error: half a unit in its last place."""
     relative, absolute = STEPS[format]
     return (np.abs(np.asarray(x, np.float64)) * relative + scale_at(q) * absolute) * (1 + 2.0**-20)
 
 
 def summation_bound(a, b, parts=1) -> np.ndarray:
-    """Of a bᵀ with sums of at most 128 in float32, scaled twice, and `parts` of them added in float32."""
+    """The bound of the error of a bᵀ with sums of at most 128 in float32, scaled twice, and `parts` of them added in
+    float32."""
     # below which float32 may be flushed to zero
     return (128 + parts + 4) * ROUNDOFF * (np.abs(a) @ np.abs(b).T) + 1e-37
 
 
 def quantized_product_bound(a, bound_a, b, bound_b) -> np.ndarray:
-    """Of a bᵀ if each number of a and b is off by at most its bound."""
+    """The bound of the error of a bᵀ if each number of a and b is off by at most its bound."""
     a, b = np.abs(a), np.abs(b)
     return a @ bound_b.T + bound_a @ b.T + bound_a @ bound_b.T
 
@@ -93,7 +94,7 @@ def slices(sizes):
 
 
 def call(function, *args, **static):
-    """function(*args, **static), compiled once for each `static` and fast rather than well."""
+    """Calls function(*args, **static), compiled once for each `static`, without optimizing the code."""
     return _compiled(function, tuple(static.items()))(*args)
 
 
@@ -104,7 +105,7 @@ def _compiled(function, static):
 
 @contextlib.contextmanager
 def planted(target, name, wrong):
-    """Something in the package replaced by what is wrong, in what is compiled too."""
+    """Replaces a function of the package by a wrong one, in compiled programs too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, name, wrong)
         _compiled.cache_clear()
@@ -113,6 +114,6 @@ def planted(target, name, wrong):
 
 
 def six_deviations(a, b, roundings) -> np.ndarray:
-    """Of a bᵀ if each product carries `roundings` independent errors to E4M3, evenly spread over half a step, at most
-    2^-4, to either side."""
+    """Six standard deviations of a bᵀ if each product carries `roundings` independent errors to E4M3, evenly spread
+    over half a step, at most 2^-4, to either side."""
     return 6 * 2.0**-4 * np.sqrt(roundings / 3) * np.sqrt(np.square(a) @ np.square(b).T) + 1e-37

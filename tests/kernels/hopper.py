@@ -1,5 +1,4 @@
-"""Running Hopper kernels without a GPU: interpreted with the race detector on, or compiled for the machine code's
-sake."""
+"""Runs Hopper kernels without a GPU: interpreted with the race detector on, or compiled to read the machine code."""
 
 import contextlib
 import io
@@ -16,7 +15,7 @@ SM90 = "mosaic_gpu_sm90"
 
 
 def interprets(test):
-    """Needs the interpreter of kernels for NVIDIA GPUs."""
+    """Marks a test that needs the interpreter of kernels for NVIDIA GPUs."""
     needed = pytest.mark.skipif(
         jax.__version_info__ < (0, 11, 2),
         reason=f"jax {jax.__version__}: interpreting kernels for Mosaic GPU needs jax 0.11.2 or newer (Python 3.12)",
@@ -29,7 +28,8 @@ compiles = pytest.mark.aot(chip="h100")
 
 @contextlib.contextmanager
 def interpreted(races=False):
-    """Kernels are interpreted, and the race detector finds something or does not, as said."""
+    """Interprets kernels within the context, and asserts that the race detector finds a race if `races`, and none
+    otherwise."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
@@ -50,13 +50,14 @@ def integers(shape, tile, seed=0) -> QTensor:
 
 
 def struct(shape, tile) -> QTensor:
-    """What compiling needs to know of a QTensor."""
+    """The shapes and dtypes of a QTensor, for compiling."""
     tiles = (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
     return QTensor(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(tiles, jnp.float32), tile)
 
 
 def compiled(target, fn, *shapes) -> targets.Kernel:
-    """The one kernel of `fn`, which neither spills nor takes more shared memory than there is."""
+    """Compiles the one kernel of `fn`, and asserts that it neither spills nor takes more shared memory than Hopper
+    has."""
     (kernel,) = targets.compile_for(target, fn, *shapes)
     assert kernel.spill_stores == kernel.spill_loads == 0 and ".target sm_90a" in kernel.ptx
     assert 0 < kernel.shared_memory <= targets.SHARED_MEMORY

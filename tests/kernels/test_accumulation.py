@@ -1,4 +1,4 @@
-"""The emulated tensor-core accumulator against exact integers, and what promotion does to its error (V3 §3.3.2)."""
+"""The emulated tensor-core accumulator against exact integers, and the effect of promotion on its error (V3 §3.3.2)."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def register(a_k, b_k) -> int:
 
 
 def emulated(core, a_MK, b_NK, promote_every):
-    """float32 [M, N]: what `core` sums of each `promote_every` numbers, added in float32."""
+    """float32 [M, N]: sums of `promote_every` numbers each by `core`, added in float32."""
     result = np.zeros((len(a_MK), len(b_NK)), np.float32)
     for i, a in enumerate(a_MK):
         for j, b in enumerate(b_NK):
@@ -65,7 +65,7 @@ def emulated(core, a_MK, b_NK, promote_every):
 
 
 def plain(values) -> QTensor:
-    """With scales of one."""
+    """A QTensor with scales of one."""
     return QTensor(jnp.asarray(values, jnp.float8_e4m3fn), jnp.ones((values.shape[0], 1)), (1, values.shape[1]))
 
 
@@ -196,7 +196,8 @@ def test_a_step_cut_off_counts_its_zeros_as_nothing():
 
 @pytest.mark.parametrize("promote_every", [256, None])
 def test_scales_finer_than_the_promotion_do_not_promote(promote_every):
-    """They multiply what is summed: scales are powers of two here, so that E4M3 holds the scaled numbers as well."""
+    """Fine scales multiply the numbers before they are summed. They are powers of two here, so that E4M3 holds the
+    scaled numbers as well."""
     rng = np.random.default_rng(0)
     tiled = [
         QTensor(

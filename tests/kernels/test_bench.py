@@ -1,4 +1,4 @@
-"""The benchmark's tables, and the tuner, whose choice the products take up."""
+"""The benchmark's tables and flags, and the tuner, whose table the products read."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_shapes_are_those_of_v3():
     ],
 )
 def test_it_runs_where_there_is_no_gpu(only, names, tmp_path):
-    """On small shapes; what it prints are ratios to what was measured beside it."""
+    """On small shapes; the table shows ratios to bfloat16 and to the device's measured ceilings."""
     rows = bench.main(["--small", f"--only={only}", f"--json={tmp_path / 'rows.json'}"])
     assert rows == json.loads((tmp_path / "rows.json").read_text())
     assert [row["operation"] for row in rows] == names
@@ -70,7 +70,7 @@ def fast(monkeypatch):
     ],
 )
 def test_a_wrong_product_is_reported(planted, monkeypatch):
-    """Moved by one, scaled by 2%, one tile missing, one number that is none."""
+    """Columns moved by one, numbers 2% too large, a tile of zeros, and one NaN."""
     fast(monkeypatch)
     assert measure.product_row(SMALL, LIMITS, "xla")["verdict"] == "right"
     right = measure.fp8_matmul
@@ -80,7 +80,7 @@ def test_a_wrong_product_is_reported(planted, monkeypatch):
 
 
 def test_a_product_without_promotion_is_reported(monkeypatch):
-    """As Hopper's tensor cores would sum, emulated, with promotion and without."""
+    """Sums as Hopper's tensor cores make them, emulated, with promotion and without."""
     fast(monkeypatch)
     right, deep = measure.fp8_matmul, Shape("weight gradient", "down", 8, 8, 4096)
     for promote_every, verdict in ((128, "right"), (None, "WRONG")):

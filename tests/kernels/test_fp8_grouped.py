@@ -29,7 +29,7 @@ def grouped(a, b, sizes, alignment=1, accumulation=Accumulation()):
 
 
 def loop(a_RK, b_GNK, sizes):
-    """float64, zero past the last group."""
+    """The products of the groups in float64; zero past the last group."""
     y_RN = np.zeros((a_RK.shape[0], b_GNK.shape[1]))
     for rows, b_NK in zip(oracle.slices(sizes), b_GNK, strict=True):
         y_RN[rows] = a_RK[rows] @ b_NK.T

@@ -57,7 +57,7 @@ def operands(shape, groups=None, seed=0):
 
 
 def gradients(x, w, dy, sizes=None, **static):
-    """-> y, dx, dW."""
+    """y, dx and dW of a Linear."""
 
     def call(x, w):
         return fp8_linear(x, w, **static) if sizes is None else fp8_grouped_linear(x, w, sizes, **static)
@@ -67,7 +67,7 @@ def gradients(x, w, dy, sizes=None, **static):
 
 
 def swiglu_gradients(gate, up, w, dy, sizes=None, **static):
-    """-> y, dgate, dup, dW."""
+    """y, dgate, dup and dW of a SwiGLU Linear."""
 
     def call(gate, up, w):
         return (
@@ -111,8 +111,8 @@ def check(got, expected, bounds):
 
 
 def check_linear(shape, sizes=None, quantization=LinearQuantization(), alignment=1):
-    """y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on its
-    own."""
+    """Checks y, dx and dW by `calc_diff`, each number of them within six standard deviations, and each group's dW on
+    its own."""
     x, w, dy = operands(shape, None if sizes is None else len(sizes))
     static = {"quantization": quantization} | ({} if sizes is None else {"alignment": alignment})
     got = oracle.call(gradients, x, w, dy, None if sizes is None else jnp.asarray(sizes), **static)
@@ -211,7 +211,7 @@ def test_swiglu_runs_its_products_in_the_precision_that_is_asked_for(products):
     assert ("forward" in products) == (oracle.calc_diff(got[0], expected[0]) > 1e-4)
 
 
-# Roundings of x for the weight gradient beside that to E4M3 along rows and that of dy: E5M6's has a variance 64 times
+# x is rounded once more for the weight gradient, beyond E4M3 along rows and dy: E5M6's rounding has a variance 64 times
 # smaller, E5M2's 4 times larger.
 @pytest.mark.parametrize(
     ("residual", "least", "most"),
@@ -321,7 +321,7 @@ def test_weights_may_come_quantized(forward, quantization):
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear, fp8_swiglu_linear])
 def test_weights_may_be_prequantized(forward, quantization):
-    """The same numbers, forward and backward; the master copy is not kept."""
+    """Gives the same numbers, forward and backward, and the residuals do not hold the master copy."""
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     more = (jnp.array([9, 0, 20]),) if forward is fp8_grouped_linear else ()
 
@@ -344,8 +344,7 @@ def test_weights_may_be_prequantized(forward, quantization):
 )
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_grouped_linear])
 def test_rows_may_be_prequantized_and_then_moved(forward, products):
-    """Quantized where there is one row for each token, then copied: the numbers of copying first, forward and
-    backward."""
+    """Quantizing each token once and copying it then gives the same numbers as copying first, forward and backward."""
     quantization = LinearQuantization(products=products)
     x, w, dy = operands((37, 130, 140), 3 if forward is fp8_grouped_linear else None)
     rows = np.random.default_rng(1).integers(0, 25, 37)
@@ -371,8 +370,8 @@ def test_rows_may_be_prequantized_and_then_moved(forward, products):
 
 @pytest.mark.parametrize("forward", [fp8_linear, fp8_swiglu_linear])
 def test_inputs_have_a_gradient_where_weights_come_quantized(forward):
-    """The one they have where the same weights are quantized on the way; no residual of x is held for a gradient that
-    nobody takes."""
+    """The gradient equals that with the same weights quantized on the way, and the residuals hold no x, since W has no
+    gradient."""
     x, w, dy = operands((37, 130, 140))
     inputs = (x, x[::-1].copy()) if forward is fp8_swiglu_linear else (x,)
 
@@ -459,5 +458,5 @@ def test_requests_that_do_not_fit_are_refused():
         fp8_swiglu_linear(x, x[:2], w[0])
     with pytest.raises(ValueError, match="is none of forward, input_gradient, weight_gradient"):
         LinearQuantization(products=("backward",))
-    with pytest.raises(Unsupported, match="there is no implementation 'triton'"):
+    with pytest.raises(Unsupported, match="'triton' is not one of its implementations"):
         fp8_linear(x[:, :64], w[0], implementation="triton")

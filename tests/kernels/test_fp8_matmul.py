@@ -45,8 +45,8 @@ def test_small_integers_are_exact_however_they_are_summed(accumulator, promote_e
 
 
 def check_against_float64(x, w, quantizers=(Quantizer(), Quantizer("block")), accumulation=Accumulation()):
-    """Within rounding of the quantized product, within the sum of all half steps of the product that was meant; and
-    `calc_diff`."""
+    """Checks the product within rounding of the quantized operands' product, within the sum of all half steps of the
+    unquantized one, and by `calc_diff`."""
     a, b = (oracle.call(quantize, z, quantizer=quantizer) for z, quantizer in zip((x, w), quantizers, strict=True))
     got = product(a, b, accumulation).astype(np.float64)
     a64, b64, parts = oracle.exact(a), oracle.exact(b), -(-x.shape[1] // 32)
@@ -99,8 +99,8 @@ def test_other_scales(quantizers, promote_every):
 
 
 def test_fine_scales_save_small_numbers_beside_outliers_and_coarse_ones_do_not():
-    """Rows of which each third is 1e5 times larger: the error of the others, which the whole matrix's `calc_diff` does
-    not see."""
+    """Every third row is 1e5 times larger. The error of the other rows does not show in the whole matrix's
+    `calc_diff`."""
     x, w = oracle.matrix("normal", 33, 256), oracle.matrix("normal", 64, 256, 1)
     x[::3] *= 1e5
     expected = x[1::3].astype(np.float64) @ w.T.astype(np.float64)
@@ -176,6 +176,8 @@ def test_operands_that_do_not_match_are_refused():
 
 def test_an_implementation_that_is_none_is_refused_with_those_there_are():
     a = oracle.small_integers(4, 128, 0)
-    with pytest.raises(Unsupported, match=r"fp8_matmul: there is no implementation 'triton'.*These would do it: .*xla"):
+    with pytest.raises(
+        Unsupported, match=r"fp8_matmul: 'triton' is not one of its implementations.*These would do it: .*xla"
+    ):
         fp8_matmul(a, a, implementation="triton")
     np.testing.assert_array_equal(fp8_matmul(a, a, implementation=("triton", "xla")), fp8_matmul(a, a))

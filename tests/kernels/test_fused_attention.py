@@ -1,5 +1,5 @@
-"""Attention against jax.nn.softmax in float32 and its derivative by JAX: XLA's, Hopper's and TPUs', the latter two
-interpreted and compiled."""
+"""Attention against jax.nn.softmax in float32 and its derivative by JAX: XLA's, and Hopper's and TPUs' interpreted and
+compiled."""
 
 import functools
 
@@ -41,7 +41,7 @@ def operands(B, T, S, H, width, values, first, documents=3):
 
 
 def exact(numbers, query_segments, segments, first):
-    """o, dq, dk, dv from float32, to which the errors of bfloat16 are large."""
+    """o, dq, dk and dv from float32, whose errors are small against those of bfloat16."""
     *qkv, do = (jnp.asarray(x, jnp.float32) for x in numbers)
     einsum = functools.partial(jnp.einsum, precision="highest")
 
@@ -70,7 +70,7 @@ def forward_and_backward(numbers, query_segments, segments, first, implementatio
 
 
 def check(results, expected):
-    """bfloat16 rounds by 2^-9: the results, p and ds in their sums, and o in δ."""
+    """Compares within roundings to bfloat16, 2^-9 each: of the results, of p and ds in their sums, and of o in δ."""
     for got, wanted in zip(results, expected, strict=True):
         assert np.sqrt(np.mean((got - wanted) ** 2)) <= 2.0**-7 * np.sqrt(np.mean(wanted**2))
         assert np.max(np.abs(got - wanted)) <= 2.0**-6 * np.max(np.abs(wanted))
@@ -101,7 +101,7 @@ def test_tpu(B, T, S, H, width, values, first):
 
 
 def test_in_a_simulated_tpu():
-    """Copies, memory that was never written, reads past an end."""
+    """The simulator copies, and shows reads of memory that was never written and past an end."""
     numbers, query_segments, segments = operands(1, 128, 256, 1, 64, 64, 128)
     given = [jnp.asarray(x, jnp.bfloat16) for x in numbers[:3]]
     attend = functools.partial(attention, scale=0.125, first=128, implementation="mosaic_tpu")

@@ -21,7 +21,7 @@ D, F = 72, 40  # neither a multiple of a tile nor of a step
 
 
 def integers(*shape, seed):
-    """Small enough that bfloat16 holds the sums of products too."""
+    """Integers so small that bfloat16 holds the sums of their products too."""
     return jnp.asarray(np.random.default_rng(seed).integers(-1, 2, shape), jnp.bfloat16)
 
 
@@ -117,7 +117,8 @@ def test_race_detector_sees_a_missing_fence(monkeypatch):
 @hopper.compiles
 @pytest.mark.parametrize("name", ["forward", "input gradient", "weight gradient"])
 def test_machine_code(name):
-    """Per step of 64: four tensor-core instructions of the widest kind, which read the operands as they lie."""
+    """A step of 64 takes four tensor-core instructions of the widest kind, which read the operands without a
+    transpose."""
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     sizes, w = jax.ShapeDtypeStruct((8,), jnp.int32), struct(8, 7168, 2048)
     function, *operands = {

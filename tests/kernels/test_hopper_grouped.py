@@ -1,5 +1,5 @@
-"""The Hopper products of groups: bit for bit the reference's on exact inputs for any sizes, and what their machine code
-consists of."""
+"""The Hopper products of groups: equal to the reference bit for bit on exact inputs for any sizes, and their machine
+code."""
 
 import functools
 
@@ -17,7 +17,7 @@ BLOCK, ROW = (128, 128), (1, 128)
 
 
 def both(function, a, b, sizes, **fields):
-    """-> the kernel's result and the reference's."""
+    """The kernel's result and the reference's."""
     run = lambda implementation: np.asarray(
         jax.jit(functools.partial(function, implementation=implementation, **fields))(
             a, b, jnp.asarray(sizes, jnp.int32)
@@ -30,7 +30,7 @@ def both(function, a, b, sizes, **fields):
 
 @pytest.fixture
 def few_tiles(monkeypatch):
-    """Interpreting takes as long as there are tiles: large ones."""
+    """Makes tiles large, since the interpreter's time grows with their number."""
     monkeypatch.setattr(mosaic_gpu_sm90, "choose_config", lambda *_: Config(128, "n", 2))
 
 
@@ -71,7 +71,7 @@ def test_grouped_weight_gradient_bit_equal(sizes, columns, d, f, tile):
 @hopper.interprets
 @pytest.mark.usefixtures("few_tiles")
 def test_a_group_boundary_off_by_one_is_seen(monkeypatch):
-    """Rows: the first of a group goes to the group before. Columns: a group begins one step early."""
+    """For rows, the first of a group goes to the previous group; for columns, a group begins one step early."""
     moved = lambda sizes, *rest, pad=mosaic_gpu_sm90.pad_groups: pad(sizes + jnp.array([1, -1], sizes.dtype), *rest)
     a, b = hopper.integers((40, 128), ROW), hopper.integers((2, 64, 128), BLOCK, seed=1)
     with monkeypatch.context() as patch:

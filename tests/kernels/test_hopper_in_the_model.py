@@ -1,5 +1,4 @@
-"""The network's attention and experts in bfloat16 as they run on Hopper, interpreted, against themselves as they run
-elsewhere."""
+"""The network's attention and experts in bfloat16: their Hopper kernels, interpreted, against XLA."""
 
 import functools
 
@@ -34,7 +33,7 @@ def value_and_gradients(module, x, *rest):
 
 
 def check(module, *arguments):
-    """Both in bfloat16, which rounds by 2^-9, several times one after another."""
+    """Compares two results in bfloat16, which rounds by 2^-9, several times one after another."""
     with hopper.interpreted():
         results = value_and_gradients(module(Ops("bfloat16", target="sm90")), *arguments)
     for got, expected in zip(results, value_and_gradients(module(Ops("bfloat16")), *arguments), strict=True):

@@ -1,4 +1,4 @@
-"""fp8_matmul's Hopper kernel: bit for bit the reference's on exact inputs, and what its machine code consists of."""
+"""fp8_matmul's Hopper kernel: equal to the reference bit for bit on exact inputs, and its machine code."""
 
 import functools
 
@@ -125,8 +125,8 @@ def test_race_detector_sees_a_missing_fence(monkeypatch):
     ],
 )
 def test_machine_code(target, m, n, k, b_tile, out_dtype):
-    """Per step of 128: four tensor-core instructions; an FFMA for each number that a thread holds; per-column scales
-    cost one FMUL more each."""
+    """A step of 128 takes four tensor-core instructions and an FFMA for each number that a thread holds; scales for
+    each column cost one FMUL more each."""
     function = functools.partial(fp8_matmul, out_dtype=out_dtype, implementation=hopper.SM90)
     kernel = hopper.compiled(target, function, hopper.struct((m, k), ROW), hopper.struct((n, k), b_tile))
     columns = hopper_tuning.rule(m, n, target.cores).columns

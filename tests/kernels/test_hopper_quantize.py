@@ -1,5 +1,5 @@
-"""The Hopper quantizers: bit for bit the reference's, interpreted, whatever is in the tile; and what their machine code
-consists of."""
+"""The Hopper quantizers, interpreted: equal to the reference bit for bit for any numbers in a tile; and their machine
+code."""
 
 import functools
 import re
@@ -38,7 +38,7 @@ def adversarial(rows, columns, dtype=jnp.bfloat16):
     x[4] = rng.choice([-448, 448, 449, -464, 465, 480], size=columns)
     x[5] = rng.choice([3e38, -1e38, 1], size=columns)
     x[6, columns // 2], x[7, columns // 3] = np.nan, -np.inf
-    x[8] = 2.0 ** rng.integers(-12, 12, size=columns)  # amax / 448 at powers of two, and beside them
+    x[8] = 2.0 ** rng.integers(-12, 12, size=columns)  # amax / 448 at powers of two, and next to them
     x[9:12, 0] = (
         448 * 4,
         np.nextafter(np.float32(448 * 4), np.float32(1e9)),
@@ -150,7 +150,8 @@ OPERATIONS = {
 @hopper.compiles
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_machine_code(name):
-    """Two numbers to a conversion; no maximum that loses a NaN; room for two blocks of threads or more on a core."""
+    """One conversion makes two numbers, no maximum loses a NaN, and a core has room for two blocks of threads or
+    more."""
     function, shapes, strips = OPERATIONS[name]
     kernel = hopper.compiled(targets.H200, function, *shapes)
     assert kernel.ptx.count("cvt.rn.satfinite.e4m3x2.f32") == 32 * strips  # 64 × 128 numbers, 128 threads

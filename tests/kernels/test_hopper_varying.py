@@ -1,5 +1,5 @@
-"""Inside `shard_map` with its check on, what the kernels give differs along the mesh axes along which their operands
-do. Traced only."""
+"""Results of the kernels inside a checked `shard_map` differ along the mesh axes along which their operands do. Traced
+only."""
 
 import jax
 import jax.numpy as jnp

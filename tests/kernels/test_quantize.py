@@ -1,5 +1,5 @@
-"""The quantizers against numpy and ml_dtypes, whose casts to eight bits nobody here wrote, and against torch's where
-there is torch."""
+"""The quantizers against NumPy and ml_dtypes, whose casts to eight bits are independent of ours, and against torch's if
+torch is installed."""
 
 import math
 
@@ -29,8 +29,8 @@ AS_NUMPY = {"float8_e4m3fn": (448, E4M3), "float8_e5m2": (57344, ml_dtypes.float
 
 
 def released(x, tile, largest, dtype, power_of_two=False, min_amax=1e-4):
-    """The released quantizer, one tile after another, in numpy's float32; amax times 1/448, as compilers and torch on a
-    GPU divide by a constant."""
+    """The released quantizer, one tile after another, in NumPy's float32, with amax times 1/448, as compilers and torch
+    on a GPU divide by a constant."""
     rows, columns = x.shape
     values, scales = np.zeros(x.shape, dtype), np.zeros((-(-rows // tile[0]), -(-columns // tile[1])), np.float32)
     for i in range(scales.shape[0]):
@@ -262,6 +262,6 @@ def test_a_quantizer_that_is_none_is_refused(fields, message):
 
 def test_an_implementation_that_is_none_is_refused():
     with pytest.raises(
-        Unsupported, match=r"quantize: there is no implementation 'cublas', but .*These would do it: .*xla"
+        Unsupported, match=r"quantize: 'cublas' is not one of its implementations, .*These would do it: .*xla"
     ):
         quantize(jnp.ones((4, 128)), implementation="cublas")

@@ -1,5 +1,5 @@
-"""What the paper claims of accumulation and of tiles for gradients holds where it is measured, and the notebook that
-shows it is whole."""
+"""The studies find what the paper claims of accumulation and of tiles for gradients, and the notebook that shows them
+is complete."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks" / "fp8.ipynb"
 @pytest.mark.parametrize("accumulator", ["hopper_fp22", "fp22_register"])
 @pytest.mark.parametrize(("distribution", "definition"), [("uniform(0, 1)", 0), ("uniform(0, 1)", 1), ("normal", 1)])
 def test_promotion_cures_the_growth_of_the_error(accumulator, distribution, definition):
-    """Not for each normal number relative to itself: those near zero have any error."""
+    """Errors are relative to the largest number: normal numbers near zero have any error relative to themselves."""
     narrow, promoted = (
         accumulation_errors(distribution, ACCUMULATIONS[f"{accumulator}, {how}"], depths=(256, 4096), size=16)[
             :, definition

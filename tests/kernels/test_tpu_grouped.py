@@ -65,7 +65,7 @@ def test_weight_gradients_are_exact(small_blocks, sizes, alignment, shape, tile)
 
 
 def test_exact_in_a_simulated_tpu(small_blocks):
-    """Results that no step writes would be NaN here."""
+    """A result that no step writes would be NaN here."""
     a, b = whole_numbers(0, (40, 256), TILE), whole_numbers(1, (3, 72, 256), BLOCK)
     np.testing.assert_array_equal(*both("matmul", a, b, [5, 0, 30], 1, interpreter=SIMULATED))
     x, dy = whole_numbers(0, (40, 512), TILE), whole_numbers(1, (72, 512), TILE)
@@ -159,7 +159,8 @@ SIZES = jax.ShapeDtypeStruct((8,), jnp.int32)
     ids=["matmul", "weight gradient"],
 )
 def test_compiles_and_multiplies_what_the_chip_does(topology, function, args):
-    """For eight experts of V3 on each device, with their tokens split over the mesh; VMEM suffices."""
+    """Compiles for eight experts of V3 on each device, with their tokens split over the mesh, within the chip's
+    VMEM."""
     program = lower(topology, lambda *args: function(*args, implementation="mosaic_tpu"), *args, sharded=2)
     assert multiplied(program) == {MULTIPLIED[topology]}
     program.compile()

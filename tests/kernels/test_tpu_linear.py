@@ -53,8 +53,7 @@ def test_swiglu_forward():
     "split, out_spec, accepted", [((0, 1), "data", True), ((), None, True), ((0,), None, False), ((1,), None, False)]
 )
 def test_results_vary_where_operands_do(split, out_spec, accepted):
-    """What a kernel makes of an operand that differs between devices is not taken to be the same on all of them.
-    Lowered for any TPU."""
+    """The result of an operand that differs between devices differs between them too. Lowered for any TPU."""
     a, b = whole_numbers(0, (64, 256), (1, 128)), whole_numbers(1, (64, 256), (1, 128))
     specs = dict(
         in_specs=tuple(PartitionSpec("data" if index in split else None) for index in range(2)),

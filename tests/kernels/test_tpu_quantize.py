@@ -1,5 +1,4 @@
-"""Quantizing on TPUs, and SwiGLU with it: interpreted against the definition, and compiled for each generation of
-TPU."""
+"""Quantization and SwiGLU on TPUs: interpreted against the definition, and compiled for each generation of TPU."""
 
 import functools
 
@@ -26,7 +25,7 @@ POWERS = Quantizer("tile", power_of_two=True)
 
 
 def both(function, *args, **options) -> tuple[QTensor, QTensor]:
-    """What the kernel makes of `args`, and the definition."""
+    """The kernel's result on `args`, and the definition's."""
     reference = jax.jit(functools.partial(function, implementation="xla"))(*args)
     return run(functools.partial(function, implementation="mosaic_tpu"), *args, **options), jax.tree.map(
         np.asarray, reference
@@ -119,8 +118,8 @@ def test_in_a_simulated_tpu():
 
 @pytest.mark.parametrize("dtype, quantizer", [(jnp.float32, TILE), (jnp.bfloat16, POWERS)])
 def test_swiglu(dtype, quantizer):
-    """Whole numbers of `gate` large enough that silu(gate) is gate or 0, so that no two ways to compute it differ; then
-    any, close."""
+    """First whole numbers of `gate` so large that silu(gate) is gate or 0, on which all ways to compute it agree; then
+    any numbers, within a rounding."""
     gate = jnp.asarray(np.random.default_rng(0).choice([-200.0, 0.0, 30.0, 64.0], (70, 300)), dtype)
     up = jnp.asarray(np.random.default_rng(1).integers(-8, 9, (70, 300)), dtype)
     function = functools.partial(swiglu_quantize, quantizer=quantizer)

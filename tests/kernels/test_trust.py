@@ -1,5 +1,5 @@
-"""A kernel is compared with its reference before its first use: wrong ones are planted under every operation, and right
-ones left alone."""
+"""Comparison of a kernel with its reference before its first use: wrong kernels are planted under every operation and
+replaced, right ones are left alone."""
 
 import functools
 import json
@@ -92,7 +92,8 @@ on_every_operation = pytest.mark.parametrize("case", CASES)
 
 
 def plant(monkeypatch, operation, change=lambda y: y):
-    """Under the kernel's name: the reference, with its result changed. -> a list that grows by one for each call."""
+    """Puts the reference with a changed result under the kernel's name; returns a list that grows by one for each
+    call."""
     calls, reference = [], operation.implementations["xla"][0]
 
     def kernel(*arguments):
@@ -104,12 +105,12 @@ def plant(monkeypatch, operation, change=lambda y: y):
 
 
 def scaled(y):
-    """2% too large, in the values of a QTensor's scales."""
+    """Makes a result 2% too large; of a QTensor its scales."""
     return kp.QTensor(y.values, y.scales * 1.02, y.tile) if isinstance(y, kp.QTensor) else (y * 1.02).astype(y.dtype)
 
 
 def corner(y):
-    """The last number of all is none."""
+    """Makes the last number NaN."""
     return jax.tree.map(lambda z: z.at[(-1,) * z.ndim].set(jnp.nan) if z.dtype != jnp.int32 else z, y)
 
 
@@ -132,7 +133,7 @@ def test_a_right_kernel_runs_and_nothing_is_said(case, monkeypatch, caplog):
 @on_every_operation
 @pytest.mark.parametrize("change", [scaled, corner])
 def test_a_wrong_kernel_is_replaced_and_reported(case, change, monkeypatch, caplog):
-    """Its own results go nowhere; what is said names the operation, the call and the versions, once."""
+    """Its results are not used, and one warning names the operation, the call and the versions."""
     operation, call = CASES[case]
     wanted = jax.jit(lambda: call("xla"))()
     calls = plant(monkeypatch, operation, change)
@@ -252,7 +253,7 @@ def test_nothing_is_compared_if_told_so_or_where_the_hardware_is_not_there(monke
 
 
 def test_all_processes_decide_alike(monkeypatch):
-    """What is wrong on one is replaced on all, even where it was right."""
+    """A kernel that is wrong on one process is replaced on all."""
     calls = plant(monkeypatch, matmul_api.MATMUL)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda wrong: np.array([bool(wrong), True]))
@@ -262,7 +263,7 @@ def test_all_processes_decide_alike(monkeypatch):
 
 
 def test_a_kernel_that_is_passed_over_is_said_once(monkeypatch, caplog):
-    """With what it cannot do, and what would avoid it."""
+    """The warning says what the kernel does not support and what avoids that."""
     q = kp.quantize(x(0, 40, 256), kp.Quantizer(scope="tensor"))
     kp.quantize(x(0, 40, 256), kp.Quantizer(scope="tensor"))
     assert q.tile == (40, 256)
@@ -275,8 +276,8 @@ def test_a_kernel_that_is_passed_over_is_said_once(monkeypatch, caplog):
 
 @on_every_operation
 def test_the_real_kernels_pass(case, monkeypatch, caplog):
-    """Interpreted: no false alarm on the inputs made for them, which they all take. `grouped_linear` has no kernel on
-    TPUs."""
+    """The interpreted kernels agree with their references on the inputs made for them. `grouped_linear` has no kernel
+    on TPUs."""
     operation, call = CASES[case]
     if KERNEL not in operation.implementations:
         pytest.skip("no kernel of ours there")
@@ -293,7 +294,7 @@ V3 = kp.QTensor(
 
 
 def test_inputs_are_small_and_keep_widths():
-    """Of a call with V3's shapes: a few hundred rows, a last tile cut off as there, K as there."""
+    """For a call with V3's shapes they have a few hundred rows, the call's last tile, and the call's K."""
     a, b, *_ = matmul_api.MATMUL.small(V3, V3, None, jnp.bfloat16)
     assert (
         a.shape == (513, 7168)

@@ -1,5 +1,4 @@
-"""What the tests of the TPU kernels share: exact operands, running without a TPU, the chips to compile for, and the
-kernels' text."""
+"""Helpers of the TPU kernels' tests: exact operands, interpreters, the chips to compile for, and the kernels' text."""
 
 import base64
 import re
@@ -49,8 +48,8 @@ def described(shape: tuple[int, ...], tile: tuple[int, int]) -> QTensor:
 
 
 def lower(name: str, function, *specs, sharded: int = 0) -> jax.stages.Lowered:
-    """`function` as it runs on each device of the topology `name`, in a `shard_map` that checks what varies; the first
-    `sharded` arguments and the result are split along their first axis, the shapes given being a device's."""
+    """Lowers `function` as it runs on each device of the topology `name`, in a `shard_map` that checks what varies. The
+    first `sharded` arguments and the result are split along their first axis; the shapes given are a device's."""
     devices = np.array(topology(name).devices)
     mesh = jax.sharding.Mesh(devices, ("data",))
     split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
