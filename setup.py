@@ -29,8 +29,8 @@ setup(
         "tensorboardX>=2.6.5",  # event files for TensorBoard without TensorFlow
     ],
     extras_require={
-        # runs the tests, two files at a time; compares trees of arrays; see "slurm"; checks and formats the code, pinned
-        # to a minor version because another one formats differently and has other rules
+        # runs the tests, two files at a time; compares trees of arrays; see "slurm"; checks and formats the code,
+        # pinned to a minor version, since another one formats differently and has other rules
         "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "chex>=0.1.92", "submitit>=1.5.4", "ruff==0.17.*"],
         # the reference implementation that parity tests compare with
         "parity": ["torch==2.13.0", "transformers>=5.23.0"],

@@ -71,8 +71,8 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str, Path, bool]:
 
 
 def read_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-    """What get_config() of a file returns, with fields set to (path, text) pairs. Raises ConfigError for what can't be
-    read."""
+    """The config that get_config() of a file returns, with fields set by (path, text) pairs. Raises ConfigError for a
+    file that can't be read."""
     made, where = call(path, "get_config")
     if not is_mapping(made):
         raise ConfigError(
@@ -111,7 +111,7 @@ def build_experiment(
         if not isinstance(fields.get(stage), dict) or "kind" not in fields[stage]:
             known = [field for field, value in fields.items() if isinstance(value, dict) and "kind" in value]
             raise ConfigError(
-                f"config.stages names {stage!r}, which is no section with a 'kind': {nearest(stage, known)}"
+                f"config.stages lists {stage!r}, but config.{stage} has no 'kind': {nearest(stage, known)}"
             )
     tokenizer = load_tokenizer(convert(fields.get("tokenizer", "byte"), str, "config.tokenizer"))
     model_config = ModelConfig.from_dict(fields["model"])

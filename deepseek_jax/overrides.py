@@ -45,7 +45,7 @@ def parse(text: str) -> Any:
     """The value that a text stands for; the text itself where it is neither a Python literal nor JSON."""
     if text.strip().lower() in WORDS:
         return WORDS[text.strip().lower()]
-    with warnings.catch_warnings(action="ignore"):  # of the Python parser's, about text that is no Python
+    with warnings.catch_warnings(action="ignore"):  # the Python parser's, about text that is not Python
         for read in (ast.literal_eval, json.loads):
             try:
                 return read(text)

@@ -28,7 +28,7 @@ def _imported(name: str, field: str) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is read
+    except Exception as error:  # anything that the user's module raises on import
         raise ConfigError(
             f"{field}={name!r}: importing {module_name!r} failed ({type(error).__name__}: {error}). Write "
             "package.module:attribute; the folder that holds the module is the experiment file's own, the current one, "
@@ -80,7 +80,7 @@ class Variant:
         """The config of a mapping {"kind": …, fields of that class}, at `path` of the whole config.
 
         Without a kind the class of ours that has most of the fields is taken. Raises ConfigError for a kind that cannot
-        be found or is no class of this family, and for fields as `fields.build` does.
+        be found or is not a class of this family, and for fields as `fields.build` does.
         """
         known = f"{', '.join(sorted(cls.variants))}, or your own as package.module:Class"
         if not is_mapping(value):

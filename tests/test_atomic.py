@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all, whoever else writes and whatever fails."""
+"""Files and folders appear complete or not at all, also with other writers and after failures."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""The one command: what it refuses and how, that it runs the whole road, and that it goes on where it stopped."""
+"""The main command: its refusals, a run through all stages, and resuming."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,10 @@ def one_data_dir(tmp_path_factory, monkeypatch):
         ("--config.grpo.group_size=1", "must be at least 2"),
         ("--config.grpo.num_minibatches=7", "num_minibatches=7 must divide"),
         ("--config.task.name=paritty", "did you mean 'parity'"),
-        ("--config.stages=('pretrain','sft','before','grpoo','after')", "config.stages names 'grpoo'"),
+        (
+            "--config.stages=('pretrain','sft','before','grpoo','after')",
+            "config.stages lists 'grpoo', but config.grpoo has no 'kind'",
+        ),
         ("--config.grpo.kind=rl", "grpo.kind='rl'"),
         ("--config.pretrain.train.optimizer.b1=1.5", "optimizer.b1=1.5"),
         ("--config.pretrain.train.step=5", "unknown field train.step: did you mean 'steps'"),

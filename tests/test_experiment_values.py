@@ -1,4 +1,4 @@
-"""What an experiment's fields may be, through the door a person uses: overrides of r1_tiny and of sweeps."""
+"""Values of an experiment's fields, set as a person does: by overrides of r1_tiny and of sweeps."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What a stage hands to the loop, and what it opens before anything runs. Nothing is trained here."""
+"""Stages: the arguments that they hand to the loop, and the data they open before anything runs. Nothing is trained
+here."""
 
 import dataclasses
 import json

@@ -49,7 +49,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             self.literals = _literals(tree)
             self._template = environment.from_string(_counting(tree))
-        except Exception as error:  # beside Jinja's own errors Python's, for code that is nested too deep
+        except Exception as error:  # Jinja's own errors, and Python's for code that is nested too deep
             raise DataError(f"the chat template in {origin} does not compile: {_words(error)}") from error
 
     def render(self, messages: Messages, add_generation_prompt: bool) -> str:
@@ -79,7 +79,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
-        """Whether the template writes the text of a part, and not Python's or JSON's form of the list."""
+        """True if the template writes the text of a content item, not Python's or JSON's form of the list."""
         try:
             shown = self._render([{"role": "user", "content": [{"type": "text", "text": _PART}]}], True)
         except Exception:  # it wants other messages than this one, or text

@@ -26,7 +26,7 @@ class SourceConfig:
     format: 'text': <bos> text <eos>, every token trained on (no <bos> where the tokenizer has none). 'completion':
         fields `prompt` and `completion` (text or token ids), loss on the completion. 'messages': a chat whose last
         message is the assistant's, loss on that message; `content` is text or a list of {"type": "text", "text": …},
-        and may be null beside `tool_calls`. 'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
+        and may be null next to `tool_calls`. 'tokens': fields `tokens` and optionally `loss_mask`, used as they are.
     text_field: the field that holds the text (format 'text').
     validation_fraction: local files and own functions without `split`: share of documents held out; a document's
         content alone decides whether it is. 0 without a validation_path, for any source, holds nothing out, and

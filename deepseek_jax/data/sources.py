@@ -79,7 +79,7 @@ def open_source(
 
 
 def is_own(source: SourceConfig) -> bool:
-    """Whether a source is named as package.module:function."""
+    """True if a source is named as package.module:function."""
     name = source.name
     return ":" in name and not name.startswith("tfds:") and not _looks_like_a_path(name)
 

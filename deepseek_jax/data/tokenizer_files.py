@@ -20,7 +20,7 @@ TEMPLATE, TEMPLATES, GENERATION, MODEL = (
     "generation_config.json",
     "config.json",
 )
-BESIDE = (SETTINGS, SPECIALS, ADDED, TEMPLATE, GENERATION)
+COMPANIONS = (SETTINGS, SPECIALS, ADDED, TEMPLATE, GENERATION)
 FOLDER = "tokenizer"  # in a stage's folder
 RECORD = "experiment.json"  # in a stage's folder: the experiment that its results belong to
 
@@ -29,9 +29,9 @@ def read_files(file: Path) -> dict[str, bytes]:
     """Contents by name of a tokenizer.json and of the other files of its folder that matter, the model's config.json
     included."""
     files = {TOKENIZER: _read(file)}
-    beside = [file.parent / name for name in (*BESIDE, MODEL)]
+    companions = [file.parent / name for name in (*COMPANIONS, MODEL)]
     named = sorted((file.parent / TEMPLATES).glob("*.jinja"))
-    return files | {str(path.relative_to(file.parent)): _read(path) for path in (*beside, *named) if path.is_file()}
+    return files | {str(path.relative_to(file.parent)): _read(path) for path in (*companions, *named) if path.is_file()}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -68,7 +68,7 @@ def find_tokenizer(checkpoint: Path) -> str:
     """
     checkpoint = Path(checkpoint).absolute()
     if not checkpoint.is_dir():
-        raise DataError(f"no checkpoint at {checkpoint}: there is no such folder")
+        raise DataError(f"no checkpoint at {checkpoint}: the folder does not exist")
     if checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints":
         checkpoint = checkpoint.parent
     stage = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint

@@ -97,7 +97,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def is_own(spec: str | Path) -> bool:
-    """Whether a tokenizer is named as package.module:attribute: no file, which may have such a name too."""
+    """True if a tokenizer is named as package.module:attribute and no file has that name."""
     return re.fullmatch(r"[\w.]+:[\w.]+", str(spec)) is not None and not Path(spec).exists()
 
 

@@ -230,7 +230,7 @@ def origin(name: str, scope: Scope) -> tuple[str, str]:
 
 
 def trip_count(loop: Instruction, scope: Scope) -> int | None:
-    """How often the body of a `while` runs: as XLA notes it, or from its counter."""
+    """The number of times that the body of a `while` runs: as XLA notes it, or from its counter."""
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
     if noted:
         return int(noted[1])

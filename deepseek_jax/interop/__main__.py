@@ -31,7 +31,7 @@ from deepseek_jax.interop.report import print_report
 from deepseek_jax.training.checkpoints import Checkpoints, load_variables, resolve_checkpoint
 
 # Files of a tokenizer besides those that `Tokenizer.save` writes, and the settings of text generation.
-COMPANIONS = (tokenizer_files.TOKENIZER, *tokenizer_files.BESIDE, "tokenizer.model", "tiktoken.model")
+COMPANIONS = (tokenizer_files.TOKENIZER, *tokenizer_files.COMPANIONS, "tokenizer.model", "tiktoken.model")
 
 
 @flax.struct.dataclass

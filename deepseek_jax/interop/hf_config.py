@@ -4,7 +4,7 @@ Every field is mapped, checked or known not to change the network. Anything else
 a field we don't know (V3.2's index_*, say) means a network we don't have.
 
 Where implementations of the same config.json disagree, this holds here:
-- The norms inside latent attention have epsilon 1e-6 whatever rms_norm_eps says, as in transformers and the released
+- The norms inside latent attention always have epsilon 1e-6, not rms_norm_eps, as in transformers and the released
   code.
 - The softmax scale gets mscale² whenever mscale_all_dim is set, as in transformers; the stand-alone inference code does
   so only beyond the original context length.

@@ -50,7 +50,7 @@ def fill(spec: TensorSpec, stored: Mapping[str, StoredTensor], ranges: Slice, ta
 
 def not_finite(values: np.ndarray) -> int:
     """Counts the numbers that are NaN or infinite."""
-    if values.dtype == ml_dtypes.float8_e4m3fn:  # NaN is one pattern of bits, and there is no infinity
+    if values.dtype == ml_dtypes.float8_e4m3fn:  # NaN is one pattern of bits, infinity does not exist
         return int(np.count_nonzero((values.view(np.uint8) & 0x7F) == 0x7F))
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 

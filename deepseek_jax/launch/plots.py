@@ -113,13 +113,15 @@ def _curves(panel, sweep: Sweep, points: Points, rows: Sequence[Row]) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(values)))
     logarithmic = _scale(panel, [x for x, _ in points])
     for number, (by, color) in enumerate(zip(values, colors, strict=True)):
-        beside = 1.03 ** (number - (len(values) - 1) / 2) if logarithmic else 1  # bars at the same x stand side by side
+        shift = (
+            1.03 ** (number - (len(values) - 1) / 2) if logarithmic else 1
+        )  # bars at the same x are drawn next to each other
         xs = ordered(x for x, other in points if other == by)
         runs = [list(points[x, by].values()) for x in xs]
         means = np.array([np.mean(r) for r in runs])
         spread = np.array([[mean - min(r), max(r) - mean] for mean, r in zip(means, runs, strict=True)]).T
         name = None if not fields else by if len(fields) > 1 else _named(fields[0], by)
-        places = [x * beside for x in xs] if logarithmic else [x if _is_number(x) else str(x) for x in xs]
+        places = [x * shift for x in xs] if logarithmic else [x if _is_number(x) else str(x) for x in xs]
         panel.errorbar(
             places, means, yerr=spread, color=color, marker="o", markersize=5, capsize=3, linewidth=1.5, label=name
         )

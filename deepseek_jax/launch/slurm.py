@@ -39,9 +39,7 @@ class SlurmLauncher:
             program,
         )
         if cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
-            raise ConfigError(
-                "--launcher=slurm: there is no sbatch on this machine; start it on the cluster's login node"
-            )
+            raise ConfigError("--launcher=slurm: this machine has no sbatch; start it on the cluster's login node")
 
     def launch(self, jobs: Sequence[Job]) -> int:
         """Submits those of `jobs` that are not queued yet. Returns 0: nothing has failed yet.
@@ -73,7 +71,7 @@ class SlurmLauncher:
         return True
 
     def _submit(self, jobs: Sequence[Job]) -> list[submitit.Job]:
-        # how often a job may use up its time and go on
+        # how often a job may use up its time and resume
         limits = {"slurm_max_num_timeout": 10_000} if self.cluster == "slurm" else {}
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **limits)
         resources = jobs[0].run.resources

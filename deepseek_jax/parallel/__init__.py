@@ -1,2 +1,1 @@
-"""Where the network lies on many devices: the mesh, the rules from logical axes to mesh axes, the experts' exchange,
-and the hosts."""
+"""Parallel: the mesh, the rules from logical axes to mesh axes, the experts' exchange, and the hosts."""

@@ -21,8 +21,8 @@ from kernels_pallas.trust import say_once
 
 
 def variables_sharding(model: Transformer) -> Any:
-    """A NamedSharding for every leaf of `abstract_variables(model)`. What the mesh cannot divide as its rules want is
-    said once."""
+    """A NamedSharding for every leaf of `abstract_variables(model)`. Dimensions that the mesh cannot divide as its
+    rules want are logged once."""
     if not isinstance(model.ops, MeshOps):
         return None
     shapes, axes, ops, whole = abstract_variables(model), dict(logical_axes(model)), model.ops, set()
@@ -39,11 +39,10 @@ def variables_sharding(model: Transformer) -> Any:
 
 
 def state_sharding(model: Transformer, abstract_state: Any) -> Any:
-    """A NamedSharding for every leaf of a training state, of whatever kind.
+    """A NamedSharding for every leaf of a training state of any class.
 
-    A leaf is known by the end of its path: moments, references and copies of a parameter lie where the parameter does,
-    but for the optimizer's, which follow the rows "optimizer.…" of the rules. What is nobody's copy lies on all
-    devices.
+    A leaf is identified by the end of its path: moments, references and copies of a parameter are divided like the
+    parameter, except for the optimizer's, which follow the rules "optimizer.…". All other leaves are replicated.
     """
     if not isinstance(model.ops, MeshOps):
         return None
@@ -141,11 +140,11 @@ def batch_sharding(ops: Ops, shape: tuple[int, ...]) -> NamedSharding | None:
 
 
 def host_share(ops: Ops, process: int | None = None) -> tuple[int, int]:
-    """(index, count): the rows of a batch fall into `count` equal blocks, of which this process (or `process`) holds
-    block `index`.
+    """(index, count): the sequences of a batch fall into `count` equal blocks, of which this process (or `process`)
+    holds block `index`.
 
-    Several processes hold the same block where an axis that doesn't divide rows runs across them. Raises ConfigError
-    for a mesh on which a host's rows are no such block.
+    Several processes hold the same block where an axis that doesn't divide sequences runs across them. Raises
+    ConfigError for a mesh on which a host's sequences are not one such block.
     """
     if not isinstance(ops, MeshOps):
         return 0, 1

@@ -16,11 +16,11 @@ from kernels_pallas.trust import say_once
 
 
 class DualBatchBlock(nn.Module):
-    """A block with the same parameters under the same names, called on the even and on the odd rows of a batch.
+    """A block with the same parameters under the same names, called on the even and on the odd sequences of a batch.
 
-    Neither half needs anything of the other, so that the compiler can run the exchange of one beside the products of
-    the other. Called with a cache it is the block itself; with rows that don't make two halves on every device too,
-    which is said once.
+    The halves are independent, so that the compiler can overlap the exchange of one with the products of the other.
+    With a cache, or where the sequences don't make two halves on every device (which is logged once), it is the block
+    itself.
     """
 
     of: ClassVar[type[nn.Module]] = Block

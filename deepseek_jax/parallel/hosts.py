@@ -123,7 +123,7 @@ def join(hosts: Hosts | None, saved: Callable[[], str] = lambda: "") -> None:
         f"{me} stops because another process of this run was killed, failed or cannot be reached; the lines above name "
         "it"
     )
-    _explain_abort(lambda: f"{lost}. {saved()} Start all {hosts.num_processes} processes again to go on.", status=LOST)
+    _explain_abort(lambda: f"{lost}. {saved()} Start all {hosts.num_processes} processes again to resume.", status=LOST)
     if not is_primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
 

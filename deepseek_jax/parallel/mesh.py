@@ -1,4 +1,4 @@
-"""The mesh: how many devices each axis has, and which devices stand beside which."""
+"""The mesh: the sizes of its axes, and the order of the devices along them."""
 
 import dataclasses
 import itertools

@@ -111,7 +111,7 @@ def check_divisible(
     sequences: Sequence[tuple[str, int]] = (),
     lengths: Sequence[tuple[str, int]] = (),
 ) -> str | None:
-    """What a mesh of these `sizes` does not divide evenly, in a sentence; None if it divides everything.
+    """A sentence about a size that a mesh of these `sizes` does not divide evenly; None if it divides everything.
 
     `sequences` and `lengths` are sizes of batches and of sequences in tokens, each with the field that it comes from.
     """

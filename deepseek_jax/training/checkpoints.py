@@ -298,7 +298,7 @@ def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
     if path.name.isdigit() and (path / "meta").is_dir():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {given}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {given}: the folder does not exist")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     stages = [] if steps_in(path) else _stages_with_weights(path)

@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes: jax's own profile of every operation, summed by the part of the network it
+"""Breakdown of a compiled program's time: jax's own profile of every operation, summed by the module of the network it
 belongs to."""
 
 import re

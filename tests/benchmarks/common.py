@@ -1,4 +1,4 @@
-"""What the benchmarks share: the network, its twin in transformers, fair timing, and the table."""
+"""Shared by the benchmarks: the network, its twin in transformers, fair timing, and the table."""
 
 import argparse
 import dataclasses

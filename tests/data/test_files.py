@@ -1,4 +1,4 @@
-"""Local files of every format: the same records whatever the file, places in messages, files that change, splits by
+"""Local files of every format: the same records from each, places in messages, files that change, splits by
 question."""
 
 import bz2

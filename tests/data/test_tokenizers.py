@@ -403,7 +403,7 @@ def test_where_a_checkpoint_has_its_tokenizer(folder, tmp_path):
     config.write_text(json.dumps({"model_type": "deepseek_v3"}))
     with pytest.raises(DataError, match="no tokenizer at"):
         find_tokenizer(tmp_path / "run")
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         find_tokenizer(tmp_path / "gone")
 
 

@@ -1,5 +1,4 @@
-"""What the dry-run tests compile: experiments, topologies, and which of a report's figures are the same on every
-machine.
+"""The dry-run tests' cases: experiments, topologies, and the figures of a report that are the same on every machine.
 
 python tests/dry_run/dry_run_cases.py [CASE …]  compiles them (default: all but the small) into golden/CASE.json
 pytest tests/dry_run -m big_dry_run             compiles the big ones again and compares

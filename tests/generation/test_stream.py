@@ -189,7 +189,7 @@ def test_bad_input_is_reported_in_one_line(checkpoint, flags, message, capsys):
 
 def test_a_missing_checkpoint_ends_the_command(tmp_path):
     result = run(f"--checkpoint={tmp_path / 'gone'}", "--prompt=a")
-    assert result.returncode == 2 and result.stdout == "" and "there is no such folder" in result.stderr
+    assert result.returncode == 2 and result.stdout == "" and "the folder does not exist" in result.stderr
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""Our side of the parity tests: compiled once per network and shape, whoever asks."""
+"""Our side of the parity tests, compiled once per network and shape."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What a sweep is made of: grids, paired seeds, ladders, resources, and what is refused before anything starts."""
+"""Sweeps: grids, paired seeds, ladders, resources, and refusals before anything starts."""
 
 import importlib
 

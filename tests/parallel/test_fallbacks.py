@@ -1,4 +1,4 @@
-"""What cannot run as it was asked to runs another way and says so once, with why and what would avoid it."""
+"""Fallbacks are logged once, with the reason and a way to avoid them."""
 
 import flax.linen as nn
 import jax

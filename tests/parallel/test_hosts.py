@@ -1,4 +1,4 @@
-"""Who is who among several processes, as launchers and flags say; what one process alone does, which is nothing."""
+"""Ranks of several processes, from launchers and flags; a single process, for which nothing happens."""
 
 import json
 import socket

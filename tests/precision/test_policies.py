@@ -1,4 +1,4 @@
-"""What each policy multiplies with and what it returns."""
+"""Operands and results of each policy."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Advantages and the counters beside them."""
+"""Advantages and the counters next to them."""
 
 import statistics
 

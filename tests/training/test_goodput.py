@@ -1,4 +1,4 @@
-"""Where a stage's time went, by a clock that the test moves."""
+"""Goodput: the causes of a stage's wall time, by a clock that the test moves."""
 
 import json
 
