@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import CONFIG, MESHES, assert_close, jit, on, placed, placed_batch
+from meshes import CONFIG, MESHES, MODEL, assert_close, jit, on, placed, placed_batch
 
+from deepseek_jax.model.auxiliary import auxiliary_loss, auxiliary_metric
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.router import Router
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.precision import get_precision
@@ -20,24 +22,43 @@ from deepseek_jax.training.state import create_state, state_of
 from deepseek_jax.training.step import make_train_step
 
 OBJECTIVE = ObjectiveConfig(balance_alpha=0.01, loss_chunk=16)
+REPORTED = dataclasses.replace(OBJECTIVE, auxiliary=(("router_z", 0.01), ("sequence", 0.1)))
 
 
-def loss_and_gradients(model):
+class ReportingRouter(Router):
+    """Returns a loss per token, one per sequence and a metric."""
+
+    def route(self, logits_BTE, valid_BT, expert_ids_BTK):
+        largest_BT = jnp.max(logits_BTE, axis=-1)
+        auxiliary_loss(self, "router_z", jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)), valid_BT)
+        auxiliary_loss(self, "sequence", jnp.max(jnp.where(valid_BT, largest_BT, 0), axis=1), jnp.any(valid_BT, axis=1))
+        auxiliary_metric(self, "largest_logit", largest_BT, valid_BT)
+        return super().route(logits_BTE, valid_BT, expert_ids_BTK)
+
+
+REPORTING = MODEL.clone(
+    config=CONFIG.replace(
+        moe=dataclasses.replace(CONFIG.moe, router="test_sharded_equals_unsharded:ReportingRouter"), remat="full"
+    )
+)
+
+
+def loss_and_gradients(model, objective=OBJECTIVE):
     variables = placed(model)
 
     def call(params, router_bias, batch):
-        loss = functools.partial(loss_fn, model, OBJECTIVE)
+        loss = functools.partial(loss_fn, model, objective)
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(
             params, router_bias, batch, jnp.zeros((), jnp.int32)
         )
-        return value, aux.losses, aux.loads, aux.overflows, grads
+        return value, (aux.losses, aux.metrics), aux.loads, aux.overflows, grads
 
     return jit(call)(variables["params"], variables["router_bias"], placed_batch(model))
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    return loss_and_gradients(on(None))
+    return loss_and_gradients(on(None, REPORTING), REPORTED)
 
 
 CASES = {
@@ -60,8 +81,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_every_gradient(name, one_device):
     sizes, options = CASES[name]
-    model = on(sizes, **options)
-    got = loss_and_gradients(model)
+    model = on(sizes, REPORTING, **options)
+    got = loss_and_gradients(model, REPORTED)
+    assert {"router_z", "sequence"} <= set(got[1][0]) and set(got[1][1]) == {"largest_logit"}
     for x, y in zip(jax.tree.leaves(got[2]), jax.tree.leaves(one_device[2]), strict=True):
         np.testing.assert_array_equal(x, y)  # the same experts were chosen
     assert_close((got[:2], got[4]), (one_device[:2], one_device[4]))
