@@ -26,7 +26,7 @@ from deepseek_jax.ranges import at_least, check, one_of
 
 @dataclasses.dataclass(frozen=True)
 class FlopAssumptions:
-    """FlopAssumptions about what a jaxpr leaves open.
+    """Assumptions about what a jaxpr leaves open.
 
     `while_trips`: how often a loop runs whose end depends on data. `branch`: conditionals take their "most" or their
     "least" expensive branch, each at its worst, and all conditionals of one predicate the same (see `branches`).
