@@ -244,6 +244,14 @@ def join(path: str, name: Any) -> str:
     return f"{path}.{text}" if path else text
 
 
+def flatten(fields: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted paths, {"model.moe.top_k": 8}."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= flatten(value, join(path, name)) if is_mapping(value) else {join(path, name): value}
+    return flat
+
+
 def is_mapping(value: Any) -> bool:
     """True of dictionaries and of ml_collections' ConfigDict, which does not derive from Mapping."""
     return isinstance(value, Mapping) or (hasattr(value, "keys") and not isinstance(value, type))

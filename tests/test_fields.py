@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deepseek_jax.errors import ConfigError
-from deepseek_jax.fields import Unbounded, build, change, convert
+from deepseek_jax.fields import Unbounded, build, change, convert, flatten
 
 
 class Color(enum.Enum):
@@ -132,3 +132,9 @@ def test_a_mapping_becomes_a_dataclass_and_changes_the_default_of_a_nested_one()
 def test_what_no_dataclass_can_be(fields, message):
     with pytest.raises(ConfigError, match=message):
         build(Outer, fields, "x", given={"given": None})
+
+
+def test_nested_fields_by_their_paths():
+    fields = {"moe": {"top_k": 8, "empty": {}}, "rewards": {"a.b:c": 1.0}, "sizes": [{"x": 1}]}
+    flat = {"model.moe.top_k": 8, "model.rewards['a.b:c']": 1.0, "model.sizes": [{"x": 1}]}
+    assert flatten(fields, "model") == flat and flatten({"a": {"b": None}}) == {"a.b": None}

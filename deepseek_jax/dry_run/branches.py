@@ -25,7 +25,7 @@ class Conditional:
     costs: tuple[float, ...]
 
 
-def keys_of(num_branches: int, place: Place | None, value: Hashable) -> tuple[Key, ...]:
+def conditional_keys(num_branches: int, place: Place | None, value: Hashable) -> tuple[Key, ...]:
     """The keys of a conditional at `place`, if that is known, that tests `value`."""
     return tuple((key, num_branches) for key in (place, value) if key is not None)
 
@@ -91,7 +91,7 @@ def _conditionals(
             )
         elif instruction.opcode == "conditional":
             inner = [scope.enter(instruction, name) for name in instruction.branches]
-            keys = keys_of(len(inner), scope.module.place(instruction), origin(instruction.operands[0], scope))
+            keys = conditional_keys(len(inner), scope.module.place(instruction), origin(instruction.operands[0], scope))
             yield (
                 (scope.computation.name, instruction.name),
                 Conditional(keys, tuple(times * cost(body) for body in inner)),

@@ -19,7 +19,7 @@ import jax
 from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
-from deepseek_jax.dry_run.branches import Conditional, Key, keys_of, taken_branch, taken_branches
+from deepseek_jax.dry_run.branches import Conditional, Key, conditional_keys, taken_branch, taken_branches
 from deepseek_jax.dry_run.hlo import Place
 from deepseek_jax.ranges import at_least, check, one_of
 
@@ -78,7 +78,7 @@ def _conditionals(
             continue
         if name == "cond":
             costs = tuple(times * _flops(branch, assumptions, None).total() for branch in inner)
-            yield eqn, Conditional(keys_of(len(inner), _place(eqn), operands[0]), costs)
+            yield eqn, Conditional(conditional_keys(len(inner), _place(eqn), operands[0]), costs)
             operands = operands[1:]
         if name == "scan":
             operands = operands[: eqn.params["num_consts"]]  # the rest is another one in every round

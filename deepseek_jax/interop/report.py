@@ -1,16 +1,15 @@
 """The report of `inspect`: the config as we read it, the tensors of a folder, and its problems."""
 
-import dataclasses
 import math
 import re
 from collections import Counter
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from deepseek_jax import cli
+from deepseek_jax.fields import flatten
 from deepseek_jax.interop.folder import Folder
 from deepseek_jax.interop.tensors import SCALE_SUFFIX
 
@@ -46,18 +45,9 @@ def _config_table(folder: Folder) -> Table:
         title_justify="left",
         box=None,
     )
-    for name, value in _flat(folder.config, ""):
+    for name, value in flatten(folder.config.to_dict()).items():
         table.add_row(name, escape(str(value)))
     return table
-
-
-def _flat(config: Any, prefix: str):
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
 
 
 def _tensor_table(folder: Folder) -> Table:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deepseek_jax.fields import flatten
 from deepseek_jax.launch.resources import Resources
 from deepseek_jax.launch.sweep import Run
 from deepseek_jax.model.config import ModelConfig
@@ -35,8 +36,8 @@ def ladder(rungs: Iterable[Rung], stage: str = "pretrain") -> tuple[Run, ...]:
 def _overrides(rung: Rung, stage: str) -> dict[str, Any]:
     learning_rate = f"{stage}.train.optimizer.learning_rate"
     return {
-        **_flat(rung.model.to_dict(), "model"),
-        **_flat(dataclasses.asdict(rung.runtime), "runtime"),
+        **flatten(rung.model.to_dict(), "model"),
+        **flatten(dataclasses.asdict(rung.runtime), "runtime"),
         f"{stage}.seq_len": rung.seq_len,
         f"{stage}.batch_size": rung.batch_size,
         f"{stage}.train.steps": rung.steps,
@@ -44,11 +45,3 @@ def _overrides(rung: Rung, stage: str) -> dict[str, Any]:
         f"{learning_rate}.warmup_steps": rung.warmup_steps,
         **rung.overrides,
     }
-
-
-def _flat(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Nested fields by their dotted paths."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{path}.{name}") if isinstance(value, Mapping) else {f"{path}.{name}": value}
-    return flat

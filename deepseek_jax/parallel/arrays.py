@@ -104,7 +104,7 @@ def whole_matrix_layouts(ops: MeshOps, axes: Sequence[str | None], shape: Sequen
     target = max(range(len(shape) - 2), key=lambda i: local[i], default=None)
     idle = [axis for axis, size in ops.sizes.items() if size > 1 and axis not in {*sum(divided, [])}]
     layouts = [list(map(tuple, divided))]
-    moved = 1  # devices among which the stack is divided, beside those of its rule
+    moved = 1  # devices among which the stack is divided, in addition to those of its rule
     for position in (-2, -1, None):
         axes_here = idle if position is None else divided[position]
         count = math.prod(ops.sizes[axis] for axis in axes_here)
@@ -162,7 +162,7 @@ def host_share(ops: Ops, process: int | None = None) -> tuple[int, int]:
     shards = math.prod(sizes)
     if len(mine) == 0 or shards % len(mine) or mine[0] % len(mine) or np.any(np.diff(mine) != 1):
         raise ConfigError(
-            f"mesh {ops.sizes}: the batch rows of host {process} are parts {mine.tolist()} of {shards}, not one "
+            f"mesh {ops.sizes}: host {process} has the shards {mine.tolist()} of {shards} of the batch, not one "
             "block; "
             "put the axes that divide the batch across hosts, and the others inside"
         )
@@ -170,7 +170,7 @@ def host_share(ops: Ops, process: int | None = None) -> tuple[int, int]:
 
 
 def global_batch(ops: Ops, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-    """This process's rows [B / count, …] as arrays of the whole batch [B, …], each device with its own part."""
+    """This process's sequences [B / count, …] as arrays of the whole batch [B, …], each device with its own shard."""
     if not isinstance(ops, MeshOps):
         return batch
     index, count = host_share(ops)

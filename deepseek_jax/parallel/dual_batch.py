@@ -34,24 +34,24 @@ class DualBatchBlock(nn.Module):
         nn.share_scope(self, self.block)
 
     def __call__(self, x_BTD, tokens: Tokens, cache_entry, expert_ids_BTK):
-        rows, halves = x_BTD.shape[0], 2 * self.ops.batch_shards
-        if cache_entry is None and rows % halves:
+        sequences, halves = x_BTD.shape[0], 2 * self.ops.batch_shards
+        if cache_entry is None and sequences % halves:
             say_once(
-                f"mesh.dispatch.dual_batch: {rows} sequences do not make two halves on each of the {halves // 2} "
+                f"mesh.dispatch.dual_batch: {sequences} sequences do not make two halves on each of the {halves // 2} "
                 "devices that divide them, so that each layer runs them in one piece and nothing overlaps; batches and "
                 f"microbatches that are multiples of {halves} avoid it"
             )
-        if cache_entry is not None or rows % halves:
+        if cache_entry is not None or sequences % halves:
             return self.block(x_BTD, tokens, cache_entry, expert_ids_BTK)
 
         def half(tree, which: int):
             """Rows which, which + 2, …: a divided batch stays divided."""
-            return jax.tree.map(lambda x: x.reshape(rows // 2, 2, *x.shape[1:])[:, which], tree)
+            return jax.tree.map(lambda x: x.reshape(sequences // 2, 2, *x.shape[1:])[:, which], tree)
 
         def whole(even, odd):
             if even.ndim == 0:  # a count, as of overflows
                 return even + odd
-            return jnp.stack([even, odd], axis=1).reshape(rows, *even.shape[1:])
+            return jnp.stack([even, odd], axis=1).reshape(sequences, *even.shape[1:])
 
         halves = [self.block(*half((x_BTD, tokens), which), None, half(expert_ids_BTK, which)) for which in (0, 1)]
         return jax.tree.map(whole, *halves)

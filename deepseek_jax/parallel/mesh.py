@@ -15,8 +15,8 @@ from deepseek_jax.fields import build
 from deepseek_jax.parallel.dispatch import DispatchConfig
 
 LARGEST = 2**17  # devices of a mesh; a typing mistake should not be searched for its nearest neighbors
-# Outermost first. Devices that talk most stand closest; axes that divide a batch's rows come before those that don't,
-# so that the rows of a host are one block.
+# Outermost first. Devices that communicate most are closest. Axes that divide the sequences of a batch come before the
+# others, so that the sequences of a host are one block.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 

@@ -20,7 +20,7 @@ from kernels_pallas.implementations import device_kind
 TILE = 128  # numbers that share a scale where a product quantizes its weight itself
 
 
-def tile_of(w: Any) -> tuple[int, int] | None:
+def quantization_tile(w: Any) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a weight that comes quantized; None for any other."""
     tiles = [
         leaf.tile
@@ -109,7 +109,7 @@ class MeshOps(Ops):
         token_axes = set(sum(tokens, ()))
         whole_tiles = [
             size % tile == 0
-            for size, tile in zip(self.local_shape(w.shape, axes), tile_of(w) or (TILE, TILE), strict=True)
+            for size, tile in zip(self.local_shape(w.shape, axes), quantization_tile(w) or (TILE, TILE), strict=True)
         ]
 
         def used(shape) -> tuple[tuple[str, ...], ...]:
@@ -221,7 +221,7 @@ class MeshOps(Ops):
         token_axes = sum(self.mesh_axes(("batch", "length"), x_BTD.shape[:2]), ())
         by_width = tuple(axis for axis in by_width if axis not in token_axes)
         local_width = width // math.prod(self.sizes[axis] for axis in by_width)
-        if any(local_width % tile for w in weights for tile in tile_of(w) or ()):
+        if any(local_width % tile for w in weights for tile in quantization_tile(w) or ()):
             by_width = ()  # dividing it would cut tiles that share a scale
         gathered_axes = set(token_axes) - set(by_expert)
 

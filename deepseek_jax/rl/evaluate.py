@@ -91,7 +91,7 @@ def answer_everywhere(
     return process_allgather(answer(model, variables, task, instances, key, sampling, samples), tiled=True)
 
 
-def sampling_of(config: EvalConfig, task: Task, temperature: float) -> SamplingConfig:
+def sampling_config(config: EvalConfig, task: Task, temperature: float) -> SamplingConfig:
     return SamplingConfig(
         max_new_tokens=config.max_completion_length or task.completion_length,
         temperature=temperature,
@@ -105,7 +105,7 @@ def greedy(model: Transformer, variables, task: Task, config: EvalConfig) -> dic
     """Accuracy and mean length of greedy answers: the short evaluation, for curves."""
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
     generation, right, _ = answer_everywhere(
-        model, variables, task, problems, jax.random.key(0), sampling_of(config, task, 0.0)
+        model, variables, task, problems, jax.random.key(0), sampling_config(config, task, 0.0)
     )
     return {"greedy_accuracy": float(right.mean()), "greedy_length": mean_length(generation)}
 
@@ -129,7 +129,7 @@ def evaluate(model: Transformer, variables, task: Task, config: EvalConfig) -> d
     problems = task.sample(jax.random.key(config.seed), config.problems, "heldout")
     asked = jax.tree.map(lambda x: x[: config.num_sampled], problems)
     k = config.samples
-    sampling = sampling_of(config, task, config.temperature)
+    sampling = sampling_config(config, task, config.temperature)
     generation, right_QK, formatted_B = answer_everywhere(
         model, variables, task, asked, jax.random.key(config.seed + 1), sampling, k
     )

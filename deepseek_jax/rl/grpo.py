@@ -24,7 +24,7 @@ from deepseek_jax.rl.rollout import Trajectories, completion_log_probs, roll_out
 from deepseek_jax.rl.tasks.base import Instance, Task
 from deepseek_jax.training.auxiliary import add_names, auxiliary_losses, auxiliary_metrics, mean_metrics, weighted
 from deepseek_jax.training.balance import load_metrics
-from deepseek_jax.training.state import TrainState, abstract_state, state_of
+from deepseek_jax.training.state import TrainState, abstract_state, state_from_variables
 from deepseek_jax.training.step import guarded_update
 from deepseek_jax.training.targets import valid_counts
 
@@ -54,7 +54,7 @@ def grpo_state(
     has_reference: bool = True,
 ) -> GRPOState:
     """A state at step 0 whose reference, if it has one, is the policy it starts from."""
-    train = state_of(model, variables, optimizer, rng)
+    train = state_from_variables(model, variables, optimizer, rng)
     reference, rollouts = jax.tree.map(jnp.copy, (train.variables if has_reference else None, train.step))
     return GRPOState(**vars(train), reference=reference, rollouts=rollouts)
 

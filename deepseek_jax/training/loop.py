@@ -21,7 +21,7 @@ from deepseek_jax.training.goodput import Goodput
 from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.run_steps import due, resume, run_steps
-from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_of
+from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_from_variables
 from deepseek_jax.training.step import make_train_step
 
 
@@ -68,7 +68,9 @@ def train(
 
         def fresh() -> TrainState:
             return (
-                create_state(model, optimizer, rng) if variables is None else state_of(model, variables, optimizer, rng)
+                create_state(model, optimizer, rng)
+                if variables is None
+                else state_from_variables(model, variables, optimizer, rng)
             )
 
         state, restored, beyond = resume(store, abstract_state(model, optimizer), config.steps, fresh)

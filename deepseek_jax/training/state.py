@@ -40,7 +40,7 @@ def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) 
     return with_sharding(abstract, state_sharding(model, abstract))
 
 
-def state_of(
+def state_from_variables(
     model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array
 ) -> TrainState:
     """A state at step 0 with fresh moments around a copy of given weights: a train step may destroy its buffers.

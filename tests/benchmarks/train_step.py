@@ -22,7 +22,7 @@ from deepseek_jax.model.transformer import Transformer, init_variables
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
-from deepseek_jax.training.state import state_of
+from deepseek_jax.training.state import state_from_variables
 from deepseek_jax.training.step import make_train_step
 
 OURS = "deepseek_jax"
@@ -34,7 +34,7 @@ class Ours:
         optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(LEARNING_RATE)))
         objective = ObjectiveConfig(mtp_weight=Schedule(0.0), balance="none")
         self.train_step = make_train_step(model, objective, optimizer, Schedule(LEARNING_RATE), Schedule(0.0))
-        self.state = state_of(model, variables, optimizer, jax.random.key(0))
+        self.state = state_from_variables(model, variables, optimizer, jax.random.key(0))
         ones = np.ones_like(tokens_BT)
         positions = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
         self.batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": positions, "loss_mask": ones}

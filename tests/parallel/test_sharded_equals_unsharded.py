@@ -18,7 +18,7 @@ from deepseek_jax.precision import get_precision
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
-from deepseek_jax.training.state import create_state, state_of
+from deepseek_jax.training.state import create_state, state_from_variables
 from deepseek_jax.training.step import make_train_step
 
 OBJECTIVE = ObjectiveConfig(balance_alpha=0.01, loss_chunk=16)
@@ -152,7 +152,7 @@ def one_step(sizes, rules, microbatch):
     optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(0.01), eps=1e-3))
     model = on(sizes, rules=rules)
     step = make_train_step(model, OBJECTIVE, optimizer, Schedule(0.01), Schedule(0.01), microbatch=microbatch)
-    state = state_of(model, placed(model), optimizer, jax.random.key(0))
+    state = state_from_variables(model, placed(model), optimizer, jax.random.key(0))
     places = jax.tree.map(lambda x: x.sharding, state)
     return places, *step(state, placed_batch(model))
 

@@ -21,7 +21,7 @@ from deepseek_jax.training.balance import sequence_balance_loss
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule
-from deepseek_jax.training.state import abstract_state, state_of
+from deepseek_jax.training.state import abstract_state, state_from_variables
 from deepseek_jax.training.step import accumulate, make_train_step
 
 SEEN = []  # (logits, valid) of every router and (sums, valid) of every attention that ran, in order
@@ -170,7 +170,7 @@ def test_gradient_is_that_of_a_total_written_by_hand(reporting, weights, value_a
 
 def test_microbatches_add_up(reporting, weights, value_and_grad, batch):
     """Each holds another number of tokens, and one of them none."""
-    state = state_of(reporting, weights, build_optimizer(OptimizerConfig()), jax.random.key(0))
+    state = state_from_variables(reporting, weights, build_optimizer(OptimizerConfig()), jax.random.key(0))
     loss, aux, grads = jax.jit(functools.partial(accumulate, reporting, WEIGHED, microbatch=1))(state, batch)
     whole_loss, whole_aux, whole_grads = value_and_grad(WEIGHED, batch)
     assert float(loss) == pytest.approx(whole_loss, rel=1e-5)

@@ -19,7 +19,7 @@ from deepseek_jax.training.muon import NEWTON_SCHULZ, MuonConfig, newton_schulz
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer, updated_by
 from deepseek_jax.training.schedules import Schedule
-from deepseek_jax.training.state import abstract_state, state_of
+from deepseek_jax.training.state import abstract_state, state_from_variables
 from deepseek_jax.training.step import make_train_step
 
 MODEL = Transformer(
@@ -208,7 +208,10 @@ def test_training_skips_and_goes_on(tmp_path):
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)
     batch = {"tokens": tokens, "segment_ids": ones, "positions": positions, "loss_mask": ones}
     copy = functools.partial(jax.tree.map, jnp.copy)  # a step destroys the state it is given
-    state, losses = state_of(MODEL, init_variables(MODEL, jax.random.key(0)), optimizer, jax.random.key(1)), []
+    state, losses = (
+        state_from_variables(MODEL, init_variables(MODEL, jax.random.key(0)), optimizer, jax.random.key(1)),
+        [],
+    )
     for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))

@@ -13,7 +13,7 @@ from deepseek_jax.training.balance import update_router_bias
 from deepseek_jax.training.objective import ObjectiveConfig
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
 from deepseek_jax.training.schedules import Schedule, Segment
-from deepseek_jax.training.state import TrainState, create_state, state_of
+from deepseek_jax.training.state import TrainState, create_state, state_from_variables
 from deepseek_jax.training.step import guarded_update, make_train_step
 
 POISON = 66  # a token whose embedding is made infinite
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(steps, small, state, o
     poisoned["tokens"][1, 7] = POISON
     variables = state.variables
     variables["params"]["embed"]["embedding"] = variables["params"]["embed"]["embedding"].at[POISON].set(jnp.inf)
-    state = state_of(small, variables, optimizer, state.rng)
+    state = state_from_variables(small, variables, optimizer, state.rng)
     state, _ = steps[microbatch](state, batch)
     before = copies((state.params, state.router_bias, state.opt_state))
     state, metrics = steps[microbatch](state, poisoned)
@@ -206,7 +206,7 @@ def test_logged_loads_are_the_choices_counted_one_by_one(steps, small, state, ba
 
 def test_the_state_is_donated_and_given_weights_are_not(steps, small, state, optimizer, batch):
     given = state.variables
-    mine = state_of(small, given, optimizer, state.rng)
+    mine = state_from_variables(small, given, optimizer, state.rng)
     steps[0](mine, batch)
     assert mine.params["head"]["kernel"].is_deleted()
     assert not given["params"]["head"]["kernel"].is_deleted()

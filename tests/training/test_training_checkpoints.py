@@ -18,7 +18,7 @@ from deepseek_jax.model.presets import preset
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training import checkpoints
 from deepseek_jax.training.checkpoints import Checkpoints, _checksum, load_variables, resolve_checkpoint
-from deepseek_jax.training.state import state_of
+from deepseek_jax.training.state import state_from_variables
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -30,7 +30,7 @@ def state_at(step, width=300):
     """A state of three arrays that depend on the step, as training would leave it."""
     numbers = np.random.default_rng(step).normal(size=(width, 40)).astype(np.float32)
     params = {"a": {"kernel": jnp.asarray(numbers)}, "b": {"scale": jnp.ones(3, jnp.bfloat16)}}
-    state = state_of(
+    state = state_from_variables(
         Transformer(CONFIG), {"params": params, "router_bias": {"r": jnp.arange(4.0)}}, OPTIMIZER, jax.random.key(step)
     )
     return state.replace(step=jnp.int32(step))
@@ -227,7 +227,7 @@ def test_variables_alone_for_inference(saved):
         assert config == CONFIG
         same(variables, state_at(6).variables)
     same(load_variables(saved.directory / "3")[1], state_at(3).variables)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="folder does not exist"):
         load_variables(saved.directory / "nowhere")
     (saved.directory.parent / "bare").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint at"):
@@ -255,7 +255,9 @@ def test_another_state_is_refused_by_its_first_array(saved):
     message = r"state.params/a/kernel is 'float32\[300, 40\]' in the checkpoint and 'float32\[301, 40\]' here"
     with pytest.raises(CheckpointError, match=message):
         saved.restore(state_at(0, width=301))
-    other = state_of(Transformer(CONFIG), state_at(0).variables, optax.sgd(0.1, momentum=0.9), jax.random.key(0))
+    other = state_from_variables(
+        Transformer(CONFIG), state_at(0).variables, optax.sgd(0.1, momentum=0.9), jax.random.key(0)
+    )
     with pytest.raises(CheckpointError, match="opt_state/0/trace/a/kernel"):
         saved.restore(other)
 
