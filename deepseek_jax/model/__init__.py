@@ -5,7 +5,7 @@ Shape suffixes name the axes of an array:
     B batch            T query position, new token      S key position, cache slot     D model width
     H heads            E experts                        K experts chosen per token     G expert groups
     N tokens (B·T)     F feed-forward width             L layers                       V vocabulary
-    R rows of a grouped product (N·K plus padding)      P prompt slots
+    R permuted tokens (N·K plus padding)                P prompt slots
     n, r, v, c head widths and latent rank
 
 A variable tree is {"params": …, "router_bias": …}: trainable weights, and the correction biases of the routers, which

@@ -24,9 +24,9 @@ Weight = jax.Array | QTensor  # float32 as trained, or quantized as stored
 class Ops:
     """Operations on one device. Hashable: a static field of every module.
 
-    precision  a policy of `deepseek_jax.precision`, or its name: the number format of each product
-    runtime    how it is computed: choices that change speed and memory, not the function
-    target     the device that the program is for ("cpu", "tpu", "sm90" for NVIDIA Hopper, …); None: the first one here
+    precision  the number format of each product: a policy of `deepseek_jax.precision`, or its name
+    runtime    the choices that change speed and memory, not the function
+    target     the kind of device that the program is for: "cpu", "tpu", "sm90" (NVIDIA Hopper), …; None: the first here
     """
 
     precision: Precision = "float32"

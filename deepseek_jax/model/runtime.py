@@ -12,14 +12,13 @@ from deepseek_jax.ranges import check, integer, one_of
 class RuntimeConfig:
     """The section `config.runtime` of an experiment. A checkpoint of one runtime goes on under any other.
 
-    remat                    what a layer keeps for its backward pass: "none" keeps everything, "full" recomputes the
-                             layer from its input, "dots" keeps the results of products with weights
-    scan_unroll              layers that one step of the scan over layers runs: more compile longer and may run faster
+    remat                    the backward pass keeps everything ("none"), the results of products with weights
+                             ("dots"), or recomputes each layer from its input ("full")
+    scan_unroll              layers in one step of the scan over layers: more compile longer and may run faster
     attention_chunk          queries attended at a time (0: all), so that no whole T x S score matrix exists
-    attention_heads_at_once  MLA heads whose keys and values are expanded at a time (0: all): the greatest common
-                             divisor of this and the number of heads
-    experts                  "grouped" (each expert multiplies its own tokens) or "dense" (every expert multiplies every
-                             token: the oracle)
+    attention_heads_at_once  MLA heads whose keys and values exist at a time (0: all); the largest number that divides
+                             this and the heads
+    experts                  "grouped": each expert multiplies its own tokens; "dense": all tokens, as an oracle
     """
 
     remat: str = "none"
