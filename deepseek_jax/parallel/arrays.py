@@ -178,10 +178,10 @@ def global_batch(ops: Ops, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]
     def one(local: np.ndarray) -> jax.Array:
         shape, first = (len(local) * count, *local.shape[1:]), len(local) * index
 
-        def part(where: tuple[slice, ...]) -> np.ndarray:
+        def slice_of(where: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = where[0].indices(shape[0])
             return local[(slice(start - first, stop - first), *where[1:])]
 
-        return jax.make_array_from_callback(shape, batch_sharding(ops, shape), part)
+        return jax.make_array_from_callback(shape, batch_sharding(ops, shape), slice_of)
 
     return {name: one(np.asarray(array)) for name, array in batch.items()}

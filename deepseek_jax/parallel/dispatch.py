@@ -1,13 +1,12 @@
-"""Tokens to the devices that hold their experts, and back. Everything here runs inside `shard_map`, on one device's
-arrays.
+"""Expert dispatch: sends tokens to the devices that hold their experts, and the results back. Everything here runs
+inside `shard_map`, on one device's arrays.
 
     N tokens on this device      K choices of a token      P peers, the devices among which the experts are divided
-    E experts on this device     S rows sent               R rows received
+    E experts on this device     S slots to send           R slots to receive
 
-A round sends the pairs whose rank among this device's pairs for the same peer lies in a window. Buffers have a fixed
-size; where everything fits, which is the rule, one round does it all. Where it does not, on any device, all devices
-take rounds of small windows until every pair has been served: slower, exact, and in no more memory. No pair is ever
-dropped.
+A pair is a token and one of its choices; a buffer has a slot for each pair. Each round sends up to `slots` pairs to
+each peer. Normally one round suffices. If any device's buffer would overflow, all devices run several smaller rounds
+until every pair has been served: slower, exact, and in no more memory. No pair is ever dropped.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.moe import combine
 from deepseek_jax.model.permute import Permutation, invert, permute, rank_in_group, unpermute
 from deepseek_jax.ranges import at_least, check, one_of
 from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, master, quantize, vary, varying_axes
@@ -28,20 +26,22 @@ from kernels_pallas import PreQuantized, QTensor, Quantizer, dequantize, master,
 EXCHANGES = ("auto", "ragged", "padded", "gather")
 DTYPES = ("compute", "fp8")
 SENT = Quantizer(power_of_two=True, min_amax=1e-30)  # activations and their gradients
-Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Apply = Callable[[Any, jax.Array, jax.Array], jax.Array]  # see `Ops.experts`, for Combine too
+Combine = Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
-    """How tokens travel to their experts; whichever way, the result is the same.
+    """How tokens travel to their experts. The result is the same for every choice, but for the rounding of "fp8".
 
-    `exchange`: "ragged" sends exactly the rows there are (`ragged_all_to_all`; TPU and GPU), "padded" a fixed number to
-    each peer (`all_to_all`), "gather" every token to every device of the expert axis and sums what comes back, which
-    suits few peers or few tokens. "auto" is "ragged" on TPU and GPU and "padded" elsewhere. Buffers hold
-    `buffer_factor` times the rows of a balanced load ("gather" always has room). `dtype` "fp8" sends E4M3 with a
-    power-of-two scale for each 1 x 128 tile on the way to the experts, forward and backward, as V3 does (§3.3.3), and
-    experts in FP8 multiply these very numbers; the way back stays in the compute dtype. `dual_batch` runs every layer
-    on two halves of the rows side by side (see `dual_batch.DualBatchBlock`).
+    exchange       "ragged" sends the pairs there are (`ragged_all_to_all`; TPU and GPU); "padded" sends a fixed number
+                   to each peer (`all_to_all`); "gather" sends every token to every device of the expert axis and sums
+                   the results, which suits few peers or few tokens; "auto" is "padded" on a CPU and "ragged" elsewhere
+    buffer_factor  buffers have this many times the slots of a balanced load; "gather" always has room
+    dtype          "compute", or "fp8": E4M3 with a power-of-two scale for each 1 x 128 tile on the way to the experts,
+                   forward and backward, as in V3 (§3.3.3). Experts in FP8 multiply these very numbers. The results
+                   come back in the compute dtype
+    dual_batch     every layer runs two halves of the sequences side by side (see `dual_batch.DualBatchBlock`)
     """
 
     exchange: str = "auto"
@@ -73,43 +73,44 @@ def total(x: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Plan:
-    """One round: where every pair's row lies, and how many rows go where."""
+    """One round: every pair's slot, and how many slots go to each peer."""
 
-    permutation: Permutation  # pairs <-> S rows sent
-    ids_S: jax.Array  # int32, the row's expert on its peer; E for an empty row
-    sent_P: jax.Array  # int32, rows to each peer and, where they are ragged, their offsets here and at the peer
+    permutation: Permutation  # pairs <-> S slots to send
+    ids_S: jax.Array  # int32, the slot's expert on its peer; E or more for an empty slot
+    sent_P: jax.Array  # int32, slots to each peer and, if they are ragged, their offsets here and at the peer
     sent_offsets_P: jax.Array
     sent_at_peer_P: jax.Array
-    received_P: jax.Array  # int32, likewise for the rows that come in
+    received_P: jax.Array  # int32, likewise for the slots that come in
     received_offsets_P: jax.Array
     received_at_peer_P: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """`rows` go to each peer in a window, P · rows is what is received; "ragged" fills it in any proportion. Peers are
-    numbered along `axes`, the first axis slowest."""
+    """The buffers of one round: `slots` for each peer, to send and to receive; "ragged" fills the P · slots received in
+    any proportion. Peers are numbered along `axes`, the first axis slowest."""
 
     axes: tuple[str, ...]
     peers: int
-    rows: int
+    slots: int
     ragged: bool
     fp8: bool
 
     def plan(self, dest_NK, rank_NK, ids_NK, sizes_P, low: jax.Array | int, whole: bool) -> Plan:
-        """The round of ranks low … low + rows - 1; with `whole` of every rank, which ragged buffers can take."""
-        width = dest_NK.size if whole and self.ragged else self.rows
+        """The round of the pairs whose ranks among those for the same peer are low … low + slots - 1; with `whole` of
+        every rank, for which ragged buffers have room."""
+        width = dest_NK.size if whole and self.ragged else self.slots
         sent_P = jnp.clip(sizes_P - low, 0, width)
         if self.ragged:
-            num_rows = dest_NK.size if whole else self.peers * self.rows
+            num_slots = dest_NK.size if whole else self.peers * self.slots
             starts_P = jnp.cumsum(sent_P) - sent_P
         else:
-            num_rows = self.peers * self.rows
-            starts_P = jnp.arange(self.peers, dtype=jnp.int32) * self.rows
+            num_slots = self.peers * self.slots
+            starts_P = jnp.arange(self.peers, dtype=jnp.int32) * self.slots
         inside_NK = (rank_NK >= low) & (rank_NK < low + width) & (dest_NK < self.peers)
-        rows_NK = jnp.where(inside_NK, starts_P[jnp.minimum(dest_NK, self.peers - 1)] + rank_NK - low, num_rows)
-        permutation = invert(rows_NK, num_rows)
-        # The id beyond the last expert marks an empty row.
+        slots_NK = jnp.where(inside_NK, starts_P[jnp.minimum(dest_NK, self.peers - 1)] + rank_NK - low, num_slots)
+        permutation = invert(slots_NK, num_slots)
+        # An id beyond the last expert marks an empty slot.
         padded_ids = jnp.concatenate([ids_NK.reshape(-1), jnp.full((1,), jnp.iinfo(jnp.int32).max, jnp.int32)])
         received_P = self._to_peers(sent_P)
         received_offsets_P = jnp.cumsum(received_P) - received_P
@@ -128,16 +129,16 @@ class Exchange:
         return lax.all_to_all(x_P, self.axes, 0, 0, tiled=True)
 
     def move(self, plan: Plan, x_S: jax.Array, fill: int = 0) -> jax.Array:
-        """Rows to their peers: [S, …] -> [R, …]."""
+        """Slots to their peers: [S, …] -> [R, …]."""
         if not self.ragged:
             return lax.all_to_all(x_S, self.axes, 0, 0, tiled=True)
-        empty_R = vary(jnp.full((self.peers * self.rows, *x_S.shape[1:]), fill, x_S.dtype), tuple(varying_axes(x_S)))
+        empty_R = vary(jnp.full((self.peers * self.slots, *x_S.shape[1:]), fill, x_S.dtype), tuple(varying_axes(x_S)))
         return lax.ragged_all_to_all(
             x_S, empty_R, plan.sent_offsets_P, plan.sent_P, plan.sent_at_peer_P, plan.received_P, axis_name=self.axes
         )
 
     def move_back(self, plan: Plan, y_R: jax.Array) -> jax.Array:
-        """Results to where their rows came from: [R, …] -> [S, …]."""
+        """Results to where their tokens came from: [R, …] -> [S, …]."""
         if not self.ragged:
             return lax.all_to_all(y_R, self.axes, 0, 0, tiled=True)
         empty_S = vary(
@@ -157,12 +158,12 @@ class Exchange:
         """Vectors to their peers, in the format of the dispatch: [S, D] -> [R, D]."""
         if not self.fp8:
             return self.move(plan, x_SD)
-        q_SD = quantize(x_SD, SENT, implementation="xla")  # the compiler joins it to the gather of the rows
+        q_SD = quantize(x_SD, SENT, implementation="xla")  # the compiler joins it to the gather of the tokens
         q_RD = QTensor(self.move(plan, q_SD.values), self.move(plan, q_SD.scales), q_SD.tile)
         return PreQuantized(dequantize(q_RD, x_SD.dtype), q_RD)
 
-    def round(self, apply: Apply, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
-        """What the experts make of this round's pairs, weighted and summed: [N, D]."""
+    def round(self, apply: Apply, combine: Combine, weights, x_ND, gates_NK, plan: Plan) -> jax.Array:
+        """The experts' results for this round's pairs, combined: [N, D]."""
         x_RD = send(self, plan, permute(x_ND, plan.permutation))
         ids_R = self.move(plan, plan.ids_S, jnp.iinfo(jnp.int32).max)
         y_RD = apply(weights, x_RD, ids_R[:, None])[:, 0].astype(x_ND.dtype)
@@ -194,32 +195,40 @@ send_back.defvjp(
 )
 
 
-def buffer_rows(pairs: int, peers: int, factor: float) -> int:
-    """Rows for each peer: `factor` times a balanced share, and never fewer than 16, below which shares vary too
-    much."""
+def buffer_slots(pairs: int, peers: int, factor: float) -> int:
+    """Slots for each peer: `factor` times a balanced share, and at least 16, since smaller shares vary too much."""
     return min(pairs, max(-(-int(factor * pairs) // peers), 16))
 
 
 def dispatched(
-    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], config: DispatchConfig, ragged: bool
+    apply: Apply,
+    combine: Combine,
+    weights,
+    x_ND,
+    ids_NK,
+    gates_NK,
+    *,
+    axes: tuple[str, ...],
+    config: DispatchConfig,
+    ragged: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts' results for this device's tokens, gate-weighted: [N, D], and on how many devices rows did not fit,
-    int32.
+    """The experts' combined results for this device's tokens, [N, D], and the number of devices whose buffers
+    overflowed, int32.
 
     weights: this device's E experts of the P · E that `axes` divide; ids_NK are numbered over all of them. Each device
     has other tokens.
     """
     peers, experts = lax.axis_size(axes), jax.tree.leaves(weights)[0].shape[0]
-    rows = buffer_rows(ids_NK.size, peers, config.buffer_factor)
-    exchange = Exchange(axes, peers, rows, ragged, config.dtype == "fp8")
+    slots = buffer_slots(ids_NK.size, peers, config.buffer_factor)
+    exchange = Exchange(axes, peers, slots, ragged, config.dtype == "fp8")
     dest_NK, local_ids_NK = ids_NK // experts, ids_NK % experts
     rank_NK, sizes_P = rank_in_group(dest_NK, peers)
     arriving = jnp.sum(lax.all_to_all(sizes_P, axes, 0, 0, tiled=True)) if exchange.ragged else jnp.max(sizes_P)
-    overflows = total((arriving > exchange.rows * (peers if exchange.ragged else 1)).astype(jnp.int32))
+    overflows = total((arriving > exchange.slots * (peers if exchange.ragged else 1)).astype(jnp.int32))
 
     def one_round(x_ND, gates_NK, low, whole):
         plan = exchange.plan(dest_NK, rank_NK, local_ids_NK, sizes_P, low, whole)
-        return exchange.round(apply, weights, x_ND, gates_NK, plan)
+        return exchange.round(apply, combine, weights, x_ND, gates_NK, plan)
 
     def rounds(x_ND, gates_NK):
         def add(y_ND, low):
@@ -231,7 +240,7 @@ def dispatched(
             )
             return y_ND, None
 
-        lows = jnp.arange(0, ids_NK.size, exchange.rows, dtype=jnp.int32)
+        lows = jnp.arange(0, ids_NK.size, exchange.slots, dtype=jnp.int32)
         zeros_ND = vary(jnp.zeros(x_ND.shape, jnp.float32), varying)
         return lax.scan(add, zeros_ND, lows)[0].astype(x_ND.dtype)
 
@@ -241,10 +250,18 @@ def dispatched(
 
 
 def gathered(
-    apply: Apply, weights, x_ND, ids_NK, gates_NK, *, axes: tuple[str, ...], token_axes: tuple[str, ...]
+    apply: Apply,
+    combine: Combine,
+    weights,
+    x_ND,
+    ids_NK,
+    gates_NK,
+    *,
+    axes: tuple[str, ...],
+    token_axes: tuple[str, ...],
 ) -> jax.Array:
-    """The same by bringing all tokens to all devices of the experts' `axes`: along those of `token_axes` devices have
-    different tokens so far, along the others the same."""
+    """The same, with all tokens gathered on all devices of the experts' `axes`. Along those that are among `token_axes`
+    devices hold different tokens before, along the others the same."""
     own, alike = (tuple(axis for axis in axes if (axis in token_axes) == differ) for differ in (True, False))
     experts = jax.tree.leaves(weights)[0].shape[0]
     first = lax.axis_index(axes) * experts

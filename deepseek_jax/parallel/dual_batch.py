@@ -1,5 +1,5 @@
-"""Two microbatches through the same layer side by side (V3 §3.2.1): while the tokens of one travel, the other
-computes."""
+"""Dual batch: two halves of a microbatch run through the same layer side by side (V3 §3.2.1), so that the tokens of one
+travel while the other computes."""
 
 import functools
 from typing import ClassVar
@@ -38,14 +38,14 @@ class DualBatchBlock(nn.Module):
         if cache_entry is None and sequences % halves:
             say_once(
                 f"mesh.dispatch.dual_batch: {sequences} sequences do not make two halves on each of the {halves // 2} "
-                "devices that divide them, so that each layer runs them in one piece and nothing overlaps; batches and "
+                "devices that divide them, so each layer runs them in one piece and nothing overlaps; batches and "
                 f"microbatches that are multiples of {halves} avoid it"
             )
         if cache_entry is not None or sequences % halves:
             return self.block(x_BTD, tokens, cache_entry, expert_ids_BTK)
 
         def half(tree, which: int):
-            """Rows which, which + 2, …: a divided batch stays divided."""
+            """Sequences which, which + 2, …: a divided batch stays divided."""
             return jax.tree.map(lambda x: x.reshape(sequences // 2, 2, *x.shape[1:])[:, which], tree)
 
         def whole(even, odd):
@@ -59,9 +59,5 @@ class DualBatchBlock(nn.Module):
 
 @functools.cache
 def dual_batch_block(block: type[nn.Module]) -> type[DualBatchBlock]:
-    """`DualBatchBlock` of any block that is made and called as `Block` is."""
-    return (
-        DualBatchBlock
-        if block is Block
-        else type(f"TwoMicrobatchesOf{block.__name__}", (DualBatchBlock,), {"of": block})
-    )
+    """`DualBatchBlock` of any block that is made and called as `Block` is, one's own too."""
+    return DualBatchBlock if block is Block else type(f"DualBatch{block.__name__}", (DualBatchBlock,), {"of": block})

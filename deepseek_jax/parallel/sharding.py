@@ -68,7 +68,7 @@ class MeshOps(Ops):
     def mesh_axes(
         self, names: Sequence[str | None], shape: Sequence[int], prefix: str = ""
     ) -> tuple[tuple[str, ...], ...]:
-        """The mesh axes that divide each dimension of an array; `prefix` looks rows up under another name first."""
+        """The mesh axes that divide each dimension of an array; `prefix` looks rules up under another name first."""
         return divide(dict(self.rules), self.sizes, names, shape, prefix)
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int], prefix: str = "") -> PartitionSpec:
@@ -140,7 +140,7 @@ class MeshOps(Ops):
         token_axes = sum(self.mesh_axes(("batch", "length"), ids_BT.shape), ())
         # the others' tokens are the same: gathered
         width_axes = tuple(axis for axis in width_axes if axis in token_axes)
-        # the others' rows are of other tokens: gathered
+        # the others' vectors are of other tokens: gathered
         vocab_axes = tuple(axis for axis in vocab_axes if axis not in token_axes)
 
         def local(table_vd, ids_bt):
@@ -226,9 +226,9 @@ class MeshOps(Ops):
         gathered_axes = set(token_axes) - set(by_expert)
 
         def divided(w, names):
-            """The mesh axes that divide a weight (several arrays: values and scales) where it enters the shard_map, to
-            be used or gathered. The compiler gathers the other axes: where tokens are not divided, all devices need the
-            same."""
+            """The mesh axes that divide a weight (one array, or values and scales) where it enters the shard_map, to be
+            used or gathered there. The compiler gathers over the other axes: where tokens are not divided, all devices
+            need the same."""
             use = {"experts": by_expert, "expert_ffn": by_width}
 
             def spec(leaf) -> PartitionSpec:
@@ -253,7 +253,7 @@ class MeshOps(Ops):
             if not by_expert:
                 y_ND = combine(apply(weights, x_ND, ids_NK), gates_NK, x_ND.dtype)
             elif exchange == "gather" or not set(by_expert) <= set(token_axes):
-                y_ND = gathered(apply, weights, x_ND, ids_NK, gates_NK, axes=by_expert, token_axes=token_axes)
+                y_ND = gathered(apply, combine, weights, x_ND, ids_NK, gates_NK, axes=by_expert, token_axes=token_axes)
             else:
                 y_ND, overflows = dispatched(
                     apply,

@@ -93,7 +93,7 @@ def test_every_exchange_is_the_same_function(exchange, experts, reference, monke
 @pytest.mark.parametrize("rows", [1, 4])
 def test_buffers_that_overflow_take_rounds_and_lose_nothing(exchange, rows, reference, monkeypatch):
     monkeypatch.setattr(dispatch.lax, "ragged_all_to_all", ragged_on_cpu)
-    monkeypatch.setattr(dispatch, "buffer_rows", lambda pairs, peers, factor: rows)
+    monkeypatch.setattr(dispatch, "buffer_slots", lambda pairs, peers, factor: rows)
     call = experts_call(mesh_ops({"fsdp": 2, "expert": 4}, exchange=exchange))
     for name, ids in IDS.items():
         y, overflows, gradients = call(ids)
