@@ -250,21 +250,14 @@ class MeshOps(Ops):
             weights = vary(weights, token_axes)
             x_ND, ids_NK, gates_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, gates_BTK))
             x_ND, overflows = vary(x_ND, by_width), jnp.zeros((), jnp.int32)
+            given = (apply, combine, weights, x_ND, ids_NK, gates_NK)
             if not by_expert:
                 y_ND = combine(apply(weights, x_ND, ids_NK), gates_NK, x_ND.dtype)
             elif exchange == "gather" or not set(by_expert) <= set(token_axes):
-                y_ND = gathered(apply, combine, weights, x_ND, ids_NK, gates_NK, axes=by_expert, token_axes=token_axes)
+                y_ND = gathered(*given, axes=by_expert, token_axes=token_axes)
             else:
-                y_ND, overflows = dispatched(
-                    apply,
-                    weights,
-                    x_ND,
-                    ids_NK,
-                    gates_NK,
-                    axes=by_expert,
-                    config=self.dispatch,
-                    ragged=exchange == "ragged",
-                )
+                ragged = exchange == "ragged"
+                y_ND, overflows = dispatched(*given, axes=by_expert, config=self.dispatch, ragged=ragged)
             y_ND = lax.psum(y_ND, by_width) if by_width else y_ND
             return y_ND.reshape(x_BTD.shape), overflows
 
