@@ -104,13 +104,15 @@ def whole_matrix_layouts(ops: MeshOps, axes: Sequence[str | None], shape: Sequen
     target = max(range(len(shape) - 2), key=lambda i: local[i], default=None)
     idle = [axis for axis, size in ops.sizes.items() if size > 1 and axis not in {*sum(divided, [])}]
     layouts = [list(map(tuple, divided))]
-    moved = 1  # devices among which the stack is divided, in addition to those of its rule
+    ruled = target is not None and bool(divided[target])  # the stack's own rule divides it, evenly
+    moved = 1  # devices that divide what the rule leaves
     for position in (-2, -1, None):
         axes_here = idle if position is None else divided[position]
         count = math.prod(ops.sizes[axis] for axis in axes_here)
         if target is not None and count > 1:
             before, after = (-(-local[target] // n) for n in (moved, moved * count))
-            if before > 1 and (moved == 1 or before * moved == after * moved * count):
+            padded = (local[target] if ruled else before * moved), after * moved * count
+            if before > 1 and (padded[0] == padded[1] or (moved == 1 and not ruled)):
                 divided[target] += axes_here
                 moved *= count
         if position is not None:

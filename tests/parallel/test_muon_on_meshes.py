@@ -76,6 +76,7 @@ EXPERTS, FFN = ("layers", "experts", "embed", "expert_ffn"), ("layers", "embed",
     [
         ("fsdp2 expert4", EXPERTS, (3, 8, 16, 6), ("fsdp", "expert", None, None)),
         ("fsdp2 expert4", EXPERTS, (1, 8, 16, 6), (None, ("expert", "fsdp"), None, None)),
+        ("fsdp2 expert4", EXPERTS, (1, 12, 16, 6), (None, "expert", None, None)),  # 3 on a device are not divided by 2
         ("fsdp2 expert4", FFN, (3, 16, 24), (("fsdp", "expert"), None, None)),
         ("fsdp2 expert4", FFN, (1, 16, 24), (None, None, None)),
         ("fsdp2 expert4", FFN[1:], (16, 24), (None, None)),
