@@ -1,4 +1,4 @@
-"""Muon against an implementation in numpy, optax's and torch's; which parameters it updates; and its runs."""
+"""Muon against an implementation in numpy and optax's; which parameters it updates; and its runs."""
 
 import dataclasses
 import functools
@@ -149,21 +149,6 @@ def test_the_first_step_is_that_of_optax():
     updates = flat(jax.jit(lambda g, p: theirs.update(g, theirs.init(p), p)[0])(gradients(1), start()))
     for name in labels:
         np.testing.assert_allclose(direction(CONFIG, name), -updates[name], atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
-def test_two_steps_equal_torch(shape, monkeypatch):
-    """torch.optim.Muon, which iterates in bfloat16; here in float32."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
-    random = np.random.default_rng(0)
-    weights, *gradients = random.normal(size=(3, *shape)).astype(np.float32)
-    theirs = torch.nn.Parameter(torch.tensor(weights))
-    optimizer = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for gradient in gradients:
-        theirs.grad = torch.tensor(gradient)
-        optimizer.step()
-    np.testing.assert_allclose(theirs.detach().numpy(), numpy_muon(CONFIG, np.float64(weights), gradients), atol=2e-6)
 
 
 def test_which_parameters_muon_updates():
