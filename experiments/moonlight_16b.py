@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
             },
-            # The released config.json names a sequence-wise loss of 0.001 beside the correction bias.
+            # The released config.json names a sequence-wise loss of 0.001 in addition to the correction bias.
             "objective": {"mtp_weight": 0.0, "balance": "sequence", "balance_alpha": 0.001},
             # γ is 0.001 up to 5.2T tokens and 0 in the cooldown (appendix C).
             "bias_update_speed": {

@@ -2,7 +2,7 @@
 
     python -m deepseek_jax --config=experiments/r1_tiny.py
 
-The network is DeepSeek-V3's in every piece: MLA with compressed queries, routed experts in groups beside a shared one,
+The network is DeepSeek-V3's in every piece: MLA with compressed queries, routed experts in groups and a shared one,
 the balancing bias, MTP. The task is the parity of 20 bits, which can't be guessed and is easy to work out bit by bit.
 
     pretrain   pre-training on the Python standard library's source, mixed with worked solutions

@@ -9,7 +9,7 @@ from deepseek_jax.model.config import ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-    """What all layers keep. `entries` maps a stack of layers to its arrays [L, B, S, ·], those of the attention's
+    """The cache of all layers. `entries` maps a stack of layers to its arrays [L, B, S, ·], those of the attention's
     `cache_dims` in order: MLA's latent and rotary key (576 numbers a token and layer in V3), or keys and values. A slot
     holds the token at `positions_BS`; -1 marks it empty."""
 

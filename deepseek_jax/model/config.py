@@ -87,7 +87,7 @@ class AttentionConfig(Variant, abc.ABC):
     @property
     @abc.abstractmethod
     def rotary_dim(self) -> int:
-        """How many of a head's dimensions are rotated; 0 without rotary embedding."""
+        """The number of a head's dimensions that are rotated; 0 without rotary embedding."""
 
     @property
     @abc.abstractmethod
@@ -163,7 +163,7 @@ class MLAConfig(AttentionConfig, kind="mla"):
 
     @property
     def cached_pair_flops(self) -> int:
-        """In the absorbed form, which scores and sums latents: kv_lora_rank wide, whatever the head's own size."""
+        """In the absorbed form, which scores and sums latents: kv_lora_rank wide for any size of head."""
         return 2 * self.num_heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
 
 

@@ -44,12 +44,12 @@ class Ops:
 
     @property
     def batch_shards(self) -> int:
-        """How many devices divide the sequences of a batch."""
+        """The number of devices that divide the sequences of a batch."""
         return 1
 
     @property
     def token_shards(self) -> int:
-        """How many devices divide the tokens of a batch: its sequences and the positions in them."""
+        """The number of devices that divide the tokens of a batch: its sequences and the positions in them."""
         return 1
 
     # Products

@@ -1,6 +1,6 @@
 """Expert routing (V3 eqs. 13-16): scores, group-limited top-k, gates, and the sums that balancing needs.
 
-Everything here is float32 whatever the compute dtype. The correction bias chooses experts and never enters a gate.
+Everything here is float32 in every compute dtype. The correction bias chooses experts and never enters a gate.
 """
 
 import flax.linen as nn

@@ -10,7 +10,7 @@ from deepseek_jax.ranges import check, integer, one_of
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """The section `config.runtime` of an experiment. A checkpoint of one runtime goes on under any other.
+    """The section `config.runtime` of an experiment. A checkpoint of one runtime resumes under any other.
 
     remat                    the backward pass keeps everything ("none"), the results of products with weights
                              ("dots"), or recomputes each layer from its input ("full")

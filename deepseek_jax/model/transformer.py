@@ -28,7 +28,7 @@ RESIDUAL = ("batch", "length", None)  # logical axes of a hidden state [B, T, D]
 
 @flax.struct.dataclass
 class Output:
-    """What a forward call returns. Only what is used is computed."""
+    """The results of a forward call. Only those that are used are computed."""
 
     hidden_BTD: jax.Array  # after the final norm; `unembed` makes logits of it
     mtp_hidden: tuple[jax.Array, ...]  # per MTP module k = 1, 2, …: [B, T, D], position i predicts token i+k+1

@@ -61,7 +61,7 @@ class FP8Precision(Precision):
     def has_kernels(self, device: str) -> bool:
         if device not in PREFERRED and device.startswith("sm"):
             say_once(
-                f"precision {self.name}: there are no FP8 kernels for this kind of device, {device}, so XLA emulates "
+                f"precision {self.name}: this device, {device}, has no FP8 kernels, so XLA emulates "
                 "every product in float32, which is slower than bfloat16; NVIDIA Hopper GPUs and TPUs have kernels, "
                 "and config.precision=bfloat16 needs none"
             )

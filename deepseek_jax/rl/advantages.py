@@ -71,7 +71,8 @@ ESTIMATORS: dict[str, Estimator] = {f.__name__: f for f in (group_std, batch_std
 
 
 def find_estimator(name: str) -> Estimator:
-    """The estimator that a config names. Raises ConfigError for an unknown name, and for what is no function."""
+    """The estimator that a config names. Raises ConfigError for an unknown name, and for an attribute that is not a
+    function."""
     estimator = resolve(ESTIMATORS, name, "advantage_estimator")
     if not callable(estimator):
         raise ConfigError(

@@ -44,7 +44,7 @@ class Answer:
 
 
 def same_answer(given: str, expected: str) -> bool:
-    """Whether two answers are the same number or the same text. An empty answer is never right.
+    """True if two answers are the same number or the same text. An empty answer is never right.
 
     12, 12.0, 24/2 and 11 2/2 are one number. Units have to agree where both have one. A percentage is the same as its
     hundredths and as the number before the sign, since questions ask for either.

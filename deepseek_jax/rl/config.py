@@ -160,12 +160,12 @@ class GRPOConfig:
 
     @property
     def has_reference(self) -> bool:
-        """Whether a reference policy is kept: a copy of the weights, which the KL term alone needs."""
+        """True if a reference policy is kept: a copy of the weights, which only the KL term needs."""
         return self.kl_coefficient > 0
 
     @property
     def kl_in_loss(self) -> bool:
-        """Whether the loss has a KL term."""
+        """True if the loss has a KL term."""
         return self.has_reference and not self.kl_in_reward
 
     @property

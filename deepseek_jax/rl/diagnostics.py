@@ -98,7 +98,7 @@ class Diagnostics:
         return messages
 
     def _shorter(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether completions are a good deal shorter than at first, and held-out answers not more often right."""
+        """True if completions are much shorter than at first, and held-out answers are not more often right."""
         names = ("length_mean", "held_out_accuracy")
         self.now |= {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
         self.first = self.now | self.first

@@ -66,7 +66,7 @@ def train_grpo(
     seed: int = 0,
     name: str = "grpo",
 ) -> GRPOState:
-    """Trains from `variables` until `grpo.config.steps` optimizer steps are made, or goes on from `workdir`'s newest
+    """Trains from `variables` until `grpo.config.steps` optimizer steps are made, or resumes from `workdir`'s newest
     checkpoint.
 
     Leaves metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ and goodput.json (its steps are rollouts) in

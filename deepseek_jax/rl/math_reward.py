@@ -1,9 +1,9 @@
 """Accuracy on natural mathematics through math-verify, in a process of its own.
 
-math-verify parses LaTeX with sympy, which can run for ever on a hostile string, and its own time limit is a signal that
-only works in a main thread (elsewhere it raises, or says "wrong"). So checks run in worker processes under our clock,
-and a worker that is late is killed. There are several, so that answers that take the full time do not wait for one
-another.
+math-verify parses LaTeX with sympy, which can run without end on a hostile string, and its own time limit is a signal
+that only works in a main thread (elsewhere it raises, or says "wrong"). So checks run in worker processes under our
+clock, and a worker that is late is killed. There are several, so that answers that take the full time do not wait for
+one another.
 """
 
 import atexit
@@ -39,7 +39,7 @@ def _checkers() -> "Workers":
 
 
 def math_equal(guess: str, expected: str) -> bool:
-    """Whether two mathematical answers, without tags, are equal. Runs in the worker."""
+    """True if two mathematical answers, without tags, are equal. Runs in the worker."""
     from math_verify import parse, verify
 
     # it warns that without its own time limit it needs another: ours

@@ -141,7 +141,7 @@ class RewardSet:
 
     @property
     def in_graph(self) -> bool:
-        """Whether no Python function is among them, so that a whole iteration can be one jitted call."""
+        """True if all rewards are in the graph, so that a whole iteration can be one jitted call."""
         return all(reward.in_graph for reward in self.rewards)
 
     def graph_components(
@@ -215,7 +215,7 @@ class RewardSet:
 
 
 def reward_to_go(rewards_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
-    """What a completion still earns from each token on: sum over s >= t of r_s, real tokens only. float32 [B, N]."""
+    """The reward to go from each token on: sum over s >= t of r_s, real tokens only. float32 [B, N]."""
     return jax.lax.cumsum(jnp.where(mask_BN > 0, rewards_BN, 0.0), axis=1, reverse=True)
 
 

@@ -19,7 +19,7 @@ from deepseek_jax.training.log_probs import token_log_probs
 
 @flax.struct.dataclass
 class Trajectories:
-    """B completions with what training needs to judge them; every leaf has B rows, siblings of a group adjacent.
+    """B completions with what training needs to judge them; every leaf has B sequences, siblings of a group adjacent.
 
     Where the network gave a logit that is not finite, the row is emptied: no prompt, no completion, length 0 and mask
     0, like a row that only fills a batch, so that it reaches no sum and no gradient.
@@ -50,7 +50,7 @@ class Trajectories:
 
 
 def sampling_config(config: GRPOConfig) -> SamplingConfig:
-    """How rollouts are drawn: from the whole vocabulary, so that training compares the same distributions that sampling
+    """Sampling of rollouts: from the whole vocabulary, so that training compares the same distributions that sampling
     used."""
     return SamplingConfig(
         max_new_tokens=config.max_completion_length, temperature=config.temperature, eos_id=EOS, pad_id=PAD

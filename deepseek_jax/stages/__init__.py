@@ -48,7 +48,7 @@ def build_stage(experiment: Experiment, name: str) -> Stage:
 
 def find_kind(stage: str, kind: str) -> type[Stage]:
     """The class of a stage's kind: one of `KINDS`, or your own as package.module:Class. Raises ConfigError for an
-    unknown name, and for what is no class derived from Stage."""
+    unknown name, and for an attribute that is not a class derived from Stage."""
     found = resolve(KINDS, kind, f"config.{stage}.kind")
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise ConfigError(

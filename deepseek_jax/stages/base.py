@@ -97,7 +97,7 @@ class Stage:
         return steps_in(self.folder / "checkpoints")
 
     def finished(self) -> bool:
-        """Whether the folder has everything that `run` would make."""
+        """True if the folder has everything that `run` would make."""
         return False
 
     def check_data(self, prepare: bool) -> None:
@@ -120,7 +120,7 @@ class Stage:
         raise NotImplementedError
 
     def keep_tokenizer(self) -> None:
-        """Puts the tokenizer's files beside the checkpoints, so that the folder alone can read and write text. A
+        """Puts the tokenizer's files next to the checkpoints, so that the folder alone can read and write text. A
         tokenizer of a user's own is found again by the name in experiment.json."""
         if is_primary() and not is_own(self.experiment.config.get("tokenizer", "byte")):
             self.experiment.tokenizer.save(self.folder / FOLDER)

@@ -21,7 +21,7 @@ from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer, up
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSection:
-    """The fields of a GRPO stage's section beside those of GRPOConfig. `optimizer` has the fields that differ from the
+    """The fields of a GRPO stage's section besides those of GRPOConfig. `optimizer` has the fields that differ from the
     recipe's; `loss_chunk` is how many tokens' logits exist at once."""
 
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from deepseek_jax.errors import ConfigError, nearest
 from deepseek_jax.model.auxiliary import LOSSES, METRICS, Sum, add_sums
 
-COLLECTIONS = (LOSSES, METRICS)  # what `model.apply(…, mutable=COLLECTIONS)` returns beside its output
+COLLECTIONS = (LOSSES, METRICS)  # what `model.apply(…, mutable=COLLECTIONS)` returns besides its output
 
 
 def auxiliary_losses(returned: Mapping[str, Any], tokens_K: jax.Array, sequences_K: jax.Array) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Batches on their way to a step: how large they are, and that they fit the model."""
+"""Batches for a training step: their sizes, and checks that they fit the model."""
 
 import itertools
 import math
@@ -15,7 +15,8 @@ FIELDS = ("tokens", "segment_ids", "positions", "loss_mask")
 
 
 class Loader(Protocol):
-    """Batches for ever, with a position that can be saved; `take` only where the batch size is scheduled."""
+    """An endless loader of batches whose state can be saved; `take` is needed only where the batch size is
+    scheduled."""
 
     def __next__(self) -> Batch: ...
     def take(self, num_sequences: int) -> Batch: ...
@@ -43,8 +44,8 @@ def step_batches(
 
 
 def batch_size_at(config: TrainConfig, step: Any, shards: int = 1) -> np.ndarray:
-    """Rows of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple of
-    the microbatch and of the `shards` that a mesh divides them into."""
+    """Sequences of the batches at `step`, one or an array of them, where their size is scheduled: rounded to a multiple
+    of the microbatch and of the `shards` that a mesh divides them into."""
     unit = math.lcm(max(config.microbatch, 1), shards)
     return np.maximum(unit, np.round(np.asarray(config.batch_size(step), np.float64) / unit) * unit).astype(np.int64)
 
@@ -60,7 +61,7 @@ def check_batch(batch: Batch, vocab_size: int) -> Batch:
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises DataError for ids that are not integers of the vocabulary: a look-up would clamp them in silence."""
+    """Raises DataError for ids that are not integers of the vocabulary: the embedding would clamp them in silence."""
     if not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(f"a batch has tokens of dtype {tokens.dtype}: token ids are integers")
     smallest, largest = int(np.min(tokens)), int(np.max(tokens))

@@ -1,11 +1,11 @@
 """Checkpoints on disk: written in the background, complete or absent, checked when read back.
 
-A checkpoint is a folder named by its step with three parts: `variables` (weights and router biases, all that inference
-needs), `training` (the rest of the state) and `meta` (JSON: model configuration, data position, and the shape, dtype
-and checksum of every array). What an evaluation gave is noted beside them in metrics.json once it is known. Orbax
-writes to a temporary folder and renames it, so that a killed process leaves the earlier checkpoints as they were.
+A checkpoint is a folder named by its step with three items: `variables` (weights and router biases, all that inference
+needs), `training` (the rest of the state) and `meta` (JSON: model configuration, loader state, and the shape, dtype and
+checksum of every array). The results of an evaluation are added in metrics.json once they are known. Orbax writes to a
+temporary folder and renames it, so that a killed process leaves the earlier checkpoints as they were.
 
-Of several processes each writes and reads what its devices hold, in one folder that all of them see; all call the same
+Of several processes each writes and reads its devices' shards, in one folder that all of them see; all call the same
 functions and come to the same decisions. Nothing on disk depends on the mesh: any other can read it.
 """
 
@@ -31,7 +31,7 @@ from deepseek_jax.model.config import ModelConfig
 from deepseek_jax.parallel.hosts import all_true, from_primary, is_primary, wait_for_all, write_text
 
 METRIC = "bits_per_byte"
-METRICS = "metrics.json"  # beside the three parts of a checkpoint
+METRICS = "metrics.json"  # next to the three items of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _Keep(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Doesn't ask whether to stop: the training loop does, and jax counts who has asked how often."""
+    """Leaves it to the training loop to ask about preemption, since jax counts how often each process asks."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -92,8 +92,8 @@ class Checkpoints:
     def save(self, state, loader_state: Any = None) -> None:
         """Copies a `TrainState` (or a dataclass that extends it) and returns; a thread writes it.
 
-        `loader_state` is JSON or bytes. Raises CheckpointError if this or the save before it could not be written,
-        for one because the disk is full; earlier checkpoints are then as they were.
+        `loader_state` is JSON or bytes. Raises CheckpointError if this or the save before it could not be written, for
+        example because the disk is full; earlier checkpoints then stay as they were.
         """
         step = int(state.step)
         variables, training = _split(state)
@@ -112,8 +112,8 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds what an evaluation of the checkpoint of `step` gave, once the checkpoint is written: an evaluation that
-        fails loses no step.
+        """Adds the results of an evaluation of `step` to its checkpoint, once that is written: an evaluation that fails
+        loses no step.
 
         With a finite `metric` the checkpoint can be among the best. Raises CheckpointError as `save` does.
         """
@@ -125,10 +125,10 @@ class Checkpoints:
             self._ranks[step] = values[self.metric]
 
     def rescue(self, state, loader_state: Any = None) -> str:
-        """Saves the state that an exception left, if it can, and says in a sentence what came of it; raises nothing.
+        """Saves the state that an exception left, if it can, and returns a sentence about it; raises nothing.
 
-        A step that fails may have destroyed its buffers. One of several processes cannot save alone, and it cannot know
-        whether the others have met the exception too.
+        A step that fails may have destroyed its buffers. One of several processes cannot save alone, and cannot know if
+        the others have met the exception too.
         """
         if jax.process_count() > 1:
             return f"Nothing more can be saved by one of several processes. {self._safe()}"
@@ -161,13 +161,14 @@ class Checkpoints:
             )
 
     def restore(self, like, last: int | None = None) -> Restored | None:
-        """The newest readable checkpoint, placed as `like` is; None if there is none. Of a run that has gone beyond
-        step `last` the one of `last`.
+        """The newest readable checkpoint, placed like `like`; None if there is none. Of a run that has passed step
+        `last`, the checkpoint of `last`.
 
-        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; what the checkpoint has of a field that
-        is None in it is let go. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before it
-        is used. Raises CheckpointError for a checkpoint of another model or optimizer, naming the first difference, if
-        every checkpoint is damaged (training anew over them is the caller's decision), and if there is none of `last`.
+        `like` is a state of arrays or of jax.ShapeDtypeStruct with shardings; arrays of the checkpoint for fields that
+        are None in it are dropped. A damaged checkpoint is reported, set aside as `<step>.damaged`, and the one before
+        it is used. Raises CheckpointError for a checkpoint of another model or optimizer, naming the first difference,
+        if every checkpoint is damaged (training anew over them is the caller's decision), and if the checkpoint of
+        `last` is missing.
         """
         steps, damaged = json.loads(from_primary(json.dumps(self.steps()))), []
         if last is not None and steps and steps[-1] > last:
@@ -229,8 +230,8 @@ class Checkpoints:
         self._manager.reload()
 
     def _remove_unfinished(self) -> None:
-        """Removes what a killed process or a failed write left. Orbax would do it in a thread, beside the next
-        write."""
+        """Removes the remains of a killed process or a failed write. Orbax would do it in a thread, concurrently with
+        the next write."""
         if is_primary():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -238,7 +239,7 @@ class Checkpoints:
     def _guard(self, write) -> None:
         try:
             write()
-        except Exception as error:  # whatever the background thread met
+        except Exception as error:  # any error of the background thread
             self._remove_unfinished()
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             cause = "the disk is full" if full else _first_line(error)
@@ -250,7 +251,7 @@ class Checkpoints:
     def _safe(self) -> str:
         steps = self.steps()
         return (
-            f"Checkpoints of steps {steps} are untouched; start again to go on from there."
+            f"Checkpoints of steps {steps} are untouched; start again to resume there."
             if steps
             else "Nothing was saved yet."
         )
@@ -261,7 +262,7 @@ def load_variables(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """(config, {"params", "router_bias"}) of a checkpoint, without its optimizer state: for inference and later stages.
 
-    `shardings(config)` is a tree of shardings like the variables, and each device gets its part; without it, or where
+    `shardings(config)` is a tree of shardings like the variables, and each device gets its shard; without it, or where
     it gives None, the first device gets all.
 
     `path` is anything that `resolve_checkpoint` understands. Raises CheckpointError if there is none or it is damaged.
@@ -288,11 +289,11 @@ def load_variables(
 
 
 def resolve_checkpoint(path, best: bool = False) -> pathlib.Path:
-    """The folder of one checkpoint, <stage>/checkpoints/<step>, from whatever names it.
+    """The folder of one checkpoint, <stage>/checkpoints/<step>, from any path that leads to it.
 
     `path` is that folder, the `checkpoints` folder, a stage's folder or a run's. Of a run the last stage that has
-    weights is taken, which is said; of several checkpoints the newest, or with `best` the one with the lowest metric if
-    any has one. Raises CheckpointError if there is none.
+    weights is taken, with a printed note; of several checkpoints the newest, or with `best` the one with the lowest
+    metric if any has one. Raises CheckpointError if there is none.
     """
     given = path = pathlib.Path(path).absolute()
     if path.name.isdigit() and (path / "meta").is_dir():
@@ -335,7 +336,7 @@ def _stages_with_weights(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 def saved_steps(workdir) -> str:
-    """A sentence on what the stages of a run have left to go on from."""
+    """A sentence about the checkpoints from which the stages of a run can resume."""
     steps = {folder.parent.name: steps_in(folder) for folder in sorted(pathlib.Path(workdir).glob("*/checkpoints"))}
     found = [f"{stage} {', '.join(map(str, numbers))}" for stage, numbers in steps.items() if numbers]
     return (
@@ -346,16 +347,16 @@ def saved_steps(workdir) -> str:
 
 
 def _split(state) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two array parts of a checkpoint. An empty router bias and a field that is None are left out: they have
-    nothing to store."""
+    """The two array items of a checkpoint. An empty router bias and a field that is None are left out, since they store
+    nothing."""
     fields = {name: value for name, value in vars(state).items() if value is not None}
     variables = {name: fields.pop(name) for name in ("params", "router_bias")}
     return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}, fields
 
 
 def _unwanted(described: Mapping[str, Mapping[str, Any]], like) -> dict[str, Any]:
-    """Abstract arrays that a checkpoint has of fields that are None in the state `like`: they are read with the rest,
-    since Orbax reads all or nothing, and let go. Reinforcement learning without a KL term once kept a reference
+    """Abstract arrays that a checkpoint has for fields that are None in the state `like`. They are read with the rest,
+    since Orbax reads all or nothing, and dropped. Reinforcement learning without a KL term once kept a reference
     policy."""
     absent = [name for name, value in vars(like).items() if value is None]
     leaves = {path: leaf for path, leaf in described.items() if path.split("/")[0] in absent}
@@ -376,8 +377,8 @@ def _model_of(meta: Mapping[str, Any], where: pathlib.Path) -> ModelConfig:
 
 
 def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
-    """What evaluations of a checkpoint gave; {} where none was noted, or it cannot be read. null stands for what is not
-    a finite number."""
+    """The results of a checkpoint's evaluations; {} if there are none or they cannot be read. null stands for numbers
+    that are not finite."""
     path = checkpoint / METRICS
     try:
         # older checkpoints have them in `meta`
@@ -395,7 +396,7 @@ def _rank(checkpoint: pathlib.Path, metric: str = METRIC) -> float | None:
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(what it gives, None), or (None, what is damaged). A CheckpointError is no damage: it is passed on."""
+    """(result, None), or (None, the damage). A CheckpointError is not damage: it is passed on."""
     try:
         return read(), None
     except CheckpointError:
@@ -405,8 +406,8 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def _read_part(folder: pathlib.Path, like) -> Any:
-    """One tree of arrays, placed as `like`: each process reads what it holds and waits for no other. Raises whatever
-    Orbax raises."""
+    """Reads one tree of arrays, placed like `like`; each process reads its shards and waits for no other. Raises
+    Orbax's errors."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
@@ -421,8 +422,7 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _changed_bytes(meta: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
-    """The first array whose bytes are not those that were saved, on whatever device; the same answer on every
-    process."""
+    """The first array whose bytes are not those that were saved, on any device; the same answer on every process."""
     for part, tree in parts.items():
         for name, checksum in _checksums(tree).items():
             if checksum != meta[part][name].get("checksum", checksum):  # checkpoints of old have another kind
@@ -458,7 +458,7 @@ def _describe(tree) -> dict[str, dict[str, Any]]:
 
 
 def _checksums(tree) -> dict[str, int]:
-    """A checksum of each array, computed where it lies. TensorStore does not notice a flipped bit."""
+    """A checksum of each array, computed on its own devices. TensorStore does not notice a flipped bit."""
     return {
         name: int(checksum)
         for name, checksum in jax.device_get({name: _checksum(leaf) for name, leaf in _leaves(tree).items()}).items()
@@ -467,7 +467,7 @@ def _checksums(tree) -> dict[str, int]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """The sum modulo 2³² of an array's words, each times an odd number that depends on its place. uint32 [].
+    """The sum modulo 2³² of an array's words, each times an odd number that depends on its index. uint32 [].
 
     A flipped bit always changes it, words that change places nearly always. Unlike a CRC it is the same however the
     array is divided among devices.

@@ -1,4 +1,4 @@
-"""What a training stage is: frozen dataclasses, built from an experiment file's nested dictionaries."""
+"""The config of a training stage: frozen dataclasses, built from an experiment file's nested dictionaries."""
 
 import dataclasses
 from collections.abc import Mapping

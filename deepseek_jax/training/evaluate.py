@@ -22,8 +22,8 @@ Evaluate = Callable[[Mapping[str, Any], Iterable[Mapping[str, np.ndarray]]], dic
 def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None = None) -> Evaluate:
     """-> evaluate(variables, batches) -> {"bits_per_byte", "held_out_loss" (nats per target)}.
 
-    Sums over all targets of all batches, or of the first `max_batches`. A batch has, beside what training takes,
-    `num_bytes` [B]: the bytes of text behind a row's targets. Raises DataError if there is nothing to predict.
+    Sums over all targets of all batches, or of the first `max_batches`. Besides the fields that training takes, a batch
+    has `num_bytes` [B]: the bytes of text behind a sequence's targets. Raises DataError if there is nothing to predict.
     """
 
     @jax.jit

@@ -49,7 +49,7 @@ class Goodput:
         self._begin = self._since = now()
 
     def begin(self, step: int) -> None:
-        """Says from which step the stage goes on."""
+        """Records the step from which the stage starts or resumes."""
         lines = [*read_json_lines(self.path, _usable), {"time": self._begin, "start": step}] if is_primary() else []
         write_text(self.path, "".join(to_json(line) + "\n" for line in lines))
 
@@ -61,7 +61,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def __call__(self, cause: str, hidden: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """The block's time belongs to `cause`; unless after it `hidden()`, because the device was at work all the
+        """Gives the block's time to `cause`, unless `hidden()` is true after it because the device was busy all the
         while."""
         around = self._cause
         self._switch(cause)
@@ -103,8 +103,7 @@ class Goodput:
 
 
 def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Adds up what the runs of a stage have written -> goodput, wall_seconds, restarts, and by cause seconds and
-    shares."""
+    """Adds up the lines of a stage's runs -> goodput, wall_seconds, restarts, and by cause seconds and shares."""
     seconds = dict.fromkeys((*SPENT, "lost", "down"), 0.0)
     counting: list[tuple[int, int, float]] = []  # from step, to step, seconds: not made again so far
     restarts, end = -1, lines[0]["time"]
@@ -128,7 +127,7 @@ def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _usable(line: Mapping[str, Any]) -> bool:
-    """A line that a run has written, and not another program."""
+    """True for a line that a run has written, False for one of another program."""
     spent = line.get("seconds")
     signs = (
         isinstance(line.get("step"), int)
@@ -139,7 +138,7 @@ def _usable(line: Mapping[str, Any]) -> bool:
 
 
 def _cut(spans: Sequence[tuple[int, int, float]], at: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The spans up to a step, and the seconds of what comes after it."""
+    """The spans up to a step, and the seconds after it."""
     kept = []
     for first, last, seconds in spans:
         if last <= at:

@@ -1,4 +1,4 @@
-"""Pre-training and SFT: what a step, a log line and an evaluation are in the loop of `run_steps`."""
+"""Pre-training and SFT: the step, the log line and the evaluation that `run_steps` runs."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def train(
     peak_flops: float | None = None,
     name: str = "train",
 ) -> TrainResult:
-    """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or goes on from `workdir`'s newest
+    """Trains from `variables` (None: random weights from `seed`) to `config.steps`, or resumes from `workdir`'s newest
     checkpoint. Where more steps are made already, the checkpoint of `config.steps` is what it gives.
 
     Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/` and `goodput.json` in `workdir`. A run that was killed and is
@@ -177,7 +177,7 @@ class Log:
         self._pending = (step, metrics, line)
 
     def busy(self) -> bool:
-        """Whether the device is still at the pending step."""
+        """True while the device is at the pending step."""
         return self._pending is not None and not self._pending[1]["loss"].is_ready()
 
     def flush(self) -> None:
@@ -219,7 +219,7 @@ class Log:
 
 
 def headline(values: Mapping[str, Any]) -> str:
-    """The few numbers a person watches."""
+    """The few numbers of a log line that a person watches."""
     parts = [f"loss {values['loss']:.4f}", f"grad {values['grad_norm']:.3g}", f"lr {values['learning_rate']:.3g}"]
     if "max_violation_max" in values:
         parts.append(f"MaxVio {values['max_violation_max']:.2f}")

@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line per log step, TensorBoard files beside it, a live bar on a terminal and plain lines
+"""Metrics of a run: one JSON line per log step, TensorBoard files, and a live bar on a terminal or plain lines
 elsewhere."""
 
 import collections
@@ -46,8 +46,8 @@ class MetricsWriter:
         self._file(self.path)
         board = self.path.parent / "tensorboard"
         board.mkdir(exist_ok=True)
-        # Written here and now: tensorboardX's own thread dies on a full disk, with a traceback, and whoever waits for
-        # it waits for ever.
+        # Written here and now: tensorboardX's own thread dies on a full disk, with a traceback, and waiting for it
+        # never ends.
         self._board = EventsWriter(str(board / "events"))
         self._board.write_event(
             Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -85,8 +85,8 @@ class MetricsWriter:
             ) from error
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions to be read: lines of `samples.jsonl`, and a text in TensorBoard. Raises UserError if the disk is
-        full."""
+        """Writes completions to read: lines of `samples.jsonl`, and a text in TensorBoard. Raises UserError if the disk
+        is full."""
         if not self._writes or not rows:
             return
         path = self.path.with_name("samples.jsonl")
@@ -116,15 +116,15 @@ class MetricsWriter:
         return f"{next((group for group, names in GROUPS if re.fullmatch(names, name)), self._group)}/{name}"
 
     def close(self) -> None:
-        """Raises nothing: what could not be written `write` has said."""
+        """Closes the files and raises nothing: `write` has reported what could not be written."""
         for file in (*self._files.values(), self._board) if self._writes else ():
             with contextlib.suppress(OSError):
                 file.close()
 
 
 def _picture(matrix: np.ndarray) -> np.ndarray:
-    """uint8 [height, width]: 0 is black and twice the mean or more is white; every number is a square that can be
-    seen."""
+    """uint8 [height, width]: 0 is black and twice the mean or more is white; every number is a square large enough to
+    see."""
     values = np.nan_to_num(matrix.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     mean = values.mean() or 1.0
     size = max(1, min(8, 512 // max(values.shape)))
@@ -144,7 +144,7 @@ def read_metrics(workdir) -> list[dict[str, Any]]:
 
 
 def has_step(line: Mapping[str, Any]) -> bool:
-    """Whether a line says to which step it belongs."""
+    """True if a line names its step."""
     return isinstance(line.get("step"), int)
 
 
@@ -180,7 +180,7 @@ class Progress:
                 self.say(self._line())
 
     def view(self) -> rich.console.RenderableType:
-        """What is on the terminal: the bar's line, and the newest numbers below it."""
+        """The text on the terminal: the bar's line, and the newest numbers below it."""
         text = rich.text.Text(f"{self.name} {self.done}/{self.total}  {self._time_left()}")
         line = rich.table.Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True, min_width=text.cell_len)

@@ -1,4 +1,4 @@
-"""The loop that every training stage runs: steps, log lines, evaluations, checkpoints, and how it stops and goes on.
+"""The loop of every training stage: steps, log lines, evaluations, checkpoints, stopping and resuming.
 
 `training/loop.py` runs it over optimizer steps, `rl/loop.py` over rollouts.
 """
@@ -19,11 +19,11 @@ Metrics = Mapping[str, Any]
 def resume(
     store: Checkpoints, abstract: Any, last_step: int, fresh: Callable[[], Any]
 ) -> tuple[Any, Restored | None, bool]:
-    """The state to go on from: the newest checkpoint's, or `fresh()` where there is none.
+    """The state to resume from: the newest checkpoint's, or `fresh()` where there is none.
 
-    -> (state, what was restored or None, whether the stage was once longer than `last_step`: then that step's state is
-    what it gives, and everything that it left stays as it is). Raises CheckpointError as `Checkpoints.restore` does,
-    and where the disk has no room for a checkpoint.
+    -> (state, what was restored or None, True if the stage was once longer than `last_step`: then the state is that of
+    `last_step`, and the stage's results stay as they are). Raises CheckpointError as `Checkpoints.restore` does, and
+    where the disk has no room for a checkpoint.
     """
     store.require_space(abstract)
     restored = store.restore(abstract, last_step)
@@ -32,7 +32,7 @@ def resume(
 
 
 def due(done: int, every: int) -> bool:
-    """Whether what happens every so many steps happens after step `done`; 0 is never."""
+    """True if an event that happens every `every` steps happens after step `done`; never for 0."""
     return every > 0 and done % every == 0
 
 
@@ -109,6 +109,6 @@ def run_steps(
             raise
         progress.say(clock.report())
         if stop is not None:
-            progress.say(f"{stop.name}: saved {unit} {done} of {total} in {store.directory}; start again to go on")
+            progress.say(f"{stop.name}: saved {unit} {done} of {total} in {store.directory}; start again to resume")
             raise Terminated(128 + stop)
     return state

@@ -75,16 +75,16 @@ class Schedule:
 
     @classmethod
     def read(cls, spec: "float | Mapping[str, Any]", path: str, context: Mapping[str, Any]) -> "Schedule":
-        """As `build_schedule`, over the `steps` of the stage that the context is of."""
+        """As `build_schedule`, over the `steps` of the context's stage."""
         return build_schedule(spec, path, context["steps"])
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Where the schedule starts and where each segment ends; all other values lie between two of these."""
+        """The values at the start and at the end of each segment; all other values are between two of these."""
         return (self.start, *(segment.end for segment in self.segments))
 
     def always(self, value: float) -> bool:
-        """Whether the schedule never leaves `value`."""
+        """True if the schedule has no value but `value`."""
         return all(other == value for other in self.values)
 
 

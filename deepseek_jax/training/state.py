@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state that training carries from step to step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +28,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """The variables for `model.apply`."""
         return {"params": self.params, "router_bias": self.router_bias}
 
 
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state's shapes, dtypes and places as jax.ShapeDtypeStruct; nothing is allocated."""
+    """The state's shapes, dtypes and shardings as jax.ShapeDtypeStruct; nothing is allocated."""
     abstract = jax.eval_shape(
         lambda variables, rng: _fresh(variables, optimizer.init, rng), abstract_variables(model), jax.random.key(0)
     )
@@ -43,9 +43,9 @@ def abstract_state(model: Transformer, optimizer: optax.GradientTransformation) 
 def state_from_variables(
     model: Transformer, variables: dict[str, Any], optimizer: optax.GradientTransformation, rng: jax.Array
 ) -> TrainState:
-    """A state at step 0 with fresh moments around a copy of given weights: a train step may destroy its buffers.
+    """A state at step 0 with fresh moments around a copy of given weights, since a train step may destroy its buffers.
 
-    On a mesh every device gets its part of each array, wherever the weights are now.
+    On a mesh every device gets its shard of each array, wherever the weights are now.
     """
     variables, rng = jax.tree.map(jnp.copy, (jax.device_put(dict(variables), variables_sharding(model)), rng))
     return _placed(model, variables, optimizer, rng)

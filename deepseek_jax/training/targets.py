@@ -44,7 +44,7 @@ def denominators(batch: Mapping[str, jax.Array], mtp_depth: int) -> Denominators
 
 
 def valid_counts(valid_KBT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many tokens are valid, and how many sequences hold any: float32 [K] each, at least 1."""
+    """The numbers of valid tokens and of sequences that hold any: float32 [K] each, at least 1."""
     tokens_K = jnp.sum(valid_KBT, axis=(1, 2), dtype=jnp.float32)
     sequences_K = jnp.sum(jnp.any(valid_KBT, axis=2), axis=1, dtype=jnp.float32)
     return jnp.maximum(tokens_K, 1.0), jnp.maximum(sequences_K, 1.0)

@@ -21,7 +21,7 @@ from deepseek_jax.launch import Run, Sweep, cross, grid, paired_seeds
 
 SEQ_LEN = 128
 TOKENS = 400 * 8 * SEQ_LEN
-HELD_OUT_ROWS = 512  # the same rows whatever the batch
+HELD_OUT_ROWS = 512  # the same sequences for every batch
 
 PEAK = "pretrain.train.optimizer.learning_rate.peak"
 

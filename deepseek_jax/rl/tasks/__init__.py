@@ -19,7 +19,7 @@ TASKS: dict[str, type[Task]] = {"parity": ParityTask, "chain": ChainTask, "count
 
 def build_task(fields: Mapping[str, Any]) -> Task:
     """The task called fields["name"] with the other fields as its settings. Raises ConfigError for an unknown name, for
-    what is no class derived from Task, and for fields that the task does not have or take."""
+    an attribute that is not a class derived from Task, and for fields that the task does not have or take."""
     if not is_mapping(fields):
         raise ConfigError(f"task={fields!r}: must be a mapping such as {{'name': 'parity', 'bits': 20}}")
     fields = dict(fields.items())

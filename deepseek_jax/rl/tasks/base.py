@@ -1,4 +1,4 @@
-"""What every task shares: the token format, the split into train and held-out problems, and whole documents.
+"""Base of all tasks: the token format, the split into train and held-out problems, and whole documents.
 
 A problem is an `Instance`: a pytree of integer arrays with a leading axis of problems. Prompts are
 <bos><user>TEXT<assistant>, completions <think>chain</think><answer>answer</answer><eos>, both in the ids of the byte
@@ -30,7 +30,7 @@ Instance = Any
 
 @flax.struct.dataclass
 class Parsed:
-    """Where the parts of a completion lie. Only meaningful where `ok_B`: elsewhere the format doesn't hold."""
+    """The positions of a completion's sections. Only meaningful where `ok_B`: elsewhere the format doesn't hold."""
 
     ok_B: jax.Array  # bool: starts with <think>, each tag once and in order, nothing else outside, ends with <eos>
     think_BN: jax.Array  # bool: inside <think>…</think>
@@ -150,7 +150,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def hashed(self, instances: Instance) -> jax.Array:
-        """What makes two problems the same one, as integers [n, W]: equal rows go to the same split."""
+        """The key of each problem, integers [n, W]: problems with equal keys go to the same split."""
 
     def usable(self, instances: Instance) -> jax.Array:
         """bool[n]: drawn problems that may be asked."""
@@ -181,7 +181,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check_text(self, prompt: str, completion: str) -> bool:
-        """Whether `completion` answers `prompt`, both as text, by code that shares nothing with `accuracy`. Host
+        """True if `completion` answers `prompt`, both as text, by code that shares nothing with `accuracy`. Host
         only."""
 
     def heldout(self, instances: Instance) -> jax.Array:

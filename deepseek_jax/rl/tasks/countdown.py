@@ -37,7 +37,7 @@ class CountdownTask(base.Task):
     target.
 
     Long chain: up to `max_tries` expressions with their values, `352*+=13,…`, until one hits (`x` stands for a value
-    that is no integer from 0 to `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
+    that is not an integer from 0 to `max_target`). Short chain: nothing. Ladder: 3 numbers up to 9, then 4 up to 20.
     """
 
     numbers: int = 3
