@@ -2,9 +2,19 @@
 
     python -m deepseek_jax --config=experiments/ablations/sliding_window_mla.py
 
-One class is the whole idea: which distances are seen, and the share of the keys that the FLOPs count. Its parameters,
-its cache and its absorbed form are MLA's own. Four layers of window 16 pass information on over 4 · 15 = 60 tokens, so
-that the parity of 8 bits can be worked out bit by bit: each step needs a bit that was named ten tokens before.
+One class is the whole idea: which distances are attended to, and how many keys the FLOPs count. Its parameters, its
+cache and its absorbed form are MLA's own. The task is the parity of 8 bits, written down bit by bit; each step needs
+the bit that stands nine tokens before it. A window of 16 holds that bit. Windows of 4 reach it through three layers,
+which 100 steps do not teach; four layers of window 2 reach back four tokens, too few to know when eight bits are done.
+
+Hardware: two CPU cores, 83 s of CPU time; 290 s while other work took most of both. Measured (seed 0, jax 0.10.2) after
+100 steps, with `--config.model.attention.window=4` and `=2` beside the file's 16:
+
+| window | greedy accuracy | sampled accuracy | forward FLOPs per token at 64 tokens (plain MLA: 548k) |
+|---|---|---|---|
+| 16 | 1.000 | 0.961 | 520k |
+| 4 | 0.551 | 0.520 | 504k |
+| 2 | 0.000 | 0.312 | 502k |
 """
 
 import dataclasses
@@ -29,10 +39,10 @@ class SlidingWindowMLA(MLAConfig):
     def attends_to(self, distance: jax.Array) -> jax.Array:
         return distance < self.window
 
-    def mean_keys(self, sequence_length: int) -> float:
+    def mean_keys(self, seq_len: int) -> float:
         """The first `window` queries of a sequence see half of a window on average, the others all of it."""
-        window = min(self.window, sequence_length)
-        return window - window**2 / (2 * sequence_length)
+        window = min(self.window, seq_len)
+        return window - window**2 / (2 * seq_len)
 
     def cached_keys(self, context: int) -> int:
         return min(self.window, context)
