@@ -2,8 +2,15 @@
 
     python -m deepseek_jax --config=experiments/r1_minute.py
 
-The network is r1_tiny's. The parity is of 10 bits, pre-training has seen half of its solutions worked out, and there is
-no cold start.
+The network is r1_tiny's. The parity is of 10 bits, pre-training sees half of its solutions worked out, and there is no
+cold start.
+
+Measured (seed 0, jax 0.10.2, Python 3.11, compilation included): 121 s of CPU time, on two cores that other work shared.
+
+    held out            before    after 40 steps
+    greedy accuracy      0.680    0.984
+    sampled accuracy     0.652    0.930
+    response length     10.273   15.871     tokens
 """
 
 from r1_tiny import get_config as r1_tiny

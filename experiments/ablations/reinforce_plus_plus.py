@@ -7,7 +7,13 @@ A_t = r - beta sum_{i >= t} log(pi_old / pi_ref)_i, and then (A - mean) / std ov
 enters. The trainer pays the KL out of the reward (`kl_in_reward`), which makes rewards those of tokens; the function
 below does the rest.
 
-RESULT
+Measured as in r1_minute (seed 0, jax 0.10.2, Python 3.11, compilation included): 90 s of CPU time after the
+pre-training, which is r1_minute's.
+
+    held out            before    after     GRPO in r1_minute
+    greedy accuracy      0.680    1.000     0.984
+    sampled accuracy     0.652    0.949     0.930
+    response length     10.273   15.844    15.871     tokens
 """
 
 import jax

@@ -415,3 +415,23 @@ def test_in_graph_rewards_of_the_task_run_in_one_call(variables):
         for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(variables["params"]), strict=True)
     )
     assert drift < 1e-4
+
+
+def test_tokens_pay_the_kl_out_of_their_reward(grpo, variables):
+    """Against the log-probabilities of both policies: the mean KL a completion pays, and that advantages are those of
+    tokens, the tokens of one completion differing by the KL between them."""
+    config = CONFIG.replace(kl_in_reward=True, kl_estimator="k1", kl_coefficient=0.5, num_minibatches=2)
+    paying = grpo_of(config)
+    state = grpo_state(MODEL, variables, paying.optimizer, jax.random.key(2))
+    reference = jax.tree.map(lambda x: x * 1.1, state.reference)
+    samples = paying.sample(state)
+    trajectories = samples.trajectories
+    ref_logp_BN, *_ = completion_log_probs(MODEL, reference, trajectories.replace(expert_ids_BLTK=None), 1.0, 64)
+    kl_BN = np.where(trajectories.mask_BN > 0, trajectories.old_logp_BN - ref_logp_BN, 0.0)
+    paid_B = -0.5 * kl_BN.sum(1)
+    _, metrics, _, rewards_B = paying.learn(state.replace(reference=reference), samples, {})
+    assert np.abs(paid_B).max() > 1e-3  # the policies differ
+    np.testing.assert_allclose(metrics["reward_kl_penalty"], paid_B.mean(), rtol=1e-4, atol=1e-6)
+    digits_B = digit_share_in_graph(TASK, samples.instances, trajectories.completions_BN, trajectories.mask_BN)
+    np.testing.assert_allclose(rewards_B, digits_B + paid_B, rtol=1e-4, atol=1e-5)
+    assert "kl" not in metrics and float(metrics["grad_norm"]) > 0
