@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=cli.number(int, least=1), default=512, help="per answer")
     parser.add_argument("--seed", type=cli.number(int, least=0, most=2**32 - 1), default=0, help="of the sampling")
     parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default="float32", help="number format of the products"
+        "--precision",
+        default="float32",
+        help=f"number format of the products: {', '.join(PRECISIONS)}, or your own as package.module:NAME",
     )
     return parser
 
