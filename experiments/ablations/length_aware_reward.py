@@ -6,7 +6,14 @@ Every token inside <think>…</think> costs `COST` of a right answer. The reward
 that advantages are [B, N]: a token that is followed by little thinking has a larger one than a token that is followed
 by much. Malformed completions pay for every token, so that leaving a tag out saves nothing.
 
-RESULT
+Measured as in r1_minute (seed 0, jax 0.10.2, Python 3.11, compilation included): 76 s of CPU time after the
+pre-training, which is r1_minute's. Sampled answers are shorter by a fifth, and the guesses among them cost accuracy; the
+greedy answer still thinks to the end.
+
+    held out            before    after     GRPO in r1_minute
+    greedy accuracy      0.680    1.000     0.984
+    sampled accuracy     0.652    0.777     0.930
+    response length     10.273   12.535    15.871     tokens
 """
 
 import jax
