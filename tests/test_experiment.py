@@ -61,7 +61,7 @@ def one_data_dir(tmp_path_factory, monkeypatch):
         ("--config.model.moe.top_k=9", "top_k=9 exceeds num_experts=8"),
         ("--config.model.moe.num_groups=3", "num_groups=3 must divide num_experts=8"),
         ("--config.model.vocab_size=200", "vocab"),
-        ("--config.precision=fp16", "config.precision='fp16': did you mean 'float32'"),
+        ("--config.precision=fp16", "config.precision='fp16': allowed: bfloat16"),
         ("--config.grpo.group_size=1", "must be at least 2"),
         ("--config.grpo.num_minibatches=7", "num_minibatches=7 must divide"),
         ("--config.task.name=paritty", "did you mean 'parity'"),
