@@ -5,7 +5,12 @@
 Pre-training keeps its last four checkpoints. The stage `soup` replaces the weights by their mean, with the class below,
 which the config names; `before` and `after` measure the same problems with the last checkpoint and with the mean.
 
-RESULT
+Measured (seed 0, jax 0.10.2, Python 3.11, compilation included): 73 s of CPU time, on two cores that other work shared.
+
+    held out            before    after
+    greedy accuracy      0.805    0.680
+    sampled accuracy     0.672    0.676
+    response length     10.234   10.484     tokens
 """
 
 import dataclasses
