@@ -173,25 +173,25 @@ def iterate(grpo: GRPO, state: GRPOState) -> tuple[GRPOState, dict[str, jax.Arra
     # a completion that was emptied (see `Trajectories`) is nobody's to judge
     whole_B = here.trajectories.mask_BN.any(axis=1)
     judged = grpo.rewards.text_components(*([column[row] for row in np.flatnonzero(whole_B)] for column in texts))
-    parts = {name: np.full(len(whole_B), np.nan, np.float32) for name in judged}
+    components = {name: np.full(len(whole_B), np.nan, np.float32) for name in judged}
     for name, values in judged.items():
-        parts[name][whole_B] = values
-    return grpo.learn(state, samples, jax.tree.map(jnp.asarray, parts))
+        components[name][whole_B] = values
+    return grpo.learn(state, samples, jax.tree.map(jnp.asarray, components))
 
 
 def sample_rows(grpo: GRPO, samples: Samples, rewards_B: jax.Array, count: int) -> list[dict[str, Any]]:
     """The first completions of the first `count` groups, to be read."""
-    rows = [i * grpo.config.group_size for i in range(min(count, len(rewards_B) // grpo.config.group_size))]
-    if not rows:
+    firsts = [i * grpo.config.group_size for i in range(min(count, len(rewards_B) // grpo.config.group_size))]
+    if not firsts:
         return []
     first, rewards_B = process_allgather(
-        (jax.tree.map(lambda x: x[jnp.asarray(rows, jnp.int32)], samples), rewards_B), tiled=True
+        (jax.tree.map(lambda x: x[jnp.asarray(firsts, jnp.int32)], samples), rewards_B), tiled=True
     )
     texts = to_texts(first.trajectories.completions_BN, first.trajectories.mask_BN)
     prompts = grpo.task.prompt_text(first.instances)
     return [
-        {"prompt": prompt, "completion": text, "reward": float(rewards_B[row])}
-        for prompt, text, row in zip(prompts, texts, rows, strict=True)
+        {"prompt": prompt, "completion": text, "reward": float(rewards_B[i])}
+        for prompt, text, i in zip(prompts, texts, firsts, strict=True)
     ]
 
 
@@ -213,14 +213,14 @@ def held_out_metrics(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def headline(values: Mapping[str, Any]) -> str:
     """The few numbers a person watches. Not the loss: it starts near 0 and says nothing (see `grpo_loss`)."""
-    parts = [f"reward {values['reward_mean']:.3f}"]
-    parts += [
+    numbers = [f"reward {values['reward_mean']:.3f}"]
+    numbers += [
         f"{key.removeprefix('reward_')} {value:.3f}"
         for key, value in values.items()
         if key.startswith("reward_") and key not in ("reward_mean", "reward_std")
     ]
-    parts += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}"]
-    parts += [f"kl {values['kl']:.4f}"] if "kl" in values else []
-    parts.append(f"grad {values['grad_norm']:.2f}")
-    parts += [f"held-out {values['held_out_accuracy']:.3f}"] if "held_out_accuracy" in values else []
-    return "  ".join(parts)
+    numbers += [f"length {values['length_mean']:.1f}", f"entropy {values['entropy']:.3f}"]
+    numbers += [f"kl {values['kl']:.4f}"] if "kl" in values else []
+    numbers.append(f"grad {values['grad_norm']:.2f}")
+    numbers += [f"held-out {values['held_out_accuracy']:.3f}"] if "held_out_accuracy" in values else []
+    return "  ".join(numbers)

@@ -92,7 +92,7 @@ def loss_fn(
     """The loss of a batch (int32 [B, T]: tokens, segment_ids, positions, loss_mask), float32, differentiable in
     `params`.
 
-    `denominator` belongs to the global batch this batch is a part of; by default the batch is the whole.
+    `denominator` belongs to the global batch that this batch is a microbatch of; by default it is the whole batch.
     MTP: λ/D · Σ_k CE_k (V3 eqs. 24-25), each CE_k over its own targets.
     """
     mtp = uses_mtp(model, objective)

@@ -1,4 +1,4 @@
-"""One optimizer step as one jitted function: microbatches, gradients, update, router bias, and what to report."""
+"""One optimizer step as one jitted function: microbatches, gradients, update, router bias, and metrics."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -102,21 +102,21 @@ def accumulate(model: Transformer, objective: ObjectiveConfig, state: TrainState
         raise ConfigError(f"microbatch={microbatch} does not divide the {sequences} sequences of the batch")
     count = sequences // microbatch if microbatch else 1
 
-    def part(batch):
+    def differentiate(batch):
         grad_fn = jax.value_and_grad(functools.partial(loss_fn, model, objective), has_aux=True)
         (loss, aux), grads = grad_fn(state.params, state.router_bias, batch, state.step, denominator)
         return loss, aux, grads
 
     if count == 1:
-        return part(batch)
+        return differentiate(batch)
 
     # Microbatch i takes every count-th sequence: a batch axis sharded over devices stays sharded in each microbatch.
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, count, *x.shape[1:]), 0, 1), batch)
 
     def add(total, batch):
         batch = jax.tree.map(lambda x: model.ops.shard(x, "batch", "length"), batch)
-        return jax.tree.map(jnp.add, total, part(batch)), None
+        return jax.tree.map(jnp.add, total, differentiate(batch)), None
 
-    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], microbatches))
+    shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, microbatches)[0]

@@ -306,6 +306,17 @@ def test_lengths_of_answers_that_there_were_none_of_are_not_logged():
     assert loop.measured(metrics).keys() == {"length_wrong_mean", "loss"}
 
 
+def test_samples_are_the_first_of_each_group_with_their_own_reward(first, grpo):
+    _, _, samples, rewards_B = first
+    distinct_B = rewards_B + jnp.arange(16)
+    rows = loop.sample_rows(grpo, samples, distinct_B, 3)
+    t = samples.trajectories
+    texts = to_texts(t.completions_BN[:12:4], t.mask_BN[:12:4])
+    assert [row["completion"] for row in rows] == texts and len(rows) == 3
+    assert [row["reward"] for row in rows] == [float(distinct_B[i]) for i in (0, 4, 8)]
+    assert len(loop.sample_rows(grpo, samples, distinct_B, 9)) == 4
+
+
 def test_the_headline_has_what_was_measured():
     values = {
         "reward_mean": 1.5,
