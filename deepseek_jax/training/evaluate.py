@@ -36,11 +36,11 @@ def make_evaluate(model: Transformer, chunk: int = 4096, max_batches: int | None
         return -jnp.sum(logp_BT * mask_BT), jnp.sum(mask_BT), jnp.sum(batch["num_bytes"])
 
     def evaluate(variables, batches):
-        parts = []
+        of_batches = []
         for batch in itertools.islice(batches, max_batches):
             check_tokens(batch["tokens"], model.config.vocab_size)
-            parts.append(sums(variables, global_batch(model.ops, batch)))
-        nats, count, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
+            of_batches.append(sums(variables, global_batch(model.ops, batch)))
+        nats, count, num_bytes = (math.fsum(float(batch[i]) for batch in of_batches) for i in range(3))
         if not num_bytes or not count:
             raise DataError("the held-out batches hold no text to predict: give longer documents or more of them")
         return {"bits_per_byte": nats / math.log(2) / num_bytes, "held_out_loss": nats / count}

@@ -85,13 +85,13 @@ def train(
             return TrainResult(state, evaluation)
         if held_out is not None:
             look_at(held_out, model.config.vocab_size)
-        position = None  # after the last step that was made
+        loader_state = None  # after the last step that was made
         if start < config.steps:
             loader = stack.enter_context(contextlib.closing(open_loader()))
             if restored is not None:
                 loader.set_state(restored.loader_state)
             batches = step_batches(loader, config, model.config.vocab_size, start, model.ops.batch_shards)
-            position = loader.get_state()
+            loader_state = loader.get_state()
 
         train_step = make_train_step(
             model,
@@ -109,11 +109,11 @@ def train(
         clock.begin(start)
 
         def make_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-            nonlocal position
+            nonlocal loader_state
             with clock("data", hidden=log.busy):
                 batch = global_batch(model.ops, next(batches))
             state, metrics = train_step(state, batch)
-            position = loader.get_state()
+            loader_state = loader.get_state()
             return state, metrics
 
         def evaluate_now(state: TrainState, step: int, saved: bool) -> None:
@@ -142,7 +142,7 @@ def train(
             evaluate_first=missing,
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
-            loader_state=lambda: position,
+            loader_state=lambda: loader_state,
         )
     return TrainResult(state, evaluation)
 
@@ -220,15 +220,15 @@ class Log:
 
 def headline(values: Mapping[str, Any]) -> str:
     """The few numbers of a log line that a person watches."""
-    parts = [f"loss {values['loss']:.4f}", f"grad {values['grad_norm']:.3g}", f"lr {values['learning_rate']:.3g}"]
+    numbers = [f"loss {values['loss']:.4f}", f"grad {values['grad_norm']:.3g}", f"lr {values['learning_rate']:.3g}"]
     if "max_violation_max" in values:
-        parts.append(f"MaxVio {values['max_violation_max']:.2f}")
+        numbers.append(f"MaxVio {values['max_violation_max']:.2f}")
     if values["skipped"]:
-        parts.append(f"skipped {values['skipped']}")
+        numbers.append(f"skipped {values['skipped']}")
     if "tokens_per_second" in values:
-        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        numbers.append(f"{values['tokens_per_second']:,.0f} tok/s")
     if "flops_per_second" in values:
-        parts.append(f"{values['flops_per_second'] / 1e9:,.1f} GFLOP/s")
+        numbers.append(f"{values['flops_per_second'] / 1e9:,.1f} GFLOP/s")
     if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
-    return "  ".join(parts)
+        numbers.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join(numbers)
