@@ -5,7 +5,7 @@
 The network is r1_tiny's. The parity is of 10 bits, pre-training sees half of its solutions worked out, and there is no
 cold start.
 
-Measured (seed 0, jax 0.10.2, Python 3.11, compilation included): 121 s of CPU time, on two cores that other work shared.
+Measured (seed 0, jax 0.10.2, Python 3.11, compilation included): 121 s of CPU time, on two shared cores.
 
     held out            before    after 40 steps
     greedy accuracy      0.680    0.984

@@ -83,7 +83,11 @@ def docstring_commands() -> list[Command]:
     """Every command that stands on a line of its own in the docstring of an experiment or a sweep."""
     found = []
     for file in sorted((ROOT / "experiments").rglob("*.py")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            while line.endswith("\\\\"):  # an escaped backslash of the docstring: the command goes on in the next line
+                line = line.removesuffix("\\\\").rstrip() + " " + lines[number].strip()
+                number += 1
             if line.startswith("    python "):
                 text = re.split(r"\s{2,}", line.strip())[0]  # what it does stands behind it
                 found += commands(f"{file.relative_to(ROOT)}:{number}", text)

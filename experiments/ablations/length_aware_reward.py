@@ -7,7 +7,7 @@ that advantages are [B, N]: a token that is followed by little thinking has a la
 by much. Malformed completions pay for every token, so that leaving a tag out saves nothing.
 
 Measured as in r1_minute (seed 0, jax 0.10.2, Python 3.11, compilation included): 76 s of CPU time after the
-pre-training, which is r1_minute's. Sampled answers are shorter by a fifth, and the guesses among them cost accuracy; the
+pre-training, which is r1_minute's. Sampled answers are a fifth shorter, and the guesses among them cost accuracy; the
 greedy answer still thinks to the end.
 
     held out            before    after     GRPO in r1_minute
