@@ -78,8 +78,8 @@ class Quantizer:
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The tile for an array of this shape."""
         return {
-            "tile": (1, self.size),  # tile 1x128
-            "block": (self.size, self.size),  # block 128x128
+            "tile": (1, self.size),  # FP8: tile
+            "block": (self.size, self.size),  # FP8: block
             "tensor": (max(shape[-2], 1), max(shape[-1], 1)),
         }[self.scope]
 

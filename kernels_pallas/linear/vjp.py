@@ -35,7 +35,7 @@ def _linear_fwd(static, x_RD, w, sizes_G):
 
 def _linear_bwd(static, residuals, dy_RF):
     structure, x, w, sizes_G = residuals
-    dx_RD = input_gradient(static, dy_RF, w, sizes_G)  # Fig. 6 Dgrad
+    dx_RD = input_gradient(static, dy_RF, w, sizes_G)  # FP8: Dgrad
     return cotangent(structure, dx_RD), weight_cotangent(static, x, dy_RF, w, sizes_G), None
 
 
@@ -74,7 +74,7 @@ swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 def forward(static: StaticArgs, x, w: Operand, sizes_G: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """x W, [R, F] in `dtype`, of x as the product reads it."""
     weight = operand(static, "forward", w, static.quantization.weight)
-    return matmul(static, x, weight.mT, sizes_G, dtype)  # Fig. 6 Fprop
+    return matmul(static, x, weight.mT, sizes_G, dtype)  # FP8: Fprop
 
 
 def input_gradient(static: StaticArgs, dy_RF: jax.Array, w: Operand, sizes_G: jax.Array | None) -> jax.Array:
@@ -151,7 +151,7 @@ def weight_cotangent(static: StaticArgs, x, dy_RF: jax.Array, w: Operand, sizes_
     """The gradient of W in the structure of W; None for a QTensor, which has none."""
     if isinstance(w, QTensor):
         return None
-    return cotangent(w, weight_gradient(static, x, dy_RF, sizes_G, w.dtype))  # Fig. 6 Wgrad
+    return cotangent(w, weight_gradient(static, x, dy_RF, sizes_G, w.dtype))  # FP8: Wgrad
 
 
 def cotangent(operand: jax.Array | PreQuantized, gradient: jax.Array):

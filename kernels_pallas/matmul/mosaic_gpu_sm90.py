@@ -165,7 +165,7 @@ def product_tiles(
 
                 partial = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 plgpu.commit_smem()
-                return total + partial * scale  # Fig. 7b promotion
+                return total + partial * scale  # FP8: promotion
 
             def compute(run):
                 total = run(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))

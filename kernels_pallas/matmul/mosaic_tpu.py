@@ -138,7 +138,7 @@ def add_product(total_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, step, *, ti
             preferred_element_type=jnp.float32,
         )
         row = pl.ds((step * tiles & (SUBLANES - 1)) + t, 1)
-        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[row, :]  # Fig. 7b promotion
+        total_ref[...] += partial * a_scales[:, t : t + 1] * b_scales_ref[row, :]  # FP8: promotion
 
 
 def _whole_tiles(values_RK: jax.Array, tile: int) -> jax.Array:

@@ -36,7 +36,7 @@ def matmul(a_MK: QTensor, b_NK: QTensor, accumulation: Accumulation, out_dtype: 
     def add(total_MN, operands):
         (a_Mk, a_M), (b_Nk, b_N) = operands
         sum_MN = partial_product(a_Mk, b_Nk, accumulation.accumulator)
-        return total_MN + sum_MN * a_M[:, None] * b_N[None, :], None  # Fig. 7b promotion
+        return total_MN + sum_MN * a_M[:, None] * b_N[None, :], None  # FP8: promotion
 
     operands = (operand(a_MK), operand(b_NK))
     total_MN = zeros((rows, columns), a_MK, b_NK)
