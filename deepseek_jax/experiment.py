@@ -10,6 +10,9 @@ An experiment file has one function, `get_config()`, that returns a ConfigDict:
     stages     names of the stages in order; each is a section of its own, {"kind": …, fields of that stage}
     mesh       sizes of mesh axes, {"fsdp": -1} (see `parallel.mesh.MeshConfig`); empty for one device
     seed       seed of weights, data order and sampling
+
+A name in it is one of ours, or your own as package.module:attribute (see `registry`): a module beside the file, in the
+folder above it, or on PYTHONPATH.
 """
 
 import copy
