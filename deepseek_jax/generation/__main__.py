@@ -18,6 +18,7 @@ from deepseek_jax.generation.sampling import SamplingConfig
 from deepseek_jax.generation.stream import Chat, stream
 from deepseek_jax.interop import import_folder, precision_for
 from deepseek_jax.model.ops import Ops
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import PRECISIONS, FP8Precision, get_precision
 from deepseek_jax.training.checkpoints import load_variables, resolve_checkpoint
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         config, variables = load_variables(checkpoint)
     check_vocabulary(tokenizer, config.vocab_size)
-    model, variables = Transformer(config, Ops(precision)), jax.device_put(variables)
+    ops = Ops(precision, RuntimeConfig(attention_chunk=512))  # a long prompt holds no whole matrix of scores
+    model, variables = Transformer(config, ops), jax.device_put(variables)
     rng = jax.random.key(flags.seed)
 
     def completion(prompt_ids: Sequence[int], turn: int) -> Iterator[list[int]]:
