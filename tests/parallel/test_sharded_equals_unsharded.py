@@ -12,6 +12,7 @@ from meshes import CONFIG, MESHES, MODEL, assert_close, jit, on, placed, placed_
 from deepseek_jax.model.auxiliary import auxiliary_loss, auxiliary_metric
 from deepseek_jax.model.ops import Ops
 from deepseek_jax.model.router import Router
+from deepseek_jax.model.runtime import RuntimeConfig
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.arrays import variables_sharding
 from deepseek_jax.precision import get_precision
@@ -37,9 +38,7 @@ class ReportingRouter(Router):
 
 
 REPORTING = MODEL.clone(
-    config=CONFIG.replace(
-        moe=dataclasses.replace(CONFIG.moe, router="test_sharded_equals_unsharded:ReportingRouter"), remat="full"
-    )
+    config=CONFIG.replace(moe=dataclasses.replace(CONFIG.moe, router="test_sharded_equals_unsharded:ReportingRouter"))
 )
 
 
@@ -56,9 +55,13 @@ def loss_and_gradients(model, objective=OBJECTIVE):
     return jit(call)(variables["params"], variables["router_bias"], placed_batch(model))
 
 
+def recomputing(model):
+    return model.clone(ops=dataclasses.replace(model.ops, runtime=RuntimeConfig(remat="full")))
+
+
 @pytest.fixture(scope="module")
 def one_device():
-    return loss_and_gradients(on(None, REPORTING), REPORTED)
+    return loss_and_gradients(recomputing(on(None, REPORTING)), REPORTED)
 
 
 CASES = {
@@ -81,7 +84,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_every_gradient(name, one_device):
     sizes, options = CASES[name]
-    model = on(sizes, REPORTING, **options)
+    model = recomputing(on(sizes, REPORTING, **options))
     got = loss_and_gradients(model, REPORTED)
     assert {"router_z", "sequence"} <= set(got[1][0]) and set(got[1][1]) == {"largest_logit"}
     for x, y in zip(jax.tree.leaves(got[2]), jax.tree.leaves(one_device[2]), strict=True):
