@@ -13,7 +13,7 @@ from deepseek_jax.model.transformer import init_variables
 from deepseek_jax.stages import build_stages
 from deepseek_jax.training.checkpoints import Checkpoints
 from deepseek_jax.training.optimizer import OptimizerConfig, build_optimizer
-from deepseek_jax.training.state import state_of
+from deepseek_jax.training.state import state_from_variables
 
 FILE = str(Path(__file__).parents[2] / "experiments" / "ablations" / "own_stage.py")
 SMALL = [(f"model.{name}", "8") for name in ("hidden_size", "intermediate_size")] + [("model.num_layers", "2")]
@@ -31,7 +31,7 @@ def test_the_weights_are_the_mean_of_the_last_checkpoints(tmp_path):
     optimizer = build_optimizer(OptimizerConfig())
     with contextlib.closing(Checkpoints(tmp_path / "pretrain" / "checkpoints", model.config, keep_last=3)) as store:
         for step, variables in enumerate(saved):
-            state = state_of(model, jax.tree.map(np.copy, variables), optimizer, jax.random.key(0))
+            state = state_from_variables(model, jax.tree.map(np.copy, variables), optimizer, jax.random.key(0))
             store.save(state.replace(step=state.step + step + 1))
         store.wait()
     found = soup.run(None)
