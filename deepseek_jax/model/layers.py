@@ -57,8 +57,10 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (
-            Linear(self.config, self.ops, self.features, ("embed", "ffn"), name=name)(x) for name in ("gate", "up")
-        )
-        down = Linear(self.config, self.ops, x.shape[-1], ("ffn", "embed"), name="down")
-        return self.ops.swiglu_linear(gate, up, down.weight(self.features), down.axes)
+        def linear(name, features, axes):
+            return Linear(self.config, self.ops, features, axes, name=name)
+
+        tokens = self.ops.flatten(x)  # once: the backward pass then keeps one array for both products
+        gate, up = (linear(name, self.features, ("embed", "ffn"))(tokens) for name in ("gate", "up"))
+        down = linear("down", x.shape[-1], ("ffn", "embed"))
+        return self.ops.swiglu_linear(gate, up, down.weight(self.features), down.axes).reshape(x.shape)
