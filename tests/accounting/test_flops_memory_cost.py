@@ -70,7 +70,7 @@ def test_decoding_flops_of_v3():
 
 
 @dataclasses.dataclass(frozen=True)
-class Windowed(GQAConfig, kind="windowed in a test"):
+class Windowed(GQAConfig):
     """A decoded token sees at most the last 5,000 tokens."""
 
     def cached_keys(self, context):

@@ -17,7 +17,7 @@ from deepseek_jax.training.state import state_from_variables
 
 FILE = str(Path(__file__).parents[2] / "experiments" / "ablations" / "own_stage.py")
 SMALL = [(f"model.{name}", "8") for name in ("hidden_size", "intermediate_size")] + [("model.num_layers", "2")]
-SMALL += [("model.scan_unroll", "1"), ("model.moe.intermediate_size", "4")]
+SMALL += [("runtime.scan_unroll", "1"), ("model.moe.intermediate_size", "4")]
 
 
 def stages_of(workdir, *overrides):

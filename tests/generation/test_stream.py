@@ -176,7 +176,7 @@ def test_a_chat_compiles_one_program_per_prompt_width(gqa):
     "flags, message",
     [
         (["--prompt=a", "--temperature=-1"], "argument --temperature: '-1': must be a number, at least 0"),
-        (["--prompt=a", "--temperature=1e-7"], "SamplingConfig.temperature=1e-07: must be 0 (greedy) or from 1e-5 up"),
+        (["--prompt=a", "--temperature=1e-7"], "SamplingConfig.temperature=1e-07: must be at least 1e-05"),
         (["--prompt=a", "--tokenizer=/nowhere"], "no tokenizer at '/nowhere'"),
     ],
 )
