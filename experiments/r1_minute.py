@@ -5,12 +5,12 @@
 The network is r1_tiny's. The parity is of 10 bits, pre-training sees half of its solutions worked out, and there is no
 cold start.
 
-Measured (seed 0, jax 0.10.2, Python 3.11, compilation included): 121 s of CPU time, on two shared cores.
+Measured (seed 0, two CPU cores, jax 0.10.2): one minute on an idle machine, compilation included.
 
     held out            before    after 40 steps
-    greedy accuracy      0.680    0.984
-    sampled accuracy     0.652    0.930
-    response length     10.273   15.871     tokens
+    greedy accuracy      0.805    1.000
+    sampled accuracy     0.672    0.969
+    response length     10.234   15.859     tokens
 """
 
 from r1_tiny import get_config as r1_tiny

@@ -5,13 +5,12 @@
 A_i = r_i - mean of r_j over j != i: the baseline does not hold the completion's own reward, so that it is unbiased, and
 nothing is divided by a deviation. The config names the function below; the trainer knows nothing of it.
 
-Measured as in r1_minute (seed 0, jax 0.10.2, Python 3.11, compilation included): 85 s of CPU time after the
-pre-training, which is r1_minute's.
+Measured as in r1_minute (seed 0, two CPU cores, jax 0.10.2): one minute on an idle machine, compilation included.
 
     held out            before    after     GRPO in r1_minute
-    greedy accuracy      0.680    1.000     0.984
-    sampled accuracy     0.652    0.965     0.930
-    response length     10.273   15.840    15.871     tokens
+    greedy accuracy      0.805    1.000     1.000
+    sampled accuracy     0.672    0.973     0.969
+    response length     10.234   15.820    15.859     tokens
 """
 
 import jax

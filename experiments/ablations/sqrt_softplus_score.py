@@ -5,7 +5,7 @@
 A function from logits to scores is all that `model.moe.scoring` names. The score is sigmoid's neighbor below 0 and
 grows like a square root above it, so that a strong expert is not capped at 1.
 
-Hardware: two CPU cores, 32 s of CPU time; 182 s while other work took most of both. Measured (seed 0, jax 0.10.2)
+Hardware: two CPU cores, 19 s on an idle machine. Measured (seed 0, jax 0.10.2)
 after 100 steps, against the same run with V3's sigmoid (router_z_loss.py with a weight of 0):
 
 | score | held-out bits per byte | cross-entropy of the batch | balance loss of both layers (2 is even) |
