@@ -57,7 +57,7 @@ def damaged_text(rng, value, values):
 
 
 def tried(count, attempt):
-    """How many of `count` attempts are accepted, the others being refused in words; some of both."""
+    """The number of `count` attempts that are accepted; the others are refused in words, and there are some of both."""
     accepted = 0
     for i in range(count):
         rng = random.Random(i)

@@ -35,8 +35,8 @@ def network_report(
 ) -> dict[str, Any]:
     """Attention, parameters, FLOPs per token, memory in bytes, YaRN constants and training cost, with names for JSON.
 
-    The cost is that of the experiment's `stages`; where `assumptions.tokens` is given or there are no stages, that of
-    pre-training on so many tokens.
+    The cost is that of the experiment's `stages`. Given `assumptions.tokens`, or without stages, it is that of
+    pre-training on that many tokens.
     """
     counts = count_parameters(config)
     length = assumptions.seq_len or next((work.seq_len for work in stages.values()), 4096)

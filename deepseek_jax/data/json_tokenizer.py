@@ -124,7 +124,7 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _turn_end(self) -> str:
-        """The text that the template writes after an assistant's words; empty if it writes none or there is no
+        """The text that the template writes after an assistant's words; empty if it writes none, and without a
         template."""
         return self._probed[1]
 

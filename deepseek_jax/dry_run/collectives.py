@@ -81,7 +81,7 @@ def traffic(
 ) -> Traffic:
     """Collectives of the whole program. `while_trips` and `branch` as in program_flops.FlopAssumptions; branches that
     `taken` leaves open are compared by wire bytes."""
-    worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))  # noqa: E731
+    worst = lambda scope: _wire_bytes(_collectives(scope, num_devices, while_trips, None, []))
     runs, taken = compiled_branches(module, branch, worst, while_trips, taken)
     assumed: list[str] = []
     found = tuple(_collectives(entry_scope(module), num_devices, while_trips, runs, assumed))

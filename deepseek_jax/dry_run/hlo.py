@@ -134,7 +134,7 @@ def _places(text: str) -> dict[int, Place]:
         name: dict(re.findall(r"^(\d+) (.*)$", rows, re.M))
         for name, rows in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", text, re.M)
     }
-    number = lambda row, key: re.search(rf"\b{key}=(\d+)", row)[1]  # noqa: E731
+    number = lambda row, key: re.search(rf"\b{key}=(\d+)", row)[1]
     locations = {
         name: Place(
             tables["FileNames"][number(row, "file_name_id")].strip('"'),

@@ -23,7 +23,7 @@ from deepseek_jax.rl.grpo import abstract_grpo_state
 from deepseek_jax.stages import KINDS, GRPOStage, Stage, TrainStage, build_stages
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.state import TrainState, abstract_state
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import build_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +53,7 @@ def train(experiment: Experiment, stage: str | None) -> Program:
     shape = (section.batch_size, section.seq_len)
     field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(model.ops, shape))
     batch = dict.fromkeys(("tokens", "segment_ids", "positions", "loss_mask"), field)
-    step = make_train_step(
-        model,
-        config.objective,
-        optimizer,
-        config.optimizer.learning_rate,
-        config.bias_update_speed,
-        microbatch=config.microbatch,
-        zero_sum=config.bias_update_zero_sum,
-    )
+    step = build_train_step(model, config, optimizer)
     # smaller batches first: as many tokens take fewer of the largest
     calls = float(section.total_sequences()) / section.batch_size
     tokens = section.batch_size * section.seq_len

@@ -49,7 +49,7 @@ class SlurmLauncher:
         for job in jobs:
             job_parameters(job.run.resources)
         jobs = [job for job in jobs if not self._queued(job)]
-        key = lambda job: (job.run.resources.topology, job.run.resources.hours)  # noqa: E731
+        key = lambda job: (job.run.resources.topology, job.run.resources.hours)
         for _, group in groupby(sorted(jobs, key=key), key=key):
             self._submit(list(group))
         return 0

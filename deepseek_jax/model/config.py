@@ -307,8 +307,8 @@ class ModelConfig:
     modules.
 
     `moe=None` makes every layer dense. `latent_norm_eps` is the epsilon of the norms inside MLA, which the released
-    code keeps at 1e-6 whatever `rms_norm_eps` is. `RuntimeConfig` has the choices that do not change what the network
-    computes.
+    code keeps at 1e-6 for any `rms_norm_eps`. Choices that do not change what the network computes are in
+    `RuntimeConfig`.
     """
 
     vocab_size: int

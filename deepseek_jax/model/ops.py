@@ -80,7 +80,7 @@ class Ops:
         return x.reshape(-1, x.shape[-1])
 
     def einsum(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """A product that is no Linear's (attention, the head): operands in the compute dtype, the result in float32.
+        """A product outside the Linears (attention, the head): operands in the compute dtype, the result in float32.
         "..." stands for leading axes of a, which b does not have."""
         if "..." not in equation:
             return self.precision.einsum(equation, a, b)

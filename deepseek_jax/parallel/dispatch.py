@@ -32,7 +32,9 @@ Combine = Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
-    """How tokens travel to their experts. The result is the same for every choice, but for the rounding of "fp8".
+    """Settings of the way that tokens travel to their experts.
+
+    Every choice gives the same result, but for the rounding of "fp8".
 
     exchange       "ragged" sends the pairs there are (`ragged_all_to_all`; TPU and GPU); "padded" sends a fixed number
                    to each peer (`all_to_all`); "gather" sends every token to every device of the expert axis and sums

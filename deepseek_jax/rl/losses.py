@@ -59,8 +59,8 @@ def kl_divergence(
     """Per-token estimate of KL(pi_theta || pi_ref), with u = log(pi_ref / pi_theta), 0 outside the mask.
 
     "k1": -u. "k2": u^2 / 2. "k3": e^u - u - 1 >= 0 (DeepSeekMath eq. 4). "unbiased_k3": (pi_theta / pi_old) times k3
-    (V3.2 §3.1), whose gradient, unlike k3's, is that of the true KL whatever pi_old is. The gradient of k1 as a loss
-    has expectation 0 on policy: it is an estimate to log, or to put into a reward.
+    (V3.2 §3.1). Its gradient is that of the true KL for any pi_old; k3's is not. The gradient of k1 as a loss has
+    expectation 0 on policy, so log k1 or put it into a reward.
     """
     u_BN = log_ratio(ref_logp_BN, logp_BN, mask_BN)
     if estimator == "k1":

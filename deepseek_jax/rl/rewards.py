@@ -227,9 +227,7 @@ def build_rewards(config: GRPOConfig, task: base.Task | None = None) -> RewardSe
         twin = f"text_{reward.name}"
         instead = f"; use {twin!r}" if twin in REWARDS else ""
         if reward.in_graph and task is None:
-            raise ConfigError(
-                f"rewards: {reward.name!r} works on a task's token ids, and there is no task here{instead}"
-            )
+            raise ConfigError(f"rewards: {reward.name!r} reads a task's token ids, and this run has no task{instead}")
         if reward.requires_task is not None and not hasattr(task, reward.requires_task):
             able = ", ".join(name for name, kind in TASKS.items() if hasattr(kind, reward.requires_task))
             raise ConfigError(

@@ -116,8 +116,8 @@ def scripts(text: str) -> list[str]:
 
 @functools.cache
 def _script(char: str) -> str:
-    """The first word of a letter's name, which is its script; "MARK" for what modifies letters, "" for what is no
-    letter."""
+    """The first word of a letter's name, which is its script; "MARK" for what modifies letters, "" for any
+    other character."""
     name, category = unicodedata.name(char, ""), unicodedata.category(char)
     if name.startswith(
         ("CJK ", "IDEOGRAPHIC ITERATION", "IDEOGRAPHIC CLOSING", "IDEOGRAPHIC NUMBER ZERO", "VERTICAL IDEOGRAPHIC")

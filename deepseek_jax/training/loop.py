@@ -22,7 +22,7 @@ from deepseek_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from deepseek_jax.training.optimizer import build_optimizer
 from deepseek_jax.training.run_steps import due, resume, run_steps
 from deepseek_jax.training.state import TrainState, abstract_state, create_state, state_from_variables
-from deepseek_jax.training.step import make_train_step
+from deepseek_jax.training.step import build_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +93,7 @@ def train(
             batches = step_batches(loader, config, model.config.vocab_size, start, model.ops.batch_shards)
             loader_state = loader.get_state()
 
-        train_step = make_train_step(
-            model,
-            config.objective,
-            optimizer,
-            config.optimizer.learning_rate,
-            config.bias_update_speed,
-            microbatch=config.microbatch,
-            zero_sum=config.bias_update_zero_sum,
-        )
+        train_step = build_train_step(model, config, optimizer)
         evaluate = make_evaluate(model, config.objective.loss_chunk, config.eval_batches)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, last_step=start)))
         logged = read_metrics(workdir)  # by the runs before this one, up to its first step

@@ -12,6 +12,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.arrays import constrain_state
 from deepseek_jax.training.auxiliary import add_names, mean_metrics
 from deepseek_jax.training.balance import load_metrics, update_router_bias
+from deepseek_jax.training.config import TrainConfig
 from deepseek_jax.training.objective import ObjectiveConfig, loss_fn, uses_mtp
 from deepseek_jax.training.schedules import Schedule
 from deepseek_jax.training.state import TrainState
@@ -19,6 +20,19 @@ from deepseek_jax.training.targets import denominators
 
 Batch = Mapping[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def build_train_step(model: Transformer, config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainStep:
+    """The step of a stage: `make_train_step` with the stage's settings. The dry run compiles this one too."""
+    return make_train_step(
+        model,
+        config.objective,
+        optimizer,
+        config.optimizer.learning_rate,
+        config.bias_update_speed,
+        microbatch=config.microbatch,
+        zero_sum=config.bias_update_zero_sum,
+    )
 
 
 def make_train_step(

@@ -6,14 +6,13 @@ Every token inside <think>…</think> costs `COST` of a right answer. The reward
 that advantages are [B, N]: a token that is followed by little thinking has a larger one than a token that is followed
 by much. Malformed completions pay for every token, so that leaving a tag out saves nothing.
 
-Measured (seed 0, jax 0.10.2) after a pre-training that ended at 0.680, an earlier one than r1_minute's: 76 s of CPU
-time. Sampled answers are a fifth shorter, and the guesses among them cost accuracy; the
-greedy answer still thinks to the end.
+Measured as in r1_minute (seed 0, two CPU cores, jax 0.10.2): 63 s on an idle machine, compilation included. Sampled
+answers are a fifth shorter, and the guesses among them cost accuracy; the greedy answer still thinks to the end.
 
     held out            before    after     GRPO in r1_minute
-    greedy accuracy      0.680    1.000     0.984
-    sampled accuracy     0.652    0.777     0.930
-    response length     10.273   12.535    15.871     tokens
+    greedy accuracy      0.805    1.000     1.000
+    sampled accuracy     0.672    0.793     0.969
+    response length     10.234   12.652    15.859     tokens
 """
 
 import jax

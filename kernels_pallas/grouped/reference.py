@@ -1,5 +1,5 @@
-"""Products of contiguous groups of rows, each with a matrix of its own, by their definition. They also run where there
-is no kernel."""
+"""Products of contiguous groups of rows, each with a matrix of its own, by their definition. They also run on
+devices without a kernel."""
 
 import functools
 

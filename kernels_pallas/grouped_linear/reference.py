@@ -1,4 +1,4 @@
-"""Products of contiguous groups of rows by their definition, `lax.ragged_dot`. They also run where there is no kernel.
+"""Products of contiguous groups of rows by their definition, `lax.ragged_dot`. Devices without a kernel run it too.
 
 XLA has a kernel for it on TPUs. Elsewhere XLA computes it as one masked product for each group, over all rows.
 """

@@ -1,4 +1,4 @@
-"""The product of two quantized matrices by its definition, in plain jnp; it also runs where there is no kernel."""
+"""The product of two quantized matrices by its definition, in plain jnp. Devices without a kernel run it too."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Quantization by its definition, in plain jnp; it also runs where there is no kernel.
+"""Quantization by its definition, in plain jnp. Devices without a kernel run it too.
 
 Source: V3 §3.3.2 and the released quantizer (`inference/kernel.py`).
 """

@@ -55,7 +55,7 @@ class Step:
 
     @property
     def temporary_bytes(self) -> int:
-        """What a step needs beside state and batch, as the compiler has it."""
+        """The memory of a step besides state and batch, from the compiler."""
         return self.compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -13,7 +13,7 @@ def byte_tokenizer():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Where the TFDS datasets of the whole test session are prepared."""
+    """The folder in which the test session prepares its TFDS datasets."""
     return str(tmp_path_factory.mktemp("tfds"))
 
 

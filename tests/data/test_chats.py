@@ -290,8 +290,10 @@ def test_a_turn_is_what_the_template_writes(make):
         ],
         "r1": ["<s><|user|>one<|assistant|>two</s><|user|>three<|assistant|><think>\n", "so</think>four </s>"],
         "llama": [
-            "<s><|start_header_id|>user<|end_header_id|>\n\none<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n<think>hm</think>two<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nthree<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<s><|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n<think>hm</think>two<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nthree<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
             "<think>so</think>four<|eot_id|>",
         ],
         "last": [

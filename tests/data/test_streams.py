@@ -74,7 +74,7 @@ def assert_same(batch, expected):
 
 
 def saved(loaders):
-    """What a checkpoint of these hosts would hold."""
+    """The loader state that a checkpoint of these hosts holds."""
     return json.loads(json.dumps(loader_state.merge([loader.get_state() for loader in loaders])))
 
 
@@ -148,7 +148,7 @@ def test_a_host_reads_only_its_own_documents(make, documents, shuffle):
 
 
 def test_a_host_checks_only_its_share_of_the_documents(make, documents):
-    """Where no document may be longer than a sequence all of them are looked at, by all hosts together once."""
+    """If documents must fit into a sequence, the hosts together look at each document once."""
     records = [Counted({"tokens": document["tokens"][:T]} for document in documents) for _ in range(4)]
     for i in range(4):
         make(share=(i, 4), records=records[i], packing="whole", sources=(SourceConfig("ids", format="tokens"),))

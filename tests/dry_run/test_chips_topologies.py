@@ -132,7 +132,7 @@ def test_the_environment_that_is_set_stays(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What jax says of a device."""
+    """A device as jax describes it."""
 
     id: int
     device_kind: str

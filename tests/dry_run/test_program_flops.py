@@ -42,7 +42,7 @@ def count(fn, *args, **kwargs) -> int:
 )
 def test_products_as_xla_counts_them(spec, shapes):
     args = [f32(*shape) for shape in shapes]
-    fn = lambda *x: jnp.einsum(spec, *x)  # noqa: E731
+    fn = lambda *x: jnp.einsum(spec, *x)
     assert count(fn, *args) == jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
@@ -50,7 +50,7 @@ def test_products_as_xla_counts_them(spec, shapes):
 def test_convolution(groups):
     """Every output element is a dot product over the kernel's window and the input features of its group."""
     images, kernel = f32(2, 4, 9, 9), f32(6, 4 // groups, 3, 3)
-    fn = lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "VALID", feature_group_count=groups)  # noqa: E731
+    fn = lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "VALID", feature_group_count=groups)
     assert count(fn, images, kernel) == 2 * (2 * 6 * 7 * 7) * (4 // groups * 9)
 
 
@@ -61,7 +61,7 @@ def test_grouped_product_forward_and_backward():
     args = (f32(rows, width), f32(groups, width, features), sizes)
     forward = 2 * rows * width * features
     assert count(lax.ragged_dot, *args) == forward
-    loss = lambda x, w, n: jnp.sum(lax.ragged_dot(x, w, n) ** 2)  # noqa: E731
+    loss = lambda x, w, n: jnp.sum(lax.ragged_dot(x, w, n) ** 2)
     assert count(jax.grad(loss, argnums=(0, 1)), *args) == 3 * forward
     assert count(lax.ragged_dot, *args, assumptions=FlopAssumptions(ragged_fill=0.25)) == forward // 4
 
@@ -71,18 +71,18 @@ def test_loops_count_as_often_as_they_run():
     once = 2 * 4**3
     assert count(lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=7)[0], x) == 7 * once
     assert count(lambda x: lax.fori_loop(0, 5, lambda i, c: c @ c, x), x) == 5 * once
-    loop = lambda x: lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c @ c, x)  # noqa: E731
+    loop = lambda x: lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c @ c, x)
     assert count(loop, x) == once
     assert count(loop, x, assumptions=FlopAssumptions(while_trips=9)) == 9 * once
     nested = lambda x: lax.scan(
         lambda c, _: (lax.scan(lambda d, _: (d @ d, None), c, None, length=3)[0], None), x, None, length=2
-    )[0]  # noqa: E731
+    )[0]
     assert count(nested, x) == 6 * once
 
 
 def test_branches():
     x = f32(4, 4)
-    fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
+    fn = lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
     assert count(fn, x) == 2 * 2 * 4**3
     assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 2 * 4**3
 
@@ -96,7 +96,7 @@ def test_a_branch_is_compared_at_its_worst():
             0
         ]
 
-    fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)  # noqa: E731
+    fn = lambda x: lax.cond(x[0, 0] > 0, slow, lambda x: x @ x, x)
     assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 2 * 4**3
     assert count(fn, x) == 4 * 2 * 4**3
 
@@ -118,7 +118,7 @@ def layers(branches, remat):
         return x + lax.cond(jnp.sum(x) > 0, *branches, x, w)
 
     layer = jax.checkpoint(layer) if remat else layer
-    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)  # noqa: E731
+    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)
     return jax.grad(loss, argnums=(0, 1)), (f32(8, 16), (f32(3, 16, 16), f32(3, 16, 16)))
 
 
@@ -159,7 +159,7 @@ def test_one_predicate_at_two_places(first, rounds):
     """Each conditional has a cheaper branch, not the same one. Products of False and True: `first` and 1 in the first
     one, 1 and 3 in each round of the second, whose rounds decide."""
     x = f32(4, 4)
-    times = lambda n: lambda x: lax.fori_loop(0, n, lambda _, c: c @ c, x)  # noqa: E731
+    times = lambda n: lambda x: lax.fori_loop(0, n, lambda _, c: c @ c, x)
 
     def fn(x):
         positive = x[0, 0] > 0
@@ -180,7 +180,7 @@ def test_predicates_apart():
     fn = lambda x: (
         lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
         + lax.cond(x[1, 1] > 0, lambda x: x, lambda x: x @ x @ x, x)
-    )  # noqa: E731
+    )
     assert count(fn, x, assumptions=FlopAssumptions(branch="least")) == 0
     assert count(fn, x) == 3 * 2 * 4**3
 
@@ -217,7 +217,7 @@ def test_recomputation_is_work(remat, products):
         return x + jnp.tanh(x @ w[0]) @ w[1]
 
     layer = jax.checkpoint(layer) if remat else layer
-    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)  # noqa: E731
+    loss = lambda x, w: jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), x, w)[0] ** 2)
     args = (f32(n, d), (f32(3, d, d), f32(3, d, d)))
     assert count(jax.grad(loss, argnums=(0, 1)), *args) == 3 * products * 2 * n * d * d
 
@@ -336,7 +336,7 @@ def test_routed_experts_on_an_expert_mesh_are_computed_again():
             first_k_dense=0,
         )
         model = Transformer(config, MeshOps("bfloat16", RuntimeConfig(remat=remat), target="tpu", mesh=mesh))
-        loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)  # noqa: E731
+        loss = lambda params, rest, tokens_BT: jnp.sum(model.apply({"params": params, **rest}, tokens_BT).hidden_BTD)
         variables = abstract_variables(Transformer(config))
         params = variables.pop("params")
         return count(

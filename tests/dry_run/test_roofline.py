@@ -85,7 +85,7 @@ def test_hops_across_a_torus():
 
 
 def test_two_devices_of_one_chip():
-    """What the cores of a TPU7x exchange never reaches a link, and what both need comes over them once."""
+    """Traffic between the two cores of a TPU7x uses no link, and data that both need crosses a link once."""
     target = tpus("tpu7x", (2, 1, 1))
     assert moved("all-reduce", [[0, 1], [2, 3]], target) == (0, 0)
     assert moved("all-gather", [[0, 2], [1, 3]], target) == pytest.approx((500, 0))

@@ -266,7 +266,7 @@ def shapes(jaxpr):
 
 
 def expands_heads(shape):
-    """Whether an array holds something per slot (P + N, or one more) *and* per head and head dimension."""
+    """True for an array with numbers per slot (P + N, or one more) *and* per head and head dimension."""
     slots, heads, head_dims = {P + N, P + N + 1}, 5, {10, 14, 16, 24}
     flat = {heads * dim for dim in head_dims}
     return bool(slots & set(shape)) and (heads in shape and bool(head_dims & set(shape)) or bool(flat & set(shape)))

@@ -225,7 +225,7 @@ def test_runs_that_differ_in_a_third_field_are_not_one_point(tmp_path):
     the same, in words."""
     losses, experts = "pretrain.train.objective.balance", "model.moe.num_experts"
     runs = paired_seeds(grid({experts: (8, 16), losses: ("none", "batch")}), (0, 1, 2))
-    value = lambda o: o[experts] + (o[losses] == "batch") + o["seed"] / 10  # noqa: E731
+    value = lambda o: o[experts] + (o[losses] == "batch") + o["seed"] / 10
     for by, names in ((None, ["balance: none", "balance: batch"]), (losses, ["balance: none", "balance: batch"])):
         sweep = Sweep("x.py", runs, x=experts, by=by)
         rows = rows_of(sweep, value)

@@ -151,7 +151,7 @@ def test_bias_is_the_same_on_every_device_after_a_hundred_steps():
 
 
 def one_step(sizes, rules, microbatch):
-    """Where the state lies before a step; the state and what is reported after it."""
+    """The state's shardings before a step; the state and the metrics after it."""
     optimizer = build_optimizer(OptimizerConfig(learning_rate=Schedule(0.01), eps=1e-3))
     model = on(sizes, rules=rules)
     step = make_train_step(model, OBJECTIVE, optimizer, Schedule(0.01), Schedule(0.01), microbatch=microbatch)

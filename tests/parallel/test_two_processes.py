@@ -111,7 +111,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def alone(root, start):
-    """What one process with eight devices makes of it."""
+    """The results of one process with eight devices."""
     finish(train(start, root / "alone", 1))
     return root / "alone"
 

@@ -123,7 +123,7 @@ def test_latents_that_no_cache_keeps_are_not_rounded():
 
 
 def kept(function, *arguments) -> list[str]:
-    """What the backward pass keeps, as dtype[shape]."""
+    """The residuals of the backward pass, as dtype[shape]."""
     _, pull_back = jax.vjp(function, *arguments)
     return sorted(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(pull_back))
 

@@ -34,7 +34,7 @@ LENGTHS = np.array([6, 7, 6, 5, 5, 2])  # the end-of-text token included, where 
 
 
 def kind(bits, sample, heldout, temperature):
-    """How the stand-in answers, for arrays of numpy or of jax."""
+    """The stand-in's answers, for arrays of numpy or of jax."""
     xp = jnp if isinstance(bits, jax.Array) else np
     right = xp.where(bits[..., 0] > 0, LONG, RIGHT)
     if temperature == 0:

@@ -180,7 +180,7 @@ def test_microbatches_add_up(reporting, weights, value_and_grad, batch):
 
 
 def outputs(config, objective, batch):
-    """What a train step gives, as shapes: traced and not compiled."""
+    """The outputs of a train step as shapes: traced, not compiled."""
     model, optimizer = Transformer(config), build_optimizer(OptimizerConfig())
     step = make_train_step(model, objective, optimizer, Schedule(1e-3), Schedule(1e-3), microbatch=2)
     return jax.eval_shape(step, abstract_state(model, optimizer), batch)

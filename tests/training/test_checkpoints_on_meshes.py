@@ -18,7 +18,7 @@ MESHES = {"2x4": (2, 4), "4x2": (4, 2), "8": (8, 1), "one device": None}
 
 
 def fresh():
-    """What a stage carries: float32 weights, bfloat16 and float32 moments, a key, int32 scalars. Numbers no two of
+    """A stage's state: float32 weights, bfloat16 and float32 moments, a key, int32 scalars. Numbers no two of
     which are alike."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32))
     params = {"kernel": kernel, "experts": kernel.reshape(8, 2, 24) * 3, "scale": jnp.arange(5.0).astype(jnp.bfloat16)}

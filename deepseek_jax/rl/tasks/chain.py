@@ -107,7 +107,7 @@ class ChainTask(base.Task):
         return base.prompt(jnp.concatenate(pieces, 1))
 
     def demonstrations(self, key, instances, good=None):
-        """Where it goes wrong, the result of one operation is off by 1 to modulus - 1 and the rest follows from it."""
+        """A wrong chain has one operation whose result is off by 1 to modulus - 1; the rest follows from it."""
         n, operations = instances.operands_BK.shape
         leap_key, good_key, place_key, slip_key, alphabet_key = jax.random.split(key, 5)
         others = len(self.leaps) - 1

@@ -1,8 +1,7 @@
 """Countdown: reach a target with the given numbers, each used once. Many right answers, found by search.
 
 Expressions are written in reverse Polish notation without separators, numbers with a fixed count of digits: 35+2* is (3
-+ 5) * 2. They are only ever run on the stack machine below, in exact fractions: there is no text that makes it evaluate
-anything else.
++ 5) * 2. Only the stack machine below evaluates them, in exact fractions; a text cannot make it evaluate anything else.
 """
 
 import dataclasses
