@@ -199,8 +199,7 @@ def _difference(before: Any, now: Any, steps: int, made: Sequence[int]) -> str |
         step = int(other[0])
         return (
             f"({then[step]:g} -> {here[step]:g} at step {step}, which is made; a schedule without 'steps' spans the "
-            "stage, so that a longer "
-            "stage changes it: give it the 'steps' it had)"
+            "stage, so that a longer stage changes it: give it the 'steps' it had)"
         )
     return f"({before!r} -> {now!r})"
 

@@ -80,8 +80,7 @@ def complaint(
         return None
     return (
         f"{NOT_TRUSTED} ({wrong}). Please report this with: {call}; {_device().device_kind}, jax {jax.__version__}, "
-        f"kernels {_version()}. "
-        f"{SKIP}=0 runs the kernel without this check"
+        f"kernels {_version()}. {SKIP}=0 runs the kernel without this check"
     )
 
 

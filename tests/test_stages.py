@@ -65,8 +65,7 @@ def test_an_evaluation_of_broken_weights_is_valid_json_and_says_so(tmp_path, tex
     reads what is there."""
     (tmp_path / "broken_stage.py").write_text(
         "import jax\nfrom deepseek_jax.stages.base import Stage\n\n\nclass Broken(Stage):\n"
-        "    leaves_results = False\n\n    def summary(self):\n        return 'NaN'\n\n"
-        "    def run(self, variables):\n"
+        "    leaves_results = False\n\n    def summary(self):\n        return 'NaN'\n\n    def run(self, variables):\n"
         "        return jax.tree.map(lambda w: w * float('nan'), self.initial_weights(variables))\n"
     )
     flags = [experiment_file(tmp_path, [{"name": text}], [{"name": text, "validation_fraction": 0.5}])]

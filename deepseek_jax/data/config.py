@@ -121,8 +121,7 @@ class DataConfig:
             if len({source.weight for source in self.sources}) > 1:
                 raise ConfigError(
                     f"data.num_epochs={self.num_epochs} shows every document that many times, so weights cannot "
-                    "differ; "
-                    "set num_epochs=None to mix by weight"
+                    "differ; set num_epochs=None to mix by weight"
                 )
             if self.streams > 1:
                 raise ConfigError(

@@ -47,8 +47,7 @@ def stream(
         if not state.finite_B[0]:
             raise NumericsError(
                 f"the network's numbers are not finite (NaN or infinity) at token {made + 1} of the answer: its "
-                "weights are damaged, or "
-                "its training diverged; use an earlier checkpoint"
+                "weights are damaged, or its training diverged; use an earlier checkpoint"
             )
         if not live:
             return

@@ -271,8 +271,7 @@ def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
         if read[name] != value:
             raise CheckpointError(
                 f"a config.json of model_type={hf['model_type']!r} cannot say {name}={value!r}: it would be read as "
-                f"{read[name]!r}, so the "
-                "exported model would be another network"
+                f"{read[name]!r}, so the exported model would be another network"
             )
 
 

@@ -18,7 +18,7 @@ class Cache:
 
 
 def init_cache(config: ModelConfig, batch: int, size: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache of `size` slots for `batch` rows."""
+    """An empty cache of `size` slots for `batch` sequences."""
     layers = {"dense_layers": config.num_dense_layers, "moe_layers": config.num_moe_layers}
     entries = {
         name: tuple(jnp.zeros((count, batch, size, dim), dtype) for dim in config.attention.cache_dims.values())

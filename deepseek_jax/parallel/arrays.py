@@ -164,8 +164,7 @@ def host_share(ops: Ops, process: int | None = None) -> tuple[int, int]:
     shards = math.prod(sizes)
     if len(mine) == 0 or shards % len(mine) or mine[0] % len(mine) or np.any(np.diff(mine) != 1):
         raise ConfigError(
-            f"mesh {ops.sizes}: host {process} has the shards {mine.tolist()} of {shards} of the batch, not one "
-            "block; "
+            f"mesh {ops.sizes}: host {process} has the shards {mine.tolist()} of {shards} of the batch, not one block; "
             "put the axes that divide the batch across hosts, and the others inside"
         )
     return int(mine[0]) // len(mine), shards // len(mine)

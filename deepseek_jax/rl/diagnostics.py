@@ -56,20 +56,17 @@ class Diagnostics:
         if self._lasts("truncated", truncated, self.config.patience):
             messages.append(
                 f"{cut:.0%} of the completions hit the length limit and earn nothing: raise max_completion_length, or "
-                "teach "
-                "shorter chains in the cold start"
+                "teach shorter chains in the cold start"
             )
         if self._lasts("right", right, self.config.patience):
             messages.append(
                 f"{same:.0%} of the groups earn one and the same reward, most of them all right: the task is solved "
-                "and gives no more "
-                "gradient; make it harder, or stop here"
+                "and gives no more gradient; make it harder, or stop here"
             )
         if self._lasts("wrong", wrong, self.config.patience):
             messages.append(
                 f"{same:.0%} of the groups earn one and the same reward, and not for being right: nothing is learnt; "
-                "check the "
-                "cold start and the format, or make the task easier"
+                "check the cold start and the format, or make the task easier"
             )
         if self._lasts("shorter", self._shorter(metrics), self.config.patience):
             messages.append(
@@ -83,8 +80,7 @@ class Diagnostics:
         if self._lasts("broken", read("non_finite_completions") > 0, 1):
             messages.append(
                 f"{read('non_finite_completions'):.0f} completions met logits that were not finite; they train "
-                "nothing. Lower the "
-                "learning rate, or go back to an earlier checkpoint"
+                "nothing. Lower the learning rate, or go back to an earlier checkpoint"
             )
         if self._lasts("non-finite", read("non_finite_rewards") > 0, 1):
             messages.append(

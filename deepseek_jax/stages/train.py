@@ -169,9 +169,9 @@ class TrainStage(Stage):
 
 
 def matmul_peak_flops(model: Transformer) -> float | None:
-    """The bfloat16 FLOP/s of the devices that the network is on: utilization is of this peak for FP8 too, as in
-    "Insights into DeepSeek-V3" (Table 4) and in the dry run. None in float32, or where a device is not in the table of
-    chips."""
+    """The bfloat16 FLOP/s of the devices that the network is on; None in float32, or where a device is not in the table
+    of chips. Utilization is of this peak for FP8 too, as in the dry run: so a faster format shows as a higher number.
+    """
     ops = model.ops
     devices = ops.mesh.devices.flat if isinstance(ops, MeshOps) else jax.devices()[:1]
     if model.ops.precision.compute_dtype != jnp.bfloat16:

@@ -156,8 +156,7 @@ class Checkpoints:
         if free < needed:
             raise CheckpointError(
                 f"a checkpoint takes {needed / 1e9:.3g} GB and the disk of {self.directory} has {free / 1e9:.3g} GB "
-                "left; "
-                f"free some space or choose another workdir. {self._safe()}"
+                f"left; free some space or choose another workdir. {self._safe()}"
             )
 
     def restore(self, like, last: int | None = None) -> Restored | None:

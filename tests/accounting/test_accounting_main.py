@@ -57,9 +57,7 @@ def test_list_of_presets(capsys):
 def test_experiment_file(tmp_path, capsys):
     path = tmp_path / "experiment.py"
     path.write_text(
-        "import ml_collections\n"
-        "from deepseek_jax.model.presets import preset\n"
-        "def get_config():\n"
+        "import ml_collections\nfrom deepseek_jax.model.presets import preset\ndef get_config():\n"
         "    return ml_collections.ConfigDict({'model': preset('v2_lite_16b').replace(num_layers=2).to_dict()})\n"
     )
     main([f"--config={path}", "--json"])
